@@ -1,0 +1,69 @@
+#include "cpu/simd.h"
+
+#include "common/vector.h"
+
+namespace curvax {
+namespace {
+
+#define CURVAX_LEVEL baseline
+#define CURVAX_TARGET
+#include "cpu/blocks.inc"
+
+#if defined(__x86_64__)
+#define CURVAX_LEVEL avx2
+#define CURVAX_TARGET __attribute__((target("avx2,fma")))
+#include "cpu/blocks.inc"
+
+#define CURVAX_LEVEL avx512f
+#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
+#include "cpu/blocks.inc"
+#endif
+
+enum class Level { kBaseline, kAvx2, kAvx512f };
+
+Level Detect() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return Level::kAvx512f;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
+#endif
+  return Level::kBaseline;
+}
+
+Level Chosen() {
+  static const Level level = Detect();
+  return level;
+}
+
+}  // namespace
+
+template <typename T>
+const BlockKernels<T>& Kernels() {
+#if defined(__x86_64__)
+  switch (Chosen()) {
+    case Level::kAvx512f:
+      return avx512f::kKernels<T>;
+    case Level::kAvx2:
+      return avx2::kKernels<T>;
+    case Level::kBaseline:
+      break;
+  }
+#endif
+  return baseline::kKernels<T>;
+}
+
+template const BlockKernels<float>& Kernels<float>();
+template const BlockKernels<double>& Kernels<double>();
+
+std::string_view SimdLevel() {
+  switch (Chosen()) {
+    case Level::kAvx512f:
+      return "avx512f";
+    case Level::kAvx2:
+      return "avx2";
+    case Level::kBaseline:
+      break;
+  }
+  return "baseline";
+}
+
+}  // namespace curvax

@@ -1,0 +1,30 @@
+// One block of a vector, in the widest instructions that this processor has.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace curvax {
+
+// Elements per block, the unit of work and of reduction. Within a block a lane of the accumulators adds up at most
+// kBlock / kLanes = 64 (float) or 128 (double) products in the dtype itself; lanes and blocks are added pairwise in double.
+inline constexpr int64_t kBlock = 4096;
+
+template <typename T>
+struct BlockKernels {
+  // xo = x + alpha p, ro = r - alpha q; returns <ro, ro>. xo may be x, ro may be r.
+  double (*update)(T alpha, const T* x, const T* p, const T* r, const T* q, T* xo, T* ro, int64_t n);
+  // po = z + beta p. po may be p.
+  void (*direction)(T beta, const T* z, const T* p, T* po, int64_t n);
+  // <a, b>.
+  double (*dot)(const T* a, const T* b, int64_t n);
+};
+
+// The kernels for the widest level that this processor has, chosen once.
+template <typename T>
+const BlockKernels<T>& Kernels();
+
+// "baseline", "avx2" or "avx512f".
+std::string_view SimdLevel();
+
+}  // namespace curvax

@@ -1,0 +1,274 @@
+"""The one dispatcher: which implementation of an op runs, why, and a record of what ran.
+
+An op (`Op`) declares its implementations (`Variant`), best first, the plain JAX reference last. A variant's probe looks at a
+`Request` (platform, dtypes, sizes, devices) and answers with the reason why it cannot run, or None.
+
+Two questions are answered here and nowhere else:
+
+- `select(op, implementation, request)`, asked by an op when it is called: None takes the best supported variant, a name takes
+  that one or raises `Unsupported`.
+- `resolve(op, backend, request)`, asked by the planner: a backend is a preference, and an op that cannot honour it falls back
+  to its reference, with the reason, one warning, and an error under `strict_backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import numpy as np
+
+Implementation: TypeAlias = Literal["reference", "pallas", "triton", "native"]
+Backend: TypeAlias = Literal["auto", "reference", "pallas", "triton", "native"]
+
+
+class Unsupported(Exception):
+    """An implementation that was asked for cannot run here.
+
+    Attributes:
+      reason: one sentence that names the op, the implementation and what stands in the way.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a probe may look at; everything is known while tracing.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu", where the computation is expected to run.
+      devices: how many devices of one program see the whole array: 1 inside `jax.shard_map` with all axes manual, where each
+        device calls the op on its own shard.
+      dtypes: the distinct dtypes of the operands.
+      sizes: number of elements of each leaf.
+    """
+
+    platform: str
+    devices: int
+    dtypes: tuple[np.dtype, ...]
+    sizes: tuple[int, ...]
+
+    @staticmethod
+    def of(*trees: Any) -> Request:
+        """The request of an op on these operands (arrays, tracers or `jax.ShapeDtypeStruct`s); sizes are the first's."""
+        platform = _platform()
+        leaves = jax.tree.leaves(trees)
+        return Request(
+            platform=platform,
+            devices=_devices(platform),
+            dtypes=tuple(sorted({np.dtype(leaf.dtype) for leaf in leaves}, key=str)),
+            sizes=tuple(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trees[0])) if trees else (),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of elements over all leaves."""
+        return sum(self.sizes)
+
+
+Probe: TypeAlias = Callable[[Request], str | None]
+
+
+def _no_objection(request: Request) -> str | None:
+    del request
+    return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation of an op.
+
+    Attributes:
+      name: which.
+      cannot: the reason why it cannot run a request, or None.
+      better_not: the reason why "auto" should not choose it for a request that it can run (slower there, say), or None.
+      gain: the reason to prefer it, as the plan shows it.
+    """
+
+    name: Implementation
+    cannot: Probe = _no_objection
+    better_not: Probe = _no_objection
+    gain: str = "always available"
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation: a name and its variants, best first, the reference last."""
+
+    name: str
+    variants: tuple[Variant, ...]
+
+    def __post_init__(self) -> None:
+        """Checks that the reference stands last and no name twice."""
+        names = [variant.name for variant in self.variants]
+        if not names or names[-1] != "reference" or len(set(names)) != len(names):
+            raise ValueError(f"op {self.name} must list distinct implementations with the reference last, got {names}")
+
+    def variant(self, name: Implementation) -> Variant | None:
+        """The variant of that name, or None if the op has none."""
+        return next((variant for variant in self.variants if variant.name == name), None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation of an op, and why."""
+
+    op: str
+    implementation: Implementation
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A choice that was traced, and how many times."""
+
+    choice: Choice
+    count: int
+
+
+_strict: ContextVar[bool] = ContextVar("curvax_strict_backend", default=False)
+_lock = threading.Lock()
+_warned: set[tuple[str, str, str]] = set()
+_records: dict[Choice, int] = {}
+
+
+@contextlib.contextmanager
+def strict_backend() -> Iterator[None]:
+    """Inside this context a fallback from a backend that was asked for raises `Unsupported` instead of warning."""
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def resolve(op: Op, backend: Backend, request: Request) -> Choice:
+    """The implementation of `op` under a method's `backend`, which is a preference.
+
+    Args:
+      op: the op.
+      backend: "auto" for the best supported implementation, or the name of the one to prefer.
+      request: what the op will be called on.
+
+    Returns:
+      The choice, with its reason.
+
+    Raises:
+      Unsupported: under `strict_backend`, if the op lacks the backend or the backend cannot run the request.
+      ValueError: `backend` is no backend.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "auto":
+        return _best(op, request)
+    objection = _objection(op, backend, request)
+    if objection is None:
+        return Choice(op.name, backend, f'backend="{backend}"')
+    if _strict.get():
+        raise Unsupported(objection)
+    reason = f"fell back: {objection}"
+    _warn_once(op.name, backend, reason)
+    return Choice(op.name, "reference", reason)
+
+
+def select(op: Op, implementation: Implementation | None, request: Request) -> Choice:
+    """The implementation for one call of `op`, entered into the report.
+
+    Args:
+      op: the op.
+      implementation: None for the best supported one, or a name.
+      request: the operands of the call.
+
+    Returns:
+      The choice, with its reason.
+
+    Raises:
+      Unsupported: the named implementation does not exist or cannot run the request.
+      ValueError: `implementation` is no implementation.
+    """
+    if implementation is None:
+        choice = _best(op, request)
+    elif implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(get_args(Implementation))}, got {implementation!r}"
+        )
+    else:
+        objection = _objection(op, implementation, request)
+        if objection is not None:
+            raise Unsupported(objection)
+        choice = Choice(op.name, implementation, "asked for by name")
+    with _lock:
+        _records[choice] = _records.get(choice, 0) + 1
+    return choice
+
+
+def report() -> tuple[Record, ...]:
+    """What was chosen at op calls since the start or `clear_report`, in order of first use.
+
+    Choices are made while tracing: a compiled function that runs again adds nothing.
+    """
+    with _lock:
+        return tuple(Record(choice, count) for choice, count in _records.items())
+
+
+def clear_report() -> None:
+    """Empties the report and lets warnings about fallbacks be given again."""
+    with _lock:
+        _records.clear()
+        _warned.clear()
+
+
+def _best(op: Op, request: Request) -> Choice:
+    """The first variant without objection; the reason names what stood in the way of those before it."""
+    skipped = []
+    for variant in op.variants:
+        objection = variant.cannot(request) or variant.better_not(request)
+        if objection is None:
+            passed = f" ({'; '.join(skipped)})" if skipped else ""
+            return Choice(op.name, variant.name, f"auto: {variant.gain}{passed}")
+        skipped.append(f"{variant.name}: {objection}")
+    raise Unsupported(f"no implementation of {op.name} can run here: {'; '.join(skipped)}")
+
+
+def _objection(op: Op, implementation: Implementation, request: Request) -> str | None:
+    variant = op.variant(implementation)
+    if variant is None:
+        have = ", ".join(v.name for v in op.variants)
+        return f"{op.name} has no {implementation} implementation (it has {have})"
+    why = variant.cannot(request)
+    return None if why is None else f"{implementation} cannot run {op.name}: {why}"
+
+
+def _warn_once(op: str, backend: str, reason: str) -> None:
+    key = (op, backend, reason)
+    with _lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    # 4: past this function, `resolve` and the planner, towards who asked for the backend.
+    warnings.warn(f'backend="{backend}": {op} {reason}', UserWarning, stacklevel=4)
+
+
+def _platform() -> str:
+    """Where an uncommitted computation runs: `jax_default_device` if one is set, else the default backend."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def _devices(platform: str) -> int:
+    """How many devices may share one array: those of the platform, or 1 where every mesh axis is manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_manual:
+        return 1
+    return jax.device_count(platform)

@@ -1,0 +1,135 @@
+"""The op family tree_cg: the vector work of one conjugate gradient iteration over all leaves of a pytree at once.
+
+Vectors are pytrees of arrays; all vectors of a call have one structure and, leaf by leaf, one shape and dtype. Scalars have
+`curvax.tree.scalar_dtype`: the widest leaf dtype, at least float32.
+
+| op | reads | writes | FLOPs | (n: elements over all leaves)
+|---|---|---|---|
+| `cg_update` | 4 n | 2 n | 6 n |
+| `cg_direction` | 2 n | n | 2 n |
+| `dots` | 2 n per pair, n less for a vector that comes again | 0 | 2 n per pair |
+
+Batching: `jax.vmap` over any of the operands is exact: the native handlers take leading batch axes as they are.
+Partitioning: inside `jax.shard_map` each device works on its shard and the scalars are the shard's own: the caller adds them
+up with `jax.lax.psum`. Outside, the reference is partitioned by XLA like any JAX code; the native handlers are not, so with
+several devices they are not taken there.
+Differentiation: none; the ops stay off the differentiated path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from curvax.kernels._dispatch import Implementation, Op, Request, Variant, select
+from curvax.kernels.tree_cg import native, reference
+from curvax.tree import PyTree, scalar_dtype
+
+_GAIN = "one pass over all leaves in one C++ call"
+
+CG_UPDATE = Op("cg_update", (Variant("native", native.cannot, gain=_GAIN), Variant("reference")))
+CG_DIRECTION = Op(
+    "cg_direction", (Variant("native", native.cannot, native.direction_better_not, gain=_GAIN), Variant("reference"))
+)
+DOTS = Op("dots", (Variant("native", native.cannot, gain=_GAIN), Variant("reference")))
+OPS = (CG_UPDATE, CG_DIRECTION, DOTS)
+
+
+def cg_update(
+    alpha: jax.Array,
+    x: PyTree,
+    p: PyTree,
+    r: PyTree,
+    q: PyTree,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """One step along the search direction: x + alpha p, r - alpha q and the squared norm of the new residual.
+
+    Args:
+      alpha: step length, a scalar; cast to the scalar dtype.
+      x: iterate.
+      p: search direction.
+      r: residual.
+      q: the operator applied to `p`.
+      implementation: None for the best supported one.
+
+    Returns:
+      The new iterate and residual, in the dtypes of `x` and `r`, and `<r, r>` of the new residual in the scalar dtype.
+
+    Raises:
+      Unsupported: the named implementation cannot run here.
+      TypeError: the vectors differ in structure, shapes or dtypes.
+    """
+    _check_alike("cg_update", x=x, p=p, r=r, q=q)
+    alpha = jnp.asarray(alpha).astype(scalar_dtype(x))
+    if select(CG_UPDATE, implementation, Request.of(x)).implementation == "native":
+        return native.cg_update(alpha, x, p, r, q)
+    return reference.cg_update(alpha, x, p, r, q)
+
+
+def cg_direction(beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Implementation | None = None) -> PyTree:
+    """The next search direction: z + beta p.
+
+    Args:
+      beta: a scalar; cast to the scalar dtype.
+      z: preconditioned residual.
+      p: search direction.
+      implementation: None for the best supported one.
+
+    Returns:
+      The new direction, in the dtypes of `p`.
+
+    Raises:
+      Unsupported: the named implementation cannot run here.
+      TypeError: the vectors differ in structure, shapes or dtypes.
+    """
+    _check_alike("cg_direction", z=z, p=p)
+    beta = jnp.asarray(beta).astype(scalar_dtype(p))
+    if select(CG_DIRECTION, implementation, Request.of(p)).implementation == "native":
+        return native.cg_direction(beta, z, p)
+    return reference.cg_direction(beta, z, p)
+
+
+def dots(
+    pairs: Sequence[tuple[PyTree, PyTree]], *, implementation: Implementation | None = None
+) -> tuple[jax.Array, ...]:
+    """Several inner products at once, for instance `<p, q>` and `<p, p>`.
+
+    Args:
+      pairs: the vectors to multiply, all alike.
+      implementation: None for the best supported one.
+
+    Returns:
+      One scalar per pair, in the scalar dtype; 0 for vectors without elements.
+
+    Raises:
+      Unsupported: the named implementation cannot run here.
+      TypeError: the vectors differ in structure, shapes or dtypes.
+      ValueError: there are no pairs.
+    """
+    if not pairs:
+        raise ValueError("dots needs at least one pair of vectors")
+    _check_alike("dots", **{f"pairs[{i}][{j}]": pair[j] for i, pair in enumerate(pairs) for j in (0, 1)})
+    if select(DOTS, implementation, Request.of(pairs[0][0])).implementation == "native":
+        return native.dots(pairs)
+    return reference.dots(pairs)
+
+
+def _check_alike(op: str, **vectors: PyTree) -> None:
+    """Raises TypeError unless all vectors have the structure, shapes and dtypes of the first."""
+    (first_name, first), *others = vectors.items()
+    structure = jax.tree.structure(first)
+    leaves = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(first)]
+    for name, vector in others:
+        if jax.tree.structure(vector) != structure:
+            raise TypeError(
+                f"{op}: {name} has structure {jax.tree.structure(vector)}, {first_name} has {structure}: pass vectors alike"
+            )
+        for i, (leaf, (shape, dtype)) in enumerate(zip(jax.tree.leaves(vector), leaves, strict=True)):
+            if leaf.shape != shape or leaf.dtype != dtype:
+                raise TypeError(
+                    f"{op}: leaf {i} of {name} is {leaf.dtype}{leaf.shape}, of {first_name} {dtype}{shape}: pass vectors alike"
+                )

@@ -1,0 +1,41 @@
+"""curvax: planned, kernel-backed second-order training in JAX."""
+
+from curvax import curvature as curvature
+from curvax import damping as damping
+from curvax import estimators as estimators
+from curvax import losses as losses
+from curvax import optax as optax
+from curvax import preconditioners as preconditioners
+from curvax import solvers as solvers
+from curvax import structure as structure
+from curvax import telemetry as telemetry
+from curvax.execute import MethodState as MethodState
+from curvax.kernels import Unsupported as Unsupported
+from curvax.kernels import report as report
+from curvax.kernels import strict_backend as strict_backend
+from curvax.method import Method as Method
+from curvax.methods import MethodInfo as MethodInfo
+from curvax.methods import adahessian as adahessian
+from curvax.methods import assemble as assemble
+from curvax.methods import describe as describe
+from curvax.methods import egn as egn
+from curvax.methods import egn_ce as egn_ce
+from curvax.methods import egn_mse as egn_mse
+from curvax.methods import egn_mse_cg as egn_mse_cg
+from curvax.methods import gauss_newton as gauss_newton
+from curvax.methods import ggn_direct_ce as ggn_direct_ce
+from curvax.methods import ggn_direct_mse as ggn_direct_mse
+from curvax.methods import list_methods as list_methods
+from curvax.methods import make as make
+from curvax.methods import newton_cg as newton_cg
+from curvax.methods import newton_direct as newton_direct
+from curvax.methods import sgn as sgn
+from curvax.methods import sgn_ce as sgn_ce
+from curvax.methods import sgn_mse as sgn_mse
+from curvax.methods import sophia_g as sophia_g
+from curvax.methods import sophia_h as sophia_h
+from curvax.methods import spring as spring
+from curvax.optax import as_gradient_transformation as as_gradient_transformation
+from curvax.plan import Plan as Plan
+
+__version__ = "0.1.0"

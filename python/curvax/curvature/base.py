@@ -1,0 +1,175 @@
+"""What a curvature operator is, and what one linearization of it offers."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvax.curvature.output_space import OutputCurvature
+from curvax.curvature.partition import Partition
+from curvax.tree import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything beside the trainable parameters that an evaluation of the model depends on.
+
+    Attributes:
+      batch: mapping with a leading example axis on every leaf.
+      frozen: the parameter tree with `None` where a leaf is trainable (`Partition.split`).
+      model_state: mutable model state (BatchNorm statistics), or `None`.
+      model_key: random key of the model (dropout), or `None`.
+      sample_key: random key for targets that the curvature itself samples (Monte Carlo Fisher), or `None`.
+      omega: effective weights (see `Loss.effective_weights`) when the caller holds a slice of a larger batch.
+    """
+
+    batch: Any
+    frozen: PyTree = None
+    model_state: PyTree = None
+    model_key: jax.Array | None = None
+    sample_key: jax.Array | None = None
+    omega: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What one linearization is asked for; what is not asked for is never traced.
+
+    Attributes:
+      gradient: the gradient of the loss.
+      product: curvature products; `rows` implies it.
+      rows: the factors J and S of C = J^T S S^T J (row lane).
+      sampling: gradients with targets sampled from the model.
+      shared: one linearization serves all products. False repeats the forward pass in every product: only for the
+        ablation `plan="off"`.
+    """
+
+    gradient: bool = False
+    product: bool = False
+    rows: bool = False
+    sampling: bool = False
+    shared: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The factors of C = J^T Q J, Q = S S^T, on one batch: J maps parameters to outputs, S maps rows to outputs.
+
+    Attributes:
+      push: v -> J v, wide parameter vector to wide outputs.
+      pull: u -> J^T u.
+      output: Q, its factor S and their shapes.
+      gram: max_bytes -> S^T J J^T S as a dense (rows, rows) matrix.
+    """
+
+    push: Callable[[PyTree], jax.Array]
+    pull: Callable[[jax.Array], PyTree]
+    output: OutputCurvature
+    gram: Callable[[int], jax.Array]
+
+    def product(self, v: PyTree) -> PyTree:
+        """C v."""
+        return self.pull(self.output.product(self.push(v)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Linearization:
+    """One batch seen from one parameter point. All vectors are wide (`curvax.tree.wide_dtype`).
+
+    Attributes:
+      params_like: `jax.ShapeDtypeStruct`s of wide parameter vectors.
+      loss: scalar loss at the point.
+      gradient: its gradient, or `None` if not asked for.
+      output_gradient: the gradient in output space, r with gradient = J^T r; `None` where there is no output space.
+      product: v -> C v for the symmetric curvature C, or `None` if not asked for; may be vmapped.
+      sampled_gradient: key -> sum_i sqrt(omega_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
+        the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
+      rows: the factors of C, or `None`.
+      model_state: the model's new state.
+      aux: what the model returned beside its outputs.
+    """
+
+    params_like: PyTree
+    loss: jax.Array
+    gradient: PyTree = None
+    output_gradient: jax.Array | None = None
+    product: Callable[[PyTree], PyTree] | None = None
+    sampled_gradient: Callable[[jax.Array], PyTree] | None = None
+    rows: Rows | None = None
+    model_state: PyTree = None
+    aux: Any = None
+
+    @property
+    def has_sampling(self) -> bool:
+        """Whether targets can be sampled from the model."""
+        return self.sampled_gradient is not None
+
+
+class Curvature(abc.ABC):
+    """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The operator's name in the plan."""
+
+    @property
+    @abc.abstractmethod
+    def partition(self) -> Partition:
+        """Which parameters train."""
+
+    @property
+    @abc.abstractmethod
+    def has_rows(self) -> bool:
+        """Whether C = J^T S S^T J with known factors, so that the row lane can serve it."""
+
+    @property
+    @abc.abstractmethod
+    def has_sampling(self) -> bool:
+        """Whether targets can be sampled from the model."""
+
+    @property
+    @abc.abstractmethod
+    def is_random(self) -> bool:
+        """Whether `linearize` needs `Evaluation.sample_key`."""
+
+    @property
+    @abc.abstractmethod
+    def needs_model_key(self) -> bool:
+        """Whether the model takes a random key."""
+
+    @abc.abstractmethod
+    def check(self, params: PyTree, evaluation: Evaluation) -> None:
+        """Raises a one-sentence error for a batch that does not fit, from shapes alone."""
+
+    @abc.abstractmethod
+    def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        """Weights omega with which the examples of `evaluation.batch` enter the loss, normaliser included."""
+
+    @abc.abstractmethod
+    def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
+        """Evaluates the model at `params` (the trainable part) once, for everything in `needs`."""
+
+    @abc.abstractmethod
+    def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        """The scalar loss alone, by a forward pass."""
+
+    @abc.abstractmethod
+    def forward(self, params: PyTree, evaluation: Evaluation) -> Any:
+        """What is differentiated (model outputs or loss), for the planner's tracing."""
+
+    @abc.abstractmethod
+    def rows(
+        self,
+        params: PyTree,
+        evaluation: Evaluation,
+        outputs: jax.Array,
+        push: Callable[[PyTree], jax.Array],
+        pull: Callable[[jax.Array], PyTree],
+    ) -> Rows:
+        """The row factors of C at given outputs and linear maps; raises if there are none."""

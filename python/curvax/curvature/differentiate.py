@@ -1,0 +1,155 @@
+"""Linear maps of a model at a point: one forward pass, products in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core.primitives import custom_vjp_call_p
+
+from curvax import tree
+from curvax.tree import PyTree
+
+
+def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The jaxprs among an equation's parameters (the bodies of scans, conds, calls)."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _holds_custom_vjp(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive is custom_vjp_call_p or any(_holds_custom_vjp(sub) for sub in subjaxprs(eqn.params))
+        for eqn in jaxpr.eqns
+    )
+
+
+def uses_custom_vjp(function: Callable[[PyTree], Any], params: PyTree) -> bool:
+    """Whether `function` holds a `jax.custom_vjp`, which JAX cannot differentiate in forward mode."""
+    return _holds_custom_vjp(jax.make_jaxpr(function)(params).jaxpr)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearModel:
+    """A model at a point.
+
+    Attributes:
+      outputs: model outputs.
+      push: v -> J v, wide parameter vector to wide outputs; `None` unless asked for.
+      pull: u -> J^T u, outputs to a wide parameter vector.
+      rest: (new model state, aux).
+    """
+
+    outputs: jax.Array
+    push: Callable[[PyTree], jax.Array] | None
+    pull: Callable[[jax.Array], PyTree]
+    rest: tuple[PyTree, Any]
+
+
+def linear_model(
+    function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree, *, push: bool, shared: bool = True
+) -> LinearModel:
+    """Linearizes `function: params -> (outputs, rest)`.
+
+    Args:
+      push: whether J v is wanted; without it only the reverse pass is built.
+      shared: False builds maps that repeat the forward pass at each use.
+
+    With a `jax.custom_vjp` inside, J v is taken as the transpose of u -> J^T u (reverse over reverse).
+    """
+    if push and uses_custom_vjp(function, params):
+        return _reverse_model(function, params)
+    if push:
+        return _linearized_model(function, params) if shared else _repeated_model(function, params)
+    outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
+    return LinearModel(outputs, None, _wide_pull(lambda u: vjp(u)[0], outputs), rest)
+
+
+def _wide_pull(pull: Callable[[jax.Array], PyTree], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
+    return lambda u: tree.widen(pull(u.astype(outputs.dtype)))
+
+
+def _wide_push(push: Callable[[PyTree], jax.Array], params: PyTree) -> Callable[[PyTree], jax.Array]:
+    return lambda v: tree.widen(push(tree.cast_like(v, params)))
+
+
+def _linearized_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+    outputs, push, rest = jax.linearize(function, params, has_aux=True)
+    transpose = jax.linear_transpose(push, params)
+    return LinearModel(outputs, _wide_push(push, params), _wide_pull(lambda u: transpose(u)[0], outputs), rest)
+
+
+def _reverse_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+    outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
+    # u -> J^T u is linear, so its own pullback at any point is v -> J v.
+    _, push = jax.vjp(lambda u: vjp(u)[0], jnp.zeros_like(outputs))
+    return LinearModel(
+        outputs,
+        _wide_push(lambda v: push(v)[0], params),
+        _wide_pull(lambda u: vjp(u)[0], outputs),
+        rest,
+    )
+
+
+def _repeated_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+    outputs, rest = function(params)
+
+    def push(v: PyTree) -> jax.Array:
+        return jax.jvp(lambda p: function(p)[0], (params,), (v,))[1]
+
+    def pull(u: jax.Array) -> PyTree:
+        return jax.vjp(lambda p: function(p)[0], params)[1](u)[0]
+
+    return LinearModel(outputs, _wide_push(push, params), _wide_pull(pull, outputs), rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondOrder:
+    """A scalar function at a point: value, gradient, Hessian products, rest."""
+
+    value: jax.Array
+    gradient: PyTree
+    product: Callable[[PyTree], PyTree] | None
+    rest: Any
+
+
+def second_order(
+    function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree, *, product: bool, shared: bool = True
+) -> SecondOrder:
+    """Value, gradient and, if asked for, Hessian products of `function: params -> (scalar, rest)`.
+
+    Products run forward over reverse: one linearization of the gradient serves value, gradient and all products. With
+    a `jax.custom_vjp` inside they run reverse over reverse, using that the Hessian is symmetric.
+    """
+
+    def gradient_fn(p: PyTree) -> tuple[PyTree, tuple[jax.Array, Any]]:
+        (value, rest), gradient = jax.value_and_grad(function, has_aux=True)(p)
+        return gradient, (value, rest)
+
+    if not product:
+        gradient, (value, rest) = gradient_fn(params)
+        return SecondOrder(value, tree.widen(gradient), None, rest)
+    if uses_custom_vjp(function, params):
+        gradient, vjp, (value, rest) = jax.vjp(gradient_fn, params, has_aux=True)
+        return SecondOrder(value, tree.widen(gradient), _wide_hvp(lambda v: vjp(v)[0], params), rest)
+    if shared:
+        gradient, jvp, (value, rest) = jax.linearize(gradient_fn, params, has_aux=True)
+        return SecondOrder(value, tree.widen(gradient), _wide_hvp(jvp, params), rest)
+    gradient, (value, rest) = gradient_fn(params)
+
+    def repeated(v: PyTree) -> PyTree:
+        return jax.jvp(lambda p: gradient_fn(p)[0], (params,), (v,))[1]
+
+    return SecondOrder(value, tree.widen(gradient), _wide_hvp(repeated, params), rest)
+
+
+def _wide_hvp(product: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda v: tree.widen(product(tree.cast_like(v, params)))

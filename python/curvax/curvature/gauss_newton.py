@@ -1,0 +1,130 @@
+"""The Gauss-Newton family: C = J^T Q J with Q in output space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
+from curvax.curvature.differentiate import LinearModel, linear_model
+from curvax.curvature.model import Model
+from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
+from curvax.curvature.partition import Partition
+from curvax.losses.base import Loss
+from curvax.structure.rows import row_gram
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(Curvature):
+    """J^T Q J for `loss(predict_fn(params, inputs), targets)`, with J the Jacobian of the outputs.
+
+    Attributes:
+      model: the model and the keys of its batch.
+      loss: the loss in output space.
+      metric: Q: generalized Gauss-Newton (default), Monte Carlo Fisher or empirical Fisher.
+    """
+
+    model: Model
+    loss: Loss
+    metric: Metric = GeneralizedGaussNewton()
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric.name} of {type(self.loss).__name__}"
+
+    @property
+    def partition(self) -> Partition:
+        return self.model.extras.partition
+
+    @property
+    def has_rows(self) -> bool:
+        return True
+
+    @property
+    def has_sampling(self) -> bool:
+        return True
+
+    @property
+    def is_random(self) -> bool:
+        return self.metric.is_random
+
+    @property
+    def needs_model_key(self) -> bool:
+        return self.model.extras.has_rng
+
+    def forward(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        return self.model.outputs(params, evaluation)[0]
+
+    def check(self, params: PyTree, evaluation: Evaluation) -> None:
+        batch = evaluation.batch
+        targets, weights = self.model.targets(batch), self.model.weights(batch)
+        outputs = jax.eval_shape(self.forward, params, evaluation)
+        self.loss.check(outputs, targets, weights)
+
+    def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        if evaluation.omega is not None:
+            return evaluation.omega
+        outputs = jax.eval_shape(self.forward, params, evaluation)
+        return self.loss.effective_weights(outputs, self.model.weights(evaluation.batch))
+
+    def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        outputs = self.forward(params, evaluation)
+        omega = self._omega(outputs, evaluation)
+        return self.loss.value(outputs, self.model.targets(evaluation.batch), omega)
+
+    def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
+        curved = needs.product or needs.rows
+        at = linear_model(lambda p: self.model.outputs(p, evaluation), params, push=curved, shared=needs.shared)
+        targets = self.model.targets(evaluation.batch)
+        omega = self._omega(at.outputs, evaluation)
+        rows = self.rows(params, evaluation, at.outputs, at.push, at.pull) if at.push is not None else None
+        residual = self.loss.gradient(at.outputs, targets, omega)
+        return Linearization(
+            params_like=jax.eval_shape(tree.widen, params),
+            loss=self.loss.value(at.outputs, targets, omega),
+            gradient=at.pull(residual) if needs.gradient else None,
+            output_gradient=residual,
+            product=rows.product if rows is not None else None,
+            sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
+            rows=rows if needs.rows else None,
+            model_state=at.rest[0],
+            aux=at.rest[1],
+        )
+
+    def rows(
+        self,
+        params: PyTree,
+        evaluation: Evaluation,
+        outputs: jax.Array,
+        push: Callable[[PyTree], jax.Array],
+        pull: Callable[[jax.Array], PyTree],
+    ) -> Rows:
+        targets = self.model.targets(evaluation.batch)
+        omega = self._omega(outputs, evaluation)
+        output = self.metric.bind(self.loss, outputs, targets, omega, evaluation.sample_key)
+        inputs = self.model.inputs(evaluation.batch)
+
+        def predict(p: PyTree, x: Any) -> jax.Array:
+            return self.model.extras.call(self.model.predict_fn, p, x, evaluation)[0]
+
+        return Rows(
+            push, pull, output, lambda max_bytes: row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes)
+        )
+
+    def _omega(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
+        if evaluation.omega is not None:
+            return evaluation.omega
+        return self.loss.effective_weights(outputs, self.model.weights(evaluation.batch))
+
+    def _sampled_gradient(self, at: LinearModel, targets: Any, omega: jax.Array) -> Callable[[jax.Array], PyTree]:
+        def sampled_gradient(key: jax.Array) -> PyTree:
+            sampled = self.loss.sample_targets(at.outputs, targets, key)
+            return at.pull(self.loss.gradient(at.outputs, sampled, jnp.sqrt(omega)))
+
+        return sampled_gradient

@@ -1,0 +1,231 @@
+"""Curvature in output space: Q = S S^T with C = J^T Q J.
+
+The three members of the Gauss-Newton family differ only here. With omega_i the weight of position i:
+
+  generalized Gauss-Newton   Q_i = omega_i * Hessian of l at the outputs
+  Fisher (Monte Carlo)       Q_i = omega_i / m * sum over m samples y ~ model of grad l(f_i, y) grad l(f_i, y)^T
+  empirical Fisher           Q_i = omega_i * grad l(f_i, y_i) grad l(f_i, y_i)^T, y_i the observed target
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.losses.base import Loss
+
+
+class OutputCurvature(abc.ABC):
+    """Q of one batch: symmetric positive semidefinite, block diagonal over examples."""
+
+    @property
+    @abc.abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a row vector; the leading axis is the example axis."""
+
+    @property
+    @abc.abstractmethod
+    def couples_examples(self) -> bool:
+        """True if S mixes examples, so that rows cannot be formed example by example."""
+
+    @abc.abstractmethod
+    def product(self, v: jax.Array) -> jax.Array:
+        """Q v, outputs to outputs."""
+
+    @abc.abstractmethod
+    def factor(self, rows: jax.Array) -> jax.Array:
+        """S u, rows to outputs."""
+
+    @abc.abstractmethod
+    def factor_transpose(self, v: jax.Array) -> jax.Array:
+        """S^T v, outputs to rows."""
+
+    @abc.abstractmethod
+    def gradient_in_rows(self) -> jax.Array | None:
+        """t with S t = gradient of the loss in output space, or `None` if it is not in the range of S."""
+
+    @abc.abstractmethod
+    def example(self, index: jax.Array) -> OutputCurvature:
+        """Q of the single example `index`, keeping an example axis of length one."""
+
+
+def _take(tree: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossHessian(OutputCurvature):
+    """Q = omega times the Hessian of the loss."""
+
+    loss: Loss
+    outputs: jax.Array
+    targets: Any
+    omega: jax.Array
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.loss.row_shape(self.outputs))
+
+    @property
+    def couples_examples(self) -> bool:
+        return self.loss.couples_examples
+
+    def product(self, v: jax.Array) -> jax.Array:
+        return self.loss.hessian_product(self.outputs, self.targets, self.omega, v)
+
+    def factor(self, rows: jax.Array) -> jax.Array:
+        return self.loss.factor(self.outputs, self.targets, self.omega, rows)
+
+    def factor_transpose(self, v: jax.Array) -> jax.Array:
+        return self.loss.factor_transpose(self.outputs, self.targets, self.omega, v)
+
+    def gradient_in_rows(self) -> jax.Array | None:
+        return self.loss.gradient_in_rows(self.outputs, self.targets, self.omega)
+
+    def example(self, index: jax.Array) -> LossHessian:
+        parts = _take((self.outputs, self.targets, self.omega), index)
+        return LossHessian(self.loss, *parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientOuterProduct(OutputCurvature):
+    """Q = sum_m r_m r_m^T per position, from residuals r with the square root of the weight already inside.
+
+    Attributes:
+      residuals: (m, *outputs.shape).
+      gradient_rows: t of shape `row_shape` if the gradient lies in the range of S (empirical Fisher), else `None`.
+    """
+
+    residuals: jax.Array
+    gradient_rows: jax.Array | None = None
+
+    @property
+    def _positions(self) -> tuple[int, ...]:
+        shape = self.residuals.shape[1:]
+        return shape[:-1] if len(shape) > 1 else shape
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (*self._positions, self.residuals.shape[0])
+
+    @property
+    def couples_examples(self) -> bool:
+        return False
+
+    def _columns(self) -> jax.Array:
+        # (*positions, features, m): a scalar output per example counts as one feature.
+        shape = (self.residuals.shape[0], *self._positions, -1)
+        return jnp.moveaxis(self.residuals.reshape(shape), 0, -1)
+
+    def product(self, v: jax.Array) -> jax.Array:
+        return self.factor(self.factor_transpose(v))
+
+    def factor(self, rows: jax.Array) -> jax.Array:
+        columns = self._columns()
+        return jnp.einsum("...km,...m->...k", columns, rows.astype(columns.dtype)).reshape(self.residuals.shape[1:])
+
+    def factor_transpose(self, v: jax.Array) -> jax.Array:
+        columns = self._columns()
+        return jnp.einsum("...km,...k->...m", columns, v.astype(columns.dtype).reshape(columns.shape[:-1]))
+
+    def gradient_in_rows(self) -> jax.Array | None:
+        return self.gradient_rows
+
+    def example(self, index: jax.Array) -> GradientOuterProduct:
+        return GradientOuterProduct(jax.lax.dynamic_slice_in_dim(self.residuals, index, 1, axis=1))
+
+
+class Metric(abc.ABC):
+    """Chooses Q: the member of the Gauss-Newton family."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The operator's name in the plan."""
+
+    @property
+    @abc.abstractmethod
+    def is_random(self) -> bool:
+        """Whether `bind` needs a key."""
+
+    @abc.abstractmethod
+    def bind(
+        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+    ) -> OutputCurvature:
+        """Q at these outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralizedGaussNewton(Metric):
+    """The Hessian of the loss (Schraudolph 2002)."""
+
+    @property
+    def name(self) -> str:
+        return "generalized Gauss-Newton"
+
+    @property
+    def is_random(self) -> bool:
+        return False
+
+    def bind(
+        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+    ) -> OutputCurvature:
+        return LossHessian(loss, outputs, targets, omega)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonteCarloFisher(Metric):
+    """Outer products of gradients with targets sampled from the model.
+
+    Attributes:
+      n_samples: samples per position; the row lane has that many rows per position.
+    """
+
+    n_samples: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"Fisher ({self.n_samples} sample{'s' if self.n_samples > 1 else ''})"
+
+    @property
+    def is_random(self) -> bool:
+        return True
+
+    def bind(
+        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+    ) -> OutputCurvature:
+        if key is None:
+            raise ValueError("the Monte Carlo Fisher samples targets: pass a random key to step.")
+
+        def residual(k: jax.Array) -> jax.Array:
+            return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(omega))
+
+        residuals = jax.vmap(residual)(jax.random.split(key, self.n_samples))
+        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservedFisher(Metric):
+    """Outer products of the gradients at the observed targets: the empirical Fisher."""
+
+    @property
+    def name(self) -> str:
+        return "empirical Fisher"
+
+    @property
+    def is_random(self) -> bool:
+        return False
+
+    def bind(
+        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+    ) -> OutputCurvature:
+        residuals = loss.gradient(outputs, targets, jnp.sqrt(omega))[None]
+        positions = outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape
+        # omega grad l = (sqrt(omega) grad l) sqrt(omega): the gradient is in the range of S, with t = sqrt(omega),
+        # as long as one weight serves the whole position.
+        rows = jnp.sqrt(omega)[..., None] if omega.shape == positions else None
+        return GradientOuterProduct(residuals, rows)

@@ -1,0 +1,72 @@
+"""Which parameters train: the split of a parameter tree by a mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from curvax.tree import PyTree
+
+Mask = PyTree | Callable[[PyTree], PyTree]
+
+
+def _is_gap(x: Any) -> bool:
+    # Optax's masking wrappers hand over parameters with MaskedNode where another transformation is responsible.
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Splits parameters into a trainable and a frozen tree, each with `None` where the other has the leaf.
+
+    Attributes:
+      frozen: tree of booleans like the parameters (a prefix will do), or a function from the parameters to one; True
+        keeps a leaf as it is. Leaves that are not floating point (counters, keys) are always frozen: nothing can be
+        differentiated there.
+    """
+
+    frozen: Mask | None = None
+
+    def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns (trainable, frozen)."""
+        self._check(params)
+        mask = self._mask(params)
+        trainable = jax.tree.map(lambda p, m: None if m else p, params, mask)
+        frozen = jax.tree.map(lambda p, m: p if m else None, params, mask)
+        return trainable, frozen
+
+    def merge(self, trainable: PyTree, frozen: PyTree) -> PyTree:
+        """Inverse of `split`; fills the gaps of `trainable` from `frozen`."""
+        if frozen is None:
+            return trainable
+        return jax.tree.map(lambda t, f: f if _is_gap(t) else t, trainable, frozen, is_leaf=_is_gap)
+
+    def _mask(self, params: PyTree) -> PyTree:
+        chosen = self.frozen(params) if callable(self.frozen) else self.frozen
+        if chosen is None:
+            chosen = False
+        try:
+            full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: bool(m), p), chosen, params)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                "`frozen` must be a tree of booleans with the structure (or a prefix of the structure) of the parameters."
+            ) from error
+        return jax.tree.map(lambda m, p: m or not jnp.issubdtype(p.dtype, jnp.floating), full, params)
+
+    def _check(self, params: PyTree) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic):
+                name = jax.tree_util.keystr(path) or "the parameters"
+                raise TypeError(
+                    f"{name} is a {type(leaf).__name__}, not an array: keep static parts out of the parameters "
+                    "(nnx.split or equinox.partition separate them) or wrap numbers with jnp.asarray."
+                )
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                name = jax.tree_util.keystr(path) or "the parameters"
+                raise TypeError(f"{name} is complex: give its real and imaginary part as two real leaves.")

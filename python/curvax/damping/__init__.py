@@ -1,0 +1,7 @@
+"""Damping policies: constant, schedule, trust region."""
+
+from curvax.damping.base import Damping as Damping
+from curvax.damping.base import Outcome as Outcome
+from curvax.damping.constant import Constant as Constant
+from curvax.damping.constant import Scheduled as Scheduled
+from curvax.damping.trust_region import TrustRegion as TrustRegion

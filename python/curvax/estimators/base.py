@@ -1,0 +1,95 @@
+"""What an estimator is: of the diagonal, of the trace, of the dominant eigenspace."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import jax
+
+from curvax.tree import PyTree
+
+if TYPE_CHECKING:
+    from curvax.curvature import Linearization
+
+Product: TypeAlias = Callable[[PyTree], PyTree]
+
+
+class DiagonalEstimator(abc.ABC):
+    """Estimates the diagonal of a symmetric curvature C."""
+
+    @property
+    @abc.abstractmethod
+    def needs_product(self) -> bool:
+        """Whether `diagonal` calls `linearization.product`."""
+
+    @property
+    @abc.abstractmethod
+    def needs_sampling(self) -> bool:
+        """Whether `diagonal` calls `linearization.sampled_gradient`."""
+
+    @abc.abstractmethod
+    def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
+        """An estimate of diag(C), with the structure, shapes and (wide) dtypes of `linearization.params_like`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TraceEstimate:
+    """An estimated trace.
+
+    Attributes:
+      value: scalar estimate, in the widest dtype of the parameters and at least float32.
+      standard_error: its estimated standard deviation, likewise; infinite where one sample leaves it unknown.
+      products: number of curvature products spent; static.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+    products: int = dataclasses.field(metadata={"static": True})
+
+
+class TraceEstimator(abc.ABC):
+    """Estimates the trace of a symmetric linear operator, unbiased."""
+
+    @abc.abstractmethod
+    def trace(self, product: Product, like: PyTree, key: jax.Array) -> TraceEstimate:
+        """Estimates the trace of `product`.
+
+        Args:
+          product: v -> C v on wide trees shaped as `like`; it is vmapped.
+          like: arrays or `jax.ShapeDtypeStruct`s.
+          key: the only source of randomness.
+        """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """U diag(values) U^T on flattened parameters (`curvax.tree.ravel`), positive semidefinite.
+
+    Attributes:
+      basis: U, (n, rank), orthonormal columns, in the widest dtype of the parameters and at least float32.
+      values: (rank,), non-negative, descending; same dtype.
+    """
+
+    basis: jax.Array
+    values: jax.Array
+
+
+class LowRankEstimator(abc.ABC):
+    """Approximates the dominant eigenspace of a symmetric linear operator."""
+
+    @abc.abstractmethod
+    def low_rank(self, product: Product, like: PyTree, key: jax.Array) -> LowRank:
+        """A low-rank approximation of `product`; arguments as in `TraceEstimator.trace`."""
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises for a setting that is not an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")

@@ -1,0 +1,29 @@
+"""Work that only some steps need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from curvax import tree
+from curvax.plan.assembly import PlanMode
+from curvax.plan.requirements import Cadence
+
+T = TypeVar("T")
+
+
+def when(cadence: Cadence, step: jax.Array, mode: PlanMode, work: Callable[[], T], otherwise: Callable[[], T]) -> T:
+    """`work()` at the steps that are due, `otherwise()` at the others.
+
+    Planned, the work and everything it makes live inside a branch that other steps do not enter. With the plan off it
+    runs in every step and its result is thrown away.
+    """
+    if cadence.never:
+        return otherwise()
+    if cadence.always:
+        return work()
+    if mode is PlanMode.OFF:
+        return tree.where(cadence.due(step), work(), otherwise())
+    return jax.lax.cond(cadence.due(step), work, otherwise)

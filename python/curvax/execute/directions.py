@@ -1,0 +1,192 @@
+"""The direction s of (C + lam I) s = g, one function per lane."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.curvature import Linearization, Rows
+from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
+from curvax.solvers.base import relative_residual
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One linear system, as the step poses it.
+
+    Attributes:
+      at: the linearization that offers the curvature.
+      gradient: g.
+      own_gradient: g is the gradient of `at`'s own batch, so that it lies in the range of J^T.
+      lam: damping.
+      precondition: v -> P^-1 v, or `None`.
+      space: vector arithmetic of parameter space.
+    """
+
+    at: Linearization
+    gradient: PyTree
+    own_gradient: bool
+    lam: jax.Array
+    precondition: Callable[[PyTree], PyTree] | None
+    space: TreeSpace
+
+
+def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
+    """Solves in the plan's lane."""
+    if lane is Lane.ROW and isinstance(solver, RowSpace):
+        return _solve_rows(solver, task, state)
+    return solver.solve(_parameter_system(task), task.gradient, state, task.lam)
+
+
+def _parameter_system(task: Task) -> System:
+    def no_product(v: PyTree) -> PyTree:
+        raise ValueError("the diagonal lane has no curvature products.")
+
+    return System(task.at.product or no_product, task.space, task.precondition)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PairSpace(Space):
+    """Row vectors u, kept as pairs (u, K u) with K = J J^T, under the inner product <a, b> = a^T K b.
+
+    In it Q K is symmetric, and since J^T u has the norm of u, conjugate gradients here make exactly the iterates of
+    parameter space, J^T u_i = s_i, at one product with K per iteration.
+    """
+
+    def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
+        return tuple(tree.vdot(a[0], b[1]) for a, b in pairs)
+
+    def update(self, alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+        x, r = tree.axpy(alpha, p, x), tree.axpy(-alpha, q, r)
+        return x, r, self.dots(((r, r),))[0]
+
+    def direction(self, beta: jax.Array, z: PyTree, p: PyTree) -> PyTree:
+        return tree.axpy(beta, p, z)
+
+
+def _solve_rows(solver: RowSpace, task: Task, state: PyTree) -> Solution:
+    rows = task.at.rows
+    if rows is None:
+        raise AssertionError("the row lane linearizes with rows.")
+    if isinstance(solver.solver, CG):
+        solution = _row_iteration(solver, solver.solver, rows, task, state)
+    else:
+        solution = _row_matrix(solver, rows, task, state)
+    residual = relative_residual(System(rows.product), task.lam, _right_hand_side(solver, task, state), solution.value)
+    return dataclasses.replace(solution, residual=residual, state=solution.value if solver.keeps_direction else ())
+
+
+def _right_hand_side(solver: RowSpace, task: Task, state: PyTree) -> PyTree:
+    """g + lam mu s' (SPRING), or g."""
+    if not solver.momentum:
+        return task.gradient
+    return tree.axpy(task.lam * solver.momentum, state, task.gradient)
+
+
+def _shift(solver: RowSpace, state: PyTree) -> PyTree | None:
+    """mu s', from which the system of the correction d = s - mu s' starts: (C + lam I) d = g - C mu s'."""
+    if not solver.momentum:
+        return None
+    return tree.scale(jnp.asarray(solver.momentum, tree.scalar_dtype(state)), state)
+
+
+def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solution:
+    """Solves with G = S^T J J^T S.
+
+    If the gradient is J^T S t, then s = J^T S (G + lam I)^-1 t. Any other right-hand side goes through Woodbury's
+    identity, s = (g - J^T S (G + lam I)^-1 S^T J g) / lam, refined once since it subtracts like from like.
+    """
+    shift = _shift(solver, state)
+    t = rows.output.gradient_in_rows() if task.own_gradient else None
+    like = jax.eval_shape(rows.output.factor_transpose, jax.eval_shape(rows.push, task.gradient))
+
+    def product(w: jax.Array) -> jax.Array:
+        return rows.output.factor_transpose(rows.push(rows.pull(rows.output.factor(w))))
+
+    gram = rows.gram(solver.max_bytes)
+    system = System(product, matrix=lambda: gram)
+
+    def solve_rows(rhs: jax.Array) -> Solution:
+        return solver.solve(system, rhs, (), task.lam)
+
+    if t is not None:
+        rhs = t.astype(like.dtype)
+        if shift is not None:
+            rhs = rhs - rows.output.factor_transpose(rows.push(shift))
+        solution = solve_rows(rhs)
+        correction = rows.pull(rows.output.factor(solution.value))
+    else:
+        rest = task.gradient
+        if shift is not None:
+            rest = jax.tree.map(jnp.subtract, rest, rows.product(shift))
+        solution, correction = _woodbury(rows, solve_rows, rest, task.lam)
+    value = correction if shift is None else tree.add(shift, correction)
+    return dataclasses.replace(solution, value=value)
+
+
+def _woodbury(
+    rows: Rows, solve_rows: Callable[[jax.Array], Solution], g: PyTree, lam: jax.Array
+) -> tuple[Solution, PyTree]:
+    def once(v: PyTree) -> tuple[Solution, PyTree]:
+        solution = solve_rows(rows.output.factor_transpose(rows.push(v)))
+        back = rows.pull(rows.output.factor(solution.value))
+        return solution, tree.scale(1 / lam, jax.tree.map(jnp.subtract, v, back))
+
+    solution, first = once(g)
+    rest = jax.tree.map(jnp.subtract, g, tree.axpy(lam, first, rows.product(first)))
+    return solution, tree.add(first, once(rest)[1])
+
+
+def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTree) -> Solution:
+    if not task.own_gradient:
+        raise ValueError(
+            "row-space CG needs the gradient of its own batch: use RowSpace(Cholesky()) or parameter-space CG when "
+            "gradient and curvature batch differ."
+        )
+
+    def gram(u: jax.Array) -> jax.Array:
+        return rows.push(rows.pull(u))
+
+    def product(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        u = rows.output.product(pair[1])
+        return u, gram(u)
+
+    def pair(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return u, gram(u)
+
+    system = System(product, _PairSpace())
+    shift = _shift(solver, state)
+    r = _output_gradient(task)
+    if shift is not None:
+        r = r - rows.output.product(rows.push(shift))
+    rhs = pair(r)
+    start = None
+    if cg.warm_start and shift is None:
+        start = _warm_start(rows, system, pair(rows.output.product(rows.push(state))), rhs, task.lam)
+    solution = cg.iterate(system, rhs, start, task.lam)
+    correction = rows.pull(solution.value[0])
+    return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction))
+
+
+def _output_gradient(task: Task) -> jax.Array:
+    gradient = task.at.output_gradient
+    if gradient is None:
+        raise AssertionError("a linearization with rows and gradient holds the gradient in output space.")
+    return gradient
+
+
+def _warm_start(rows: Rows, system: System, guess: PyTree, rhs: PyTree, lam: jax.Array) -> PyTree:
+    """The previous direction s' seen through the rows, as C s' = J^T (Q J s'), scaled to the least energy.
+
+    On the line alpha * guess the quadratic is least at alpha = <guess, rhs> / <guess, A guess>: never worse than zero.
+    """
+    image = tree.axpy(lam, guess, system.product(guess))
+    gb, ga = system.space.dots(((guess, rhs), (guess, image)))
+    alpha = jnp.where(ga > 0, gb / jnp.where(ga > 0, ga, jnp.ones_like(ga)), jnp.zeros_like(ga))
+    return tree.scale(alpha, guess)

@@ -1,0 +1,72 @@
+"""The state of a method: everything that a step carries beside the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from curvax import tree
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Structure, shapes and dtypes of the trainable parameters that a state was made for."""
+
+    structure: Any
+    leaves: tuple[tuple[tuple[int, ...], str], ...]
+
+    @staticmethod
+    def of(params: PyTree) -> Layout:
+        """The layout of a parameter tree."""
+        leaves, structure = jax.tree.flatten(params)
+        return Layout(structure, tuple((tuple(x.shape), str(x.dtype)) for x in leaves))
+
+    def check(self, params: PyTree) -> None:
+        """Raises ValueError if `params` are laid out differently."""
+        found = Layout.of(params)
+        if found.structure != self.structure:
+            raise ValueError(
+                "the parameters have another tree structure than those the state was made for: call init again, "
+                f"or pass the matching state (state: {self.structure}, parameters: {found.structure})."
+            )
+        for path, mine, theirs in zip(_paths(params), self.leaves, found.leaves, strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"parameter {path} is {theirs[1]}{list(theirs[0])}, but the state was made for "
+                    f"{mine[1]}{list(mine[0])}: call init again."
+                )
+
+
+def _paths(params: PyTree) -> list[str]:
+    return [jax.tree_util.keystr(path) or "(the only leaf)" for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MethodState:
+    """State of a method; a pytree of arrays with fixed shapes and dtypes.
+
+    Attributes:
+      step: steps so far, int32.
+      rejected: steps not taken so far, int32.
+      damping, preconditioner, solver, transform: the modules' states.
+      model_state: mutable model state (BatchNorm statistics), or `None`.
+      layout: what parameters the state belongs to; static.
+    """
+
+    step: jax.Array
+    rejected: jax.Array
+    damping: Any
+    preconditioner: Any
+    solver: Any
+    transform: Any
+    model_state: PyTree
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+def wide_shapes(params: PyTree) -> PyTree:
+    """Shapes of wide vectors over `params`."""
+    return jax.eval_shape(tree.widen, params)

@@ -1,0 +1,235 @@
+"""One step: linearize, refresh, solve, transform, search, outcome. The same for every lane."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import tree
+from curvax.curvature import Evaluation, Linearization, Needs
+from curvax.damping import Outcome
+from curvax.execute.branch import when
+from curvax.execute.directions import Task, solve
+from curvax.execute.state import MethodState
+from curvax.kernels import tree_cg
+from curvax.plan import Assembly, Cadence, Plan, kernel_choices
+from curvax.preconditioners import Identity
+from curvax.solvers import Lane, Solution, TreeSpace
+from curvax.telemetry import Metric
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What a step comes to.
+
+    Attributes:
+      params: trainable parameters after the step: the old ones if it was not taken.
+      update: the update that was applied, wide; zero if the step was not taken.
+      state: the next state.
+      info: the chosen metrics, and "aux" if the model returns one.
+    """
+
+    params: PyTree
+    update: PyTree
+    state: MethodState
+    info: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a step works on.
+
+    Attributes:
+      evaluation: the batch of gradient and loss, with everything the model needs.
+      curvature_evaluation: the batch of the curvature, or `None` for the same one.
+      gradient: a gradient from outside, or `None` to take the batch's own.
+      key: random key of this step's estimators, or `None`.
+    """
+
+    evaluation: Evaluation
+    curvature_evaluation: Evaluation | None = None
+    gradient: PyTree | None = None
+    key: jax.Array | None = None
+
+
+def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, state: MethodState) -> Proposal:
+    """Runs the planned step at the trainable parameters `params`."""
+    at, curved = _linearize(assembly, plan, params, problem)
+    gradient = at.gradient if problem.gradient is None else tree.widen(problem.gradient)
+    lam = assembly.damping.lam(state.damping)
+    preconditioner = _refresh(assembly, plan, params, problem, curved, state)
+    solution = _solve(assembly, plan, params, problem, curved, gradient, lam, preconditioner, state)
+    wide = tree.widen(params)
+    update, transform = assembly.transform.update(solution.value, state.transform, wide)
+    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, wide, update)
+    outcome = _evaluate(assembly, plan, params, after, problem, at, curved, gradient, update, state.step)
+    due = Cadence(_periods(assembly)).due(state.step)
+    accepted = outcome.finite & (~(due & outcome.evaluated) | assembly.damping.accepts(outcome))
+    following = MethodState(
+        step=state.step + 1,
+        rejected=state.rejected + (~accepted).astype(jnp.int32),
+        damping=assembly.damping.update(state.damping, outcome, due),
+        preconditioner=_keep_if(outcome.finite, preconditioner, state.preconditioner),
+        solver=_keep_if(outcome.finite, _solver_state(plan, state.solver, solution), state.solver),
+        transform=_keep_if(accepted, transform, state.transform),
+        model_state=_keep_if(outcome.finite, at.model_state, state.model_state),
+        layout=state.layout,
+    )
+    info = _info(assembly, state, following, at, solution, gradient, update, lam, outcome, accepted)
+    applied = jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), update)
+    return Proposal(tree.where(accepted, after, params), applied, following, info)
+
+
+def _keep_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), new, old)
+
+
+def _periods(assembly: Assembly) -> tuple[int, ...]:
+    every = assembly.damping.evaluate_every
+    return () if every is None else (every,)
+
+
+def _linearize(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem) -> tuple[Linearization, Linearization]:
+    """(linearization of the gradient's batch, linearization of the curvature's batch); one if the batches are one."""
+    curvature, apart = assembly.curvature, problem.curvature_evaluation
+    if apart is None:
+        needs = plan.needs if problem.gradient is None else dataclasses.replace(plan.needs, gradient=False)
+        at = curvature.linearize(params, problem.evaluation, needs)
+        return at, at
+    at = curvature.linearize(params, problem.evaluation, Needs(gradient=problem.gradient is None))
+    return at, curvature.linearize(params, apart, dataclasses.replace(plan.needs, gradient=False))
+
+
+def _curvature_batch(problem: Problem) -> Evaluation:
+    return problem.curvature_evaluation or problem.evaluation
+
+
+def _refresh(
+    assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, curved: Linearization, state: MethodState
+) -> Any:
+    if plan.refresh.never:
+        return state.preconditioner
+
+    def refresh() -> Any:
+        at = curved
+        if plan.refresh_apart:
+            at = assembly.curvature.linearize(params, _curvature_batch(problem), plan.refresh_needs)
+        if problem.key is None:
+            raise ValueError(f"{assembly.preconditioner} is random: pass a random key to step.")
+        return assembly.preconditioner.refresh(state.preconditioner, at, problem.key)
+
+    return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
+
+
+def _solve(
+    assembly: Assembly,
+    plan: Plan,
+    params: PyTree,
+    problem: Problem,
+    curved: Linearization,
+    gradient: PyTree,
+    lam: jax.Array,
+    preconditioner: Any,
+    state: MethodState,
+) -> Solution:
+    chosen = {choice.op: choice.implementation for choice in kernel_choices(assembly, plan.solver, params)}
+    task = Task(
+        at=curved,
+        gradient=gradient,
+        own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
+        lam=lam,
+        precondition=None
+        if isinstance(assembly.preconditioner, Identity)
+        else lambda v: assembly.preconditioner.apply(preconditioner, lam, v),
+        space=TreeSpace(
+            chosen.get(tree_cg.DOTS.name), chosen.get(tree_cg.CG_UPDATE.name), chosen.get(tree_cg.CG_DIRECTION.name)
+        ),
+    )
+    own = state.solver if plan.solver_index is None else state.solver[plan.solver_index]
+    return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
+
+
+def _solver_state(plan: Plan, old: Any, solution: Solution) -> Any:
+    if plan.solver_index is None:
+        return solution.state
+    return tuple(solution.state if i == plan.solver_index else s for i, s in enumerate(old))
+
+
+def _evaluate(
+    assembly: Assembly,
+    plan: Plan,
+    params: PyTree,
+    after: PyTree,
+    problem: Problem,
+    at: Linearization,
+    curved: Linearization,
+    gradient: PyTree,
+    update: PyTree,
+    step: jax.Array,
+) -> Outcome:
+    missing = jnp.full_like(at.loss, jnp.nan)
+
+    def predicted() -> jax.Array:
+        product = curved.product
+        if plan.predict_apart or product is None:
+            needs = Needs(product=True, shared=plan.needs.shared)
+            product = assembly.curvature.linearize(params, _curvature_batch(problem), needs).product
+        if product is None:
+            raise AssertionError("a linearization asked for products has them.")
+        wide = jax.tree.map(lambda u, g: u.astype(g.dtype), update, gradient)
+        slope, bend = tree.vdot(gradient, wide), tree.vdot(wide, product(wide))
+        return -(slope + bend / 2).astype(missing.dtype)
+
+    def loss_after() -> jax.Array:
+        return assembly.curvature.value(after, problem.evaluation).astype(missing.dtype)
+
+    # The loss of a gradient from outside may be NaN on this batch without harm only if the update is finite.
+    finite = tree.all_finite((after, update)) & jnp.isfinite(at.loss)
+    return Outcome(
+        finite=finite,
+        evaluated=plan.evaluate.due(step) & plan.predict.due(step),
+        loss=at.loss,
+        loss_after=when(plan.evaluate, step, plan.mode, loss_after, lambda: missing),
+        predicted=when(plan.predict, step, plan.mode, predicted, lambda: missing),
+    )
+
+
+def _info(
+    assembly: Assembly,
+    state: MethodState,
+    following: MethodState,
+    at: Linearization,
+    solution: Solution,
+    gradient: PyTree,
+    update: PyTree,
+    lam: jax.Array,
+    outcome: Outcome,
+    accepted: jax.Array,
+) -> dict[str, Any]:
+    values = {
+        Metric.STEP: state.step,
+        Metric.LOSS: at.loss,
+        Metric.LAM: lam,
+        Metric.ACCEPTED: accepted,
+        Metric.FINITE: outcome.finite,
+        Metric.REJECTED: following.rejected,
+        Metric.RESULT: solution.result,
+        Metric.ITERATIONS: solution.iterations,
+        Metric.RESIDUAL: solution.residual,
+        Metric.LOSS_AFTER: outcome.loss_after,
+        Metric.PREDICTED: outcome.predicted,
+        Metric.ACTUAL: outcome.actual,
+        Metric.RHO: outcome.rho,
+        Metric.GRADIENT_NORM: tree.norm(gradient),
+        Metric.DIRECTION_NORM: tree.norm(solution.value),
+        Metric.UPDATE_NORM: optax.tree.norm(update),
+    }
+    info: dict[str, Any] = dict(assembly.telemetry.collect(state.step, values))
+    if at.aux is not None:
+        info["aux"] = at.aux
+    return info

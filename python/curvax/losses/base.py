@@ -1,0 +1,236 @@
+"""What a loss is: value, gradient, Hessian, square root of the Hessian and target sampling, all in output space."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax import tree
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+class Shaped(Protocol):
+    """Anything with a shape and a dtype: an array, a tracer, a `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Axis lengths."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Element type."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(abc.ABC):
+    """L = sum_i omega_i l(f_i, y_i) over the positions i of a batch, as a function of the outputs f.
+
+    Positions are all axes of the outputs but the last, which holds the K outputs of one position; outputs of shape
+    (B,) are one scalar output for each of B positions. `effective_weights` makes omega once for a whole batch; every
+    other method takes omega as given, so a microbatch is the same slice along axis 0 of outputs, targets and omega.
+
+    Outputs may have any floating dtype. Results have the *wide* dtype of the outputs: float32 for narrower ones, their
+    own otherwise. A position of zero weight contributes exactly zero whatever its outputs and targets hold, infinities
+    and NaN included. All methods but `check` work under `jit`, `vmap` and differentiation.
+
+    Attributes:
+      reduction: "mean" (default, as in most training code) divides by the sum of the weights, so all-ones weights
+        change nothing and a 0/1 mask acts like dropping positions; "sum" divides by nothing.
+
+    Raises:
+      ValueError: `reduction` is neither of the two.
+    """
+
+    reduction: Reduction = dataclasses.field(default="mean", kw_only=True)
+
+    # Whether a weight may differ between the outputs of one position (sums of scalar losses can say what that means).
+    _weights_each_output: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {self.reduction!r}: pass 'mean' or 'sum'.")
+
+    @property
+    def couples_examples(self) -> bool:
+        """True if examples enter each other's terms; such a loss cannot be cut into microbatches."""
+        return False
+
+    def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
+        """The weights omega of the terms, normaliser included.
+
+        Args:
+          outputs: the whole batch's outputs; only shape and dtype are read, so a `jax.ShapeDtypeStruct` will do.
+          weights: non-negative weights or a mask, real or boolean, whose shape is a prefix of the positions' shape
+            (a scalar, (B,), (B, T), ...); losses that are sums over outputs also take the outputs' own shape. `None`
+            (default) weighs every position 1.
+
+        Returns:
+          omega in the wide dtype, shaped like the positions (like the outputs for outputs-shaped weights). With
+          "mean" the normaliser is the sum of the weights over positions (outputs-shaped weights count 1/K each, so
+          that all ones again change nothing); if that sum is zero omega is zero, and so is the loss.
+
+        Raises:
+          TypeError, ValueError: weights of a wrong dtype or shape.
+        """
+        positions, dtype = positions_shape(outputs), wide_dtype(outputs.dtype)
+        if weights is None:
+            count = max(math.prod(positions), 1) if self.reduction == "mean" else 1
+            return jnp.full(positions, 1.0 / count, dtype)
+        self._check_weights(outputs, weights)
+        w = jnp.asarray(weights).astype(dtype)
+        shape = tuple(outputs.shape) if w.ndim > len(positions) else positions
+        if self.reduction == "mean":
+            # One entry of w stands for several positions if w is a shorter prefix, for 1/K of one if it has K each.
+            total = tree.sum_blocked(w.ravel()) * (math.prod(positions) / max(w.size, 1))
+            w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
+        return jnp.broadcast_to(append_axes(w, len(shape)), shape)
+
+    def row_shape(self, outputs: Shaped) -> tuple[int, ...]:
+        """Shape of the vectors that `factor` takes: the outputs' own, as every S here is square."""
+        return tuple(outputs.shape)
+
+    def check(self, outputs: Shaped, targets: Any, weights: Any = None) -> None:
+        """Validates shapes and dtypes, which are static: nothing is computed.
+
+        Args:
+          outputs: the model's outputs, or their shape and dtype.
+          targets: the batch's targets, or their shapes and dtypes.
+          weights: as in `effective_weights`.
+
+        Raises:
+          TypeError: a dtype that the loss cannot use.
+          ValueError: a shape that the loss cannot use. Either message says what to change.
+        """
+        if not jnp.issubdtype(shaped(outputs, "outputs").dtype, jnp.floating):
+            raise TypeError(f"the outputs are of dtype {outputs.dtype}: return real floating-point numbers.")
+        self._check_targets(outputs, targets)
+        if weights is not None:
+            self._check_weights(outputs, weights)
+
+    def _check_weights(self, outputs: Shaped, weights: Any) -> None:
+        found, positions = shaped(weights, "weights"), positions_shape(outputs)
+        if not is_real(found.dtype):
+            raise TypeError(f"the weights are of dtype {found.dtype}: pass real or boolean ones.")
+        if self.couples_examples and found.shape != ():
+            raise ValueError(
+                f"the weights have shape {found.shape} but {self} couples examples and weighs them alike: "
+                "pass None or a scalar."
+            )
+        if found.shape == positions[: len(found.shape)]:
+            return
+        if self._weights_each_output and found.shape == tuple(outputs.shape):
+            return
+        allowed = f"{positions} or a prefix of it"
+        if self._weights_each_output:
+            allowed += f", or {tuple(outputs.shape)}"
+        raise ValueError(
+            f"the weights have shape {found.shape} with outputs of shape {tuple(outputs.shape)}: "
+            f"give them shape {allowed}."
+        )
+
+    @abc.abstractmethod
+    def _check_targets(self, outputs: Shaped, targets: Any) -> None:
+        """Validates shape and dtype of the targets."""
+
+    @abc.abstractmethod
+    def value(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
+        """The loss, sum_i omega_i l(f_i, y_i): a wide scalar."""
+
+    @abc.abstractmethod
+    def gradient(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
+        """The gradient with respect to the outputs: omega_i l'(f_i), outputs-shaped and wide."""
+
+    @abc.abstractmethod
+    def hessian_product(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:
+        """Q v with Q = omega_i l''(f_i), for outputs-shaped `v`; outputs-shaped and wide."""
+
+    @abc.abstractmethod
+    def factor(self, outputs: jax.Array, targets: Any, omega: jax.Array, u: jax.Array) -> jax.Array:
+        """S u with S S^T = Q exactly, for `u` of shape `row_shape`; outputs-shaped and wide."""
+
+    @abc.abstractmethod
+    def factor_transpose(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:
+        """S^T v for outputs-shaped `v`; of shape `row_shape` and wide."""
+
+    @abc.abstractmethod
+    def gradient_in_rows(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array | None:
+        """The rows t of shape `row_shape` with S t = gradient, zero at zero weight; `None` if the loss cannot say."""
+
+    @abc.abstractmethod
+    def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> Any:
+        """Targets y~ drawn from the model's own predictive distribution.
+
+        They are such that l'(f, y~) has mean zero and covariance l''(f) at every position: with sqrt(omega) in the
+        place of omega, `gradient` then gives residuals whose expected outer product is Q.
+
+        Args:
+          outputs: the model's outputs.
+          targets: the observed targets, from which shape and kind are taken.
+          key: random key.
+
+        Returns:
+          Targets that the other methods accept in the place of `targets`.
+        """
+
+
+def wide_dtype(dtype: Any) -> np.dtype:
+    """The dtype that losses compute in: at least float32, and one that JAX's current 64-bit setting has."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def positions_shape(outputs: Shaped) -> tuple[int, ...]:
+    """Shape of the positions of `outputs`: without the last axis, or (B,) for outputs of shape (B,)."""
+    shape = tuple(outputs.shape)
+    return shape[:-1] if len(shape) > 1 else shape
+
+
+def shaped(x: Any, name: str) -> Shaped:
+    """`x` if it has a shape and a dtype, a number as an array; `TypeError` for anything else."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return x
+    if isinstance(x, bool | int | float):
+        return np.asarray(x)
+    raise TypeError(f"the {name} are a {type(x).__name__}: pass one array.")
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether `dtype` is floating-point, integer or boolean."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def append_axes(x: jax.Array, ndim: int) -> jax.Array:
+    """`x` with axes of length one appended until it has `ndim` axes."""
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def weigh(omega: jax.Array, x: jax.Array) -> jax.Array:
+    """The product omega x, and exactly zero where omega is zero even if x is not finite there."""
+    return jnp.where(omega == 0, jnp.zeros((), x.dtype), omega * x)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """Square root whose derivative at zero is zero instead of infinite."""
+    zero = x == 0
+    return jnp.where(zero, jnp.zeros_like(x), jnp.sqrt(jnp.where(zero, jnp.ones_like(x), x)))
+
+
+def times(y: jax.Array, x: jax.Array) -> jax.Array:
+    """The product y x, and exactly zero where y is zero even if x is infinite there."""
+    zero = y == 0
+    return jnp.where(zero, jnp.zeros((), x.dtype), y * jnp.where(zero, jnp.zeros((), x.dtype), x))
+
+
+def exp_clipped(x: jax.Array) -> jax.Array:
+    """exp(x) with x held where both exp(x) and exp(-x) are normal numbers: finite and not zero."""
+    limit = -math.log(float(jnp.finfo(x.dtype).tiny))
+    return jnp.exp(jnp.clip(x, -limit, limit))

@@ -1,0 +1,176 @@
+"""Softmax cross entropy, with integer, one-hot or soft labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from curvax.losses.base import (
+    Loss,
+    Shaped,
+    exp_clipped,
+    is_real,
+    positions_shape,
+    root,
+    shaped,
+    times,
+    weigh,
+    wide_dtype,
+)
+from curvax.tree import sum_blocked
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCrossEntropy(Loss):
+    """l(f, y) = -sum_k y_k log p_k with p = softmax(f).
+
+    Outputs are logits (*positions, classes) with at least one position axis. Targets are either integer labels shaped
+    like the positions, or label rows y >= 0 shaped like the outputs (one-hot or soft, of any real dtype). Label rows
+    need not sum to one: with the mass c = sum_k y_k
+
+        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(omega c) (diag sqrt(p) - p sqrt(p)^T),
+
+    and S S^T = omega H holds exactly, since sqrt(p) has norm one. Logits of minus infinity rule a class out: its
+    probability, gradient and curvature are zero. An integer label outside 0 .. classes - 1 is legal at zero weight
+    (padding with -1 or -100); elsewhere it makes loss and gradient NaN, so that it cannot pass unseen.
+
+    Attributes:
+      label_smoothing: share e of the mass that is spread evenly over the classes that the logits allow (all, unless
+        some are minus infinity): y becomes (1 - e) y + e c / classes (Szegedy et al. 2016). Default 0.
+      reduction: see `Loss`.
+
+    Raises:
+      ValueError: `label_smoothing` is not in [0, 1).
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validates the configuration."""
+        super().__post_init__()
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: pass a number in [0, 1).")
+
+    def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+        """The loss sum_i omega_i sum_k -y_ik log p_ik; see `Loss.value`."""
+        log_p, y, _, weight = self._prepare(outputs, targets, omega)
+        return -sum_blocked(weigh(weight[..., 0], jnp.sum(times(y, log_p), axis=-1)).ravel())
+
+    def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+        """The gradient omega (c p - y); see `Loss.gradient`."""
+        log_p, y, mass, weight = self._prepare(outputs, targets, omega)
+        return weigh(weight, mass * jnp.exp(log_p) - y)
+
+    def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
+        """The product omega c p (v - p.v); see `Loss.hessian_product`."""
+        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
+        p, v = jnp.exp(log_p), v.astype(log_p.dtype)
+        return weigh(weight * mass, p * (v - _dot(p, v)))
+
+    def factor(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, u: jax.Array) -> jax.Array:
+        """S u = sqrt(omega c) sqrt(p) (u - sqrt(p) (sqrt(p).u)); see `Loss.factor`."""
+        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
+        root_p, u = jnp.exp(0.5 * log_p), u.astype(log_p.dtype)
+        return weigh(root(weight * mass), root_p * (u - root_p * _dot(root_p, u)))
+
+    def factor_transpose(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
+        """S^T v = sqrt(omega c) sqrt(p) (v - p.v); see `Loss.factor_transpose`."""
+        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
+        v = v.astype(log_p.dtype)
+        return weigh(root(weight * mass), jnp.exp(0.5 * log_p) * (v - _dot(jnp.exp(log_p), v)))
+
+    def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+        """The rows t = sqrt(omega) (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
+
+        S t is the gradient because sqrt(p).t is proportional to sum_k (c p_k - y_k) = 0. y / sqrt(p) is taken from
+        log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.
+        """
+        log_p, y, mass, weight = self._prepare(outputs, targets, omega)
+        half = 0.5 * log_p
+        root_mass = root(jnp.where(mass == 0, jnp.ones_like(mass), mass))
+        return weigh(root(weight) / root_mass, mass * jnp.exp(half) - times(y, exp_clipped(-half)))
+
+    def sample_targets(self, outputs: jax.Array, targets: jax.Array, key: jax.Array) -> jax.Array:
+        """Labels drawn from the softmax; see `Loss.sample_targets`.
+
+        Integer labels give integer labels of the same dtype, unless labels are smoothed. Otherwise the sample is a row
+        y~, wide and outputs-shaped, whose gradient is sqrt(c) (p - e_k) with k drawn from p: it is sqrt(c) times the
+        preimage under smoothing of the one-hot row e_k (hence with small negative entries if e > 0). The mass c is
+        read off the label rows, so these must be arrays.
+        """
+        z = jnp.asarray(outputs).astype(wide_dtype(outputs.dtype))
+        label = jax.random.categorical(key, z, axis=-1).astype(jnp.int32)
+        is_label = len(targets.shape) < z.ndim
+        if is_label and not self.label_smoothing:
+            return label.astype(targets.dtype)
+        row = (_one_hot(label, z) - self.label_smoothing * _uniform(z)) / (1.0 - self.label_smoothing)
+        if is_label:
+            return row
+        return root(jnp.sum(jnp.asarray(targets).astype(z.dtype), axis=-1, keepdims=True)) * row
+
+    def _prepare(
+        self, outputs: jax.Array, targets: jax.Array, omega: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The log p and smoothed label rows (outputs-shaped), mass and weight (with a last axis of one), all wide."""
+        z = jnp.asarray(outputs).astype(wide_dtype(outputs.dtype))
+        weight = jnp.asarray(omega).astype(z.dtype)[..., None]
+        z = jnp.where(weight == 0, jnp.zeros_like(z), z)
+        y, mass = self._label_rows(z, jnp.asarray(targets))
+        y = jnp.where(weight == 0, jnp.zeros_like(y), y)
+        mass = jnp.where(weight == 0, jnp.zeros_like(mass), mass)
+        return jax.nn.log_softmax(z, axis=-1), y, mass, weight
+
+    def _label_rows(self, z: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if targets.ndim < z.ndim:
+            labels = targets.astype(jnp.int32)
+            known = (labels >= 0) & (labels < z.shape[-1])
+            y = jnp.where(known[..., None], _one_hot(labels, z), jnp.full((), jnp.nan, z.dtype))
+            mass = jnp.ones((*z.shape[:-1], 1), z.dtype)
+        else:
+            y = targets.astype(z.dtype)
+            mass = jnp.sum(y, axis=-1, keepdims=True)
+        if self.label_smoothing:
+            y = (1.0 - self.label_smoothing) * y + self.label_smoothing * mass * _uniform(z)
+        return y, mass
+
+    def _check_targets(self, outputs: Shaped, targets: Any) -> None:
+        logits, labels, positions = tuple(outputs.shape), shaped(targets, "labels"), positions_shape(outputs)
+        if len(logits) < 2 or logits[-1] == 0:
+            raise ValueError(
+                f"the logits have shape {logits}: give them a leading batch axis and a last axis of classes "
+                "(one logit per example is SigmoidBinaryCrossEntropy's case)."
+            )
+        if not is_real(labels.dtype):
+            raise TypeError(f"the labels are of dtype {labels.dtype}: pass integer or real ones.")
+        if labels.shape == logits:
+            return
+        if labels.shape != positions:
+            raise ValueError(
+                f"the labels have shape {labels.shape} with logits of shape {logits}: pass integer labels of shape "
+                f"{positions} or label rows of shape {logits}."
+            )
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError(
+                f"labels of shape {labels.shape} must be integers but are {labels.dtype}: cast them with "
+                f"labels.astype(int), or pass label rows of shape {logits}."
+            )
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+
+def _one_hot(labels: jax.Array, z: jax.Array) -> jax.Array:
+    # A comparison, not a gather or scatter: it fuses into whatever reads it.
+    classes = jax.lax.broadcasted_iota(jnp.int32, (1,) * labels.ndim + z.shape[-1:], labels.ndim)
+    return (labels[..., None] == classes).astype(z.dtype)
+
+
+def _uniform(z: jax.Array) -> jax.Array:
+    """The uniform distribution over the classes that the logits do not rule out."""
+    allowed = (z > -jnp.inf).astype(z.dtype)
+    return allowed / jnp.sum(allowed, axis=-1, keepdims=True)

@@ -1,0 +1,157 @@
+"""A method: modules, planned and executed as one pure step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.curvature import Evaluation
+from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
+from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A second-order method assembled from modules.
+
+        state = method.init(params)
+        params, state, info = jax.jit(method.step)(params, batch, state, rng)
+
+    Attributes:
+      assembly: the modules.
+      plan: the static plan. Costs and automatic choices need shapes: see `plan_for`.
+    """
+
+    assembly: Assembly
+    plan: Plan = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", plan_method(self.assembly))
+
+    def init(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
+        """The state before the first step.
+
+        Args:
+          params: the parameters; nothing of them but shapes and dtypes enters, save what the transform keeps.
+          model_state: mutable model state (BatchNorm statistics), for models with `has_state`.
+
+        Raises:
+          TypeError: a leaf of the parameters is not a real array.
+        """
+        trainable, _ = self.assembly.partition.split(params)
+        if not jax.tree.leaves(trainable):
+            raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
+        like = wide_shapes(trainable)
+        zero = jnp.zeros((), jnp.int32)
+        wide = jax.tree.map(lambda p, w: jnp.asarray(p).astype(w.dtype), trainable, like)
+        return MethodState(
+            step=zero,
+            rejected=zero,
+            damping=self.assembly.damping.init(),
+            preconditioner=self.assembly.preconditioner.init(like),
+            solver=self.assembly.solver.init(like),
+            transform=self.assembly.transform.init(wide),
+            model_state=model_state,
+            layout=Layout.of(trainable),
+        )
+
+    def step(
+        self,
+        params: PyTree,
+        batch: Any,
+        state: MethodState,
+        rng: jax.Array | None = None,
+        *,
+        curvature_batch: Any | None = None,
+    ) -> tuple[PyTree, MethodState, dict[str, Any]]:
+        """One step. Pure: jit it, scan it, donate `params` and `state`.
+
+        Args:
+          params: parameters, laid out as for `init`.
+          batch: mapping with the model's inputs and targets (for `loss_fn` methods whatever that takes).
+          state: from `init` or the last step.
+          rng: random key, raw or typed; the step number is folded in, so the same key may be passed every time. `None`
+            is enough for methods that draw nothing.
+          curvature_batch: a batch for the curvature, where it is to differ from that of loss and gradient.
+
+        Returns:
+          (params, state, info). A step that would leave non-finite parameters, or that the damping rejects, returns the
+          parameters as they were.
+
+        Raises:
+          ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
+        """
+        trainable, frozen = self.assembly.partition.split(params)
+        proposal = self.propose(trainable, frozen, batch, state, rng, curvature_batch=curvature_batch)
+        return self.assembly.partition.merge(proposal.params, frozen), proposal.state, proposal.info
+
+    def propose(
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: Any,
+        state: MethodState,
+        rng: jax.Array | None = None,
+        *,
+        curvature_batch: Any | None = None,
+        gradient: PyTree | None = None,
+    ) -> Proposal:
+        """The step on trainable parameters alone, optionally with a gradient from outside.
+
+        Args:
+          trainable, frozen: the parameters as split by the method's partition.
+          batch, state, rng, curvature_batch: as in `step`.
+          gradient: used in place of the batch's own gradient (accumulated over many batches, say).
+        """
+        state.layout.check(trainable)
+        keys = _Keys.of(rng, state.step)
+        evaluation = self._evaluation(batch, frozen, state.model_state, keys)
+        self.assembly.curvature.check(trainable, evaluation)
+        apart = None
+        if curvature_batch is not None:
+            apart = self._evaluation(curvature_batch, frozen, state.model_state, keys)
+            self.assembly.curvature.check(trainable, apart)
+        plan = choose_solver(self.assembly, trainable, apart or evaluation)
+        return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
+
+    def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:
+        """The plan for these shapes, with costs; nothing is computed.
+
+        Args:
+          params, batch: arrays or `jax.ShapeDtypeStruct`s.
+          model_state: as for `init`.
+        """
+        trainable, frozen = self.assembly.partition.split(params)
+        keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
+        evaluation = self._evaluation(batch, frozen, model_state, keys)
+        self.assembly.curvature.check(trainable, evaluation)
+        return plan_for_shapes(self.assembly, trainable, evaluation)
+
+    def _evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: _Keys) -> Evaluation:
+        curvature = self.assembly.curvature
+        return Evaluation(
+            batch=batch,
+            frozen=frozen,
+            model_state=model_state,
+            model_key=keys.model if curvature.needs_model_key else None,
+            sample_key=keys.sample if curvature.is_random else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The independent keys of one step."""
+
+    model: jax.Array | None
+    sample: jax.Array | None
+    estimator: jax.Array | None
+
+    @staticmethod
+    def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
+        if rng is None:
+            return _Keys(None, None, None)
+        return _Keys(*jax.random.split(jax.random.fold_in(rng, step), 3))

@@ -1,0 +1,59 @@
+"""Methods from module objects."""
+
+from __future__ import annotations
+
+import optax
+
+from curvax.curvature import Curvature, Microbatched
+from curvax.damping import Constant, Damping
+from curvax.kernels._dispatch import Backend
+from curvax.method import Method
+from curvax.plan import Assembly, PlanMode
+from curvax.preconditioners import Identity, Preconditioner
+from curvax.solvers import Solver
+from curvax.telemetry import Telemetry
+from curvax.transform import build_transform
+
+
+def assemble(
+    *,
+    curvature: Curvature,
+    solver: Solver,
+    damping: Damping | None = None,
+    preconditioner: Preconditioner | None = None,
+    telemetry: Telemetry | None = None,
+    tx: optax.GradientTransformation | None = None,
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
+    plan: PlanMode = PlanMode.SHARED,
+) -> Method:
+    """A method from its modules.
+
+    Args:
+      curvature: `curvax.curvature.GaussNewton(Model(predict_fn), loss)` or `Hessian(LossFunction(loss_fn))`.
+      solver: `CG()`, `Cholesky()`, `RowSpace(...)`, `Diagonal(...)`, `Lineax(...)`, `Automatic((...))`.
+      damping: lam's policy; no damping if `None`.
+      preconditioner: for CG, or the whole of the diagonal lane.
+      telemetry: what `info` holds; the loss and lam if `None`.
+      tx: Optax chain behind the direction, sign included; the full direction with learning rate 1 if `None`.
+      microbatch_size: examples per accumulated piece.
+      backend: preferred implementation of kernels.
+      plan: `PlanMode.OFF` runs the modules without sharing and cadences.
+
+    Raises:
+      ValueError: modules that cannot work together.
+    """
+    if microbatch_size is not None:
+        curvature = Microbatched(curvature, microbatch_size)
+    return Method(
+        Assembly(
+            curvature=curvature,
+            solver=solver,
+            preconditioner=preconditioner or Identity(),
+            damping=damping or Constant(0.0),
+            transform=build_transform(tx=tx),
+            telemetry=telemetry or Telemetry(),
+            backend=backend,
+            mode=plan,
+        )
+    )

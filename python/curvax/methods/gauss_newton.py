@@ -1,0 +1,182 @@
+"""Gauss-Newton presets: SGN (parameter-space CG), EGN (row space), dense, and the automatic choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from curvax.curvature import GaussNewton, GeneralizedGaussNewton, Metric
+from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
+from curvax.method import Method
+from curvax.methods.options import (
+    CGOptions,
+    DampingOptions,
+    ModelOptions,
+    PrecondOptions,
+    SolveRecordOptions,
+    TransformOptions,
+)
+from curvax.methods.registry import preset
+from curvax.solvers import Automatic, Cholesky, RowSpace, Solver
+from curvax.structure.rows import DEFAULT_MAX_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussNewtonOptions(ModelOptions, DampingOptions, TransformOptions, SolveRecordOptions):
+    """Keywords that all Gauss-Newton presets share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGNFixedOptions(GaussNewtonOptions, CGOptions, PrecondOptions):
+    """Keywords of `sgn_ce` and `sgn_mse`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGNOptions(SGNFixedOptions):
+    """Keywords of `sgn`.
+
+    Attributes:
+      loss: loss in output space.
+      metric: which member of the Gauss-Newton family: GGN, Monte Carlo Fisher, empirical Fisher.
+    """
+
+    loss: Loss
+    metric: Metric = GeneralizedGaussNewton()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EGNFixedOptions(GaussNewtonOptions):
+    """Keywords of `egn_ce` and `egn_mse`.
+
+    Attributes:
+      max_bytes: bound on the memory of explicit rows.
+    """
+
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EGNOptions(EGNFixedOptions):
+    """Keywords of `egn`; `loss` and `metric` as in `sgn`."""
+
+    loss: Loss
+    metric: Metric = GeneralizedGaussNewton()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowCGOptions(GaussNewtonOptions, CGOptions):
+    """Keywords of `egn_mse_cg`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutomaticOptions(GaussNewtonOptions, CGOptions):
+    """Keywords of `gauss_newton`.
+
+    Attributes:
+      lam_policy: a trust region by default: the first damping need not be tuned.
+      max_bytes: bound on the memory of explicit rows.
+      loss, metric: as in `sgn`.
+    """
+
+    loss: Loss
+    metric: Metric = GeneralizedGaussNewton()
+    lam_policy: object = "trust_region"
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpringOptions(GaussNewtonOptions):
+    """Keywords of `spring`, with the defaults of its paper.
+
+    Attributes:
+      momentum: how much of the previous direction the regulariser pulls towards; 0.99.
+      lam0: 1e-3.
+      loss, metric: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
+      max_bytes: bound on the memory of explicit rows.
+    """
+
+    loss: Loss = SquaredError()
+    metric: Metric = GeneralizedGaussNewton()
+    momentum: float = 0.99
+    lam0: object = 1e-3
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+def _build(
+    options: GaussNewtonOptions, loss: Loss, solver: Solver, metric: Metric = GeneralizedGaussNewton()
+) -> Method:
+    return options.build(
+        GaussNewton(options.model, loss, metric),
+        solver,
+        damping=options.damping,
+        preconditioner=options.preconditioner if isinstance(options, PrecondOptions) else None,
+        transform=options.transform,
+        telemetry=options.telemetry,
+    )
+
+
+@preset("SGN: Gauss-Newton by CG in parameter space, any loss.", SGNOptions)
+def sgn(options: SGNOptions) -> Method:
+    """Stochastic Gauss-Newton (Gargiani et al. 2020): CG on the damped Gauss-Newton system in parameter space."""
+    return _build(options, options.loss, options.cg, options.metric)
+
+
+@preset("SGN (CE): Gauss-Newton by CG in parameter space, softmax cross entropy.", SGNFixedOptions)
+def sgn_ce(options: SGNFixedOptions) -> Method:
+    """`sgn` with softmax cross entropy."""
+    return _build(options, SoftmaxCrossEntropy(), options.cg)
+
+
+@preset("SGN (MSE): Gauss-Newton by CG in parameter space, squared error.", SGNFixedOptions)
+def sgn_mse(options: SGNFixedOptions) -> Method:
+    """`sgn` with squared error."""
+    return _build(options, SquaredError(), options.cg)
+
+
+@preset("EGN: exact Gauss-Newton direction by Cholesky in row space, any loss.", EGNOptions)
+def egn(options: EGNOptions) -> Method:
+    """Exact Gauss-Newton (Korbit et al. 2024): the damped system solved exactly through its batch x outputs rows."""
+    return _build(options, options.loss, RowSpace(Cholesky(), max_bytes=options.max_bytes), options.metric)
+
+
+@preset("EGN (CE): exact Gauss-Newton direction in row space, softmax cross entropy.", EGNFixedOptions)
+def egn_ce(options: EGNFixedOptions) -> Method:
+    """`egn` with softmax cross entropy."""
+    return _build(options, SoftmaxCrossEntropy(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
+
+
+@preset("EGN (MSE): exact Gauss-Newton direction in row space, squared error.", EGNFixedOptions)
+def egn_mse(options: EGNFixedOptions) -> Method:
+    """`egn` with squared error."""
+    return _build(options, SquaredError(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
+
+
+@preset("EGN (MSE) by CG in row space.", RowCGOptions)
+def egn_mse_cg(options: RowCGOptions) -> Method:
+    """Squared error, conjugate gradients in row space: the iterates of `sgn_mse`, on vectors of batch x outputs."""
+    return _build(options, SquaredError(), RowSpace(options.cg))
+
+
+@preset("Gauss-Newton (CE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
+def ggn_direct_ce(options: GaussNewtonOptions) -> Method:
+    """The dense parameters x parameters matrix of softmax cross entropy, factorised: exact, for small models."""
+    return _build(options, SoftmaxCrossEntropy(), Cholesky())
+
+
+@preset("Gauss-Newton (MSE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
+def ggn_direct_mse(options: GaussNewtonOptions) -> Method:
+    """The dense parameters x parameters matrix of squared error, factorised: exact, for small models."""
+    return _build(options, SquaredError(), Cholesky())
+
+
+@preset("Gauss-Newton, solver and lane chosen by the planner: start here.", AutomaticOptions)
+def gauss_newton(options: AutomaticOptions) -> Method:
+    """Damped Gauss-Newton with a trust region; the planner picks CG, row-space Cholesky or dense Cholesky by cost."""
+    candidates = (options.cg, RowSpace(Cholesky(), max_bytes=options.max_bytes), Cholesky())
+    return _build(options, options.loss, Automatic(candidates), options.metric)
+
+
+@preset("SPRING: row-space Cholesky with momentum in parameter space (VMC, PINNs).", SpringOptions)
+def spring(options: SpringOptions) -> Method:
+    """SPRING (Goldshlager, Abrahamsen and Lin 2024): the regulariser pulls towards the previous direction."""
+    solver = RowSpace(Cholesky(), momentum=options.momentum, max_bytes=options.max_bytes)
+    return _build(options, options.loss, solver, options.metric)

@@ -1,0 +1,95 @@
+"""The names under which Somax users know estimators and preconditioners, and errors that suggest the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartlett, Hutchinson
+from curvax.preconditioners import AdaHessianPower, Damped, EmaDiagonal, Identity, Jacobi, Preconditioner, SophiaFloor
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the closest known word, or the whole list if none is close."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(choices)}."
+
+
+def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for the first keyword that is not known, naming the nearest that is."""
+    choices = set(known)
+    for word in given:
+        if word not in choices:
+            raise TypeError(f"{owner} has no keyword '{word}'.{nearest(word, choices)}")
+
+
+def from_mapping(kind: Callable[..., T], fields: Mapping[str, Any], owner: str) -> T:
+    """Builds a dataclass from a mapping, checking the names first."""
+    names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    check_keywords(owner, fields, names)
+    return kind(**fields)
+
+
+def build_estimator(
+    estimator: DiagonalEstimator | str | None, fields: Mapping[str, Any] | None
+) -> DiagonalEstimator | None:
+    """A diagonal estimator from an object or its Somax name."""
+    if estimator is None or isinstance(estimator, DiagonalEstimator):
+        if fields:
+            raise ValueError("estimator_kwargs go with a named estimator: put them into the estimator object.")
+        return estimator
+    kinds: dict[str, Callable[..., DiagonalEstimator]] = {
+        "hutchinson": Hutchinson,
+        "gnb_ce": GaussNewtonBartlett,
+        "gnb": GaussNewtonBartlett,
+    }
+    if estimator not in kinds:
+        raise ValueError(f"there is no estimator {estimator!r}.{nearest(str(estimator), kinds)}")
+    return from_mapping(kinds[estimator], fields or {}, "estimator_kwargs")
+
+
+def build_preconditioner(
+    precond: Preconditioner | str | None, fields: Mapping[str, Any] | None, estimator: DiagonalEstimator | None
+) -> Preconditioner:
+    """A preconditioner from an object or its Somax name and an estimator."""
+    options = dict(fields or {})
+    if isinstance(precond, Preconditioner):
+        if options or estimator is not None:
+            raise ValueError(
+                "precond already is a preconditioner: drop estimator, estimator_kwargs and precond_kwargs."
+            )
+        return precond
+    if precond is None or precond == "identity":
+        if options or estimator is not None:
+            raise ValueError('estimator and precond_kwargs need a preconditioner to serve: set precond="diag_direct".')
+        return Identity()
+    if precond not in ("diag_direct", "diag_ema"):
+        raise ValueError(
+            f"there is no preconditioner {precond!r}.{nearest(str(precond), ('identity', 'diag_direct', 'diag_ema'))}"
+        )
+    chosen = estimator or Hutchinson()
+    if precond == "diag_direct":
+        check_keywords("precond_kwargs", options, ("every", "add_lam"))
+        return Jacobi(chosen, **options)
+    return _ema_diagonal(chosen, options)
+
+
+def _ema_diagonal(estimator: DiagonalEstimator, options: dict[str, Any]) -> EmaDiagonal:
+    """EMA of a diagonal as preconditioner of CG: plain, or with AdaHessian's or Sophia's denominator."""
+    known = ("beta2", "hessian_power", "eps", "spatial_averaging", "eval_every_k", "gamma")
+    check_keywords("precond_kwargs", options, known)
+    beta2, every = options.get("beta2", 0.999), options.get("eval_every_k", 1)
+    if options.get("spatial_averaging") and isinstance(estimator, Hutchinson):
+        estimator = dataclasses.replace(estimator, block_average=BlockAverage())
+    if options.get("gamma") is not None:
+        denominator = SophiaFloor(options["gamma"], options.get("eps", 1e-8))
+    elif "hessian_power" in options:
+        denominator = AdaHessianPower(options["hessian_power"], options.get("eps", 1e-8))
+    else:
+        denominator = Damped()
+    return EmaDiagonal(estimator, beta2=beta2, every=every, denominator=denominator)

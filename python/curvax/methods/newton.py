@@ -1,0 +1,86 @@
+"""Newton presets: the Hessian of a loss function, by CG or dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from curvax.curvature import Hessian, LossFunction, Model, ModelLoss, Objective
+from curvax.losses import Loss
+from curvax.method import Method
+from curvax.methods.options import (
+    CGOptions,
+    CommonOptions,
+    DampingOptions,
+    PrecondOptions,
+    SolveRecordOptions,
+    TransformOptions,
+)
+from curvax.methods.registry import preset
+from curvax.solvers import Cholesky
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HessianOptions(CommonOptions):
+    """Keywords of presets on the Hessian: a loss function, or a model and a loss.
+
+    Attributes:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      predict_fn, loss: in place of `loss_fn`: a model and a loss in output space.
+      x_key, y_key, weight_key: keys of the batch; with `loss_fn` the function reads the batch itself and they are unused.
+      reduction: how `loss_fn` combines examples, for microbatching.
+    """
+
+    loss_fn: Callable[..., Any] | None = None
+    predict_fn: Callable[..., Any] | None = None
+    loss: Loss | None = None
+    x_key: str = "x"
+    y_key: str = "y"
+    weight_key: str | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+
+    @property
+    def objective(self) -> Objective:
+        if self.loss_fn is not None:
+            if self.predict_fn is not None or self.loss is not None:
+                raise ValueError("give loss_fn, or predict_fn and loss, not both.")
+            return LossFunction(self.loss_fn, self.extras, self.reduction)
+        if self.predict_fn is None or self.loss is None:
+            raise TypeError("loss_fn is missing: pass loss_fn(params, batch) -> scalar, or predict_fn and loss.")
+        return ModelLoss(Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras), self.loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewtonCGOptions(HessianOptions, DampingOptions, CGOptions, PrecondOptions, TransformOptions, SolveRecordOptions):
+    """Keywords of `newton_cg`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewtonDirectOptions(HessianOptions, DampingOptions, TransformOptions, SolveRecordOptions):
+    """Keywords of `newton_direct`."""
+
+
+@preset("Newton-CG: the Hessian of a loss function by CG, negative curvature reported.", NewtonCGOptions)
+def newton_cg(options: NewtonCGOptions) -> Method:
+    """Truncated Newton (Martens 2010): CG on the damped Hessian, ended by negative curvature."""
+    return options.build(
+        Hessian(options.objective),
+        options.cg,
+        damping=options.damping,
+        preconditioner=options.preconditioner,
+        transform=options.transform,
+        telemetry=options.telemetry,
+    )
+
+
+@preset("Newton with a dense Hessian (small models).", NewtonDirectOptions)
+def newton_direct(options: NewtonDirectOptions) -> Method:
+    """The dense damped Hessian, factorised; where indefinite, by the magnitudes of its eigenvalues."""
+    return options.build(
+        Hessian(options.objective),
+        Cholesky(),
+        damping=options.damping,
+        transform=options.transform,
+        telemetry=options.telemetry,
+    )

@@ -1,0 +1,260 @@
+"""Keyword groups that presets share, each with its checks.
+
+A preset's keywords are the fields of a frozen dataclass that inherits the groups it needs, so that a keyword has one
+default, one meaning and one check wherever it appears.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import optax
+
+from curvax.curvature import Curvature, Extras, Microbatched, Model, Partition
+from curvax.curvature.partition import Mask
+from curvax.damping import Constant, Damping, Scheduled, TrustRegion
+from curvax.damping.base import ScalarLike
+from curvax.estimators import DiagonalEstimator
+from curvax.kernels._dispatch import Backend
+from curvax.method import Method
+from curvax.methods.names import build_estimator, build_preconditioner, from_mapping
+from curvax.plan import Assembly, PlanMode
+from curvax.preconditioners import Identity, Preconditioner
+from curvax.solvers import CG, MartensStop, Solver
+from curvax.telemetry import Metric, Record, Telemetry
+from curvax.transform import ScalarOrSchedule, build_transform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """Keywords of every preset.
+
+    Attributes:
+      backend: preferred implementation of kernels; "auto" takes the best supported one of each.
+      plan: "shared", or "off" to run without sharing and cadences, for comparison.
+      has_state, has_aux, has_rng: what the model takes and returns beside the plain signature (`curvature.Extras`).
+      frozen: tree of booleans (or a function to one): True keeps a parameter as it is.
+      microbatch_size: accumulate over pieces of so many examples; `None` takes the batch at once.
+    """
+
+    backend: Backend = "auto"
+    plan: Literal["shared", "off"] = "shared"
+    has_state: bool = False
+    has_aux: bool = False
+    has_rng: bool = False
+    frozen: Mask | None = None
+    microbatch_size: int | None = None
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.has_state, self.has_aux, self.has_rng, Partition(self.frozen))
+
+    def build(
+        self,
+        curvature: Curvature,
+        solver: Solver,
+        *,
+        transform: optax.GradientTransformationExtraArgs,
+        damping: Damping | None = None,
+        preconditioner: Preconditioner | None = None,
+        telemetry: Telemetry,
+    ) -> Method:
+        """The method from its modules and these options."""
+        if self.plan not in ("shared", "off"):
+            raise ValueError(f'plan must be "shared" or "off", not {self.plan!r}.')
+        if self.microbatch_size is not None:
+            curvature = Microbatched(curvature, self.microbatch_size)
+        return Method(
+            Assembly(
+                curvature=curvature,
+                solver=solver,
+                preconditioner=preconditioner or Identity(),
+                damping=damping or Constant(0.0),
+                transform=transform,
+                telemetry=telemetry,
+                backend=self.backend,
+                mode=PlanMode(self.plan),
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(CommonOptions):
+    """Keywords of presets on a model with outputs.
+
+    Attributes:
+      predict_fn: `predict_fn(params, inputs) -> outputs`, acting on each example of the leading axis by itself.
+      x_key, y_key: keys of inputs and targets in the batch.
+      weight_key: key of per-example weights or a mask; `None` for none.
+    """
+
+    predict_fn: Callable[..., Any]
+    x_key: str = "x"
+    y_key: str = "y"
+    weight_key: str | None = None
+
+    @property
+    def model(self) -> Model:
+        if not callable(self.predict_fn):
+            raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
+        return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DampingOptions:
+    """Keywords of presets that solve a damped system.
+
+    Attributes:
+      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`.
+      lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule".
+      lam_kwargs: further fields of the policy, checked by name.
+    """
+
+    lam_policy: Damping | Literal["const", "schedule", "trust_region"] = "const"
+    lam0: ScalarLike | optax.Schedule = 1.0
+    lam_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def damping(self) -> Damping:
+        if isinstance(self.lam_policy, Damping):
+            if self.lam_kwargs:
+                raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
+            return self.lam_policy
+        if callable(self.lam0):
+            return Scheduled(self.lam0)
+        if self.lam_policy == "const":
+            return from_mapping(Constant, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
+        if self.lam_policy == "trust_region":
+            return from_mapping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
+        raise ValueError(
+            f'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
+            f"not {self.lam_policy!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CGOptions:
+    """Keywords of presets that iterate.
+
+    Attributes:
+      tol: relative residual at which CG stops.
+      maxiter: most CG iterations.
+      warm_start: start from the previous solution.
+      stabilise_every: iterations between recomputed residuals.
+      stop: Martens' stopping rule, or `None`.
+    """
+
+    tol: float = 1e-5
+    maxiter: int = 20
+    warm_start: bool = True
+    stabilise_every: int = 50
+    stop: MartensStop | None = None
+
+    @property
+    def cg(self) -> CG:
+        return CG(self.tol, self.maxiter, self.warm_start, self.stabilise_every, self.stop)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecondOptions:
+    """Keywords of presets whose CG takes a preconditioner.
+
+    Attributes:
+      estimator: a `DiagonalEstimator`, or "hutchinson" or "gnb_ce".
+      estimator_kwargs: fields of a named estimator.
+      precond: a `Preconditioner`, or "identity", "diag_direct" or "diag_ema", the latter two on `estimator`.
+      precond_kwargs: fields of a named preconditioner.
+    """
+
+    estimator: DiagonalEstimator | str | None = None
+    estimator_kwargs: Mapping[str, Any] | None = None
+    precond: Preconditioner | str | None = None
+    precond_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        estimator = build_estimator(self.estimator, self.estimator_kwargs)
+        return build_preconditioner(self.precond, self.precond_kwargs, estimator)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformOptions:
+    """Keywords of the Optax chain behind the direction (`curvax.transform.build_transform`).
+
+    Attributes:
+      learning_rate: scalar or schedule.
+      clip_norm: bound on the direction's global norm.
+      weight_decay, weight_decay_mask: decoupled weight decay and what it applies to.
+      direction_momentum, nesterov: momentum on the direction.
+      tx: an Optax chain in place of all of these.
+    """
+
+    learning_rate: ScalarOrSchedule = 1.0
+    clip_norm: float | None = None
+    weight_decay: float | None = None
+    weight_decay_mask: Any | None = None
+    direction_momentum: float | None = None
+    nesterov: bool = False
+    tx: optax.GradientTransformation | None = None
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        return build_transform(
+            tx=self.tx,
+            learning_rate=self.learning_rate,
+            clip_norm=self.clip_norm,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=self.weight_decay_mask,
+            direction_momentum=self.direction_momentum,
+            nesterov=self.nesterov,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossRecordOptions:
+    """Telemetry keywords of every preset; a period below 1 leaves the metric out.
+
+    Attributes:
+      record_loss_every_k: period of `loss`, which costs nothing beyond the gradient.
+      metrics: further `telemetry.Record`s.
+    """
+
+    record_loss_every_k: int = 1
+    metrics: tuple[Record, ...] = ()
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return Telemetry(self.loss_records + self.metrics)
+
+    @property
+    def loss_records(self) -> tuple[Record, ...]:
+        return (Record(Metric.LOSS, self.record_loss_every_k),) if self.record_loss_every_k > 0 else ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolveRecordOptions(LossRecordOptions):
+    """Telemetry keywords of presets that solve a damped system.
+
+    Attributes:
+      record_rho_every_k: period of `rho`, `predicted` and `loss_after`: one forward pass and one product.
+      record_lam: report `lam`.
+      record_cg_stats: report `result`, `iterations` and the true `residual` (one product).
+    """
+
+    record_rho_every_k: int = -1
+    record_lam: bool = True
+    record_cg_stats: bool = True
+
+    @property
+    def telemetry(self) -> Telemetry:
+        records = self.loss_records
+        if self.record_lam:
+            records += (Record(Metric.LAM),)
+        if self.record_cg_stats:
+            records += (Record(Metric.RESULT), Record(Metric.ITERATIONS), Record(Metric.RESIDUAL))
+        if self.record_rho_every_k > 0:
+            every = self.record_rho_every_k
+            records += (Record(Metric.RHO, every), Record(Metric.PREDICTED, every), Record(Metric.LOSS_AFTER, every))
+        return Telemetry(records + self.metrics)

@@ -1,0 +1,76 @@
+"""Presets by name: keywords checked, signatures visible to people and type checkers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from curvax.method import Method
+from curvax.methods.names import check_keywords, nearest
+
+P = ParamSpec("P")
+O = TypeVar("O")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """A preset as `describe` returns it."""
+
+    name: str
+    description: str
+    signature: inspect.Signature
+    doc: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.signature}\n{self.description}"
+
+
+_PRESETS: dict[str, tuple[Callable[..., Method], MethodInfo]] = {}
+
+
+def preset(description: str, options: Callable[P, O]) -> Callable[[Callable[[O], Method]], Callable[P, Method]]:
+    """Registers `build(options) -> Method` as a preset whose keywords are the fields of the dataclass `options`."""
+
+    def register(build: Callable[[O], Method]) -> Callable[P, Method]:
+        name = build.__name__
+        signature = inspect.signature(options)
+        required = [p.name for p in signature.parameters.values() if p.default is inspect.Parameter.empty]
+
+        @functools.wraps(build)
+        def method(*args: P.args, **kwargs: P.kwargs) -> Method:
+            if args:
+                raise TypeError(f"{name} takes keywords only: write {name}({required[0]}=...).")
+            check_keywords(name, kwargs, signature.parameters)
+            missing = [word for word in required if word not in kwargs]
+            if missing:
+                raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
+            return build(options(*args, **kwargs))
+
+        method.__signature__ = signature.replace(return_annotation=Method)  # type: ignore[attr-defined]
+        info = MethodInfo(name, description, signature, inspect.getdoc(build) or description)
+        _PRESETS[name] = (method, info)
+        return method
+
+    return register
+
+
+def make(name: str, /, **options: Any) -> Method:
+    """The preset of that name; unknown names and keywords name the nearest known one."""
+    if name not in _PRESETS:
+        raise ValueError(f"there is no method {name!r}.{nearest(name, _PRESETS)}")
+    return _PRESETS[name][0](**options)
+
+
+def list_methods() -> dict[str, str]:
+    """Preset names with one line each."""
+    return {name: info.description for name, (_, info) in sorted(_PRESETS.items())}
+
+
+def describe(name: str) -> MethodInfo:
+    """Name, description and signature of a preset."""
+    if name not in _PRESETS:
+        raise ValueError(f"there is no method {name!r}.{nearest(name, _PRESETS)}")
+    return _PRESETS[name][1]

@@ -1,0 +1,256 @@
+"""curvax as Optax transformations.
+
+`scale_by_*` turn the incoming updates g into s with (C + lam I) s = g (or the diagonal lane's s), without sign or learning
+rate: chain them with `optax.scale_by_learning_rate`. `as_gradient_transformation(method)` is a whole method: its update
+includes the method's own transform and rejection. Both take the incoming updates as the gradient, so clipping before
+them, or accumulation by `optax.MultiSteps`, is respected, and both need what a gradient alone cannot tell:
+
+    updates, state = tx.update(grads, state, params, batch=batch, rng=rng)
+
+Inside `optax.masked`, `optax.partition` and the like, parameters arrive with holes (`optax.MaskedNode`); the model still
+needs all of them: pass `full_params=params` to `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.curvature import Extras, GaussNewton, GeneralizedGaussNewton, Hessian, LossFunction, Metric, Model
+from curvax.damping import Constant
+from curvax.damping.base import ScalarLike
+from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
+from curvax.execute import MethodState
+from curvax.kernels._dispatch import Backend
+from curvax.losses import Loss, SoftmaxCrossEntropy
+from curvax.method import Method
+from curvax.methods.assemble import assemble
+from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
+from curvax.solvers import CG, Cholesky, Diagonal, RowSpace, Solver
+from curvax.telemetry import Telemetry
+from curvax.tree import PyTree
+
+
+def as_gradient_transformation(method: Method, *, model_state: PyTree = None) -> optax.GradientTransformationExtraArgs:
+    """A method as an Optax transformation.
+
+    `update(updates, state, params, *, batch, rng=None, curvature_batch=None, full_params=None, model_state=None)` returns
+    what `optax.apply_updates` adds to the parameters: zero for a step that is not taken.
+
+    Args:
+      method: any method.
+      model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
+
+    Raises (in `update`):
+      ValueError: `params`, `batch` or `full_params` is missing where it is needed.
+    """
+
+    def init(params: PyTree) -> MethodState:
+        return method.init(params, model_state=model_state)
+
+    def update(
+        updates: PyTree,
+        state: MethodState,
+        params: PyTree | None = None,
+        *,
+        batch: Any = None,
+        rng: jax.Array | None = None,
+        curvature_batch: Any | None = None,
+        full_params: PyTree | None = None,
+        **unused: Any,
+    ) -> tuple[PyTree, MethodState]:
+        del unused  # Optax passes every extra argument to every transformation of a chain.
+        if params is None:
+            raise ValueError("curvature is taken at the parameters: call update(grads, state, params, batch=batch).")
+        if batch is None:
+            raise ValueError("curvature is taken on a batch: call update(grads, state, params, batch=batch).")
+        trainable, frozen = _split(method, params, full_params)
+        gradient = jax.tree.map(lambda t, u: None if t is None else u, trainable, updates, is_leaf=_is_none)
+        proposal = method.propose(
+            trainable, frozen, batch, state, rng, curvature_batch=curvature_batch, gradient=gradient
+        )
+        return _fill(proposal.update, trainable, updates), proposal.state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _split(method: Method, params: PyTree, full_params: PyTree | None) -> tuple[PyTree, PyTree]:
+    """Trainable parameters (holes stay holes) and the rest, from the full parameters where there are holes."""
+    trainable, frozen = method.assembly.partition.split(params)
+    if not any(_is_hole(x) for x in jax.tree.leaves(params, is_leaf=_is_hole)):
+        return trainable, frozen
+    if full_params is None:
+        raise ValueError(
+            "these parameters are masked (optax.masked or optax.partition), and the model needs all of them: "
+            "pass full_params=params to update."
+        )
+
+    def choose(p: Any, own: Any, full: Any) -> Any:
+        return full if _is_hole(p) else own
+
+    return trainable, jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
+
+
+def _fill(update: PyTree, trainable: PyTree, updates: PyTree) -> PyTree:
+    """Updates in the dtypes of the parameters, zero for frozen ones."""
+    return jax.tree.map(
+        lambda t, s, g: jnp.zeros_like(g) if t is None else s.astype(t.dtype),
+        trainable, update, updates, is_leaf=_is_none,
+    )  # fmt: skip
+
+
+def scale_by_ggn(
+    predict_fn: Callable[..., Any],
+    loss: Loss,
+    lam: ScalarLike = 1.0,
+    *,
+    solver: Solver = CG(),
+    metric: Metric = GeneralizedGaussNewton(),
+    x_key: str = "x",
+    y_key: str = "y",
+    weight_key: str | None = None,
+    extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """g -> (C + lam I)^-1 g with C from the Gauss-Newton family.
+
+    Args:
+      predict_fn: `predict_fn(params, inputs) -> outputs`.
+      loss: loss in output space.
+      lam: damping; may be traced, so `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` schedules it.
+      solver: `CG()`, `RowSpace(Cholesky())`, ...
+      metric: GGN, Monte Carlo Fisher or empirical Fisher.
+      x_key, y_key, weight_key: keys of the batch.
+      extras: model state, aux, random key, frozen parameters.
+      microbatch_size: examples per accumulated piece.
+      backend: preferred implementation of kernels.
+    """
+    model = Model(predict_fn, x_key, y_key, weight_key, extras)
+    method = assemble(
+        curvature=GaussNewton(model, loss, metric),
+        solver=solver,
+        damping=Constant(lam),
+        telemetry=Telemetry(()),
+        tx=optax.identity(),
+        microbatch_size=microbatch_size,
+        backend=backend,
+    )
+    return as_gradient_transformation(method)
+
+
+def scale_by_egn(
+    predict_fn: Callable[..., Any], loss: Loss, lam: ScalarLike = 1.0, *, x_key: str = "x", y_key: str = "y"
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_ggn` solved exactly in row space."""
+    return scale_by_ggn(predict_fn, loss, lam, solver=RowSpace(Cholesky()), x_key=x_key, y_key=y_key)
+
+
+def scale_by_newton_cg(
+    loss_fn: Callable[..., Any],
+    lam: ScalarLike = 1.0,
+    *,
+    solver: Solver = CG(),
+    extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`; arguments as in `scale_by_ggn`."""
+    method = assemble(
+        curvature=Hessian(LossFunction(loss_fn, extras)),
+        solver=solver,
+        damping=Constant(lam),
+        telemetry=Telemetry(()),
+        tx=optax.identity(),
+        microbatch_size=microbatch_size,
+        backend=backend,
+    )
+    return as_gradient_transformation(method)
+
+
+def scale_by_sophia_g(
+    predict_fn: Callable[..., Any],
+    loss: Loss = SoftmaxCrossEntropy(),
+    *,
+    beta1: float = 0.965,
+    beta2: float = 0.99,
+    gamma: float = 0.05,
+    every: int = 10,
+    clip_value: float = 1.0,
+    n_samples: int = 1,
+    x_key: str = "x",
+    y_key: str = "y",
+    extras: Extras = Extras(),
+) -> optax.GradientTransformationExtraArgs:
+    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels; see `curvax.sophia_g`."""
+    preconditioner = EmaDiagonal(
+        GaussNewtonBartlett(n_samples), beta2=beta2, every=every, denominator=SophiaFloor(gamma)
+    )
+    method = assemble(
+        curvature=GaussNewton(Model(predict_fn, x_key, y_key, None, extras), loss),
+        solver=Diagonal(beta1),
+        preconditioner=preconditioner,
+        telemetry=Telemetry(()),
+        tx=optax.clip(clip_value),
+    )
+    return as_gradient_transformation(method)
+
+
+def scale_by_sophia_h(
+    loss_fn: Callable[..., Any],
+    *,
+    beta1: float = 0.965,
+    beta2: float = 0.99,
+    gamma: float = 0.01,
+    every: int = 10,
+    clip_value: float = 1.0,
+    n_probes: int = 1,
+    extras: Extras = Extras(),
+) -> optax.GradientTransformationExtraArgs:
+    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes; see `curvax.sophia_h`."""
+    preconditioner = EmaDiagonal(Hutchinson(n_probes), beta2=beta2, every=every, denominator=SophiaFloor(gamma))
+    method = assemble(
+        curvature=Hessian(LossFunction(loss_fn, extras)),
+        solver=Diagonal(beta1),
+        preconditioner=preconditioner,
+        telemetry=Telemetry(()),
+        tx=optax.clip(clip_value),
+    )
+    return as_gradient_transformation(method)
+
+
+def scale_by_adahessian(
+    loss_fn: Callable[..., Any],
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    power: float = 1.0,
+    eps: float = 1e-4,
+    every: int = 1,
+    n_probes: int = 1,
+    block_average: BlockAverage | None = BlockAverage(),
+    extras: Extras = Extras(),
+) -> optax.GradientTransformationExtraArgs:
+    """g -> mean of g / (root mean square diagonal + floor); see `curvax.adahessian`."""
+    estimator = Hutchinson(n_probes, block_average=block_average)
+    preconditioner = EmaDiagonal(estimator, beta2=beta2, every=every, denominator=AdaHessianPower(power, eps))
+    method = assemble(
+        curvature=Hessian(LossFunction(loss_fn, extras)),
+        solver=Diagonal(beta1),
+        preconditioner=preconditioner,
+        telemetry=Telemetry(()),
+        tx=optax.identity(),
+    )
+    return as_gradient_transformation(method)

@@ -1,0 +1,15 @@
+"""Planning: requirements to a static, printable plan."""
+
+from curvax.plan.assembly import Assembly as Assembly
+from curvax.plan.assembly import PlanMode as PlanMode
+from curvax.plan.cost import Cost as Cost
+from curvax.plan.plan import Candidate as Candidate
+from curvax.plan.plan import PartCost as PartCost
+from curvax.plan.plan import Plan as Plan
+from curvax.plan.planner import choose_solver as choose_solver
+from curvax.plan.planner import kernel_choices as kernel_choices
+from curvax.plan.planner import plan_for_shapes as plan_for_shapes
+from curvax.plan.planner import plan_method as plan_method
+from curvax.plan.requirements import Cadence as Cadence
+from curvax.plan.requirements import Part as Part
+from curvax.plan.requirements import Requirement as Requirement

@@ -1,0 +1,41 @@
+"""The modules of a method, before they are planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import optax
+
+from curvax.curvature import Curvature, Partition
+from curvax.damping import Damping
+from curvax.kernels._dispatch import Backend
+from curvax.preconditioners import Preconditioner
+from curvax.solvers import Solver
+from curvax.telemetry import Telemetry
+
+
+class PlanMode(enum.Enum):
+    """`SHARED` does common work once and cadence work at its cadence; `OFF` runs the same modules without either."""
+
+    SHARED = "shared"
+    OFF = "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """What a method is made of; each part can be swapped for another of its kind."""
+
+    curvature: Curvature
+    solver: Solver
+    preconditioner: Preconditioner
+    damping: Damping
+    transform: optax.GradientTransformationExtraArgs
+    telemetry: Telemetry
+    backend: Backend = "auto"
+    mode: PlanMode = PlanMode.SHARED
+
+    @property
+    def partition(self) -> Partition:
+        """Which parameters train."""
+        return self.curvature.partition

@@ -1,0 +1,115 @@
+"""Floating-point operations, bytes and memory, counted on jaxprs: an estimate that knows loops.
+
+XLA's own analysis counts the body of a while loop once; here a scan counts as often as it runs. Matrix products and
+convolutions are counted exactly, every other equation as one operation per element of its result. Bytes count operands
+and results of matrix products and convolutions and the results of everything else, as if XLA fused each elementwise
+chain into its consumer's single pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr
+
+from curvax.curvature.differentiate import subjaxprs
+
+_FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Work of one execution.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes: bytes moved to and from memory.
+      memory: bytes alive at once beyond the arguments.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    memory: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, max(self.memory, other.memory))
+
+    def times(self, count: float) -> Cost:
+        """The work `count` times over, one after another."""
+        return Cost(self.flops * count, self.bytes * count, self.memory)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays (or shapes) in a tree."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Cost:
+    """Flops and bytes of `function` on arguments given as arrays or shapes."""
+    return _jaxpr_cost(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def residual_bytes(function: Callable[[Any], Any], params: Any) -> int:
+    """Bytes that reverse mode keeps between the forward and the backward pass of `function` at `params`."""
+    pullback = jax.eval_shape(lambda p: jax.vjp(function, p)[1], params)
+    return nbytes(pullback)
+
+
+def _jaxpr_cost(jaxpr: Jaxpr) -> Cost:
+    total = Cost()
+    for eqn in jaxpr.eqns:
+        total = total + _equation_cost(eqn)
+    return total
+
+
+def _equation_cost(eqn: Any) -> Cost:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _sum(subjaxprs(params)).times(params["length"])
+    if name == "cond":
+        costs = [_jaxpr_cost(sub) for sub in subjaxprs(params)]
+        return max(costs, key=lambda c: c.flops)
+    inner = list(subjaxprs(params))
+    if inner and name != "custom_jvp_call":
+        return _sum(inner)
+    if inner:
+        return _jaxpr_cost(inner[0])
+    results = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype"))
+    if name == "dot_general":
+        return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results)
+    if name == "conv_general_dilated":
+        return Cost(_conv_flops(eqn), _operand_bytes(eqn) + results)
+    if name in _FREE:
+        return Cost()
+    return Cost(float(sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))), float(results))
+
+
+def _sum(jaxprs: Any) -> Cost:
+    total = Cost()
+    for jaxpr in jaxprs:
+        total = total + _jaxpr_cost(jaxpr)
+    return total
+
+
+def _operand_bytes(eqn: Any) -> float:
+    return float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.invars))
+
+
+def _dot_flops(eqn: Any) -> float:
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+    return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _conv_flops(eqn: Any) -> float:
+    kernel = eqn.invars[1].aval.shape
+    numbers = eqn.params["dimension_numbers"]
+    features_out = kernel[numbers.rhs_spec[0]]
+    per_output = math.prod(kernel) / max(features_out, 1)
+    # A dilated input is mostly zeros: as many products as the undilated transpose has.
+    dilation = math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape) / dilation

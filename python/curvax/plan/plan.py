@@ -1,0 +1,140 @@
+"""The plan: lane, parts, implementations, cost; and how it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from curvax.curvature import Needs
+from curvax.kernels._dispatch import Choice
+from curvax.plan.assembly import PlanMode
+from curvax.plan.cost import Cost
+from curvax.plan.requirements import Cadence, Part, Requirement
+from curvax.solvers import Lane, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A solver that could serve the method, and what it is predicted to cost per step."""
+
+    index: int
+    solver: Solver
+    cost: Cost
+    seconds: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PartCost:
+    """Predicted work of one part, per time that it runs, and the rate at which it runs."""
+
+    part: Part
+    cost: Cost
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static answer to what one step does. Made before tracing; printed by `explain`.
+
+    Attributes:
+      lane: where the linear system lives; `None` while an automatic choice waits for the shapes of a batch.
+      solver: the chosen solver, and its index among automatic candidates.
+      needs: what the linearization of every step offers.
+      requirements: parts with cadence and requester.
+      refresh, evaluate, predict: cadences of the preconditioner's refresh, the loss after the step, the predicted decrease.
+      refresh_apart: the refresh linearizes inside its own branch, so that its residuals live only there.
+      refresh_needs: what that linearization offers.
+      predict_apart: likewise for the predicted decrease.
+      mode: shared or off.
+      choices: implementation of each op, with the reason.
+      candidates: what an automatic choice chose from.
+      costs: predicted work by part; empty without shapes.
+      notes: facts found while planning (custom_vjp, frozen leaves, fallbacks).
+    """
+
+    lane: Lane | None
+    solver: Solver
+    solver_index: int | None
+    needs: Needs
+    requirements: tuple[Requirement, ...]
+    refresh: Cadence
+    evaluate: Cadence
+    predict: Cadence
+    refresh_apart: bool
+    refresh_needs: Needs
+    predict_apart: bool
+    mode: PlanMode
+    modules: tuple[tuple[str, str], ...]
+    choices: tuple[Choice, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    costs: tuple[PartCost, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted work of an average step."""
+        total = Cost()
+        for part in self.costs:
+            total = total + part.cost.times(part.rate)
+        return total
+
+    def explain(self) -> str:
+        """The plan as text: lane, modules, parts with cadence, implementations, candidates, cost, notes."""
+        sections = [
+            self._header(),
+            _table("module", [f"{kind:<15}{name}" for kind, name in self.modules]),
+            _table("part", [_requirement_line(r) for r in self.requirements]),
+            _table("kernel", [f"{c.op:<15}{c.implementation:<11}{c.reason}" for c in self.choices]),
+            _table("candidate", [self._candidate_line(c) for c in self.candidates]),
+            _table("cost", self._cost_lines()),
+            _table("note", list(self.notes)),
+        ]
+        return "\n".join(section for section in sections if section)
+
+    def _header(self) -> str:
+        lane = self.lane.value if self.lane is not None else "chosen from the shapes of the first batch"
+        sharing = "" if self.mode is PlanMode.SHARED else " (plan off: nothing shared, cadence work in every step)"
+        return f"plan: lane {lane}, {self.solver.name}{sharing}"
+
+    def _candidate_line(self, candidate: Candidate) -> str:
+        mark = "->" if candidate.index == self.solver_index else "  "
+        return (
+            f"{mark} {candidate.solver.name:<58}{_si(candidate.cost.flops, 'FLOP'):>12}"
+            f"{_bytes(candidate.cost.memory):>11}  {candidate.reason}"
+        )
+
+    def _cost_lines(self) -> list[str]:
+        if not self.costs:
+            return ["needs shapes: ask method.plan_for(params, batch)"]
+        lines = [
+            f"{p.part.value:<22}{_si(p.cost.flops, 'FLOP'):>12}{_bytes(p.cost.bytes):>11} moved"
+            f"{_bytes(p.cost.memory):>11} alive  x {p.rate:.2f} per step"
+            for p in self.costs
+        ]
+        total = self.cost
+        return [
+            *lines,
+            f"{'step, on average':<22}{_si(total.flops, 'FLOP'):>12}{_bytes(total.bytes):>11} moved"
+            f"{_bytes(total.memory):>11} peak",
+        ]
+
+
+def _requirement_line(requirement: Requirement) -> str:
+    return f"{requirement.part.value:<22}{requirement.cadence!s:<26}{requirement.by}"
+
+
+def _table(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    return "\n".join(f"  {title if i == 0 else '':<11}{line}" for i, line in enumerate(lines))
+
+
+def _si(value: float, unit: str) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _bytes(value: float) -> str:
+    return _si(value, "B")

@@ -1,0 +1,315 @@
+"""From requirements to a plan: lane, cadences, sharing, implementations, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.curvature import Curvature, Evaluation, Microbatched, Needs
+from curvax.curvature.differentiate import uses_custom_vjp
+from curvax.estimators import GaussNewtonBartlett, Hutchinson
+from curvax.kernels import tree_cg
+from curvax.kernels._dispatch import Choice, Request, resolve
+from curvax.plan import cost as costing
+from curvax.plan.assembly import Assembly, PlanMode
+from curvax.plan.cost import Cost
+from curvax.plan.plan import Candidate, PartCost, Plan
+from curvax.plan.requirements import Cadence, Part, Requirement
+from curvax.preconditioners import EmaDiagonal, Identity, Jacobi, NystromPreconditioner, Preconditioner
+from curvax.solvers import CG, Automatic, Cholesky, Lane, RowSpace, Solver
+from curvax.tree import PyTree
+
+# What a byte moved costs in FLOPs: CPUs and GPUs do some tens of operations in the time of a float32 load.
+_FLOPS_PER_BYTE = 8.0
+# Triangular factorisations reach a fraction of the speed of matrix products.
+_CHOLESKY_SLOWDOWN = 4.0
+_EVERY_STEP = Cadence((1,))
+
+
+def plan_method(assembly: Assembly) -> Plan:
+    """The plan without shapes. Raises ValueError for modules that cannot work together."""
+    solver = assembly.solver
+    if isinstance(solver, Automatic):
+        solver_index, lane, chosen = None, None, solver
+    else:
+        solver_index, lane, chosen = None, solver.lane, solver
+    return _plan(assembly, chosen, lane, solver_index)
+
+
+def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Plan:
+    """The plan for the shapes of trainable parameters and batch: chooses automatic solvers, adds cost and notes."""
+    candidates: tuple[Candidate, ...] = ()
+    solver, index = assembly.solver, None
+    shapes = _Shapes.of(assembly, params, evaluation)
+    if isinstance(solver, Automatic):
+        candidates = tuple(_candidate(i, c, shapes) for i, c in enumerate(solver.candidates))
+        best = min(candidates, key=lambda c: c.seconds)
+        solver, index = best.solver, best.index
+    plan = _plan(assembly, solver, solver.lane, index)
+    return dataclasses.replace(
+        plan,
+        candidates=candidates,
+        choices=kernel_choices(assembly, solver, params),
+        costs=_costs(assembly, plan, shapes),
+        notes=plan.notes + _shape_notes(assembly, params, evaluation),
+    )
+
+
+def kernel_choices(assembly: Assembly, solver: Solver, params: PyTree) -> tuple[Choice, ...]:
+    """The implementation of each op that the solver uses, for these parameter shapes."""
+    if not isinstance(solver, CG):
+        return ()
+    wide = jax.eval_shape(tree.widen, params)
+    return tuple(resolve(op, assembly.backend, Request.of(wide)) for op in tree_cg.OPS)
+
+
+def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Plan:
+    """The plan that execution follows: automatic choices made, no cost counted beyond what they need."""
+    solver = assembly.solver
+    if not isinstance(solver, Automatic):
+        return _plan(assembly, solver, solver.lane, None)
+    shapes = _Shapes.of(assembly, params, evaluation)
+    best = min((_candidate(i, c, shapes) for i, c in enumerate(solver.candidates)), key=lambda c: c.seconds)
+    return _plan(assembly, best.solver, best.solver.lane, best.index)
+
+
+def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None) -> Plan:
+    _check(assembly, solver)
+    shared = assembly.mode is PlanMode.SHARED
+    preconditioner = assembly.preconditioner
+    refresh = Cadence((preconditioner.every,)) if _refreshes(preconditioner) else Cadence()
+    own = Cadence() if assembly.damping.evaluate_every is None else Cadence((assembly.damping.evaluate_every,))
+    evaluate = own | Cadence(assembly.telemetry.evaluate_periods())
+    predict = own | Cadence(assembly.telemetry.predict_periods())
+    curved = lane is not Lane.DIAGONAL
+    # In the diagonal lane nothing but the refresh needs curvature: unless it runs every step it linearizes apart.
+    refresh_apart = not refresh.never and (not shared or (not curved and not refresh.always))
+    refresh_needs = Needs(product=preconditioner.needs_product, sampling=preconditioner.needs_sampling, shared=shared)
+    predict_apart = not predict.never and not curved
+    together = not refresh.never and not refresh_apart
+    needs = Needs(
+        gradient=True,
+        product=(curved and lane is not Lane.ROW) or (together and preconditioner.needs_product),
+        rows=lane is Lane.ROW,
+        sampling=together and preconditioner.needs_sampling,
+        shared=shared,
+    )
+    return Plan(
+        lane=lane,
+        solver=solver,
+        solver_index=index,
+        needs=needs,
+        requirements=_requirements(assembly, solver, lane, refresh, refresh_apart, own),
+        refresh=refresh,
+        evaluate=evaluate,
+        predict=predict,
+        refresh_apart=refresh_apart,
+        refresh_needs=refresh_needs,
+        predict_apart=predict_apart,
+        mode=assembly.mode,
+        modules=_modules(assembly),
+    )
+
+
+def _refreshes(preconditioner: Preconditioner) -> bool:
+    return preconditioner.needs_product or preconditioner.needs_sampling
+
+
+def _evaluations(preconditioner: Preconditioner) -> int:
+    """Products or sampled gradients of one refresh."""
+    if isinstance(preconditioner, NystromPreconditioner):
+        return preconditioner.rank
+    if isinstance(preconditioner, EmaDiagonal | Jacobi):
+        estimator = preconditioner.estimator
+        if isinstance(estimator, Hutchinson):
+            return estimator.n_probes
+        if isinstance(estimator, GaussNewtonBartlett):
+            return estimator.n_samples
+    return 1
+
+
+def _check(assembly: Assembly, solver: Solver) -> None:
+    curvature, preconditioner = assembly.curvature, assembly.preconditioner
+    solvers = solver.candidates if isinstance(solver, Automatic) else (solver,)
+    for each in solvers:
+        if each.lane is Lane.ROW and not curvature.has_rows:
+            raise ValueError(f"the row lane needs a Gauss-Newton matrix, and the {curvature.name} has no row factors: "
+                             "use a parameter-space solver or a Gauss-Newton curvature.")  # fmt: skip
+        if each.lane is Lane.ROW and not isinstance(preconditioner, Identity):
+            raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
+        if each.lane is Lane.DIAGONAL and isinstance(preconditioner, Identity):
+            raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
+    if preconditioner.needs_sampling and not curvature.has_sampling:
+        raise ValueError(
+            "this estimator samples targets from the model, and a plain loss_fn has none: "
+            "give predict_fn and loss, or use Hutchinson."
+        )
+
+
+def _requirements(
+    assembly: Assembly, solver: Solver, lane: Lane | None, refresh: Cadence, refresh_apart: bool, own: Cadence
+) -> tuple[Requirement, ...]:
+    found = [
+        Requirement(Part.LINEARIZE, _EVERY_STEP, "gradient" if lane is Lane.DIAGONAL else f"gradient, {solver.name}")
+    ]
+    if lane is Lane.ROW:
+        found.append(Requirement(Part.ROWS, _EVERY_STEP, solver.name))
+    if not refresh.never:
+        where = " (own linearization, alive only then)" if refresh_apart else ""
+        found.append(Requirement(Part.REFRESH, refresh, str(assembly.preconditioner) + where))
+    found.append(Requirement(Part.SOLVE, _EVERY_STEP, solver.name))
+    for part, wanted in ((Part.LOSS_AFTER, "evaluates"), (Part.PREDICTED, "predicts")):
+        if not own.never:
+            found.append(Requirement(part, own, f"damping: {assembly.damping.name}"))
+        periods = {r.every for r in assembly.telemetry.records if getattr(r.metric, wanted)}
+        for period in sorted(periods):
+            names = [
+                r.metric.value for r in assembly.telemetry.records if getattr(r.metric, wanted) and r.every == period
+            ]
+            found.append(Requirement(part, Cadence((period,)), f"telemetry: {', '.join(names)}"))
+    return tuple(found)
+
+
+def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
+    preconditioner = "none" if isinstance(assembly.preconditioner, Identity) else str(assembly.preconditioner)
+    records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.telemetry.records)
+    return (
+        ("curvature", assembly.curvature.name),
+        ("solver", assembly.solver.name),
+        ("preconditioner", preconditioner),
+        ("damping", assembly.damping.name),
+        ("telemetry", records),
+    )
+
+
+def _shape_notes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
+    notes = []
+    inner = assembly.curvature.inner if isinstance(assembly.curvature, Microbatched) else assembly.curvature
+    if uses_custom_vjp(lambda p: inner.forward(p, evaluation), params):
+        notes.append("the model holds a custom_vjp: products run reverse over reverse")
+    frozen = len(jax.tree.leaves(evaluation.frozen))
+    if frozen:
+        notes.append(f"{frozen} parameter leaves are frozen")
+    return tuple(notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """Counted work of the pieces that every candidate is made of."""
+
+    parameters: int
+    itemsize: int
+    rows: int
+    batch: int
+    linearize: Cost
+    gradient: Cost
+    product: Cost
+    residuals: int
+
+    @staticmethod
+    def of(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> _Shapes:
+        curvature = assembly.curvature
+        inner = curvature.inner if isinstance(curvature, Microbatched) else curvature
+        shapes = jax.eval_shape(lambda: params)
+        wide = jax.eval_shape(tree.widen, shapes)
+
+        def gradient(p: PyTree) -> PyTree:
+            return curvature.linearize(p, evaluation, Needs(gradient=True)).gradient
+
+        def product(p: PyTree, v: PyTree) -> PyTree:
+            found = curvature.linearize(p, evaluation, Needs(product=True)).product
+            return found(v) if found is not None else v
+
+        def linearize(p: PyTree) -> jax.Array:
+            return curvature.linearize(p, evaluation, Needs()).loss
+
+        forward, whole = costing.trace(linearize, shapes), costing.trace(product, shapes, wide)
+        rows = _rows(curvature, shapes, evaluation)
+        leaves = jax.tree.leaves(evaluation.batch)
+        return _Shapes(
+            parameters=tree.size(shapes),
+            itemsize=jnp.dtype(tree.scalar_dtype(shapes)).itemsize,
+            rows=rows,
+            batch=leaves[0].shape[0] if leaves and leaves[0].ndim else 1,
+            linearize=forward,
+            gradient=costing.trace(gradient, shapes),
+            product=_less(whole, forward) if not isinstance(curvature, Microbatched) else whole,
+            residuals=costing.residual_bytes(lambda p: inner.forward(p, evaluation), shapes),
+        )
+
+    @property
+    def vector(self) -> int:
+        """Bytes of one wide parameter vector."""
+        return self.parameters * self.itemsize
+
+
+def _less(whole: Cost, part: Cost) -> Cost:
+    return Cost(max(whole.flops - part.flops, 0.0), max(whole.bytes - part.bytes, 0.0), whole.memory)
+
+
+def _rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
+    if not curvature.has_rows:
+        return 0
+
+    def row_vector(p: PyTree) -> Any:
+        rows = curvature.linearize(p, evaluation, Needs(rows=True)).rows
+        return jnp.zeros(rows.output.row_shape if rows is not None else (0,))
+
+    return math.prod(jax.eval_shape(row_vector, shapes).shape)
+
+
+def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:
+    cost, reason = _solve_cost(solver, shapes)
+    total = shapes.gradient + cost
+    seconds = total.flops + _FLOPS_PER_BYTE * total.bytes
+    return Candidate(index, solver, total, seconds, reason)
+
+
+def _solve_cost(solver: Solver, s: _Shapes) -> tuple[Cost, str]:
+    """Predicted work of one solve and the sizes it follows from."""
+    if isinstance(solver, RowSpace) and isinstance(solver.solver, Cholesky):
+        # One forward and backward pass per row over a single example, the Gram product, factorisation, J and J^T.
+        per_row = s.gradient.times(s.rows / max(s.batch, 1))
+        gram = Cost(2.0 * s.rows**2 * s.parameters, 3.0 * s.rows * s.vector)
+        factor = Cost(_CHOLESKY_SLOWDOWN * s.rows**3 / 3, 4.0 * s.itemsize * s.rows**2)
+        memory = s.residuals + s.rows * min(s.vector, solver.max_bytes) + 3 * s.itemsize * s.rows**2
+        total = per_row + gram + factor + s.product
+        return dataclasses.replace(total, memory=memory), f"{s.rows} rows, {s.parameters} parameters"
+    if isinstance(solver, RowSpace):
+        vectors = Cost(20.0 * s.rows, 20.0 * s.itemsize * s.rows).times(solver.products)
+        total = s.product.times(solver.products) + vectors
+        return dataclasses.replace(total, memory=s.residuals + 8.0 * s.itemsize * s.rows), f"{s.rows} rows"
+    if isinstance(solver, Cholesky):
+        factor = Cost(_CHOLESKY_SLOWDOWN * s.parameters**3 / 3, 4.0 * s.itemsize * s.parameters**2)
+        total = s.product.times(s.parameters) + factor
+        memory = s.residuals + 3.0 * s.itemsize * s.parameters**2
+        return dataclasses.replace(total, memory=memory), f"{s.parameters} parameters"
+    if solver.lane is Lane.DIAGONAL:
+        return Cost(6.0 * s.parameters, 5.0 * s.vector, 2.0 * s.vector), "one pass over the parameters"
+    vectors = Cost(12.0 * s.parameters, 10.0 * s.vector).times(solver.products)
+    total = s.product.times(solver.products) + vectors
+    return dataclasses.replace(total, memory=s.residuals + 6.0 * s.vector), f"{solver.products} products at most"
+
+
+def _costs(assembly: Assembly, plan: Plan, s: _Shapes) -> tuple[PartCost, ...]:
+    solve, _ = _solve_cost(plan.solver, s)
+    gradient = dataclasses.replace(s.gradient, memory=float(s.residuals + s.vector))
+    found = [PartCost(Part.GRADIENT, gradient, 1.0), PartCost(Part.SOLVE, solve, 1.0)]
+    if not plan.refresh.never:
+        once = s.gradient if assembly.preconditioner.needs_sampling else s.product
+        cost = (once + s.linearize if plan.refresh_apart else once).times(_evaluations(assembly.preconditioner))
+        rate = plan.refresh.rate if plan.mode is PlanMode.SHARED else 1.0
+        found.append(PartCost(Part.REFRESH, dataclasses.replace(cost, memory=float(s.residuals + s.vector)), rate))
+    for part, cadence, cost in (
+        (Part.LOSS_AFTER, plan.evaluate, s.linearize),
+        (Part.PREDICTED, plan.predict, s.product),
+    ):
+        if not cadence.never:
+            rate = cadence.rate if plan.mode is PlanMode.SHARED else 1.0
+            found.append(PartCost(part, dataclasses.replace(cost, memory=float(s.residuals)), rate))
+    return tuple(found)

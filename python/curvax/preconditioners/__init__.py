@@ -1,0 +1,15 @@
+"""Approximate inverses of a damped curvature, for solvers and for the diagonal lane."""
+
+from curvax.preconditioners.base import Preconditioner as Preconditioner
+from curvax.preconditioners.ema_diagonal import AdaHessianPower as AdaHessianPower
+from curvax.preconditioners.ema_diagonal import Damped as Damped
+from curvax.preconditioners.ema_diagonal import Denominator as Denominator
+from curvax.preconditioners.ema_diagonal import EmaDiagonal as EmaDiagonal
+from curvax.preconditioners.ema_diagonal import EmaDiagonalState as EmaDiagonalState
+from curvax.preconditioners.ema_diagonal import SophiaFloor as SophiaFloor
+from curvax.preconditioners.identity import Identity as Identity
+from curvax.preconditioners.identity import IdentityState as IdentityState
+from curvax.preconditioners.jacobi import Jacobi as Jacobi
+from curvax.preconditioners.jacobi import JacobiState as JacobiState
+from curvax.preconditioners.nystrom import NystromPreconditioner as NystromPreconditioner
+from curvax.preconditioners.nystrom import NystromState as NystromState

@@ -1,0 +1,61 @@
+"""What a preconditioner is."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+
+from curvax import tree
+from curvax.tree import PyTree
+
+if TYPE_CHECKING:
+    from curvax.curvature import Linearization
+
+State = TypeVar("State")
+
+
+class Preconditioner(abc.ABC):
+    """P^-1, an approximate inverse of C + lam I for a symmetric curvature C.
+
+    `refresh` looks at C and is what a cadence gates; `apply` is what solvers and the diagonal lane call, and is
+    linear in `v`, symmetric and positive definite for every state that `init` and `refresh` give. A state is a
+    registered dataclass of fixed shapes and (wide) dtypes, so it can be carried through `jax.lax.scan`; its
+    `rejected` counts the refreshes that came out non-finite and left the rest of the state as it was. Rescaling C and
+    lam by one factor rescales P^-1 by a constant at most.
+
+    Attributes:
+      every: number of steps from one refresh to the next; 1 refreshes on each step.
+    """
+
+    every: int
+
+    @property
+    @abc.abstractmethod
+    def needs_product(self) -> bool:
+        """Whether `refresh` calls `linearization.product`."""
+
+    @property
+    @abc.abstractmethod
+    def needs_sampling(self) -> bool:
+        """Whether `refresh` calls `linearization.sampled_gradient`."""
+
+    @abc.abstractmethod
+    def init(self, params_like: PyTree) -> Any:
+        """The state before any refresh, for parameters (arrays or `jax.ShapeDtypeStruct`s) of any floating dtypes."""
+
+    @abc.abstractmethod
+    def refresh(self, state: Any, linearization: Linearization, key: jax.Array) -> Any:
+        """The state after another look at C; `key` is the only source of randomness."""
+
+    @abc.abstractmethod
+    def apply(self, state: Any, lam: jax.Array | float, v: PyTree) -> PyTree:
+        """P^-1 v, with the shapes and dtypes of `v`; `lam` is a non-negative scalar."""
+
+
+def accept_finite(state: State, refreshed: State) -> State:
+    """`refreshed` if all of it is finite, else `state` with one more in its count `rejected`, leaf by leaf."""
+    kept = dataclasses.replace(state, rejected=state.rejected + 1)  # type: ignore[type-var]
+    return tree.where(tree.all_finite(refreshed), refreshed, kept)

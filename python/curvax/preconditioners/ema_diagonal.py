@@ -1,0 +1,239 @@
+"""Running averages of a diagonal: the preconditioners of Sophia and AdaHessian."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.estimators.base import DiagonalEstimator, check_count
+from curvax.preconditioners._diagonal import divide, mean_magnitude
+from curvax.preconditioners.base import Preconditioner, accept_finite
+from curvax.tree import PyTree
+
+if TYPE_CHECKING:
+    from curvax.curvature import Linearization
+
+
+class Denominator(abc.ABC):
+    """How an averaged diagonal h becomes a denominator.
+
+    Floors are relative to `scale`, the mean of |h| over all parameters, so that rescaling the loss rescales them too.
+    """
+
+    @property
+    @abc.abstractmethod
+    def root_mean_square(self) -> bool:
+        """Whether h averages the squares of the diagonal (and takes the root) instead of the diagonal itself."""
+
+    @abc.abstractmethod
+    def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """The denominator of one leaf, non-negative; all arguments in the dtype of h, `scale` and `lam` scalar."""
+
+    @abc.abstractmethod
+    def fallback(self, scale: jax.Array) -> jax.Array:
+        """What replaces a denominator of 0: that of an entry of average curvature; 0 only if `scale` is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaFloor(Denominator):
+    """max(gamma h, eps scale): with momentum m above it and a clip to 1 behind it, Sophia's step.
+
+    See Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training" (2023).
+    Where the curvature is negative or nearly none the floor makes the quotient so large that the clip turns it into a
+    sign.
+
+    Attributes:
+      gamma: how much of the curvature counts; the larger, the fewer entries are clipped. The default, 0.05, is the
+        authors' for Gauss-Newton-Bartlett; they take 0.01 with Hutchinson.
+      eps: floor relative to the mean magnitude of h. The default, 1e-8, is small enough that the clip decides, and
+        far from overflow.
+    """
+
+    gamma: float = 0.05
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_positive("gamma", self.gamma)
+        _check_not_negative("eps", self.eps)
+
+    @property
+    def root_mean_square(self) -> bool:
+        """False."""
+        return False
+
+    def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """max(gamma h, eps scale); `lam` plays no part."""
+        return jnp.maximum(self.gamma * h, self.eps * scale)
+
+    def fallback(self, scale: jax.Array) -> jax.Array:
+        """Gamma scale."""
+        return self.gamma * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaHessianPower(Denominator):
+    """h^power + eps scale^power, with h the root of the averaged squares of the diagonal.
+
+    See Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning" (2021).
+
+    Attributes:
+      power: the Hessian power. The default, 1, is the authors'; less damps the differences between entries, and makes
+        the step depend on the scale of the loss to the power 1 - power.
+      eps: relative floor. The default, 1e-4, is the authors' figure, which they use as an absolute one.
+    """
+
+    power: float = 1.0
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_positive("power", self.power)
+        _check_not_negative("eps", self.eps)
+
+    @property
+    def root_mean_square(self) -> bool:
+        """True."""
+        return True
+
+    def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """h^power + eps scale^power; `lam` plays no part."""
+        return self.fallback(h) + self.eps * self.fallback(scale)
+
+    def fallback(self, scale: jax.Array) -> jax.Array:
+        """scale^power."""
+        return scale if self.power == 1 else scale**self.power
+
+
+@dataclasses.dataclass(frozen=True)
+class Damped(Denominator):
+    """max(h, 0) + lam, for use inside a solver for C + lam I."""
+
+    @property
+    def root_mean_square(self) -> bool:
+        """False."""
+        return False
+
+    def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """max(h, 0) + lam."""
+        return jnp.maximum(h, jnp.zeros_like(h)) + lam
+
+    def fallback(self, scale: jax.Array) -> jax.Array:
+        """The scale itself."""
+        return scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmaDiagonalState:
+    """State of `EmaDiagonal`.
+
+    Attributes:
+      average: running average, a wide tree in the units of the diagonal; before bias correction; zeros at first.
+      scale: mean magnitude of the bias-corrected average over all parameters.
+      count: number of refreshes in the average (int32).
+      rejected: number of non-finite refreshes (int32).
+    """
+
+    average: PyTree
+    scale: jax.Array
+    count: jax.Array
+    rejected: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaDiagonal(Preconditioner):
+    """P^-1 v = v / denominator(h), with h an exponential moving average of estimates of diag(C).
+
+    A denominator of 0 is replaced by that of an entry of average curvature, and by 1 if h is 0 everywhere, as before
+    the first refresh.
+
+    Attributes:
+      estimator: what estimates the diagonal.
+      beta2: weight of the past, in [0, 1). The default, 0.99, is Sophia's; AdaHessian's is 0.999.
+      every: steps from one refresh to the next; Sophia's is 10. The default, 1, is AdaHessian's.
+      denominator: how h becomes a denominator; `Damped()` by default.
+      bias_correction: divide by 1 - beta2^t, so that h is a mean of the estimates from the first refresh on. True by
+        default; the authors' Sophia has none.
+    """
+
+    estimator: DiagonalEstimator
+    beta2: float = 0.99
+    every: int = 1
+    denominator: Denominator = Damped()
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be in [0, 1), got {self.beta2}.")
+
+    @property
+    def needs_product(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_product
+
+    @property
+    def needs_sampling(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_sampling
+
+    def init(self, params_like: PyTree) -> EmaDiagonalState:
+        """No curvature seen."""
+        zero = jnp.zeros((), jnp.int32)
+        scale = jnp.zeros((), tree.scalar_dtype(params_like))
+        return EmaDiagonalState(tree.zeros_like(params_like), scale, zero, zero)
+
+    def refresh(self, state: EmaDiagonalState, linearization: Linearization, key: jax.Array) -> EmaDiagonalState:
+        """One more estimate in the average."""
+        diagonal = tree.cast_like(self.estimator.diagonal(linearization, key), state.average)
+        average = jax.tree.map(self._mix, state.average, diagonal)
+        count = state.count + 1
+        scale = mean_magnitude(average) * self._correction(count).astype(state.scale.dtype)
+        return accept_finite(state, EmaDiagonalState(average, scale, count, state.rejected))
+
+    def apply(self, state: EmaDiagonalState, lam: jax.Array | float, v: PyTree) -> PyTree:
+        """Entrywise division."""
+        correction = self._correction(state.count)
+
+        def leaf(average: jax.Array, x: jax.Array) -> jax.Array:
+            dtype = average.dtype
+            scale = state.scale.astype(dtype)
+            h = average * correction.astype(dtype)
+            denominator = self.denominator.denominator(h, scale, jnp.asarray(lam).astype(dtype))
+            return divide(x, denominator, self.denominator.fallback(scale))
+
+        return jax.tree.map(leaf, state.average, v)
+
+    def _mix(self, average: jax.Array, diagonal: jax.Array) -> jax.Array:
+        """beta2 average + (1 - beta2) diagonal, or its root-mean-square likeness.
+
+        The latter keeps the root instead of the square in the state: `hypot` neither overflows nor underflows where the
+        squares of a rescaled loss's curvature would.
+        """
+        if self.denominator.root_mean_square:
+            return jnp.hypot(math.sqrt(self.beta2) * average, math.sqrt(1 - self.beta2) * diagonal)
+        return self.beta2 * average + (1 - self.beta2) * diagonal
+
+    def _correction(self, count: jax.Array) -> jax.Array:
+        """1 / (1 - beta2^count), or its root; 1 before the first refresh."""
+        dtype = jnp.result_type(float)
+        if not self.bias_correction or self.beta2 == 0:
+            return jnp.ones((), dtype)
+        gathered = -jnp.expm1(math.log(self.beta2) * jnp.maximum(count, 1).astype(dtype))
+        weight = jnp.where(count > 0, gathered, jnp.ones_like(gathered))
+        return 1 / (jnp.sqrt(weight) if self.denominator.root_mean_square else weight)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be non-negative and finite, got {value}.")

@@ -1,0 +1,60 @@
+"""No preconditioner."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from curvax.estimators.base import check_count
+from curvax.preconditioners.base import Preconditioner
+from curvax.tree import PyTree
+
+if TYPE_CHECKING:
+    from curvax.curvature import Linearization
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IdentityState:
+    """State of `Identity`.
+
+    Attributes:
+      rejected: always 0 (int32).
+    """
+
+    rejected: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Preconditioner):
+    """P^-1 v = v. It looks at nothing, so the plan has nothing to do at any cadence."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+
+    @property
+    def needs_product(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def needs_sampling(self) -> bool:
+        """False."""
+        return False
+
+    def init(self, params_like: PyTree) -> IdentityState:
+        """A state without content."""
+        return IdentityState(jnp.zeros((), jnp.int32))
+
+    def refresh(self, state: IdentityState, linearization: Linearization, key: jax.Array) -> IdentityState:
+        """The state as it is."""
+        return state
+
+    def apply(self, state: IdentityState, lam: jax.Array | float, v: PyTree) -> PyTree:
+        """`v`."""
+        return v

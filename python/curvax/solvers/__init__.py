@@ -1,0 +1,17 @@
+"""Linear solvers: conjugate gradients, dense, diagonal, row space, lineax, and the planner's choice."""
+
+from curvax.solvers.automatic import Automatic as Automatic
+from curvax.solvers.base import Lane as Lane
+from curvax.solvers.base import Result as Result
+from curvax.solvers.base import Solution as Solution
+from curvax.solvers.base import Solver as Solver
+from curvax.solvers.base import Space as Space
+from curvax.solvers.base import System as System
+from curvax.solvers.base import TreeSpace as TreeSpace
+from curvax.solvers.conjugate_gradient import CG as CG
+from curvax.solvers.conjugate_gradient import MartensStop as MartensStop
+from curvax.solvers.dense import Cholesky as Cholesky
+from curvax.solvers.diagonal import Diagonal as Diagonal
+from curvax.solvers.diagonal import DiagonalState as DiagonalState
+from curvax.solvers.lineax_adapter import Lineax as Lineax
+from curvax.solvers.row_space import RowSpace as RowSpace

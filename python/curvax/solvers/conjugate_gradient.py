@@ -1,0 +1,199 @@
+"""Preconditioned conjugate gradients with relative tests and an outcome (Hestenes and Stiefel 1952)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.solvers.base import Lane, Result, Solution, Solver, System, code, damped
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class MartensStop:
+    """Stop when the quadratic's relative progress over the last k iterations drops below k * epsilon.
+
+    With phi(x) = x^T (C + lam I) x / 2 - g^T x and k = max(10, i / 10), stop at iteration i > k if phi_i < 0 and
+    (phi_i - phi_(i-k)) / phi_i < k * epsilon (Martens 2010, section 4.4). phi = -x^T (g + r) / 2 costs one dot product.
+
+    Attributes:
+      epsilon: progress per iteration that still counts; 5e-4 in the paper.
+    """
+
+    epsilon: float = 5e-4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Iteration:
+    x: PyTree
+    r: PyTree
+    p: PyTree
+    rz: jax.Array
+    rr: jax.Array
+    largest: jax.Array  # largest curvature p^T A p / p^T p met so far
+    history: jax.Array  # the last phi values, a ring; length 0 without MartensStop
+    i: jax.Array
+    result: jax.Array  # -1 while running
+
+
+_RUNNING = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class CG(Solver):
+    """Conjugate gradients on a symmetric system.
+
+    The right-hand side is scaled to unit norm first, so the course of the iteration does not depend on the scale of
+    the loss. A direction p with p^T A p not above rounding of the largest curvature met ends the iteration: with
+    NEGATIVE_CURVATURE (the iterate so far is returned; at the first iteration a step along g of length
+    |p|^2 / (|p| |A p|) |g|, the inverse of the operator's size along p), or with BREAKDOWN if the curvature is zero
+    to rounding.
+
+    Attributes:
+      tol: stop when the residual recurrence falls below tol times |g|.
+      maxiter: most iterations.
+      warm_start: start from the previous step's solution, kept in the state.
+      stabilise_every: every so many iterations the residual is recomputed as g - A x (one more product); the search
+        direction is kept, so convergence is not set back. 50: in fewer float32 iterations the recurrence has not
+        drifted. 0 never.
+      stop: an additional stopping rule, or `None`.
+    """
+
+    tol: float = 1e-5
+    maxiter: int = 20
+    warm_start: bool = True
+    stabilise_every: int = 50
+    stop: MartensStop | None = None
+
+    @property
+    def name(self) -> str:
+        return f"CG (at most {self.maxiter} iterations, tolerance {self.tol:g})"
+
+    @property
+    def lane(self) -> Lane:
+        return Lane.PARAMETER
+
+    @property
+    def products(self) -> int:
+        # One for the true residual at the end, one for the residual of a warm start.
+        return self.maxiter + 1 + self.warm_start
+
+    def init(self, like: PyTree) -> PyTree:
+        return tree.zeros_like(like) if self.warm_start else ()
+
+    def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
+        start = state if self.warm_start else None
+        solution = self.iterate(system, rhs, start, lam)
+        return dataclasses.replace(solution, state=solution.value if self.warm_start else ())
+
+    def iterate(self, system: System, rhs: PyTree, start: PyTree | None, lam: jax.Array) -> Solution:
+        """Solves from `start` (`None` for zero), in whatever space the system lives; leaves the state empty."""
+        space, apply = system.space, damped(system, lam)
+        size = _norm(system, rhs)
+        usable = (size > 0) & jnp.isfinite(size)
+        unit = jnp.where(usable, 1 / jnp.where(usable, size, jnp.ones_like(size)), jnp.zeros_like(size))
+        b = tree.scale(unit, rhs)
+        zero = jax.tree.map(jnp.zeros_like, b)
+        if start is None:
+            x, r = zero, b
+        else:
+            x = tree.scale(unit, start)
+            r = jax.tree.map(jnp.subtract, b, apply(x))
+        z = r if system.precondition is None else system.precondition(r)
+        (rr,) = space.dots(((r, r),))
+        rz = rr if system.precondition is None else space.dots(((r, z),))[0]
+        first = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        begin = _Iteration(
+            x, r, z, rz, rr, jnp.zeros_like(rr), self._empty_history(rr), jnp.zeros((), jnp.int32),
+            jnp.where(jnp.isfinite(rr), first, code(Result.NON_FINITE)),
+        )  # fmt: skip
+        end = jax.lax.while_loop(
+            lambda at: (at.result == _RUNNING) & (at.i < self.maxiter),
+            lambda at: self._advance(system, b, lam, at),
+            begin,
+        )
+        rest = jax.tree.map(jnp.subtract, b, apply(end.x))
+        result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
+        result = jnp.where(jnp.isfinite(size), result, code(Result.NON_FINITE))
+        bad = jnp.where(jnp.isfinite(size), jnp.zeros_like(size), size * 0)  # a NaN rhs gives a NaN solution
+        value = jax.tree.map(lambda v: v * size.astype(v.dtype) + bad.astype(v.dtype), end.x)
+        return Solution(
+            value, result, end.i, jnp.where(size > 0, _norm_from_dot(space.dots(((rest, rest),))[0]), 0 * size), ()
+        )
+
+    def _empty_history(self, like: jax.Array) -> jax.Array:
+        length = 0 if self.stop is None else max(10, -(-self.maxiter // 10)) + 1
+        return jnp.zeros((length,), like.dtype)
+
+    def _advance(self, system: System, b: PyTree, lam: jax.Array, at: _Iteration) -> _Iteration:
+        space = system.space
+        q = damped(system, lam)(at.p)
+        pq, pp, qq = space.dots(((at.p, q), (at.p, at.p), (q, q)))
+        eps = jnp.asarray(jnp.finfo(pq.dtype).eps, pq.dtype)
+        curvature = pq / pp
+        largest = jnp.maximum(at.largest, jnp.sqrt(qq / pp))
+        negative = curvature < -eps * largest
+        flat = ~negative & ~(curvature > eps * largest)
+        finite = jnp.isfinite(pq) & jnp.isfinite(qq)
+        proceed = finite & ~negative & ~flat
+        # Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
+        escape = negative & (at.i == 0) & finite
+        alpha = jnp.where(proceed, at.rz / jnp.where(proceed, pq, jnp.ones_like(pq)), jnp.zeros_like(pq))
+        alpha = jnp.where(escape, at.rz / jnp.where(escape, jnp.sqrt(pp * qq), jnp.ones_like(pq)), alpha)
+        x, r, rr = space.update(alpha, at.x, at.p, at.r, q)
+        r, rr = self._refresh_residual(system, b, lam, at.i + 1, x, r, rr)
+        z = r if system.precondition is None else system.precondition(r)
+        rz = rr if system.precondition is None else space.dots(((r, z),))[0]
+        p = space.direction(rz / jnp.where(at.rz > 0, at.rz, jnp.ones_like(at.rz)), z, at.p)
+        result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        history, stalled = self._record(space, at, b, x, r)
+        result = jnp.where((result == _RUNNING) & stalled, code(Result.STOPPED_EARLY), result)
+        # A direction of length zero: the residual is exactly zero.
+        result = jnp.where(flat, jnp.where(pp > 0, code(Result.BREAKDOWN), code(Result.CONVERGED)), result)
+        result = jnp.where(negative, code(Result.NEGATIVE_CURVATURE), result)
+        result = jnp.where(finite, result, code(Result.NON_FINITE))
+        return _Iteration(x, r, p, rz, rr, largest, history, at.i + 1, result)
+
+    def _refresh_residual(
+        self, system: System, b: PyTree, lam: jax.Array, i: jax.Array, x: PyTree, r: PyTree, rr: jax.Array
+    ) -> tuple[PyTree, jax.Array]:
+        if not 0 < self.stabilise_every < self.maxiter:
+            return r, rr
+
+        def recompute() -> tuple[PyTree, jax.Array]:
+            fresh = jax.tree.map(jnp.subtract, b, damped(system, lam)(x))
+            return fresh, system.space.dots(((fresh, fresh),))[0]
+
+        return jax.lax.cond(i % self.stabilise_every == 0, recompute, lambda: (r, rr))
+
+    def _record(self, space: Any, at: _Iteration, b: PyTree, x: PyTree, r: PyTree) -> tuple[jax.Array, jax.Array]:
+        if self.stop is None:
+            return at.history, jnp.asarray(False)
+        xb, xr = space.dots(((x, b), (x, r)))
+        phi = -(xb + xr) / 2
+        i = at.i + 1
+        k = jnp.maximum(10, i // 10)
+        length = at.history.shape[0]
+        before = at.history[(i - k) % length]
+        history = at.history.at[i % length].set(phi)
+        bound = k.astype(phi.dtype) * self.stop.epsilon
+        return history, (i > k) & (phi < 0) & (phi - before > phi * bound)
+
+
+def _norm(system: System, v: PyTree) -> jax.Array:
+    """|v| in the system's inner product, safe against overflow and underflow of the squares."""
+    scale = tree.max_abs(v)
+    safe = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
+    unit = tree.scale(1 / safe, v)
+    (squared,) = system.space.dots(((unit, unit),))
+    return jnp.where(jnp.isfinite(scale), safe * _norm_from_dot(squared), scale)
+
+
+def _norm_from_dot(squared: jax.Array) -> jax.Array:
+    # In a semidefinite inner product rounding may leave a tiny negative square.
+    return jnp.sqrt(jnp.maximum(squared, jnp.zeros_like(squared)))

@@ -1,0 +1,64 @@
+"""The diagonal lane: a preconditioner by itself, on a running mean of the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
+from curvax.tree import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiagonalState:
+    """Running mean of the right-hand sides and the number of steps in it."""
+
+    mean: PyTree
+    count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal(Solver):
+    """s = P^-1 m with m the bias-corrected exponential mean of the gradients.
+
+    Attributes:
+      beta1: decay of the mean; 0 uses the gradient itself. 0.965 (Sophia) and 0.9 (AdaHessian) in their papers.
+    """
+
+    beta1: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"diagonal (beta1 {self.beta1:g})"
+
+    @property
+    def lane(self) -> Lane:
+        return Lane.DIAGONAL
+
+    @property
+    def products(self) -> int:
+        return 0
+
+    def init(self, like: PyTree) -> DiagonalState | tuple[()]:
+        if self.beta1 == 0:
+            return ()
+        return DiagonalState(tree.zeros_like(like), jnp.zeros((), jnp.int32))
+
+    def solve(self, system: System, rhs: PyTree, state: DiagonalState | tuple[()], lam: jax.Array) -> Solution:
+        if system.precondition is None:
+            raise ValueError("the diagonal lane needs a preconditioner: give one with an estimator.")
+        mean, following = rhs, state
+        if isinstance(state, DiagonalState):
+            raw = jax.tree.map(lambda m, g: self.beta1 * m + (1 - self.beta1) * g, state.mean, rhs)
+            count = state.count + 1
+            following = DiagonalState(raw, count)
+            dtype = tree.scalar_dtype(rhs)
+            correction = 1 / (1 - jnp.asarray(self.beta1, dtype) ** count.astype(dtype))
+            mean = tree.scale(correction, raw)
+        value = system.precondition(mean)
+        zero = jnp.zeros((), tree.scalar_dtype(rhs))
+        return Solution(value, code(Result.CONVERGED), jnp.zeros((), jnp.int32), zero, following)

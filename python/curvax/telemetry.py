@@ -1,0 +1,127 @@
+"""The metric schema: which scalars a step reports, and when.
+
+Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due holds NaN (floats), -1
+(integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for the
+device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+
+
+class Metric(str, enum.Enum):
+    """A scalar that a step can report; the value is its key in `info`."""
+
+    STEP = "step"
+    LOSS = "loss"
+    LAM = "lam"
+    ACCEPTED = "accepted"
+    FINITE = "finite"
+    REJECTED = "rejected"
+    RESULT = "result"
+    ITERATIONS = "iterations"
+    RESIDUAL = "residual"
+    LOSS_AFTER = "loss_after"
+    PREDICTED = "predicted"
+    ACTUAL = "actual"
+    RHO = "rho"
+    GRADIENT_NORM = "gradient_norm"
+    DIRECTION_NORM = "direction_norm"
+    UPDATE_NORM = "update_norm"
+
+    @property
+    def meaning(self) -> str:
+        """One line for tables and documentation."""
+        return _MEANING[self]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it needs the loss after the step."""
+        return self in (Metric.LOSS_AFTER, Metric.ACTUAL, Metric.RHO)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it needs the decrease that the quadratic model predicts."""
+        return self in (Metric.PREDICTED, Metric.RHO)
+
+    def missing(self) -> jax.Array:
+        """The value in a step where the metric is not due."""
+        if self in _BOOLEANS:
+            return jnp.asarray(False)
+        if self in _INTEGERS:
+            return jnp.asarray(-1, jnp.int32)
+        return jnp.asarray(jnp.nan, jnp.result_type(float))
+
+
+_BOOLEANS = (Metric.ACCEPTED, Metric.FINITE)
+_INTEGERS = (Metric.STEP, Metric.REJECTED, Metric.RESULT, Metric.ITERATIONS)
+_MEANING = {
+    Metric.STEP: "number of steps before this one",
+    Metric.LOSS: "loss before the step, on the step's batch",
+    Metric.LAM: "damping used",
+    Metric.ACCEPTED: "the step was taken",
+    Metric.FINITE: "the step is made of finite numbers",
+    Metric.REJECTED: "steps not taken so far, this one included",
+    Metric.RESULT: "how the solve ended, a curvax.solvers.Result",
+    Metric.ITERATIONS: "iterations of the solver",
+    Metric.RESIDUAL: "true residual of the linear system relative to its right-hand side",
+    Metric.LOSS_AFTER: "loss after the proposed step, on the same batch",
+    Metric.PREDICTED: "decrease of the loss that the quadratic model predicts",
+    Metric.ACTUAL: "decrease of the loss",
+    Metric.RHO: "actual over predicted decrease",
+    Metric.GRADIENT_NORM: "Euclidean norm of the gradient",
+    Metric.DIRECTION_NORM: "Euclidean norm of the solution of the linear system",
+    Metric.UPDATE_NORM: "Euclidean norm of the proposed update",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A metric and every how many steps it is reported."""
+
+    metric: Metric
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")
+
+
+ALWAYS = (Record(Metric.STEP), Record(Metric.ACCEPTED), Record(Metric.FINITE), Record(Metric.REJECTED))
+
+
+@dataclasses.dataclass(frozen=True)
+class Telemetry:
+    """The records of a method; `step`, `accepted`, `finite` and `rejected` are always among them."""
+
+    records: tuple[Record, ...] = (Record(Metric.LOSS), Record(Metric.LAM))
+
+    def __post_init__(self) -> None:
+        chosen = tuple(r for r in ALWAYS if r.metric not in {x.metric for x in self.records}) + self.records
+        if len({r.metric for r in chosen}) != len(chosen):
+            raise ValueError("a metric is recorded twice: give each one once.")
+        object.__setattr__(self, "records", chosen)
+
+    def evaluate_periods(self) -> tuple[int, ...]:
+        """Periods at which the loss after the step is needed."""
+        return tuple(r.every for r in self.records if r.metric.evaluates)
+
+    def predict_periods(self) -> tuple[int, ...]:
+        """Periods at which the predicted decrease is needed."""
+        return tuple(r.every for r in self.records if r.metric.predicts)
+
+    def collect(self, step: jax.Array, values: dict[Metric, jax.Array]) -> dict[str, jax.Array]:
+        """The info of one step from the values at hand."""
+        info = {}
+        for record in self.records:
+            missing = record.metric.missing()
+            value = values[record.metric].astype(missing.dtype)
+            info[record.metric.value] = (
+                value if record.every == 1 else jnp.where(step % record.every == 0, value, missing)
+            )
+        return info

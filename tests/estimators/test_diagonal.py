@@ -1,0 +1,169 @@
+"""Diagonal estimators against dense diagonals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
+from estimators import standin
+from estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """Weighted softmax regression on (B, D) inputs with weights omega; parameters (D, K)."""
+
+    inputs: jax.Array
+    omega: jax.Array
+    params: jax.Array
+    has_sampling: bool = True
+    product: None = None
+
+    @property
+    def params_like(self):
+        return jax.ShapeDtypeStruct(self.params.shape, self.params.dtype)
+
+    def sampled_gradient(self, key):
+        logits = self.inputs @ self.params
+        labels = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
+        return self.inputs.T @ (jnp.sqrt(self.omega)[:, None] * (jax.nn.softmax(logits) - labels))
+
+    def exact(self) -> np.ndarray:
+        p = np.asarray(jax.nn.softmax(self.inputs @ self.params))
+        return np.einsum("b,bd,bk->dk", self.omega, np.asarray(self.inputs) ** 2, p * (1 - p))
+
+
+@pytest.mark.parametrize("n_probes", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_hutchinson_is_exact_on_diagonal_matrices(x64, n_probes, dtype):
+    values = np.linspace(-2, 3, SIZE)
+    lin = dense(np.diag(values), dtype)
+    got = Hutchinson(n_probes).diagonal(lin, jax.random.key(0))
+    np.testing.assert_allclose(flat(got), values, rtol=4 * np.finfo(dtype).eps)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), lin.params_like)
+
+
+@pytest.mark.parametrize("make", [standin.decaying, standin.indefinite], ids=["positive", "indefinite"])
+def test_hutchinson_is_unbiased_with_its_known_variance(x64, make):
+    matrix = make(SIZE)
+    lin = dense(matrix)
+    spread = {}
+    for n_probes in (1, 8):
+        one = jax.jit(jax.vmap(lambda k, n=n_probes: Hutchinson(n).diagonal(lin, k)))
+        samples = flat_rows(one(keys(4000)))
+        assert_mean(samples, np.diag(matrix))
+        spread[n_probes] = samples.var(axis=0)
+        exact = (np.sum(matrix**2, axis=1) - np.diag(matrix) ** 2) / n_probes
+        np.testing.assert_allclose(spread[n_probes], exact, rtol=0.15)
+    assert np.all(spread[8] < spread[1] / 6)
+
+
+def test_several_probes_are_one_batched_product(x64):
+    calls = []
+    lin = dense(standin.decaying(SIZE))
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted:
+        params_like = lin.params_like
+
+        def product(self, v):
+            calls.append(jax.typeof(jax.tree.leaves(v)[0]).shape)
+            return lin.product(v)
+
+    jax.jit(lambda k: Hutchinson(5).diagonal(Counted(), k))(jax.random.key(0))  # pyright: ignore
+    assert len(calls) == 1
+    text = str(jax.make_jaxpr(lambda k: Hutchinson(5).diagonal(lin, k))(jax.random.key(0)))
+    assert text.count("dot_general") == 1 and "scan" not in text
+
+
+def test_magnitudes_are_taken_after_the_probes_and_before_the_blocks(x64):
+    lin = dense(standin.indefinite(SIZE))
+    key = jax.random.key(3)
+    plain = Hutchinson(4).diagonal(lin, key)
+    both = Hutchinson(4, use_abs=True, block_average=BlockAverage()).diagonal(lin, key)
+    np.testing.assert_allclose(both["b"], np.abs(plain["b"]))
+    mean = np.abs(plain["w"]).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(both["w"], np.broadcast_to(mean, (3, 4)))
+    signed = Hutchinson(4, block_average=BlockAverage()).diagonal(lin, key)
+    np.testing.assert_allclose(signed["w"], np.broadcast_to(np.mean(plain["w"], axis=1, keepdims=True), (3, 4)))
+
+
+@pytest.mark.parametrize("n_samples", [1, 4])
+def test_gauss_newton_bartlett_is_unbiased_for_a_weighted_softmax(x64, n_samples):
+    rng = np.random.default_rng(0)
+    lin = Softmax(
+        jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.uniform(0, 1, 6)), jnp.asarray(rng.normal(size=(3, 4)))
+    )
+    samples = np.asarray(jax.jit(jax.vmap(lambda k: GaussNewtonBartlett(n_samples).diagonal(lin, k)))(keys(4000)))  # pyright: ignore
+    assert np.all(samples >= 0)
+    assert_mean(samples, lin.exact())
+
+
+def test_more_samples_have_less_variance(x64):
+    factor = np.random.default_rng(0).normal(size=(SIZE, 9))
+    lin = dense(factor @ factor.T, factor=factor)
+    few, many = (
+        flat_rows(jax.jit(jax.vmap(lambda k, n=n: GaussNewtonBartlett(n).diagonal(lin, k)))(keys(3000))) for n in (1, 8)
+    )
+    assert_mean(few, np.diag(lin.matrix))
+    assert_mean(many, np.diag(lin.matrix))
+    assert np.all(many.var(axis=0) < few.var(axis=0) / 5)
+
+
+def test_each_draw_of_targets_is_new(x64):
+    factor = np.random.default_rng(0).normal(size=(SIZE, 9))
+    lin = dense(factor @ factor.T, factor=factor)
+    first, second = (flat(GaussNewtonBartlett().diagonal(lin, k)) for k in keys(2))
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(first, flat(GaussNewtonBartlett().diagonal(lin, keys(2)[0])))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("estimator", [Hutchinson(3, use_abs=True), GaussNewtonBartlett(2)], ids=lambda e: type(e).__name__)
+def test_scale_equivariance(estimator, scale):
+    factor = np.random.default_rng(0).normal(size=(SIZE, 9))
+    one = dense(factor @ factor.T, jnp.float32, factor)
+    other = dense(scale * factor @ factor.T, jnp.float32, np.sqrt(scale) * factor)
+    a, b = (flat(estimator.diagonal(lin, jax.random.key(1))) for lin in (one, other))
+    np.testing.assert_allclose(b, scale * a, rtol=1e-4, atol=1e-5 * scale * np.abs(a).max())
+
+
+def test_needs_are_static_facts():
+    assert Hutchinson().needs_product and not Hutchinson().needs_sampling
+    assert GaussNewtonBartlett().needs_sampling and not GaussNewtonBartlett().needs_product
+    assert hash(Hutchinson(2, True, BlockAverage())) == hash(Hutchinson(2, True, BlockAverage()))
+
+
+def test_bfloat16_parameters_get_float32_diagonals():
+    lin = dense(np.diag(np.linspace(1, 2, SIZE)), jnp.bfloat16)
+    got = Hutchinson(2).diagonal(lin, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype("float32")}
+    np.testing.assert_allclose(flat(got), np.linspace(1, 2, SIZE), rtol=1e-6)
+
+
+@pytest.mark.parametrize("empty", [{}, {"a": jax.ShapeDtypeStruct((0, 3), jnp.float32)}], ids=["none", "zero-size"])
+def test_empty_trees(empty):
+    lin = Dense(jnp.zeros((0, 0)), empty, jnp.zeros((0, 2)))
+    for estimator in (Hutchinson(1), Hutchinson(3, block_average=BlockAverage()), GaussNewtonBartlett(3)):
+        got = estimator.diagonal(lin, jax.random.key(0))
+        assert jax.tree.map(jnp.shape, got) == jax.tree.map(lambda x: x.shape, empty)
+
+
+def test_what_is_missing_is_said():
+    bare = dense(np.eye(SIZE), jnp.float32)
+    with pytest.raises(ValueError, match="Hutchinson estimator"):
+        GaussNewtonBartlett().diagonal(bare, jax.random.key(0))
+    with pytest.raises(ValueError, match="products"):
+        Hutchinson().diagonal(Softmax(jnp.ones((1, 1)), jnp.ones(1), jnp.ones((1, 1))), jax.random.key(0))  # pyright: ignore
+
+
+@pytest.mark.parametrize(("bad", "error"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_counts_are_checked(bad, error):
+    for make in (Hutchinson, GaussNewtonBartlett):
+        with pytest.raises(error, match=r"n_(probes|samples) must be"):
+            make(bad)

@@ -1,0 +1,139 @@
+"""The randomised Nystrom approximation against dense eigenvalues."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.estimators import RandomisedNystrom
+from estimators import standin
+from estimators.standin import SIZE, dense, keys
+
+N = 60
+BOTH = pytest.mark.parametrize("indefinite", [False, True], ids=["one-pass", "two-pass"])
+
+
+def approximate(matrix, rank, dtype=jnp.float64, indefinite=False, seed=0):
+    lin = dense(matrix, dtype)
+    found = jax.jit(lambda k: RandomisedNystrom(rank, indefinite).low_rank(lin.product, lin.params_like, k))(
+        jax.random.key(seed)
+    )
+    basis, values = np.asarray(found.basis, np.float64), np.asarray(found.values, np.float64)
+    eps = float(np.finfo(found.values.dtype).eps)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=100 * eps)
+    assert np.all(values >= 0) and np.all(np.diff(values) <= 0)
+    return (basis * values) @ basis.T, values
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("rank", [4, 5, 9])
+def test_exact_on_low_rank(x64, rank, dtype, indefinite):
+    matrix = standin.low_rank(N, 4)
+    got, values = approximate(matrix, rank, dtype, indefinite)
+    np.testing.assert_allclose(got, matrix, atol=5000 * float(np.finfo(dtype).eps))
+    np.testing.assert_allclose(values[:4], np.linspace(5, 1, 4), rtol=1000 * float(np.finfo(dtype).eps))
+    assert np.all(values[4:] <= 5000 * float(np.finfo(dtype).eps))
+
+
+@BOTH
+def test_never_above_and_near_the_best(x64, indefinite):
+    """E|C - C_nys| <= 3 lambda_p + 4 e^2 / p (sum of lambda_j, j >= p) for rank 2 p - 1 (Frangella et al., theorem 2.3)."""
+    matrix, p = standin.decaying(N), 6
+    spectrum = 0.7 ** np.arange(N)
+    lin = dense(matrix)
+    method = RandomisedNystrom(2 * p - 1, indefinite)
+    found = jax.jit(jax.vmap(lambda k: method.low_rank(lin.product, lin.params_like, k)))(keys(20))
+    assert np.all(found.values <= spectrum[: 2 * p - 1] * (1 + 1e-10))
+    rest = matrix - np.einsum("mir,mr,mjr->mij", found.basis, found.values, found.basis)
+    eigenvalues = np.linalg.eigvalsh(rest)
+    if not indefinite:
+        assert eigenvalues.min() > -1e-12
+    error = np.mean(np.abs(eigenvalues).max(axis=1))
+    assert error <= 3 * spectrum[p - 1] + 4 * np.e**2 / p * spectrum[p - 1 :].sum()
+    assert error < 6 * spectrum[2 * p - 1]
+
+
+@BOTH
+def test_the_zero_operator_has_zero_values(indefinite):
+    got, values = approximate(np.zeros((N, N)), 5, jnp.float32, indefinite)
+    assert np.all(values == 0) and np.all(got == 0)
+
+
+@BOTH
+def test_rank_beyond_the_size(x64, indefinite):
+    matrix = standin.decaying(SIZE)
+    got, values = approximate(matrix, SIZE + 5, indefinite=indefinite)
+    assert values.shape == (SIZE,)
+    np.testing.assert_allclose(got, matrix, atol=1e-12)
+
+
+def test_two_passes_give_the_positive_part(x64):
+    spectrum = np.concatenate([[8.0, 4.0, -6.0, -3.0], np.zeros(N - 4)])
+    matrix = standin.symmetric(spectrum)
+    got, values = approximate(matrix, 6, indefinite=True)
+    np.testing.assert_allclose(values[:2], [8, 4], rtol=1e-12)
+    q = np.linalg.eigh(matrix)
+    positive = (q.eigenvectors * np.maximum(q.eigenvalues, 0)) @ q.eigenvectors.T
+    np.testing.assert_allclose(got, positive, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_one_pass_stays_bounded_on_indefinite_operators(x64, dtype):
+    matrices = np.stack([standin.symmetric(np.random.default_rng(seed).normal(size=N), seed) for seed in range(50)])
+
+    def values(matrix, key):
+        lin = standin.Dense(matrix, standin.flat_like(N, dtype))
+        return RandomisedNystrom(10).low_rank(lin.product, lin.params_like, key).values
+
+    got = np.asarray(jax.jit(jax.vmap(values))(jnp.asarray(matrices, dtype), keys(50)))
+    assert np.all(np.isfinite(got)) and np.all(got >= 0)
+    assert np.all(got[:, 0] <= 7 * np.linalg.norm(matrices, axis=(1, 2)))
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-25, 1e25])
+def test_scale_equivariance(scale, indefinite):
+    matrix = standin.decaying(N)
+    one, a = approximate(matrix, 8, jnp.float32, indefinite)
+    other, b = approximate(scale * matrix, 8, jnp.float32, indefinite)
+    np.testing.assert_allclose(b, scale * a, rtol=1e-4, atol=1e-5 * scale)
+    np.testing.assert_allclose(other, scale * one, atol=1e-5 * scale)
+
+
+@BOTH
+def test_rounding_in_the_product_is_not_negative_curvature(indefinite):
+    """A float32 Gauss-Newton product of low rank has slightly negative eigenvalues; the answer stays accurate."""
+    n = 150
+    matrix = standin.low_rank(n, 3)
+    noise = np.random.default_rng(0).normal(size=(5, n, n)) * 1e-6 / np.sqrt(n)
+
+    def low_rank(noise, key):
+        lin = standin.Dense(jnp.asarray(matrix, jnp.float32) + noise, standin.flat_like(n))
+        return RandomisedNystrom(12, indefinite).low_rank(lin.product, lin.params_like, key)
+
+    found = jax.jit(jax.vmap(low_rank))(jnp.asarray(noise + noise.swapaxes(1, 2), jnp.float32), keys(5))
+    got = np.einsum("mir,mr,mjr->mij", found.basis, found.values, found.basis)
+    assert np.linalg.norm(got - matrix, 2, axis=(1, 2)).max() < 1e-3
+
+
+@BOTH
+def test_bfloat16_and_empty_trees(indefinite):
+    _, values = approximate(standin.low_rank(N, 3), 5, jnp.bfloat16, indefinite)
+    np.testing.assert_allclose(values[:3], [5, 3, 1], rtol=1e-4)
+    found = RandomisedNystrom(3, indefinite).low_rank(lambda v: v, {}, jax.random.key(0))
+    assert found.basis.shape == (0, 0) and found.values.shape == (0,)
+
+
+@BOTH
+def test_non_finite_products_show(indefinite):
+    lin = dense(np.full((N, N), np.nan), jnp.float32)
+    found = RandomisedNystrom(4, indefinite).low_rank(lin.product, lin.params_like, keys(1)[0])
+    assert not np.all(np.isfinite(found.values))
+
+
+def test_counts_are_checked():
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        RandomisedNystrom(0)

@@ -1,0 +1,1 @@
+"""Whole steps against the oracle: operators, lanes, presets, and everything around them."""

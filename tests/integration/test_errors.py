@@ -1,0 +1,207 @@
+"""Wrong use raises one sentence that names the mistake and, where there is one, the mend."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integration.harness import batch_of, key, precision
+from oracle import models
+
+import curvax
+
+MODEL = models.MLP_TANH
+
+
+@pytest.fixture(autouse=True)
+def _single():
+    with precision("float32"):
+        yield
+
+
+def _start(method):
+    params = MODEL.params(jnp.float32)
+    return params, method.init(params)
+
+
+def _step(method, batch, params=None, state=None):
+    fresh, fresh_state = _start(method)
+    return method.step(fresh if params is None else params, batch, fresh_state if state is None else state, key())
+
+
+def _batch(kind="ce", **changes):
+    return {**batch_of(MODEL, kind, jnp.float32), **changes}
+
+
+def _says(raised, *parts):
+    text = str(raised.value).strip().strip("'\"")
+    for part in parts:
+        assert part.lower() in text.lower(), f"{part!r} is not in: {text}"
+    assert len(text) > 20 and "\n" not in text, f"not one sentence: {text}"
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("max_iter", "maxiter"), ("lam", "lam0"), ("learning_rat", "learning_rate"), ("clipnorm", "clip_norm")],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_unknown_keyword_names_the_nearest(option, nearest, by_name):
+    with pytest.raises(TypeError) as raised:
+        if by_name:
+            curvax.make("sgn_ce", predict_fn=MODEL.predict, **{option: 3})
+        else:
+            curvax.sgn_ce(predict_fn=MODEL.predict, **{option: 3})
+    _says(raised, option, nearest)
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises((KeyError, ValueError)) as raised:
+        curvax.make("sng_ce", predict_fn=MODEL.predict)
+    _says(raised, "sng_ce", "sgn_ce")
+
+
+@pytest.mark.parametrize("option", ["lam_policy", "backend", "plan"])
+def test_unknown_choice_lists_the_choices(option):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict, **{option: "nonsense"})
+    _says(raised, "nonsense")
+
+
+@pytest.mark.parametrize("option", [{"lam0": -1.0}, {"maxiter": 0}, {"tol": -1.0}, {"microbatch_size": 0}])
+def test_impossible_values(option):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict, **option)
+    _says(raised, next(iter(option)))
+
+
+def test_unknown_trust_region_option_names_the_nearest():
+    with pytest.raises(TypeError) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict, lam_policy="trust_region", lam_kwargs={"every": 5})
+    _says(raised, "every", "every_k")
+
+
+@pytest.mark.parametrize("name", ["sgn_ce", "egn_ce", "ggn_direct_ce", "sophia_g"])
+@pytest.mark.parametrize(
+    "labels",
+    [np.zeros(5, np.int32), np.zeros((6, 2), np.float32), np.zeros((6, 1), np.int32), np.zeros(6, np.float32)],
+    ids=["short", "classes", "column", "float"],
+)
+def test_wrong_labels(name, labels):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(getattr(curvax, name)(predict_fn=MODEL.predict), _batch(y=jnp.asarray(labels)))
+    _says(raised, str(labels.shape) if labels.shape != (6,) else "float")
+
+
+@pytest.mark.parametrize("name", ["sgn_mse", "egn_mse", "egn_mse_cg"])
+def test_wrong_targets(name):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(getattr(curvax, name)(predict_fn=MODEL.predict), _batch("mse", y=jnp.zeros((6, 3))))
+    _says(raised, "(6, 3)", "(6, 4)")
+
+
+@pytest.mark.parametrize("name", ["sgn_ce", "egn_mse", "sophia_g"])
+@pytest.mark.parametrize("missing", ["x", "y"])
+def test_batch_without_its_keys(name, missing):
+    batch = _batch("mse" if "mse" in name else "ce")
+    batch["other"] = batch.pop(missing)
+    with pytest.raises(KeyError) as raised:
+        _step(getattr(curvax, name)(predict_fn=MODEL.predict), batch)
+    _says(raised, f"'{missing}'", "other")
+
+
+def test_batch_without_its_weights():
+    with pytest.raises(KeyError) as raised:
+        _step(curvax.sgn_ce(predict_fn=MODEL.predict, weight_key="w"), _batch())
+    _says(raised, "'w'", "weight_key")
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 2), (6, 4, 1)])
+def test_wrong_weight_shape(shape):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(curvax.sgn_ce(predict_fn=MODEL.predict, weight_key="w"), _batch(w=jnp.ones(shape)))
+    _says(raised, "weight", str(shape))
+
+
+def test_batch_that_is_no_mapping():
+    batch = _batch()
+    with pytest.raises(TypeError) as raised:
+        _step(curvax.sgn_ce(predict_fn=MODEL.predict), (batch["x"], batch["y"]))
+    _says(raised, "mapping", "tuple")
+
+
+def test_row_lane_with_a_hessian():
+    def loss_fn(params, batch):
+        return jnp.mean(MODEL.predict(params, batch["x"]) ** 2)
+
+    hessian = curvax.curvature.Hessian(curvax.curvature.LossFunction(loss_fn))
+    solver = curvax.solvers.RowSpace(curvax.solvers.Cholesky())
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(curvax.assemble(curvature=hessian, solver=solver), _batch())
+    _says(raised, "row")
+
+
+def test_loss_function_that_is_not_a_scalar():
+    def loss_fn(params, batch):
+        return jnp.mean(MODEL.predict(params, batch["x"]) ** 2, axis=-1)
+
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(curvax.newton_cg(loss_fn=loss_fn), _batch())
+    _says(raised, "scalar")
+
+
+def test_model_that_returns_a_tuple():
+    def predict(params, x):
+        return MODEL.predict(params, x), {"aux": x}
+
+    with pytest.raises((TypeError, ValueError)) as raised:
+        _step(curvax.sgn_ce(predict_fn=predict), _batch())
+    _says(raised, "has_aux")
+
+
+@pytest.mark.parametrize("how", ["leaf", "shape", "dtype"])
+def test_state_of_other_parameters(how):
+    method = curvax.sgn_ce(predict_fn=MODEL.predict, warm_start=True)
+    params = MODEL.params(jnp.float32)
+    other = {
+        "leaf": lambda: [*params, {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}],
+        "shape": lambda: models.MLP_RELU.params(jnp.float32),
+        "dtype": lambda: MODEL.params(jnp.bfloat16),
+    }[how]()
+    with pytest.raises((TypeError, ValueError)) as raised:
+        jax.jit(method.step)(params, _batch(), method.init(other), key())
+    _says(raised, "state", "init")
+
+
+def test_parameters_that_are_no_arrays():
+    with pytest.raises(TypeError) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict).init({"w": jnp.ones((3, 4)), "name": "dense"})
+    _says(raised, "name", "array")
+
+
+def test_random_model_without_a_key():
+    def predict(params, x, rng):
+        return MODEL.predict(params, x)
+
+    method = curvax.sgn_ce(predict_fn=predict, has_rng=True)
+    params, state = _start(method)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        method.step(params, _batch(), state, None)
+    _says(raised, "key", "rng")
+
+
+def test_frozen_mask_that_does_not_fit():
+    with pytest.raises((TypeError, ValueError)) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict, frozen={"nothing": True}).init(MODEL.params(jnp.float32))
+    _says(raised, "frozen")
+
+
+def test_everything_frozen():
+    with pytest.raises(ValueError) as raised:
+        _step(curvax.sgn_ce(predict_fn=MODEL.predict, frozen=True), _batch())
+    _says(raised, "trainable")
+
+
+def test_positional_arguments_are_refused():
+    with pytest.raises(TypeError):
+        curvax.sgn_ce(MODEL.predict)

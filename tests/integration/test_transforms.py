@@ -1,0 +1,91 @@
+"""What happens to the direction after the solve: learning rate, clipping, decay, momentum, a chain of one's own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from integration.harness import batch_of, key, precision, standard_truth, truth_of
+from oracle import dense, models
+
+import curvax
+
+MODEL = models.MLP_TANH
+LAM = 0.1
+
+
+def _matrices_only(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+CASES = {
+    "learning_rate": ({"learning_rate": 0.25}, lambda: optax.scale(-0.25)),
+    "schedule": (
+        {"learning_rate": optax.linear_schedule(0.5, 0.1, 3)},
+        lambda: optax.scale_by_learning_rate(optax.linear_schedule(0.5, 0.1, 3)),
+    ),
+    "clip": (
+        {"learning_rate": 0.5, "clip_norm": 0.3},
+        lambda: optax.chain(optax.clip_by_global_norm(0.3), optax.scale(-0.5)),
+    ),
+    "decay": (
+        {"learning_rate": 0.5, "weight_decay": 0.1},
+        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.scale(-0.5)),
+    ),
+    "decay_mask": (
+        {"learning_rate": 0.5, "weight_decay": 0.1, "weight_decay_mask": _matrices_only},
+        lambda: optax.chain(optax.add_decayed_weights(0.1, mask=_matrices_only), optax.scale(-0.5)),
+    ),
+    "momentum": (
+        {"learning_rate": 0.5, "direction_momentum": 0.8},
+        lambda: optax.chain(optax.trace(0.8), optax.scale(-0.5)),
+    ),
+    "nesterov": (
+        {"learning_rate": 0.5, "direction_momentum": 0.8, "nesterov": True},
+        lambda: optax.chain(optax.trace(0.8, nesterov=True), optax.scale(-0.5)),
+    ),
+    "everything": (
+        {"learning_rate": 0.5, "direction_momentum": 0.8, "clip_norm": 0.3, "weight_decay": 0.1},
+        lambda: optax.chain(
+            optax.trace(0.8), optax.clip_by_global_norm(0.3), optax.add_decayed_weights(0.1), optax.scale(-0.5)
+        ),
+    ),
+    "own_chain": (
+        {"tx": optax.chain(optax.scale_by_sign(), optax.scale(-0.01))},
+        lambda: optax.chain(optax.scale_by_sign(), optax.scale(-0.01)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_three_steps_are_the_dense_directions_through_the_same_chain(name):
+    options, chain = CASES[name]
+    with precision("float64"):
+        method = curvax.ggn_direct_ce(predict_fn=MODEL.predict, lam0=LAM, **options)
+        params, batch = MODEL.params(), batch_of(MODEL, "ce", "float64")
+        step, state = jax.jit(method.step), method.init(params)
+        tx = chain()
+        ours, theirs, theirs_state = params, params, tx.init(params)
+        for _ in range(3):
+            ours, state, _ = step(ours, batch, state, key())
+            flat = truth_of(MODEL, "ce", theirs, batch).direction(LAM)
+            direction = jax.tree.map(jnp.asarray, dense.like(flat, theirs))
+            update, theirs_state = tx.update(direction, theirs_state, theirs)
+            theirs = optax.apply_updates(theirs, update)
+        np.testing.assert_allclose(dense.vector(ours), dense.vector(theirs), rtol=1e-8, atol=1e-10)
+
+
+def test_the_default_transform_subtracts_the_direction():
+    with precision("float64"):
+        method = curvax.egn_ce(predict_fn=MODEL.predict, lam0=LAM)
+        params, batch = MODEL.params(), batch_of(MODEL, "ce", "float64")
+        new, _, _ = jax.jit(method.step)(params, batch, method.init(params), key())
+        want = dense.vector(params) - standard_truth(MODEL, "ce").direction(LAM)
+        np.testing.assert_allclose(dense.vector(new), want, rtol=1e-9, atol=1e-11)
+
+
+def test_a_chain_and_the_knobs_it_would_replace_exclude_each_other():
+    with pytest.raises((TypeError, ValueError), match="tx"):
+        curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1), learning_rate=0.1)

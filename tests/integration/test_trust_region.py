@@ -1,0 +1,153 @@
+"""Trust-region damping: rho is the dense quantity, bad steps are undone whole, lam moves as promised."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from integration import presets
+from integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
+from oracle import dense, models
+
+import curvax
+
+MODEL = models.MLP_TANH
+PRESETS = [presets.BY_NAME[name] for name in ("sgn_ce", "egn_ce", "egn_mse_cg", "newton_cg")]
+
+
+def _traces(state):
+    """Momentum buffers inside a method's state, wherever they are kept."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.TraceState))
+    return [leaf for leaf in leaves if isinstance(leaf, optax.TraceState)]
+
+
+@pytest.mark.parametrize("name", ["sgn_ce", "egn_ce", "ggn_direct_mse"])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_rho_is_actual_over_predicted_decrease(name, rate):
+    preset, lam = presets.BY_NAME[name], 0.5
+    with precision("float64"):
+        params, batch = MODEL.params(), batch_of(MODEL, preset.kind, "float64")
+        options = {"tol": 1e-12, "maxiter": 500} if name == "sgn_ce" else {}
+        method = preset.make(
+            MODEL, lam_policy="trust_region", lam0=lam, learning_rate=rate, record_rho_every_k=1, **options
+        )
+        new, _, info = jax.jit(method.step)(params, batch, method.init(params), key())
+        before, after = truth_of(MODEL, preset.kind, params, batch), truth_of(MODEL, preset.kind, new, batch)
+        update = -rate * before.direction(lam)
+        predicted = -(before.gradient @ update + 0.5 * update @ before.ggn @ update)
+        actual = before.loss.value - after.loss.value
+    assert float(info["rho"]) == pytest.approx(actual / predicted, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_a_step_that_raises_the_loss_is_undone_whole(preset):
+    with precision("float32"):
+        method = preset.make(
+            MODEL, lam_policy="trust_region", lam0=1e-3, learning_rate=1e3, direction_momentum=0.9
+        )
+        params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
+        step, state = jax.jit(method.step), method.init(params)
+        (before,) = _traces(state)
+        same, after, info = step(params, batch, state, key())
+        assert not bool(info["accepted"]) and bool(info["finite"])
+        assert float(info["rho"]) < 0.25
+        assert same_bits(params, same)
+        assert same_bits(before, _traces(after)[0]), "the transform kept the rejected step"
+        _, _, following = step(same, batch, after, key())
+        assert float(following["lam"]) > float(info["lam"])
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_lam_falls_while_steps_are_good_and_the_loss_falls(preset):
+    with precision("float32"):
+        method = preset.make(MODEL, lam_policy="trust_region", lam0=10.0)
+        params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
+        step, state = jax.jit(method.step), method.init(params)
+        lams, losses = [], []
+        for _ in range(6):
+            params, state, info = step(params, batch, state, key())
+            lams.append(float(info["lam"]))
+            losses.append(float(info["loss"]))
+    assert lams[-1] < lams[0]
+    assert losses[-1] < losses[0]
+    # A rejected step keeps the parameters, so on one batch the loss never rises.
+    assert np.all(np.diff(losses) <= 1e-6 * losses[0])
+
+
+def test_recovers_from_a_hopeless_start():
+    """With lam far too small at first, rejections raise it until steps are taken."""
+    with precision("float32"):
+        method = curvax.sgn_ce(
+            predict_fn=MODEL.predict,
+            lam_policy="trust_region",
+            lam0=1e-4,
+            lam_kwargs={"inc": 4.0},
+            learning_rate=8.0,
+            maxiter=50,
+        )
+        params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
+        step, state = jax.jit(method.step), method.init(params)
+        accepted, losses = [], []
+        for _ in range(20):
+            params, state, info = step(params, batch, state, key())
+            accepted.append(bool(info["accepted"]))
+            losses.append(float(info["loss"]))
+    assert not accepted[0] and any(accepted)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("rho_target", "factor"), [("good", 0.25), ("bad", 3.0)], ids=["lowers_by_dec", "raises_by_inc"]
+)
+def test_factors_are_those_given(rho_target, factor):
+    kwargs = {"inc": 3.0, "dec": 0.25}
+    with precision("float32"):
+        method = curvax.ggn_direct_mse(
+            predict_fn=models.LINEAR.predict,
+            lam_policy="trust_region",
+            lam0=1e-2,
+            lam_kwargs=kwargs,
+            learning_rate=1.0 if rho_target == "good" else 1e3,
+        )
+        params, batch = models.LINEAR.params(jnp.float32), batch_of(models.LINEAR, "mse", jnp.float32)
+        step, state = jax.jit(method.step), method.init(params)
+        new, state, info = step(params, batch, state, key())
+        _, _, following = step(new, batch, state, key())
+    # The squared error of a linear model is its own quadratic model: a good step has rho = 1 exactly.
+    if rho_target == "good":
+        assert float(info["rho"]) == pytest.approx(1.0, rel=1e-3)
+    assert float(following["lam"]) == pytest.approx(factor * float(info["lam"]), rel=1e-5)
+
+
+def test_lam_stays_inside_its_bounds():
+    with precision("float32"):
+        method = curvax.ggn_direct_mse(
+            predict_fn=models.LINEAR.predict,
+            lam_policy="trust_region",
+            lam0=1.0,
+            lam_kwargs={"dec": 0.1, "min_lam": 0.05},
+        )
+        params, batch = models.LINEAR.params(jnp.float32), batch_of(models.LINEAR, "mse", jnp.float32)
+        step, state = jax.jit(method.step), method.init(params)
+        for _ in range(5):
+            params, state, info = step(params, batch, state, key())
+        assert float(info["lam"]) == pytest.approx(0.05, rel=1e-5)
+        assert all_finite(params)
+
+
+def test_a_policy_object_and_its_name_do_the_same():
+    with precision("float32"):
+        params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
+        outcomes = []
+        for options in (
+            {"lam_policy": "trust_region", "lam0": 0.5, "lam_kwargs": {"every_k": 2}},
+            {"lam_policy": curvax.damping.TrustRegion(lam0=0.5, every_k=2)},
+        ):
+            method = curvax.sgn_ce(predict_fn=MODEL.predict, **options)
+            step, p, state = jax.jit(method.step), params, method.init(params)
+            for _ in range(4):
+                p, state, _ = step(p, batch, state, key())
+            outcomes.append(dense.vector(p))
+    np.testing.assert_array_equal(*outcomes)
