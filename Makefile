@@ -25,7 +25,7 @@ $(STAMP): $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("curvax needs Python >= 3.11; say PYTHON=python3.12 make ..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing curvax[$(EXTRAS)] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)
@@ -35,12 +35,14 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) -q
 
 $(VENV)/.dev: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/typing && mkdir -p build/typing/curvax
+	@ln -s $(CURDIR)/python/curvax/* $(CURDIR)/kernels build/typing/curvax/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cc' -o -name '*.h' -o -name '*.inc')
 

@@ -1,5 +1,5 @@
-// The Python module curvax._native_cpu: the CPU handlers as capsules, and the facts of this build. It registers nothing:
-// python/curvax/ffi.py does, on first use and after a version check.
+// The Python module curvax._native_cpu: the CPU handlers as capsules, and the facts of this build. It registers
+// nothing: python/curvax/ffi.py does, on first use and after a version check.
 
 #include <nanobind/nanobind.h>
 

@@ -1,14 +1,14 @@
 """The one dispatcher: which implementation of an op runs, why, and a record of what ran.
 
-An op (`Op`) declares its implementations (`Variant`), best first, the plain JAX reference last. A variant's probe looks at a
-`Request` (platform, dtypes, sizes, devices) and answers with the reason why it cannot run, or None.
+An op (`Op`) declares its implementations (`Variant`), best first, the plain JAX reference last. A variant's probe looks
+at a `Request` (platform, dtypes, sizes, devices) and answers with the reason why it cannot run, or None.
 
 Two questions are answered here and nowhere else:
 
-- `select(op, implementation, request)`, asked by an op when it is called: None takes the best supported variant, a name takes
-  that one or raises `Unsupported`.
-- `resolve(op, backend, request)`, asked by the planner: a backend is a preference, and an op that cannot honour it falls back
-  to its reference, with the reason, one warning, and an error under `strict_backend`.
+- `select(op, implementation, request)`, asked by an op when it is called: None takes the best supported variant, a name
+  takes that one or raises `Unsupported`.
+- `resolve(op, backend, request)`, asked by the planner: a backend is a preference, and an op that cannot honour it
+  falls back to its reference, with the reason, one warning, and an error under `strict_backend`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Request:
 
     Attributes:
       platform: "cpu", "gpu" or "tpu", where the computation is expected to run.
-      devices: how many devices of one program see the whole array: 1 inside `jax.shard_map` with all axes manual, where each
-        device calls the op on its own shard.
+      devices: how many devices of one program see the whole array: 1 inside `jax.shard_map` with all axes manual, where
+        each device calls the op on its own shard.
       dtypes: the distinct dtypes of the operands.
       sizes: number of elements of each leaf.
     """
@@ -59,7 +59,7 @@ class Request:
 
     @staticmethod
     def of(*trees: Any) -> Request:
-        """The request of an op on these operands (arrays, tracers or `jax.ShapeDtypeStruct`s); sizes are the first's."""
+        """The request of an op on these operands (arrays or `jax.ShapeDtypeStruct`s); sizes are the first's."""
         platform = _platform()
         leaves = jax.tree.leaves(trees)
         return Request(
@@ -260,7 +260,7 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
 
 def _platform() -> str:
     """Where an uncommitted computation runs: `jax_default_device` if one is set, else the default backend."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

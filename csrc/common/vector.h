@@ -1,5 +1,5 @@
-// The arithmetic of one element of a vector update. It stands once, for host and device code, and works on scalars and on
-// vector-extension types alike.
+// The arithmetic of one element of a vector update. It stands once, for host and device code, and works on scalars and
+// on vector-extension types alike.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -14,9 +14,9 @@ namespace curvax {
 
 // Calls body(k) once for each k in [0, count), on the calling thread and up to `threads - 1` threads of the pool.
 //
-// The caller works too and waits only for pieces that another thread has begun. It never waits for a task that is still in
-// the queue: the handler itself may hold a thread of this pool, and with every thread in a handler nobody would run the
-// queue. A task that starts late finds nothing left and touches only the shared counters.
+// The caller works too and waits only for pieces that another thread has begun. It never waits for a task that is still
+// in the queue: the handler itself may hold a thread of this pool, and with every thread in a handler nobody would run
+// the queue. A task that starts late finds nothing left and touches only the shared counters.
 template <typename Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, const Body& body) {
   threads = std::min(threads, count);

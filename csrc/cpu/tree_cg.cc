@@ -21,7 +21,8 @@ namespace ffi = xla::ffi;
 
 // Below this many bytes moved in a call one thread is faster than waking another.
 constexpr int64_t kThreadingBytes = 2 << 20;
-// A thread takes runs of neighbouring blocks: this many runs per thread balance the load, and long runs suit the prefetcher.
+// A thread takes runs of neighbouring blocks: this many runs per thread balance the load, and long runs suit the
+// prefetcher.
 constexpr int64_t kRunsPerThread = 8;
 
 using Dims = std::vector<int64_t>;
@@ -113,7 +114,8 @@ ffi::Error MakeLayout(const char* op, ffi::DataType dtype, const Dims& batch_dim
   layout.first_block.assign(1, 0);
   for (size_t leaf = 0; leaf < count; ++leaf) {
     const Dims& dims = leaves[leaf].dims;
-    const bool fits = dims.size() >= batch_dims.size() && std::equal(batch_dims.begin(), batch_dims.end(), dims.begin());
+    const bool fits =
+        dims.size() >= batch_dims.size() && std::equal(batch_dims.begin(), batch_dims.end(), dims.begin());
     if (!fits)
       return Refuse(op, "leaf ", leaf, " of shape ", Shape(dims), " does not begin with the batch axes ",
                     Shape(batch_dims), " of the scalar");
@@ -125,15 +127,17 @@ ffi::Error MakeLayout(const char* op, ffi::DataType dtype, const Dims& batch_dim
   return ffi::Error::Success();
 }
 
-// Calls body(member, leaf, offset, n, slot) for every block of every leaf of every batch member; `offset` counts from the
-// start of the leaf's buffer, `slot` numbers the blocks. Which thread runs a block has no influence on its result.
+// Calls body(member, leaf, offset, n, slot) for every block of every leaf of every batch member; `offset` counts from
+// the start of the leaf's buffer, `slot` numbers the blocks. Which thread runs a block has no influence on its result.
 template <typename Body>
 void ForEachBlock(ffi::ThreadPool& pool, const Layout& layout, int64_t bytes_per_element, int64_t threads,
                   const Body& body) {
   const int64_t blocks = layout.blocks();
   const int64_t total = blocks * layout.batch;
   if (threads <= 0)
-    threads = layout.elements * layout.batch * bytes_per_element < kThreadingBytes ? 1 : std::max<int64_t>(1, pool.num_threads());
+    threads = layout.elements * layout.batch * bytes_per_element < kThreadingBytes
+                  ? 1
+                  : std::max<int64_t>(1, pool.num_threads());
   const int64_t run = std::max<int64_t>(1, total / (threads * kRunsPerThread));
   ParallelFor(pool, threads, (total + run - 1) / run, [&](int64_t piece) {
     const int64_t end = std::min(total, (piece + 1) * run);
@@ -168,8 +172,8 @@ ffi::Error ReadUpdate(ffi::RemainingArgs args, ffi::RemainingRets rets, UpdateCa
     return Refuse(op, "got ", args.size(), " operands, expected alpha and the leaves of x, p, r and q: 1 + 4 leaves");
   const size_t leaves = (args.size() - 1) / 4;
   if (rets.size() != 1 + 2 * leaves)
-    return Refuse(op, "got ", rets.size(), " results for ", leaves, " leaves, expected rr and the leaves of x and r: ",
-                  1 + 2 * leaves);
+    return Refuse(op, "got ", rets.size(), " results for ", leaves,
+                  " leaves, expected rr and the leaves of x and r: ", 1 + 2 * leaves);
   if (auto error = Argument(op, args, 0, call.alpha); error.failure()) return error;
   if (auto error = CheckDtype(op, call.alpha.dtype); error.failure()) return error;
   if (auto error = Result(op, rets, 0, call.rr); error.failure()) return error;
@@ -313,8 +317,7 @@ ffi::Error ReadDots(ffi::RemainingArgs args, ffi::RemainingRets rets, DotsCall& 
       const Dims& dims = call.a[0][leaf].dims;
       if (auto error = CheckSame(op, "operand", index, call.a[pair][leaf], first.dtype, dims); error.failure())
         return error;
-      if (auto error = CheckSame(op, "operand", index + leaves, call.b[pair][leaf], first.dtype, dims);
-          error.failure())
+      if (auto error = CheckSame(op, "operand", index + leaves, call.b[pair][leaf], first.dtype, dims); error.failure())
         return error;
     }
   }
@@ -355,8 +358,7 @@ ffi::Error Dots(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
 }  // namespace
 
 // `threads`: 0 lets the handler decide; a positive number is taken as it is.
-#define CURVAX_BINDING \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("threads")
+#define CURVAX_BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("threads")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CgUpdateHandler, CgUpdate, CURVAX_BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CgDirectionHandler, CgDirection, CURVAX_BINDING);

@@ -1,7 +1,7 @@
 """The op family tree_cg: the vector work of one conjugate gradient iteration over all leaves of a pytree at once.
 
-Vectors are pytrees of arrays; all vectors of a call have one structure and, leaf by leaf, one shape and dtype. Scalars have
-`curvax.tree.scalar_dtype`: the widest leaf dtype, at least float32.
+Vectors are pytrees of arrays; all vectors of a call have one structure and, leaf by leaf, one shape and dtype. Scalars
+have `curvax.tree.scalar_dtype`: the widest leaf dtype, at least float32.
 
 | op | reads | writes | FLOPs | (n: elements over all leaves)
 |---|---|---|---|
@@ -10,9 +10,9 @@ Vectors are pytrees of arrays; all vectors of a call have one structure and, lea
 | `dots` | 2 n per pair, n less for a vector that comes again | 0 | 2 n per pair |
 
 Batching: `jax.vmap` over any of the operands is exact: the native handlers take leading batch axes as they are.
-Partitioning: inside `jax.shard_map` each device works on its shard and the scalars are the shard's own: the caller adds them
-up with `jax.lax.psum`. Outside, the reference is partitioned by XLA like any JAX code; the native handlers are not, so with
-several devices they are not taken there.
+Partitioning: inside `jax.shard_map` each device works on its shard and the scalars are the shard's own: the caller adds
+them up with `jax.lax.psum`. Outside, the reference is partitioned by XLA like any JAX code; the native handlers are
+not, so with several devices they are not taken there.
 Differentiation: none; the ops stay off the differentiated path.
 """
 
@@ -122,14 +122,17 @@ def _check_alike(op: str, **vectors: PyTree) -> None:
     """Raises TypeError unless all vectors have the structure, shapes and dtypes of the first."""
     (first_name, first), *others = vectors.items()
     structure = jax.tree.structure(first)
-    leaves = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(first)]
+    types = [_type(leaf) for leaf in jax.tree.leaves(first)]
     for name, vector in others:
-        if jax.tree.structure(vector) != structure:
-            raise TypeError(
-                f"{op}: {name} has structure {jax.tree.structure(vector)}, {first_name} has {structure}: pass vectors alike"
-            )
-        for i, (leaf, (shape, dtype)) in enumerate(zip(jax.tree.leaves(vector), leaves, strict=True)):
-            if leaf.shape != shape or leaf.dtype != dtype:
+        found = jax.tree.structure(vector)
+        if found != structure:
+            raise TypeError(f"{op}: {name} has structure {found}, {first_name} has {structure}: pass vectors alike")
+        for i, (leaf, expected) in enumerate(zip(jax.tree.leaves(vector), types, strict=True)):
+            if _type(leaf) != expected:
                 raise TypeError(
-                    f"{op}: leaf {i} of {name} is {leaf.dtype}{leaf.shape}, of {first_name} {dtype}{shape}: pass vectors alike"
+                    f"{op}: leaf {i} of {name} is {_type(leaf)}, of {first_name} {expected}: pass vectors alike"
                 )
+
+
+def _type(leaf: jax.Array) -> str:
+    return f"{leaf.dtype}{leaf.shape}"

@@ -1,8 +1,8 @@
 """tree_cg through the XLA FFI handlers of csrc/cpu/tree_cg.cc: one call for all leaves, in place where XLA allows it.
 
-Operands and results are flat: `cg_update` takes alpha and the leaves of x, p, r, q and gives rr and the leaves of x and r;
-`cg_direction` takes beta and the leaves of z, p and gives those of p; `dots` takes the leaves of a and b of each pair in turn
-and gives one scalar per pair. Batch axes of the scalars stand in front of every leaf, which is what
+Operands and results are flat: `cg_update` takes alpha and the leaves of x, p, r, q and gives rr and the leaves of x and
+r; `cg_direction` takes beta and the leaves of z, p and gives those of p; `dots` takes the leaves of a and b of each
+pair in turn and gives one scalar per pair. Batch axes of the scalars stand in front of every leaf, which is what
 `vmap_method="broadcast_all"` makes of a vmapped call.
 """
 
@@ -32,7 +32,7 @@ def cannot(request: Request) -> str | None:
         found = ", ".join(map(str, request.dtypes)) or "no leaves"
         return f"the native handlers take leaves of one dtype, float32 or float64, and these have {found}"
     if request.devices != 1:
-        return f"the native handlers are not partitioned over devices outside jax.shard_map, and there are {request.devices}"
+        return f"outside jax.shard_map the native handlers are not partitioned, and there are {request.devices} devices"
     status = ffi.native_status()
     return None if status.available else status.reason
 
@@ -40,8 +40,8 @@ def cannot(request: Request) -> str | None:
 def direction_better_not(request: Request) -> str | None:
     """Why the reference is the better choice for `cg_direction`; None if it is not.
 
-    Without a reduction XLA's own loop is as good: it wins by the overhead of a call on short vectors, and on vectors beyond
-    the caches, where both wait for memory.
+    Without a reduction XLA's own loop is as good: it wins by the overhead of a call on short vectors, and on vectors
+    beyond the caches, where both wait for memory.
     """
     low, high = _DIRECTION_SIZES
     if low <= request.size <= high:

@@ -1,7 +1,7 @@
 """Lazy, version-checked registration of the native XLA FFI handlers.
 
-A handler built on newer XLA headers than the running jaxlib is refused, and if it is registered before the backend
-is up, the refusal makes *every* JAX operation of the process fail. So nothing is registered, or even imported, until an op
+A handler built on newer XLA headers than the running jaxlib is refused, and if it is registered before the backend is
+up, the refusal makes *every* JAX operation of the process fail. So nothing is registered, or even imported, until an op
 first needs it, and the versions are compared before.
 """
 
@@ -13,12 +13,12 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
-import jaxlib
 
 _CPU_MODULE = "curvax._native_cpu"
 _lock = threading.Lock()
@@ -32,7 +32,7 @@ class Status:
     Attributes:
       available: True if they can.
       reason: one sentence: what is there, or why nothing is and how to mend it.
-      build: facts of the compiled module (`ffi_api`, `jaxlib`, `compiler`, `simd_levels`, `simd`); empty if there is none.
+      build: facts of the compiled module (`ffi_api`, `jaxlib`, `compiler`, `simd_levels`, `simd`); empty without one.
     """
 
     available: bool
@@ -105,17 +105,17 @@ def _version_refusal(build: Mapping[str, Any]) -> str | None:
     running = _running_ffi_api()
     if running is None:
         # A jaxlib without headers: its release number orders it against the one the module was built on.
-        if _release(jaxlib.__version__) >= _release(build["jaxlib"]):
+        if _release(version("jaxlib")) >= _release(build["jaxlib"]):
             return None
         return (
-            f"the native module was built on jaxlib {build['jaxlib']}, newer than the running {jaxlib.__version__}: "
+            f"the native module was built on jaxlib {build['jaxlib']}, newer than the running {version('jaxlib')}: "
             "upgrade jaxlib or rebuild curvax"
         )
     if built[0] == running[0] and built[1] <= running[1]:
         return None
     return (
-        f"the native module was built on XLA FFI {built[0]}.{built[1]} (jaxlib {build['jaxlib']}), and the running jaxlib "
-        f"{jaxlib.__version__} has {running[0]}.{running[1]}: upgrade jaxlib or rebuild curvax"
+        f"the native module was built on XLA FFI {built[0]}.{built[1]} (jaxlib {build['jaxlib']}), and the running "
+        f"jaxlib {version('jaxlib')} has {running[0]}.{running[1]}: upgrade jaxlib or rebuild curvax"
     )
 
 
@@ -131,7 +131,7 @@ def _running_ffi_api() -> tuple[int, int] | None:
     return (int(major[1]), int(minor[1])) if major and minor else None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "0.10.2.dev1" -> (0, 10, 2)."""
-    match = re.match(r"\d+(\.\d+)*", version)
+def _release(number: str) -> tuple[int, ...]:
+    """The leading numbers of a version number: "0.10.2.dev1" -> (0, 10, 2)."""
+    match = re.match(r"\d+(\.\d+)*", number)
     return tuple(int(part) for part in match[0].split(".")) if match else ()

@@ -1,14 +1,14 @@
 """curvax as Optax transformations.
 
-`scale_by_*` turn the incoming updates g into s with (C + lam I) s = g (or the diagonal lane's s), without sign or learning
-rate: chain them with `optax.scale_by_learning_rate`. `as_gradient_transformation(method)` is a whole method: its update
-includes the method's own transform and rejection. Both take the incoming updates as the gradient, so clipping before
+`scale_by_*` turn the incoming updates g into s with (C + lam I) s = g (or the diagonal lane's s), without sign or
+learning rate: chain them with `optax.scale_by_learning_rate`. `as_gradient_transformation(method)` is a whole method:
+its update includes the method's own transform and rejection. Both take the incoming updates as the gradient, so clipping before
 them, or accumulation by `optax.MultiSteps`, is respected, and both need what a gradient alone cannot tell:
 
     updates, state = tx.update(grads, state, params, batch=batch, rng=rng)
 
-Inside `optax.masked`, `optax.partition` and the like, parameters arrive with holes (`optax.MaskedNode`); the model still
-needs all of them: pass `full_params=params` to `update`.
+Inside `optax.masked`, `optax.partition` and the like, parameters arrive with holes (`optax.MaskedNode`); the model
+still needs all of them: pass `full_params=params` to `update`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from curvax.tree import PyTree
 def as_gradient_transformation(method: Method, *, model_state: PyTree = None) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
-    `update(updates, state, params, *, batch, rng=None, curvature_batch=None, full_params=None, model_state=None)` returns
-    what `optax.apply_updates` adds to the parameters: zero for a step that is not taken.
+    `update(updates, state, params, *, batch, rng=None, curvature_batch=None, full_params=None)` returns what
+    `optax.apply_updates` adds to the parameters: zero for a step that is not taken.
 
     Args:
       method: any method.
@@ -130,7 +130,7 @@ def scale_by_ggn(
     Args:
       predict_fn: `predict_fn(params, inputs) -> outputs`.
       loss: loss in output space.
-      lam: damping; may be traced, so `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` schedules it.
+      lam: damping; `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` can schedule it.
       solver: `CG()`, `RowSpace(Cholesky())`, ...
       metric: GGN, Monte Carlo Fisher or empirical Fisher.
       x_key, y_key, weight_key: keys of the batch.

@@ -1,8 +1,8 @@
 """The metric schema: which scalars a step reports, and when.
 
-Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due holds NaN (floats), -1
-(integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for the
-device.
+Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due holds NaN (floats),
+-1 (integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for
+the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Metric(str, enum.Enum):
+class Metric(enum.StrEnum):
     """A scalar that a step can report; the value is its key in `info`."""
 
     STEP = "step"

@@ -20,7 +20,7 @@ _BLOCK = 1024
 
 def wide_dtype(dtype: Any) -> np.dtype:
     """The dtype in which curvax accumulates values of `dtype`: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
 def widen(tree: PyTree) -> PyTree:
@@ -40,7 +40,8 @@ def zeros_like(tree: PyTree) -> PyTree:
 
 def scalar_dtype(tree: PyTree) -> np.dtype:
     """The dtype of scalars (dot products, `lam`) that go with `tree`: the widest of its leaves, at least float32."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+    wide = {wide_dtype(x.dtype) for x in jax.tree.leaves(tree)}
+    return max(wide, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
 
 
 def size(tree: PyTree) -> int:

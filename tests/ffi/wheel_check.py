@@ -2,8 +2,8 @@
 
     python tests/ffi/wheel_check.py
 
-Builds with the oldest Python (>= 3.11) on PATH for the oldest supported JAX, and with the oldest one that has a stable ABI
-(>= 3.12) for the newest JAX, where the newest Python on PATH runs it. Exits non-zero if a handler does not answer.
+Builds with the oldest Python (>= 3.11) on PATH for the oldest supported JAX, and with the oldest one that has a stable
+ABI (>= 3.12) for the newest JAX, where the newest Python on PATH runs it. Exits non-zero if a handler does not answer.
 """
 
 from __future__ import annotations

@@ -79,6 +79,19 @@ def test_iterates_of_row_and_parameter_space_cg_are_the_same():
             assert_close(row, param, 1e-7, f"{maxiter} iterations")
 
 
+@pytest.mark.parametrize("name", [*ITERATIVE, "newton_cg"])
+def test_a_tolerance_beyond_the_dtype_does_no_harm(name):
+    """In float32 nothing reaches 1e-9: the iteration goes on to its limit or stops, and the answer stays good."""
+    preset = presets.BY_NAME[name]
+    with precision("float32"):
+        model = models.SCALAR if preset.kind == "mse" else models.LINEAR
+        params, batch = model.params(jnp.float32), batch_of(model, preset.kind, jnp.float32)
+        method = preset.make(model, lam0=1e-3, tol=1e-9, maxiter=300)
+        (step,), (info,) = directions(method, params, batch)
+    assert_close(step, standard_truth(model, preset.kind).direction(1e-3), TOLERANCE["float32"])
+    assert float(info["residual"]) < 1e-2
+
+
 PRECONDITIONERS = {
     "diag_direct": lambda: {"precond": "diag_direct", "estimator": "hutchinson"},
     "diag_ema": lambda: {"precond": "diag_ema", "estimator": "gnb_ce"},

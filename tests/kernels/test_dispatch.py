@@ -115,7 +115,7 @@ def test_the_report_counts_op_calls() -> None:
 def test_misspelled_names_are_named() -> None:
     with pytest.raises(ValueError, match="backend must be one of auto, reference, pallas, triton, native, got 'cuda'"):
         resolve(OP, "cuda", REQUEST)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="implementation must be None or one of .* got 'auto'"):
+    with pytest.raises(ValueError, match=r"implementation must be None or one of .* got 'auto'"):
         select(OP, "auto", REQUEST)  # pyright: ignore[reportArgumentType]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ SHAPES: dict[str, Any] = {
     "no_leaves": {},
     "one_leaf": {"a": (70_001,)},
     "block_edges": [(4095,), (4096,), (4097,), (63,), (64,), (65,)],
-    "fifty_leaves": [(31 * i + 1,) for i in range(50)],
+    "fifty_leaves": [(3 * i + 1,) for i in range(50)],
     "threads": {"a": (500_003,), "b": [(777,), (3, 5, 7)], "c": (60_000, 2)},
 }
 WITHOUT_NATIVE = {"no_leaves"}
@@ -38,6 +39,10 @@ def is_shape(node: Any) -> bool:
 def make(shapes: Any, dtype: Any, seed: int, batch: tuple[int, ...] = ()) -> Any:
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(batch + s), dtype), shapes, is_leaf=is_shape)
+
+
+def pick(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def wide(tree: Any) -> list[np.ndarray]:
@@ -88,20 +93,20 @@ class TestValues:
         skip_unless_supported(implementation, case)
         x, p, r, q = (make(SHAPES[case], dtype, seed) for seed in range(4))
         alpha = jnp.asarray(0.37, dtype)
-        new_x, new_r, rr = cg_update(alpha, x, p, r, q, implementation=implementation)
+        new_x, new_r, rr = jax.jit(partial(cg_update, implementation=implementation))(alpha, x, p, r, q)
         a = float(alpha)
         wx, wp, wr, wq = map(wide, (x, p, r, q))
         assert jax.tree.structure(new_x) == jax.tree.structure(x) == jax.tree.structure(new_r)
         close_tree(
             new_x,
-            [u + a * v for u, v in zip(wx, wp, strict=False)],
-            [abs(u) + abs(a * v) for u, v in zip(wx, wp, strict=False)],
+            [u + a * v for u, v in zip(wx, wp, strict=True)],
+            [abs(u) + abs(a * v) for u, v in zip(wx, wp, strict=True)],
             dtype,
         )
         close_tree(
             new_r,
-            [u - a * v for u, v in zip(wr, wq, strict=False)],
-            [abs(u) + abs(a * v) for u, v in zip(wr, wq, strict=False)],
+            [u - a * v for u, v in zip(wr, wq, strict=True)],
+            [abs(u) + abs(a * v) for u, v in zip(wr, wq, strict=True)],
             dtype,
         )
         assert rr.shape == ()
@@ -112,14 +117,14 @@ class TestValues:
         skip_unless_supported(implementation, case)
         z, p = (make(SHAPES[case], dtype, seed) for seed in (5, 6))
         beta = jnp.asarray(-1.7, dtype)
-        got = cg_direction(beta, z, p, implementation=implementation)
+        got = jax.jit(partial(cg_direction, implementation=implementation))(beta, z, p)
         b = float(beta)
         wz, wp = wide(z), wide(p)
         assert jax.tree.structure(got) == jax.tree.structure(p)
         close_tree(
             got,
-            [u + b * v for u, v in zip(wz, wp, strict=False)],
-            [abs(u) + abs(b * v) for u, v in zip(wz, wp, strict=False)],
+            [u + b * v for u, v in zip(wz, wp, strict=True)],
+            [abs(u) + abs(b * v) for u, v in zip(wz, wp, strict=True)],
             dtype,
         )
 
@@ -127,9 +132,9 @@ class TestValues:
         skip_unless_supported(implementation, case)
         p, q, r = (make(SHAPES[case], dtype, seed) for seed in (7, 8, 9))
         pairs = [(p, q), (p, p), (q, r)]
-        got = dots(pairs, implementation=implementation)
+        got = jax.jit(partial(dots, implementation=implementation))(pairs)
         assert len(got) == 3
-        for value, (a, b) in zip(got, pairs, strict=False):
+        for value, (a, b) in zip(got, pairs, strict=True):
             assert value.shape == ()
             close_dot(value, wide(a), wide(b))
 
@@ -157,14 +162,13 @@ class TestTransformations:
             ),
             (lambda a, b: dots([(a, b), (a, a)], implementation=implementation), (batched, single[0]), (0, None)),
         ]
+        eps = float(jnp.finfo(dtype).eps)
         for f, operands, axes in cases:
             got = jax.vmap(f, in_axes=axes)(*operands)
             for i in range(3):
-                member = [
-                    jax.tree.map(lambda t: t[i], o) if ax == 0 else o for o, ax in zip(operands, axes, strict=False)
-                ]  # noqa: B023
+                member = [pick(o, i) if axis == 0 else o for o, axis in zip(operands, axes, strict=True)]
                 for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(f(*member)), strict=True):
-                    np.testing.assert_allclose(g[i], e, rtol=20 * float(jnp.finfo(dtype).eps), atol=1e-5)
+                    np.testing.assert_allclose(g[i], e, rtol=20 * eps, atol=100 * eps)
 
     def test_nested_vmap(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation, "odd")
@@ -196,14 +200,14 @@ class TestTransformations:
             return jax.lax.while_loop(lambda carry: carry[0] < 10, body, (jnp.int32(0), x, r, p))[1:]
 
         x, r, p, q = (make(shapes, jnp.float32, seed) for seed in range(4))
-        expected = (x, r, p)
+        ex, er, ep = x, r, p
         for _ in range(10):
-            expected = iteration(*expected, q)
+            ex, er, ep = iteration(ex, er, ep, q)
         kept = jax.tree.map(np.array, (x, r, p, q))
         got = jax.jit(loop)(x, r, p, q)
         jax.tree.map(np.testing.assert_array_equal, kept, (x, r, p, q))
         donated = jax.jit(loop, donate_argnums=(0, 1, 2))(x, r, p, q)
-        for g, d, e in zip(*map(jax.tree.leaves, (got, donated, expected)), strict=True):
+        for g, d, e in zip(*map(jax.tree.leaves, (got, donated, (ex, er, ep))), strict=True):
             np.testing.assert_array_equal(g, d)
             np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5)
 
@@ -260,8 +264,8 @@ def test_bfloat16_is_the_references() -> None:
     assert rr.dtype == jnp.float32
     close_tree(
         new_x,
-        [u + 0.5 * v for u, v in zip(wide(x), wide(p), strict=False)],
-        [abs(u) + abs(v) for u, v in zip(wide(x), wide(p), strict=False)],
+        [u + 0.5 * v for u, v in zip(wide(x), wide(p), strict=True)],
+        [abs(u) + abs(v) for u, v in zip(wide(x), wide(p), strict=True)],
         jnp.bfloat16,
     )
     close_dot(rr, wide(new_r), wide(new_r))
@@ -299,7 +303,7 @@ def test_in_place_in_a_loop() -> None:
 
         return jax.lax.while_loop(lambda carry: carry[0] < 5, body, (jnp.int32(0), x, r, p))
 
-    text = jax.jit(loop).lower(*(jnp.ones(1000, jnp.float32),) * 4).compile().as_text()
+    text = jax.jit(loop).lower(*(jnp.ones(1000, jnp.float32),) * 4).compile().as_text() or ""
     (body,) = [part for part in text.split("\n\n") if "custom_call_target" in part]
     assert [line for line in body.splitlines() if " copy(" in line and "f32[1000]" in line] == []
 

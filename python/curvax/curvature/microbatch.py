@@ -21,7 +21,7 @@ def _examples(batch: Any) -> int:
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes:
         raise ValueError("microbatch_size needs every leaf of the batch to have the same leading example axis.")
-    return next(iter(sizes))
+    return int(sizes.pop() or 0)
 
 
 def _append(values: jax.Array, last: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ class _Pieces:
         term_shape = jax.eval_shape(run, jax.tree.map(lambda x: x[0], head), index, state)[0]
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), term_shape)
         (total, state), values = jax.lax.scan(body, (zero, state), (head, jnp.arange(self.count, dtype=jnp.int32)))
-        values = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
+        values = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), values)
         if whole < self.examples:
             term, state, rest = run(tail, index + self.count, state)
             total = tree.add(total, term)

@@ -55,7 +55,7 @@ class Partition:
             full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: bool(m), p), chosen, params)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                "`frozen` must be a tree of booleans with the structure (or a prefix of the structure) of the parameters."
+                "`frozen` must be a tree of booleans with the structure of the parameters, or a prefix of it."
             ) from error
         return jax.tree.map(lambda m, p: m or not jnp.issubdtype(p.dtype, jnp.floating), full, params)
 

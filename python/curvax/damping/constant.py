@@ -67,7 +67,7 @@ class Scheduled(Damping):
         return jnp.zeros((), jnp.int32)
 
     def lam(self, state: jax.Array) -> jax.Array:
-        return scalar(self.schedule(state))
+        return jnp.asarray(self.schedule(state)).astype(jnp.result_type(float))
 
     def accepts(self, outcome: Outcome) -> jax.Array:
         return jnp.asarray(True)

@@ -16,8 +16,8 @@ class TrustRegion(Damping):
     """Raises lam after steps that the quadratic model promised more of than they kept, and lowers it after good ones.
 
     With rho = actual / predicted decrease on the step's own batch: rho < lower multiplies lam by `inc`, rho > upper by
-    `dec`. A step that does not decrease the loss is rejected: parameters and transform state stay, lam rises. So it does
-    after a step that is not finite, evaluated or not.
+    `dec`. A step that does not decrease the loss is rejected: parameters and transform state stay, lam rises. So it
+    does after a step that is not finite, evaluated or not.
 
     Attributes:
       lam0: first damping, in units of the curvature.

@@ -184,8 +184,7 @@ class Loss(abc.ABC):
 
 def wide_dtype(dtype: Any) -> np.dtype:
     """The dtype that losses compute in: at least float32, and one that JAX's current 64-bit setting has."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+    return jax.dtypes.canonicalize_dtype(tree.wide_dtype(dtype))
 
 
 def positions_shape(outputs: Shaped) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class CustomLoss(Loss):
     def factor(self, outputs: jax.Array, targets: PyTree, omega: jax.Array, u: jax.Array) -> jax.Array:
         """S u = sqrt(omega) [H]_+^(1/2) u; see `Loss.factor`."""
         f, omega = _prepare(outputs, omega)
-        rows = _each_position(self._row_factor, omega)(f, targets, omega, u.astype(f.dtype))
+        rows = _each_position(self._row_factor, omega)(f, targets, u.astype(f.dtype))
         return weigh(append_axes(root(omega), f.ndim), rows)
 
     def factor_transpose(self, outputs: jax.Array, targets: PyTree, omega: jax.Array, v: jax.Array) -> jax.Array:
@@ -93,9 +93,9 @@ class CustomLoss(Loss):
     def _row_value(self, row: jax.Array, target: PyTree) -> jax.Array:
         return jnp.asarray(self.function(row, _cast_floats(target, row.dtype))).astype(row.dtype)
 
-    def _row_factor(self, row: jax.Array, target: PyTree, weight: jax.Array, u: jax.Array) -> jax.Array:
+    def _row_factor(self, row: jax.Array, target: PyTree, u: jax.Array) -> jax.Array:
         hessian = jax.hessian(self._row_value)(row, target).reshape(row.size, row.size)
-        values, vectors = jnp.linalg.eigh(jnp.where(weight == 0, jnp.zeros_like(hessian), hessian))
+        values, vectors = jnp.linalg.eigh(hessian)
         # V sqrt(D) V^T rather than V sqrt(D): it does not depend on the choice of eigenvectors, so factor and
         # factor_transpose agree even if they are compiled apart.
         scale = root(jnp.maximum(values, jnp.zeros_like(values)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartlett, Hutchinson
@@ -28,10 +29,9 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
             raise TypeError(f"{owner} has no keyword '{word}'.{nearest(word, choices)}")
 
 
-def from_mapping(kind: Callable[..., T], fields: Mapping[str, Any], owner: str) -> T:
+def from_mapping(kind: type[T], fields: Mapping[str, Any], owner: str) -> T:
     """Builds a dataclass from a mapping, checking the names first."""
-    names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    check_keywords(owner, fields, names)
+    check_keywords(owner, fields, inspect.signature(kind).parameters)
     return kind(**fields)
 
 
@@ -43,7 +43,7 @@ def build_estimator(
         if fields:
             raise ValueError("estimator_kwargs go with a named estimator: put them into the estimator object.")
         return estimator
-    kinds: dict[str, Callable[..., DiagonalEstimator]] = {
+    kinds: dict[str, type[DiagonalEstimator]] = {
         "hutchinson": Hutchinson,
         "gnb_ce": GaussNewtonBartlett,
         "gnb": GaussNewtonBartlett,

@@ -28,7 +28,7 @@ class HessianOptions(CommonOptions):
     Attributes:
       loss_fn: `loss_fn(params, batch) -> scalar`.
       predict_fn, loss: in place of `loss_fn`: a model and a loss in output space.
-      x_key, y_key, weight_key: keys of the batch; with `loss_fn` the function reads the batch itself and they are unused.
+      x_key, y_key, weight_key: keys of the batch; `loss_fn` reads the batch itself and ignores them.
       reduction: how `loss_fn` combines examples, for microbatching.
     """
 

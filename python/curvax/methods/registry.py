@@ -12,7 +12,7 @@ from curvax.method import Method
 from curvax.methods.names import check_keywords, nearest
 
 P = ParamSpec("P")
-O = TypeVar("O")
+OptionsT = TypeVar("OptionsT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,12 @@ class MethodInfo:
 _PRESETS: dict[str, tuple[Callable[..., Method], MethodInfo]] = {}
 
 
-def preset(description: str, options: Callable[P, O]) -> Callable[[Callable[[O], Method]], Callable[P, Method]]:
+def preset(
+    description: str, options: Callable[P, OptionsT]
+) -> Callable[[Callable[[OptionsT], Method]], Callable[P, Method]]:
     """Registers `build(options) -> Method` as a preset whose keywords are the fields of the dataclass `options`."""
 
-    def register(build: Callable[[O], Method]) -> Callable[P, Method]:
+    def register(build: Callable[[OptionsT], Method]) -> Callable[P, Method]:
         name = build.__name__
         signature = inspect.signature(options)
         required = [p.name for p in signature.parameters.values() if p.default is inspect.Parameter.empty]

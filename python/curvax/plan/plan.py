@@ -41,7 +41,8 @@ class Plan:
       solver: the chosen solver, and its index among automatic candidates.
       needs: what the linearization of every step offers.
       requirements: parts with cadence and requester.
-      refresh, evaluate, predict: cadences of the preconditioner's refresh, the loss after the step, the predicted decrease.
+      refresh, evaluate, predict: cadences of the preconditioner's refresh, the loss after the step, the predicted
+        decrease.
       refresh_apart: the refresh linearizes inside its own branch, so that its residuals live only there.
       refresh_needs: what that linearization offers.
       predict_apart: likewise for the predicted decrease.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from curvax.solvers.base import Lane, Solution, Solver, System
 from curvax.tree import PyTree
 

@@ -1,8 +1,8 @@
 """Does a model treat the examples of its leading axis one by one? Answered from its jaxpr, before any computation.
 
-Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model call
-on that example. The contract of `predict_fn` says so, but BatchNorm in training mode, dropout masks drawn for the whole
-batch or a collocation residual assembled from several point sets break it, and believing the contract would give wrong
+Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model
+call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode, dropout masks drawn for the
+whole batch or a collocation residual assembled from several point sets break it, and believing the contract would give wrong
 rows. So the batch axis is followed through every equation; whatever is not understood counts as mixing, which costs
 time and never correctness.
 
@@ -75,8 +75,8 @@ _ELEMENTWISE = frozenset(
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
     imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma
     population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor optimization_barrier
-    name sharding_constraint""".split()
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    optimization_barrier name sharding_constraint""".split()
 )
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()

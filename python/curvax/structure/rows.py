@@ -108,7 +108,8 @@ def _outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
 def _meet(left: PyTree, right: PyTree) -> jax.Array:
     total: jax.Array | None = None
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        flat = (a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))
+        width = math.prod(a.shape[1:])
+        flat = (a.reshape(a.shape[0], width), b.reshape(b.shape[0], width))
         term = jnp.einsum("in,jn->ij", *flat, precision=jax.lax.Precision.HIGHEST)
         total = term if total is None else total + term.astype(total.dtype)
     if total is None:
@@ -118,7 +119,7 @@ def _meet(left: PyTree, right: PyTree) -> jax.Array:
 
 def _make_many(blocks: _RowBlocks, indices: jax.Array) -> PyTree:
     rows = jax.vmap(blocks.make)(indices)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), rows)
 
 
 def _gram_at_once(blocks: _RowBlocks) -> jax.Array:

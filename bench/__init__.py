@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench <suite>` from the root of the checkout."""

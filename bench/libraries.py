@@ -1,0 +1,62 @@
+"""The same preset of curvax and of python-somax, as steps that the harness can time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import curvax
+from bench.workloads import PyTree, Workload
+
+Step = Callable[[Any], Any]
+SOMAX = "python-somax"
+CURVAX = "curvax"
+
+
+def has_somax() -> bool:
+    """Whether python-somax is installed (the `bench` extra)."""
+    return importlib.util.find_spec("somax") is not None
+
+
+def make(library: str, preset: str, **options: Any) -> Any:
+    """A preset of either library."""
+    if library == CURVAX:
+        return curvax.make(preset, **options)
+    import somax
+
+    return somax.make(preset, **options)
+
+
+def model_options(preset: str, work: Workload) -> dict[str, Any]:
+    """`predict_fn` or `loss_fn`, whichever the preset takes; the names agree in both libraries."""
+    if preset in ("sophia_h", "adahessian", "newton_cg", "newton_direct"):
+        return {"loss_fn": work.cross_entropy}
+    return {"predict_fn": work.predict}
+
+
+def jitted(method: Any) -> Any:
+    """The step of a method of either library, parameters and state donated."""
+    return jax.jit(method.step, donate_argnums=(0, 2))
+
+
+def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[Step, Callable[[], Any]]:
+    """Step and first carry (params, state, info) of a method of either library."""
+    step = jitted(method)
+    key = jax.random.key(0) if hasattr(method, "assembly") else jax.random.PRNGKey(0)
+
+    def carry() -> tuple[PyTree, Any, Any]:
+        params = work.params()
+        return params, jax.jit(method.init)(params), {}
+
+    return lambda c: step(c[0], batch, c[1], key), carry
+
+
+def temporary_bytes(method: Any, work: Workload, batch: dict[str, jax.Array]) -> int:
+    """Bytes that the compiled step allocates beyond its arguments and results."""
+    params = work.params()
+    key = jax.random.key(0) if hasattr(method, "assembly") else jax.random.PRNGKey(0)
+    compiled = jitted(method).lower(params, batch, method.init(params), key).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)

@@ -1,0 +1,1 @@
+"""Failures seen in other libraries, each kept as a test that would notice it here."""
