@@ -112,12 +112,12 @@ def square_matmul(side: int) -> tuple[Step, Callable[[], Any]]:
 def amortised(
     work: Workload, batch: dict[str, jax.Array], every: int, *, sampled: bool
 ) -> tuple[Step, Callable[[], Any]]:
-    """Gradient and AdamW, and every `every` steps one curvature estimate, for Sophia's floor; carry (params, states, ...).
+    """`adamw`, and before every `every`-th of its steps one bare curvature evaluation, each jitted by itself.
 
-    The estimate is a gradient at sampled labels (`sampled`, Gauss-Newton-Bartlett), or a Hessian product with random
-    signs (Hutchinson), averaged into a diagonal.
+    The evaluation is a gradient at sampled labels (`sampled`, Gauss-Newton-Bartlett) or a Hessian product with random
+    signs (Hutchinson); nothing is averaged, kept or applied. Time it over multiples of `every` calls.
     """
-    tx = optax.adamw(1e-3)
+    step, first = adamw(work, batch)
 
     def estimate(params: PyTree, data: Any, key: jax.Array) -> PyTree:
         if sampled:
@@ -132,22 +132,13 @@ def amortised(
         hz = jax.jvp(lambda p: jax.grad(work.cross_entropy)(p, data), (params,), (z,))[1]
         return jax.tree.map(jnp.multiply, z, hz)
 
-    def step(params: PyTree, state: Any, diagonal: PyTree, count: jax.Array, data: Any, key: jax.Array) -> Any:
-        loss, gradient = jax.value_and_grad(work.cross_entropy)(params, data)
-
-        def refresh() -> PyTree:
-            new = estimate(params, data, jax.random.fold_in(key, count))
-            return jax.tree.map(lambda h, d: 0.99 * h + 0.01 * d, diagonal, new)
-
-        diagonal = jax.lax.cond(count % every == 0, refresh, lambda: diagonal)
-        update, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, update), state, diagonal, count + 1, loss
-
-    jitted = jax.jit(step, donate_argnums=(0, 1, 2))
+    jitted = jax.jit(estimate)
     key = jax.random.key(0)
 
-    def carry() -> Any:
-        params = work.params()
-        return params, tx.init(params), jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32), jnp.zeros(())
+    def both(carry: Any) -> Any:
+        count, inner, diagonal = carry
+        if count % every == 0:
+            diagonal = jitted(inner[0], batch, key)
+        return count + 1, step(inner), diagonal
 
-    return lambda c: jitted(*c[:4], batch, key), carry
+    return both, lambda: (0, first(), None)

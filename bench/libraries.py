@@ -42,10 +42,15 @@ def jitted(method: Any) -> Any:
     return jax.jit(method.step, donate_argnums=(0, 2))
 
 
+def key_for(method: Any) -> jax.Array:
+    """A random key as the library takes it: typed for curvax, raw for python-somax."""
+    return jax.random.key(0) if isinstance(method, curvax.Method) else jax.random.PRNGKey(0)
+
+
 def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[Step, Callable[[], Any]]:
     """Step and first carry (params, state, info) of a method of either library."""
     step = jitted(method)
-    key = jax.random.key(0) if hasattr(method, "assembly") else jax.random.PRNGKey(0)
+    key = key_for(method)
 
     def carry() -> tuple[PyTree, Any, Any]:
         params = work.params()
@@ -57,6 +62,6 @@ def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[S
 def temporary_bytes(method: Any, work: Workload, batch: dict[str, jax.Array]) -> int:
     """Bytes that the compiled step allocates beyond its arguments and results."""
     params = work.params()
-    key = jax.random.key(0) if hasattr(method, "assembly") else jax.random.PRNGKey(0)
+    key = key_for(method)
     compiled = jitted(method).lower(params, batch, method.init(params), key).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)

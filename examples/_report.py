@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 GOAL = 0.95
 _console = rich.console.Console(highlight=False, width=None if rich.console.Console().is_terminal else 120)
-# Colours that stay apart for colour-blind readers (Okabe and Ito); dashes where two methods may run on top of each other.
+# Colours that colour-blind readers can tell apart (Okabe and Ito); dashes where two curves may lie on each other.
 _STYLES = (
     ("#0072B2", "-"),
     ("#E69F00", "-"),
@@ -150,8 +150,9 @@ def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
     for curve, (colour, dashes) in zip(curves, _STYLES, strict=False):
         for row, losses in enumerate((curve.test_loss, curve.train_loss)):
             for column, abscissa in enumerate((curve.steps, curve.seconds)):
+                # The start has no place on a logarithmic axis of seconds.
                 axes[row, column].plot(
-                    abscissa[1:], losses[1:], color=colour, linestyle=dashes, linewidth=1.8, label=curve.name
+                    abscissa[column:], losses[column:], color=colour, linestyle=dashes, linewidth=1.8, label=curve.name
                 )
     for axis in axes.flat:
         axis.set_yscale("log")

@@ -2,8 +2,9 @@
 
 `scale_by_*` turn the incoming updates g into s with (C + lam I) s = g (or the diagonal lane's s), without sign or
 learning rate: chain them with `optax.scale_by_learning_rate`. `as_gradient_transformation(method)` is a whole method:
-its update includes the method's own transform and rejection. Both take the incoming updates as the gradient, so clipping before
-them, or accumulation by `optax.MultiSteps`, is respected, and both need what a gradient alone cannot tell:
+its update includes the method's own transform and rejection. Both take the incoming updates as the gradient, so
+clipping before them, or accumulation by `optax.MultiSteps`, is respected, and both need what a gradient alone cannot
+tell:
 
     updates, state = tx.update(grads, state, params, batch=batch, rng=rng)
 

@@ -45,7 +45,9 @@ def test_hutchinson_is_exact_on_diagonal_matrices(x64, n_probes, dtype):
     lin = dense(np.diag(values), dtype)
     got = Hutchinson(n_probes).diagonal(lin, jax.random.key(0))
     np.testing.assert_allclose(flat(got), values, rtol=4 * np.finfo(dtype).eps)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), lin.params_like)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), lin.params_like
+    )
 
 
 @pytest.mark.parametrize("make", [standin.decaying, standin.indefinite], ids=["positive", "indefinite"])
@@ -124,7 +126,9 @@ def test_each_draw_of_targets_is_new(x64):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-@pytest.mark.parametrize("estimator", [Hutchinson(3, use_abs=True), GaussNewtonBartlett(2)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "estimator", [Hutchinson(3, use_abs=True), GaussNewtonBartlett(2)], ids=lambda e: type(e).__name__
+)
 def test_scale_equivariance(estimator, scale):
     factor = np.random.default_rng(0).normal(size=(SIZE, 9))
     one = dense(factor @ factor.T, jnp.float32, factor)

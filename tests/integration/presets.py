@@ -18,7 +18,7 @@ def loss_function(predict: Callable[..., jax.Array], kind: str) -> Callable[[Any
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         outputs = predict(params, batch["x"])
-        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        outputs = outputs.astype(jnp.float32) if outputs.dtype == jnp.bfloat16 else outputs
         targets = batch["y"]
         if kind == "mse":
             residual = outputs - targets.astype(outputs.dtype)
@@ -83,4 +83,8 @@ TABLE = (
 )
 DAMPED = tuple(p for p in TABLE if p.damped)
 BY_NAME = {p.name: p for p in TABLE}
-ONE_PER_LANE = tuple(BY_NAME[name] for name in ("sgn_ce", "egn_ce", "egn_mse_cg", "newton_cg", "sophia_g", "adahessian"))
+DISTINCT = tuple(p for p in TABLE if p.name not in ("sgn", "egn", "sgn_mse", "egn_mse", "ggn_direct_ce", "sophia_h"))
+"""Presets that run code of their own; the rest differs in a loss or an estimator only."""
+ONE_PER_LANE = tuple(
+    BY_NAME[name] for name in ("sgn_ce", "egn_ce", "egn_mse_cg", "newton_cg", "sophia_g", "adahessian")
+)

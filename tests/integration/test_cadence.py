@@ -45,6 +45,10 @@ def _telemetry_and_trust_region(predict, plan):
         lam_kwargs={"every_k": 5},
         record_rho_every_k=3,
         plan=plan,
+        # A fixed number of products: without sharing each of them runs the model again.
+        maxiter=2,
+        tol=0.0,
+        warm_start=False,
     )
 
 

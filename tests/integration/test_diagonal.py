@@ -146,7 +146,9 @@ def test_sophia_g_curvature_is_the_ggn_diagonal_on_average(n_samples):
         @jax.vmap
         def direction(k):
             new, _, _ = method.step(params, batch, state, k)
-            return jnp.concatenate([jnp.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (params, new)), strict=True)])
+            return jnp.concatenate(
+                [jnp.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (params, new)), strict=True)]
+            )
 
         found = np.asarray(direction(jax.random.split(key(), draws)))
     with np.errstate(divide="ignore"):

@@ -189,9 +189,7 @@ def test_plan_changes_the_work_and_not_the_answer(name, plan):
     kind, preset, iterative = PRESETS[name]
     model = models.CNN
     with precision("float64"):
-        method = preset(
-            predict_fn=model.predict, plan=plan, **lam_sequence(), **(CG["float64"] if iterative else {})
-        )
+        method = preset(predict_fn=model.predict, plan=plan, **lam_sequence(), **(CG["float64"] if iterative else {}))
         found, _ = directions(method, model.params(), batch_of(model, kind, "float64"), len(LAMBDAS))
     for lam, got in zip(LAMBDAS, found, strict=True):
         assert_close(got, standard_truth(model, kind).direction(lam), TOLERANCE["float64"], f"plan {plan}, lam {lam}")

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from integration import presets
-from integration.harness import TOLERANCE, all_finite, assert_close, batch_of, directions, key, moved, precision, truth_of
+from integration.harness import (
+    TOLERANCE,
+    all_finite,
+    assert_close,
+    batch_of,
+    directions,
+    key,
+    moved,
+    precision,
+    truth_of,
+)
 from oracle import dense, losses, models
 
 import curvax
@@ -212,7 +222,11 @@ def test_integer_leaves_are_carried_along():
         params = {"layers": MODEL.params(), "scale": jnp.asarray(2, jnp.int32), "seed": jnp.arange(3)}
         batch = batch_of(MODEL, "ce", "float64")
         truth = dense.truth(
-            lambda p, x: 2.0 * MODEL.predict(p, x), losses.softmax_cross_entropy, params["layers"], batch["x"], batch["y"]
+            lambda p, x: 2.0 * MODEL.predict(p, x),
+            losses.softmax_cross_entropy,
+            params["layers"],
+            batch["x"],
+            batch["y"],
         )
         method = curvax.egn_ce(predict_fn=predict, lam0=LAM)
         new, _, _ = jax.jit(method.step)(params, batch, method.init(params), key())
@@ -303,8 +317,6 @@ def test_other_batch_keys_and_pytree_inputs():
         named = {"features": {"left": 0.25 * batch["x"], "right": 0.75 * batch["x"]}, "label": batch["y"], "id": 3}
         truth = truth_of(MODEL, "ce", params, batch)
         for name in ("sgn_ce", "egn_ce"):
-            method = getattr(curvax, name)(
-                predict_fn=predict, x_key="features", y_key="label", lam0=LAM, **LANES[name]
-            )
+            method = getattr(curvax, name)(predict_fn=predict, x_key="features", y_key="label", lam0=LAM, **LANES[name])
             (got,), _ = directions(method, params, named)
             assert_close(got, truth.direction(LAM), TOLERANCE["float64"])

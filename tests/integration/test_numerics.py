@@ -36,9 +36,7 @@ def _scaled_directions(name, scale):
         method = getattr(curvax, name)(predict_fn=model.predict, loss=factory(reduction="sum"), **options)
     else:
         kind, loss_fn = "mse", presets.loss_function(model.predict, "mse")
-        method = getattr(curvax, name)(
-            loss_fn=lambda p, b: loss_fn(p, b) * jnp.asarray(scale, jnp.float32), **options
-        )
+        method = getattr(curvax, name)(loss_fn=lambda p, b: loss_fn(p, b) * jnp.asarray(scale, jnp.float32), **options)
     batch = batch_of(model, kind, jnp.float32)
     batch["w"] = jnp.full(model.positions, scale, jnp.float32)
     found, infos = directions(method, model.params(jnp.float32), batch, 2)
@@ -90,7 +88,9 @@ def test_bfloat16_parameters(preset):
         params, batch = model.params(jnp.bfloat16), batch_of(model, preset.kind, jnp.bfloat16)
         # A large power of two as learning rate: the update is read off parameters that have 8 bits only.
         rate = 64.0 if preset.damped else 2.0**-6
-        method = preset.make(model, learning_rate=rate, **({"lam0": 1.0} if preset.damped else {}))
+        method = preset.make(
+            model, learning_rate=rate, **({"lam0": 1.0, "lam_policy": "const"} if preset.damped else {})
+        )
         state = method.init(params)
         new_params, new_state, info = jax.jit(method.step)(params, batch, state, key())
         assert [leaf.dtype for leaf in jax.tree.leaves(new_params)] == [jnp.bfloat16] * len(jax.tree.leaves(params))
@@ -104,7 +104,7 @@ def test_bfloat16_parameters(preset):
             assert dense.relative_error(moved(params, new_params) / rate, want) < 0.1
 
 
-@pytest.mark.parametrize("preset", presets.TABLE, ids=str)
+@pytest.mark.parametrize("preset", presets.DISTINCT, ids=str)
 def test_double_precision_stays_double(preset):
     model = models.SHARED if preset.kind == "mse" else models.ODD_TREE
     with precision("float64"):
@@ -149,7 +149,7 @@ def test_indefinite_hessian_gives_a_finite_descent_direction_and_says_so(name):
     assert bool(info["finite"]) and bool(info["accepted"])
 
 
-@pytest.mark.parametrize("preset", presets.TABLE, ids=str)
+@pytest.mark.parametrize("preset", presets.DISTINCT, ids=str)
 def test_zero_gradient_is_a_fixed_point(preset):
     """At all-zero parameters with matching targets the gradient is exactly zero: no 0/0 anywhere, nothing moves."""
     model = models.MLP_TANH
@@ -165,7 +165,9 @@ def test_zero_gradient_is_a_fixed_point(preset):
         assert all_finite(state)
         assert not np.any(dense.vector(params))
         clean = batch_of(model, preset.kind, jnp.float32)
-        moved_params, _, info = step(model.params(jnp.float32), {**clean, "y": _like(clean["y"], batch["y"])}, state, key())
+        moved_params, _, info = step(
+            model.params(jnp.float32), {**clean, "y": _like(clean["y"], batch["y"])}, state, key()
+        )
         assert all_finite(moved_params) and bool(info["finite"])
 
 
@@ -176,28 +178,23 @@ def _like(targets, other):
     return jax.nn.one_hot(targets, other.shape[-1], dtype=other.dtype)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("preset", presets.TABLE, ids=str)
-def test_non_finite_batch_is_refused_and_the_next_step_works(preset, bad):
-    model = models.MLP_TANH
+@pytest.mark.parametrize("preset", presets.DISTINCT, ids=str)
+def test_non_finite_batches_are_refused_and_the_next_step_works(preset):
+    model = models.LINEAR
     with precision("float32"):
         params, clean = model.params(jnp.float32), batch_of(model, preset.kind, jnp.float32)
-        dirty = {**clean, "x": clean["x"].at[2, 1].set(bad)}
-        if preset.kind == "mse" and np.isinf(bad):
-            dirty = {**clean, "y": clean["y"].at[2].set(bad)}
         method = preset.make(model, learning_rate=0.1)
         step, state = jax.jit(method.step), method.init(params)
-        params_1, state, info = step(params, clean, state, key(0))
-        params_2, state, info = step(params_1, dirty, state, key(1))
-        if not (preset.kind == "ce" and np.isinf(bad)):  # tanh(inf) is a finite activation
-            assert same_bits(params_1, params_2)
-            assert not bool(info["finite"]) and not bool(info["accepted"])
-            assert int(info["rejected"]) >= 1
-        assert all_finite(params_2)
-        assert all_finite(state), "the state keeps a non-finite value"
-        params_3, state, info = step(params_2, clean, state, key(2))
-        assert all_finite(params_3) and bool(info["finite"]) and bool(info["accepted"])
-        assert not same_bits(params_2, params_3)
+        params, state, _ = step(params, clean, state, key(0))
+        for count, bad in enumerate((np.nan, np.inf, -np.inf), start=1):
+            dirty = {**clean, "x": clean["x"].at[2, 1].set(bad)}
+            kept, state, info = step(params, dirty, state, key(1))
+            assert same_bits(params, kept)
+            assert not bool(info["finite"]) and not bool(info["accepted"]) and int(info["rejected"]) == count
+            assert all_finite(state), "the state keeps a non-finite value"
+        new, state, info = step(params, clean, state, key(2))
+        assert all_finite(new) and bool(info["finite"]) and bool(info["accepted"]) and int(info["rejected"]) == 3
+        assert not same_bits(params, new)
 
 
 @pytest.mark.parametrize("name", ["sgn_ce", "newton_cg", "egn_ce"])

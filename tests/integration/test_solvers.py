@@ -104,9 +104,7 @@ PRECONDITIONERS = {
 def test_preconditioners_change_the_way_and_not_the_answer(name):
     with precision("float64"):
         params, batch = MODEL.params(), batch_of(MODEL, "ce", "float64")
-        method = curvax.sgn_ce(
-            predict_fn=MODEL.predict, lam0=LAM, tol=1e-11, maxiter=1000, **PRECONDITIONERS[name]()
-        )
+        method = curvax.sgn_ce(predict_fn=MODEL.predict, lam0=LAM, tol=1e-11, maxiter=1000, **PRECONDITIONERS[name]())
         found, infos = directions(method, params, batch, 2)
     for step, info in zip(found, infos, strict=True):
         assert int(info["result"]) == Result.CONVERGED
@@ -135,9 +133,7 @@ def test_spring_is_its_own_recursion(model, momentum):
     """(C + lam I) s_k = g + lam mu s_(k-1): the previous direction where the batch says nothing."""
     with precision("float64"):
         params = model.params()
-        method = curvax.spring(
-            predict_fn=model.predict, loss=curvax.losses.SquaredError(), lam0=LAM, momentum=momentum
-        )
+        method = curvax.spring(predict_fn=model.predict, loss=curvax.losses.SquaredError(), lam0=LAM, momentum=momentum)
         step, state = jax.jit(method.step), method.init(params)
         previous = np.zeros_like(dense.vector(params))
         for i in range(3):

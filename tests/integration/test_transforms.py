@@ -74,7 +74,9 @@ def test_three_steps_are_the_dense_directions_through_the_same_chain(name):
             direction = jax.tree.map(jnp.asarray, dense.like(flat, theirs))
             update, theirs_state = tx.update(direction, theirs_state, theirs)
             theirs = optax.apply_updates(theirs, update)
-        np.testing.assert_allclose(dense.vector(ours), dense.vector(theirs), rtol=1e-8, atol=1e-10)
+        # Optax evaluates schedules in float32, compiled a little differently from op by op.
+        tolerance = 1e-6 if name == "schedule" else 1e-8
+        np.testing.assert_allclose(dense.vector(ours), dense.vector(theirs), rtol=tolerance, atol=1e-2 * tolerance)
 
 
 def test_the_default_transform_subtracts_the_direction():

@@ -45,7 +45,12 @@ def test_rho_is_actual_over_predicted_decrease(name, rate):
 def test_a_step_that_raises_the_loss_is_undone_whole(preset):
     with precision("float32"):
         method = preset.make(
-            MODEL, lam_policy="trust_region", lam0=1e-3, learning_rate=1e3, direction_momentum=0.9
+            MODEL,
+            lam_policy="trust_region",
+            lam0=1e-3,
+            learning_rate=1e3,
+            direction_momentum=0.9,
+            record_rho_every_k=1,
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
         step, state = jax.jit(method.step), method.init(params)
@@ -109,6 +114,7 @@ def test_factors_are_those_given(rho_target, factor):
             lam_policy="trust_region",
             lam0=1e-2,
             lam_kwargs=kwargs,
+            record_rho_every_k=1,
             learning_rate=1.0 if rho_target == "good" else 1e3,
         )
         params, batch = models.LINEAR.params(jnp.float32), batch_of(models.LINEAR, "mse", jnp.float32)

@@ -57,7 +57,9 @@ jitted = jax.jit(_refresh, static_argnums=(0, 5))
 
 def refresh(method, state, matrix, seed=0, dtype=jnp.float32):
     wide = tree.wide_dtype(dtype)
-    return jitted(method, state, jnp.asarray(matrix, wide), jnp.asarray(root(matrix), wide), jax.random.key(seed), dtype)
+    return jitted(
+        method, state, jnp.asarray(matrix, wide), jnp.asarray(root(matrix), wide), jax.random.key(seed), dtype
+    )
 
 
 def _columns(method, state, lam, dtype):

@@ -120,7 +120,12 @@ def test_squares_neither_overflow_nor_underflow(scale):
 
 @pytest.mark.parametrize(
     ("policy", "average"),
-    [(SophiaFloor(0.04, 0.0), 0.04), (AdaHessianPower(0.5, 0.0), None), (AdaHessianPower(1.0, 0.0), 1.0), (Damped(), 1.0)],
+    [
+        (SophiaFloor(0.04, 0.0), 0.04),
+        (AdaHessianPower(0.5, 0.0), None),
+        (AdaHessianPower(1.0, 0.0), 1.0),
+        (Damped(), 1.0),
+    ],
     ids=str,
 )
 def test_entries_without_curvature_get_an_average_step(x64, policy, average):
@@ -182,7 +187,9 @@ def test_nystrom_solves_low_rank_exactly(x64, dtype):
     """With the whole range covered, P is C + lam I up to a factor: one iteration of CG solves the system."""
     matrix, lam = standin.low_rank(N, 4), 0.1
     _, inverse = nystrom(matrix, 6, dtype)
-    np.testing.assert_allclose(inverse(lam) @ (matrix + lam * np.eye(N)) / lam, np.eye(N), atol=2e3 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        inverse(lam) @ (matrix + lam * np.eye(N)) / lam, np.eye(N), atol=2e3 * np.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

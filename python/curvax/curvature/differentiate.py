@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.extend.core.primitives import custom_vjp_call_p
 
 from curvax import tree
+from curvax.jaxprs import uses_custom_vjp
 from curvax.tree import PyTree
-
-
-def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters (the bodies of scans, conds, calls)."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
-
-
-def _holds_custom_vjp(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive is custom_vjp_call_p or any(_holds_custom_vjp(sub) for sub in subjaxprs(eqn.params))
-        for eqn in jaxpr.eqns
-    )
-
-
-def uses_custom_vjp(function: Callable[[PyTree], Any], params: PyTree) -> bool:
-    """Whether `function` holds a `jax.custom_vjp`, which JAX cannot differentiate in forward mode."""
-    return _holds_custom_vjp(jax.make_jaxpr(function)(params).jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)

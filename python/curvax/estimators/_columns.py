@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,12 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def orthonormal(columns: jax.Array) -> jax.Array:
-    """Orthonormal (n, m) basis whose span holds the columns (n, m), n >= m; well defined for dependent columns too."""
+    """Orthonormal (n, m) basis Q whose span holds the columns (n, m), n >= m; well defined for dependent columns too.
+
+    Where the triangular factor is wanted, take it as Q^T columns: a decomposition of the R that comes with Q could
+    run at the same time as the forming of Q, and two batched LAPACK calls at once can block each other for good on
+    the CPU, where each waits for its share of one small thread pool.
+    """
     return jnp.linalg.qr(columns)[0]
 
 
@@ -46,4 +52,5 @@ def mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     m = samples.shape[0]
     if m == 1:
         return samples[0], jnp.full((), jnp.inf, samples.dtype)
-    return jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(jnp.asarray(m, samples.dtype))
+    mean = jnp.mean(samples)
+    return mean, tree.norm(samples - mean) / math.sqrt(m * (m - 1))

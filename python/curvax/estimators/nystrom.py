@@ -26,7 +26,8 @@ class RandomisedNystrom(LowRankEstimator):
     from Streaming Data" (2017).
 
     Attributes:
-      rank: number of columns; where there are fewer parameters, their number.
+      rank: number of columns; where there are fewer parameters, their number. A few more than the rank one is after
+        (six, say) keep W^T Y well conditioned.
       indefinite: whether C may have negative eigenvalues (a Hessian). True spends a second product on each column and
         gives the non-negative part of the Rayleigh-Ritz approximation of C on the range of Y, whose values never
         exceed C's largest. False (default, right for Gauss-Newton and Fisher matrices) costs `rank` products; W^T Y
@@ -64,9 +65,8 @@ def _nystrom(test: jax.Array, image: jax.Array) -> LowRank:
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
     shift = _shift(values, test.shape[0])
     halves = matmul(image + shift * test, vectors) / jnp.sqrt(jnp.maximum(values + shift, shift / 2))
-    # The thin SVD of B through its small triangular factor.
-    q, r = jnp.linalg.qr(halves)
-    left, singular, _ = jnp.linalg.svd(r)
+    q = orthonormal(halves)
+    left, singular, _ = jnp.linalg.svd(matmul(q.T, halves))
     values = jnp.maximum(singular * singular - shift, jnp.zeros_like(shift))
     return LowRank(matmul(q, left), size * values)
 

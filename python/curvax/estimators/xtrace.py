@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.estimators._columns import columns_product, exact_trace, matmul, mean_and_error
+from curvax.estimators._columns import columns_product, exact_trace, matmul, mean_and_error, orthonormal
 from curvax.estimators.base import Product, TraceEstimate, TraceEstimator, check_count
 from curvax.tree import PyTree
 
@@ -40,13 +40,12 @@ class XTrace(TraceEstimator):
         multiply = columns_product(product, like)
         omega = jax.random.normal(key, (n, k), dtype)
         y = multiply(omega)
-        q, r = jnp.linalg.qr(y)
-        z = multiply(q)
-        value, error = mean_and_error(_leave_one_out(omega, y, q, r, z))
+        q = orthonormal(y)
+        value, error = mean_and_error(_leave_one_out(omega, y, q, multiply(q)))
         return TraceEstimate(value, error, 2 * k)
 
 
-def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, r: jax.Array, z: jax.Array) -> jax.Array:
+def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, z: jax.Array) -> jax.Array:
     """The k estimates, from Y = C Omega = Q R and Z = C Q.
 
     The range of Y without column i is that of Q (I - s_i s_i^T), with s_i the unit vector orthogonal to all columns
@@ -60,7 +59,7 @@ def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, r: jax.Array, z
     bring.
     """
     n, k = omega.shape
-    s = _left_out_directions(r)
+    s = _left_out_directions(matmul(q.T, y))
     w, h = matmul(q.T, omega), matmul(q.T, z)
     x = w - s * jnp.sum(s * w, axis=0)
     u = omega - matmul(q, x)

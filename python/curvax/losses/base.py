@@ -90,7 +90,7 @@ class Loss(abc.ABC):
         shape = tuple(outputs.shape) if w.ndim > len(positions) else positions
         if self.reduction == "mean":
             # One entry of w stands for several positions if w is a shorter prefix, for 1/K of one if it has K each.
-            total = tree.sum_blocked(w.ravel()) * (math.prod(positions) / max(w.size, 1))
+            total = jnp.sum(w) * (math.prod(positions) / max(w.size, 1))
             w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
         return jnp.broadcast_to(append_axes(w, len(shape)), shape)
 

@@ -20,7 +20,6 @@ from curvax.losses.base import (
     weigh,
     wide_dtype,
 )
-from curvax.tree import sum_blocked
 
 
 @final
@@ -58,7 +57,7 @@ class SoftmaxCrossEntropy(Loss):
     def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The loss sum_i omega_i sum_k -y_ik log p_ik; see `Loss.value`."""
         log_p, y, _, weight = self._prepare(outputs, targets, omega)
-        return -sum_blocked(weigh(weight[..., 0], jnp.sum(times(y, log_p), axis=-1)).ravel())
+        return -jnp.sum(weigh(weight[..., 0], jnp.sum(times(y, log_p), axis=-1)))
 
     def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The gradient omega (c p - y); see `Loss.gradient`."""

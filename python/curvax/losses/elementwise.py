@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from curvax.losses.base import Loss, Shaped, append_axes, is_real, root, shaped, weigh, wide_dtype
-from curvax.tree import sum_blocked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class DiagonalLoss(ElementwiseLoss):
     def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """See `Loss.value`."""
         f, y, weight = self._prepare(outputs, targets, omega)
-        return sum_blocked(weigh(weight, self._term(f, y)).ravel())
+        return jnp.sum(weigh(weight, self._term(f, y)))
 
     def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """See `Loss.gradient`."""

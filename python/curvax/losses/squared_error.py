@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from curvax.losses.base import root, weigh, wide_dtype
 from curvax.losses.elementwise import ElementwiseLoss
-from curvax.tree import sum_blocked
 
 
 @final
@@ -39,7 +38,7 @@ class SquaredError(ElementwiseLoss):
     def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The loss 1/2 sum omega (f - y)^2; see `Loss.value`."""
         f, y, weight = self._prepare(outputs, targets, omega)
-        return 0.5 * sum_blocked(weigh(weight, self._project(f - y) ** 2).ravel())
+        return 0.5 * jnp.sum(weigh(weight, self._project(f - y) ** 2))
 
     def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The gradient omega (f - y); see `Loss.gradient`."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr
 
-from curvax.curvature.differentiate import subjaxprs
+from curvax.jaxprs import subjaxprs
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
 
@@ -53,9 +53,9 @@ def trace(function: Callable[..., Any], *args: Any) -> Cost:
     return _jaxpr_cost(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def residual_bytes(function: Callable[[Any], Any], params: Any) -> int:
-    """Bytes that reverse mode keeps between the forward and the backward pass of `function` at `params`."""
-    pullback = jax.eval_shape(lambda p: jax.vjp(function, p)[1], params)
+def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int:
+    """Bytes that reverse mode in `params` keeps between forward and backward pass of `function(params, *args)`."""
+    pullback = jax.eval_shape(lambda p, rest: jax.vjp(lambda q: function(q, *rest), p)[1], params, args)
     return nbytes(pullback)
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Curvature, Evaluation, Microbatched, Needs
-from curvax.curvature.differentiate import uses_custom_vjp
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
+from curvax.jaxprs import uses_custom_vjp
 from curvax.kernels import tree_cg
 from curvax.kernels._dispatch import Choice, Request, resolve
 from curvax.plan import cost as costing
@@ -190,7 +190,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
 def _shape_notes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
     notes = []
     inner = assembly.curvature.inner if isinstance(assembly.curvature, Microbatched) else assembly.curvature
-    if uses_custom_vjp(lambda p: inner.forward(p, evaluation), params):
+    if uses_custom_vjp(inner.forward, params, evaluation):
         notes.append("the model holds a custom_vjp: products run reverse over reverse")
     frozen = len(jax.tree.leaves(evaluation.frozen))
     if frozen:
@@ -218,17 +218,17 @@ class _Shapes:
         shapes = jax.eval_shape(lambda: params)
         wide = jax.eval_shape(tree.widen, shapes)
 
-        def gradient(p: PyTree) -> PyTree:
-            return curvature.linearize(p, evaluation, Needs(gradient=True)).gradient
+        def linearize(p: PyTree, e: Evaluation) -> jax.Array:
+            return curvature.linearize(p, e, Needs()).loss
 
-        def product(p: PyTree, v: PyTree) -> PyTree:
-            found = curvature.linearize(p, evaluation, Needs(product=True)).product
+        def gradient(p: PyTree, e: Evaluation) -> PyTree:
+            return curvature.linearize(p, e, Needs(gradient=True)).gradient
+
+        def product(p: PyTree, e: Evaluation, v: PyTree) -> PyTree:
+            found = curvature.linearize(p, e, Needs(product=True)).product
             return found(v) if found is not None else v
 
-        def linearize(p: PyTree) -> jax.Array:
-            return curvature.linearize(p, evaluation, Needs()).loss
-
-        forward, whole = costing.trace(linearize, shapes), costing.trace(product, shapes, wide)
+        forward, whole = costing.trace(linearize, shapes, evaluation), costing.trace(product, shapes, evaluation, wide)
         rows = _rows(curvature, shapes, evaluation)
         leaves = jax.tree.leaves(evaluation.batch)
         return _Shapes(
@@ -237,9 +237,9 @@ class _Shapes:
             rows=rows,
             batch=leaves[0].shape[0] if leaves and leaves[0].ndim else 1,
             linearize=forward,
-            gradient=costing.trace(gradient, shapes),
+            gradient=costing.trace(gradient, shapes, evaluation),
             product=_less(whole, forward) if not isinstance(curvature, Microbatched) else whole,
-            residuals=costing.residual_bytes(lambda p: inner.forward(p, evaluation), shapes),
+            residuals=costing.residual_bytes(inner.forward, shapes, evaluation),
         )
 
     @property
@@ -256,11 +256,11 @@ def _rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
     if not curvature.has_rows:
         return 0
 
-    def row_vector(p: PyTree) -> Any:
-        rows = curvature.linearize(p, evaluation, Needs(rows=True)).rows
+    def row_vector(p: PyTree, e: Evaluation) -> Any:
+        rows = curvature.linearize(p, e, Needs(rows=True)).rows
         return jnp.zeros(rows.output.row_shape if rows is not None else (0,))
 
-    return math.prod(jax.eval_shape(row_vector, shapes).shape)
+    return math.prod(jax.eval_shape(row_vector, shapes, evaluation).shape)
 
 
 def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:

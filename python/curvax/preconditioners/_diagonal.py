@@ -14,7 +14,7 @@ def mean_magnitude(diagonal: PyTree) -> jax.Array:
     dtype = tree.scalar_dtype(diagonal)
     total = jnp.zeros((), dtype)
     for leaf in jax.tree.leaves(diagonal):
-        total = total + tree.sum_blocked(jnp.abs(leaf).astype(dtype).ravel())
+        total = total + jnp.sum(jnp.abs(leaf).astype(dtype))
     return total / max(tree.size(diagonal), 1)
 
 

@@ -2,8 +2,8 @@
 
 Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model
 call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode, dropout masks drawn for the
-whole batch or a collocation residual assembled from several point sets break it, and believing the contract would give wrong
-rows. So the batch axis is followed through every equation; whatever is not understood counts as mixing, which costs
+whole batch or a collocation residual assembled from several point sets break it, and believing the contract would give
+wrong rows. So the batch axis is followed through every equation; what is not understood counts as mixing, which costs
 time and never correctness.
 
 The model is traced with a batch size found nowhere else in its shapes, so that an axis of that size (or a multiple of
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
+from curvax.jaxprs import subjaxprs
 from curvax.tree import PyTree
 
 _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
@@ -47,12 +49,19 @@ def examples_independent(predict: Callable[[PyTree, Any], jax.Array], params: Py
     if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) != 1:
         return False, "the inputs have no common leading example axis"
     batch = _probe_size(params, inputs)
-    probe = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), inputs)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+    def trace(size: int) -> ClosedJaxpr:
+        resized = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), inputs)
+        return jax.make_jaxpr(predict)(shapes, resized)
+
     try:
-        closed = jax.make_jaxpr(predict)(shapes, probe)
+        closed = trace(batch)
+        whole, single = (_same_computation(trace(size), closed) for size in (leaves[0].shape[0], 1))
     except (TypeError, ValueError):
         return False, "the model does not accept another batch size"
+    if not (whole and single):
+        return False, "the model computes differently for different batch sizes"
     axes: list[_Axis] = [None] * len(jax.tree.leaves(params)) + [0] * len(leaves)
     try:
         (axis,) = _Tracker(batch).closed(closed, axes)
@@ -68,6 +77,40 @@ def _probe_size(params: PyTree, inputs: Any) -> int:
         if not any(d and d % size == 0 for d in sizes):
             return size
     return _PROBE_SIZES[0]
+
+
+# Equations that only rearrange: JAX leaves them out where an axis has length one.
+_REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
+
+
+def _same_computation(closed: ClosedJaxpr, probe: ClosedJaxpr) -> bool:
+    """Whether two traces at different batch sizes do the same computation with the same numbers.
+
+    A model may read its batch size as a number (dividing by it, branching on it); then one example alone is not
+    computed as it is within its batch, however independent the equations are.
+    """
+    mine, theirs = list(_signature(closed.jaxpr)), list(_signature(probe.jaxpr))
+    if mine != theirs or len(closed.consts) != len(probe.consts):
+        return False
+    return all(_same_constant(a, b) for a, b in zip(closed.consts, probe.consts, strict=True))
+
+
+def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _REARRANGING:
+            continue
+        yield eqn.primitive.name
+        yield from (repr(v.val) for v in eqn.invars if isinstance(v, Literal))
+        for sub in subjaxprs(eqn.params):
+            yield from _signature(sub)
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer) or a.shape != b.shape:
+        return False
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 _ELEMENTWISE = frozenset(
@@ -98,6 +141,8 @@ class _Tracker:
         return self.jaxpr(closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed, axes)
 
     def jaxpr(self, jaxpr: Jaxpr, axes: Sequence[_Axis]) -> list[_Axis]:
+        if any(d and d % self.batch == 0 for v in jaxpr.constvars for d in v.aval.shape):
+            raise _Mixed("a constant as long as the batch tells examples apart")
         known: dict[Var, _Axis] = dict.fromkeys(jaxpr.constvars)
         known.update(zip(jaxpr.invars, axes, strict=True))
 

@@ -1,0 +1,36 @@
+"""`python -m bench steps|plan|kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+
+# One platform for all candidates; the environment's word counts if it has spoken.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from bench import schema
+from bench.suites import kernels, plan, steps
+
+SUITES = {"steps": steps.run_suite, "plan": plan.run_suite, "kernels": kernels.run_suite}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one suite, prints its table while it goes, and writes its rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small cases, few rounds")
+    parser.add_argument("--only", default="", help="run the cases whose name holds this text, and write nothing")
+    parser.add_argument("--out", type=pathlib.Path, default=schema.RESULTS, help="folder of the results")
+    chosen = parser.parse_args(arguments)
+    print(f"{schema.device()}; {schema.versions()}; commit {schema.commit()}")
+    rows: list[schema.Row] = []
+    for found in SUITES[chosen.suite](chosen.quick, chosen.only):
+        print(schema.table(found), flush=True)
+        rows += found
+    if not chosen.only:
+        print(f"\n{len(rows)} rows in {schema.write(rows, chosen.suite, chosen.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The README's Python blocks run, top to bottom, as one program."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 4
+    exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "plan: lane" in printed and "accepted True" in printed
+
+
+def test_every_preset_is_in_the_readme() -> None:
+    import curvax
+
+    text = README.read_text()
+    assert [name for name in curvax.list_methods() if f"`{name}`" not in text] == []

@@ -1,0 +1,194 @@
+"""The Optax face inside Optax's own wrappers, against the method it wraps or the dense answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import dense
+from oracle.losses import softmax_cross_entropy
+
+import curvax
+from curvax.losses import SoftmaxCrossEntropy
+from curvax.solvers import CG, Cholesky
+
+LAM = 0.1
+EXACT = CG(tol=1e-12, maxiter=200)
+
+
+def predict(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["first"]["w"]) @ params["last"]
+
+
+@pytest.fixture
+def problem(x64: None) -> Any:
+    k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
+    params = {"first": {"w": jax.random.normal(k1, (4, 5))}, "last": jax.random.normal(k2, (5, 3))}
+    batch = {"x": jax.random.normal(k3, (6, 4)), "y": jax.random.randint(k4, (6,), 0, 3)}
+    return params, batch
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    logits = predict(params, batch["x"])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+def direction(params: Any, batch: Any, lam: float = LAM) -> Any:
+    truth = dense.truth(predict, softmax_cross_entropy, params, batch["x"], batch["y"])
+    flat = np.linalg.solve(truth.ggn + lam * np.eye(truth.ggn.shape[0]), truth.gradient)
+    return dense.like(flat, params)
+
+
+def assert_close(actual: Any, expected: Any, scale: float = 1.0) -> None:
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), scale * np.asarray(e), rtol=1e-8, atol=1e-10)
+
+
+def ggn(lam: Any = LAM) -> Any:
+    return curvax.optax.scale_by_ggn(predict, SoftmaxCrossEntropy(), lam, solver=EXACT)
+
+
+def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> None:
+    params, batch = problem
+    tx = optax.chain(ggn(), optax.scale_by_learning_rate(0.5))
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
+    updates, _ = update(jax.grad(loss)(params, batch), tx.init(params), params)
+    assert_close(updates, direction(params, batch), -0.5)
+
+
+def test_egn_form_agrees_with_the_cg_form(problem: Any) -> None:
+    params, batch = problem
+    tx = curvax.optax.scale_by_egn(predict, SoftmaxCrossEntropy(), LAM)
+    updates, _ = tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
+    assert_close(updates, direction(params, batch))
+
+
+def test_the_incoming_gradient_is_the_right_hand_side(problem: Any) -> None:
+    params, batch = problem
+    tx = optax.chain(optax.scale(3.0), ggn())
+    updates, _ = tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
+    assert_close(updates, direction(params, batch), 3.0)
+
+
+def test_newton_form_uses_the_hessian(problem: Any) -> None:
+    params, batch = problem
+    tx = curvax.optax.scale_by_newton_cg(loss, 5.0, solver=Cholesky())
+    updates, _ = tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    hessian = np.asarray(jax.hessian(lambda v: loss(unravel(v), batch))(flat))
+    gradient = np.asarray(jax.grad(lambda v: loss(unravel(v), batch))(flat))
+    expected = np.linalg.solve(hessian + 5.0 * np.eye(flat.size), gradient)
+    np.testing.assert_allclose(np.asarray(jax.flatten_util.ravel_pytree(updates)[0]), expected, rtol=1e-8)
+
+
+def test_whole_method_equals_its_step(problem: Any) -> None:
+    params, batch = problem
+    method = curvax.sgn_ce(predict_fn=predict, lam0=LAM, learning_rate=0.3, direction_momentum=0.5)
+    tx = curvax.as_gradient_transformation(method)
+    stepped, state, opt_state, moved = params, method.init(params), tx.init(params), params
+    for _ in range(3):
+        stepped, state, _ = method.step(stepped, batch, state)
+        updates, opt_state = tx.update(jax.grad(loss)(moved, batch), opt_state, moved, batch=batch)
+        moved = optax.apply_updates(moved, updates)
+    assert_close(moved, stepped)
+
+
+def test_masked_solves_the_system_of_the_unmasked_part(problem: Any) -> None:
+    params, batch = problem
+    tx = optax.masked(ggn(), {"first": False, "last": True})
+    grads = jax.grad(loss)(params, batch)
+    updates, _ = tx.update(grads, tx.init(params), params, batch=batch, full_params=params)
+    assert_close(updates["first"], grads["first"])
+    part = dense.truth(
+        lambda last, x: predict({**params, "last": last}, x),
+        softmax_cross_entropy,
+        params["last"],
+        batch["x"],
+        batch["y"],
+    )
+    expected = np.linalg.solve(part.ggn + LAM * np.eye(part.ggn.shape[0]), part.gradient)
+    np.testing.assert_allclose(np.asarray(updates["last"]).ravel(), expected, rtol=1e-8)
+
+
+def test_partition_with_sgd_for_the_rest(problem: Any) -> None:
+    params, batch = problem
+    labels = {"first": "sgd", "last": "ggn"}
+    tx = optax.partition({"sgd": optax.sgd(0.1), "ggn": optax.chain(ggn(), optax.scale(-1.0))}, labels)
+    grads = jax.grad(loss)(params, batch)
+    updates, state = tx.update(grads, tx.init(params), params, batch=batch, full_params=params)
+    assert_close(updates["first"], grads["first"], -0.1)
+    updates, _ = tx.update(grads, state, params, batch=batch, full_params=params)
+    assert bool(jnp.all(jnp.isfinite(updates["last"])))
+
+
+def test_masked_without_the_full_parameters_says_so(problem: Any) -> None:
+    params, batch = problem
+    tx = optax.masked(ggn(), {"first": False, "last": True})
+    with pytest.raises(ValueError, match="full_params"):
+        tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's schedules compare integers with floats
+def test_injected_damping_schedule(problem: Any) -> None:
+    params, batch = problem
+    make = optax.inject_hyperparams(curvax.optax.scale_by_ggn, static_args=("predict_fn",))
+    tx = make(predict, SoftmaxCrossEntropy(), optax.piecewise_constant_schedule(1.0, {1: 0.1}), solver=EXACT)
+    state, grads = tx.init(params), jax.grad(loss)(params, batch)
+    update = jax.jit(lambda g, s: tx.update(g, s, params, batch=batch))
+    for lam in (1.0, 0.1):
+        updates, state = update(grads, state)
+        assert_close(updates, direction(params, batch, lam))
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's accumulator mixes float32 and float64
+def test_multi_steps_accumulates_the_gradient(problem: Any) -> None:
+    params, batch = problem
+    tx = optax.MultiSteps(ggn(), every_k_schedule=2)
+    state, grads = tx.init(params), jax.grad(loss)(params, batch)
+    first, state = tx.update(grads, state, params, batch=batch)
+    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(first))
+    double = jax.tree.map(lambda g: 3.0 * g, grads)
+    second, _ = tx.update(double, state, params, batch=batch)
+    assert_close(second, direction(params, batch), 2.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: curvax.optax.scale_by_sophia_g(predict),
+        lambda: curvax.optax.scale_by_sophia_h(loss),
+        lambda: curvax.optax.scale_by_adahessian(loss),
+    ],
+    ids=["sophia_g", "sophia_h", "adahessian"],
+)
+def test_diagonal_forms_divide_by_a_positive_diagonal(problem: Any, make: Any) -> None:
+    params, batch = problem
+    tx, grads = make(), jax.grad(loss)(params, batch)
+    updates, _ = tx.update(grads, tx.init(params), params, batch=batch, rng=jax.random.key(0))
+    for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+        assert np.array_equal(np.sign(u), np.sign(g))
+
+
+def test_missing_arguments_are_named(problem: Any) -> None:
+    params, batch = problem
+    tx, grads = ggn(), jax.grad(loss)(params, batch)
+    with pytest.raises(ValueError, match=r"update\(grads, state, params"):
+        tx.update(grads, tx.init(params), batch=batch)
+    with pytest.raises(ValueError, match="batch=batch"):
+        tx.update(grads, tx.init(params), params)
+    random = curvax.optax.scale_by_sophia_g(predict)
+    with pytest.raises(ValueError, match="random key"):
+        random.update(grads, random.init(params), params, batch=batch)
+
+
+def test_a_rejected_step_is_a_zero_update(problem: Any) -> None:
+    params, batch = problem
+    tx = ggn()
+    bad = {**batch, "x": batch["x"].at[0, 0].set(jnp.nan)}
+    updates, state = tx.update(jax.grad(loss)(params, bad), tx.init(params), params, batch=bad)
+    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(updates))
+    assert int(state.rejected) == 1

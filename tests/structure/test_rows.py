@@ -1,0 +1,56 @@
+"""The Gram matrix of row factors against explicit Jacobians, whatever the memory bound and the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import dense
+from oracle.models import ALL, MLP_TANH
+
+from curvax.curvature import Evaluation, GaussNewton, Model, MonteCarloFisher, Needs, ObservedFisher
+from curvax.losses import SquaredError
+
+
+def _rows(predict: Any, params: Any, batch: Any, metric: Any = None, key: Any = None) -> Any:
+    operator = GaussNewton(Model(predict), SquaredError(reduction="sum")) if metric is None else GaussNewton(
+        Model(predict), SquaredError(reduction="sum"), metric
+    )  # fmt: skip
+    return operator.linearize(params, Evaluation(batch, sample_key=key), Needs(rows=True)).rows
+
+
+@pytest.mark.parametrize("model", ALL, ids=str)
+def test_squared_error_gram_is_the_jacobians(model: Any) -> None:
+    with jax.enable_x64(True):
+        params, batch = model.params(jnp.float64), {"x": model.inputs(jnp.float64), "y": model.targets(jnp.float64)}
+        gram = np.asarray(_rows(model.predict, params, batch).gram(1 << 30))
+        _, jacobian = dense.outputs_and_jacobian(model.predict, params, batch["x"])
+        np.testing.assert_allclose(gram, jacobian @ jacobian.T, rtol=1e-10, atol=1e-10 * np.abs(gram).max())
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2_000, 10_000, 1 << 30])
+def test_the_memory_bound_changes_nothing_but_memory(max_bytes: int) -> None:
+    model = MLP_TANH
+    params, batch = model.params(jnp.float32), {"x": model.inputs(jnp.float32), "y": model.targets(jnp.float32)}
+    rows = _rows(model.predict, params, batch)
+    whole, bounded = np.asarray(rows.gram(1 << 30)), np.asarray(rows.gram(max_bytes))
+    np.testing.assert_allclose(bounded, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("metric", [MonteCarloFisher(3), ObservedFisher()], ids=str)
+def test_gram_and_product_are_one_operator(metric: Any) -> None:
+    with jax.enable_x64(True):
+        model = MLP_TANH
+        params, batch = model.params(jnp.float64), {"x": model.inputs(jnp.float64), "y": model.targets(jnp.float64)}
+        rows = _rows(model.predict, params, batch, metric, jax.random.key(1))
+        size = int(np.prod(rows.output.row_shape))
+        columns = jax.vmap(
+            lambda e: rows.output.factor_transpose(
+                rows.push(rows.pull(rows.output.factor(e.reshape(rows.output.row_shape))))
+            ).reshape(-1)
+        )(jnp.eye(size))
+        gram = np.asarray(rows.gram(1 << 30))
+        np.testing.assert_allclose(gram, np.asarray(columns), rtol=1e-10, atol=1e-12 * np.abs(gram).max())
