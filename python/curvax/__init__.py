@@ -37,5 +37,8 @@ from curvax.methods import sophia_h as sophia_h
 from curvax.methods import spring as spring
 from curvax.optax import as_gradient_transformation as as_gradient_transformation
 from curvax.plan import Plan as Plan
+from curvax.versions import warn_if_untested as _warn_if_untested
 
 __version__ = "0.1.0"
+
+_warn_if_untested()
