@@ -62,6 +62,12 @@ def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[S
 def temporary_bytes(method: Any, work: Workload, batch: dict[str, jax.Array]) -> int:
     """Bytes that the compiled step allocates beyond its arguments and results."""
     params = work.params()
-    key = key_for(method)
-    compiled = jitted(method).lower(params, batch, method.init(params), key).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    return compiled_temporary_bytes(jitted(method), params, batch, method.init(params), key_for(method))
+
+
+def compiled_temporary_bytes(function: Any, *arguments: Any) -> int:
+    """Bytes that a jitted function allocates beyond its arguments and results, as the compiler counts them."""
+    analysis = function.lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this backend has no memory analysis: run the plan suite on CPU or GPU.")
+    return int(analysis.temp_size_in_bytes)

@@ -1,7 +1,7 @@
 """Interleaved timing: every candidate once per round, in random order, so that a busy machine slows all of them alike.
 
-The ratio of two candidates is the median over rounds of the quotient of their times in the same round. On a machine that
-others use it is steadier by far than the quotient of two medians.
+The ratio of two candidates is the median over rounds of the quotient of their times in the same round. On a machine
+that others use it is steadier by far than the quotient of two medians.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def time_all(candidates: Sequence[Candidate], rounds: int, *, budget: float = 60
 def _warm(candidate: Candidate) -> Any:
     """Compiles, and leaves the carry at a multiple of `calls`, so that rounds and cadences stay in phase."""
     carry = candidate.carry()
-    for _ in range(max(candidate.calls, 2) if candidate.calls == 1 else candidate.calls):
+    for _ in range(max(candidate.calls, 2)):
         carry = candidate.step(carry)
     return jax.block_until_ready(carry)
 
@@ -85,7 +85,9 @@ def _once(candidate: Candidate, carry: Any) -> tuple[Any, float]:
     return carry, (time.perf_counter() - begin) / candidate.calls
 
 
-def rows(suite: str, case: str, x: str, timings: Sequence[Timing], *, scale: float = 1e3, metric: str = "") -> list[Row]:
+def rows(
+    suite: str, case: str, x: str, timings: Sequence[Timing], *, scale: float = 1e3, metric: str = ""
+) -> list[Row]:
     """One row per candidate, times in milliseconds (`scale` 1e3)."""
     by_name = {t.candidate.name: t for t in timings}
     found = []
@@ -93,12 +95,17 @@ def rows(suite: str, case: str, x: str, timings: Sequence[Timing], *, scale: flo
         base = by_name[t.candidate.baseline] if t.candidate.baseline is not None else None
         found.append(
             Row(
-                suite, case, t.candidate.name, metric or "ms/step", x, *percentiles(t.seconds * scale),
+                suite,
+                case,
+                t.candidate.name,
+                metric or "ms/step",
+                x,
+                *percentiles(t.seconds * scale),
                 ratio=None if base is None else ratio(t, base),
                 baseline=t.candidate.baseline,
                 goal=t.candidate.goal,
                 rounds=len(t.seconds),
-            )  # fmt: skip
+            )
         )
     return found
 

@@ -29,8 +29,8 @@ class Row:
       metric: what was measured, with its unit ("ms/step", "GFLOP/s", "GB/s", "MiB temp").
       x: the independent variable, as text ("batch 128", "270000 floats").
       p20, p50, p80: percentiles over the rounds; all three equal where there is nothing to repeat.
-      ratio: median over the rounds of this provider's time over the baseline's time in the same round, below 1 where it
-        is faster; for other metrics the quotient of the medians. `None` for the baseline itself and where there is none.
+      ratio: median over the rounds of this provider's time over the baseline's time in the same round, below 1 where
+        it is faster; for other metrics the quotient of the medians. `None` for the baseline and where there is none.
       baseline: the provider that `ratio` refers to.
       goal: the largest ratio aimed at, or `None`.
       rounds: how many interleaved rounds were timed.

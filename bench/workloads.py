@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -76,8 +77,7 @@ def _convolutional(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _layers(*widths: int) -> tuple[tuple[int, ...], ...]:
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return tuple(shape for a, b in pairs for shape in ((a, b), (b,)))
+    return tuple(shape for a, b in itertools.pairwise(widths) for shape in ((a, b), (b,)))
 
 
 MLP = Workload("mlp 784-256-256-10", _layers(784, 256, 256, 10), _dense, (784,), 10)

@@ -157,17 +157,17 @@ CONTENDERS: dict[str, Contender] = {
     "sgn_ce": Contender(
         sgn_ce,
         {"lam0": (0.1, 0.3, 1.0), **_DIRECTION},
-        {"lam0": 0.1, "learning_rate": 1.0, "weight_decay": 0.0, "cosine": True},
+        {"lam0": 0.3, "learning_rate": 1.0, "weight_decay": 0.0, "cosine": False},
     ),
     "egn_ce": Contender(
         egn_ce,
         {},
-        {"lam0": 0.1, "learning_rate": 1.0, "weight_decay": 0.0, "cosine": True},
+        {"lam0": 0.3, "learning_rate": 1.0, "weight_decay": 0.0, "cosine": False},
     ),
     "sophia_g": Contender(
         sophia_g,
         {"gamma": (0.5, 2.0), "learning_rate": (1e-2, 3e-2, 1e-1), "weight_decay": (0.3, 1.0), "cosine": (False, True)},
-        {"gamma": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "cosine": True},
+        {"gamma": 0.5, "learning_rate": 3e-2, "weight_decay": 1.0, "cosine": True},
     ),
     "adamw": Contender(
         adamw,

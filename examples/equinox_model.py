@@ -2,8 +2,8 @@
 
     python examples/equinox_model.py
 
-`eqx.partition` separates the arrays from functions and sizes, and `frozen` tells curvax which arrays to leave alone: here
-a random Fourier layer in front of a network that learns a wiggly curve. The planner chooses how to solve.
+`eqx.partition` separates the arrays from functions and sizes, and `frozen` tells curvax which arrays to leave alone:
+here a random Fourier layer in front of a network that learns a wiggly curve. The planner chooses how to solve.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/optax_chain.py
 
 1. `scale_by_ggn` turns a gradient g into (C + lam I)^-1 g; clipping, momentum and the learning rate are Optax's own.
-2. `as_gradient_transformation` makes a whole method, trust region and all, into a transformation; here `optax.MultiSteps`
-   feeds it the mean gradient of four batches, and the curvature is that of the last of them.
+2. `as_gradient_transformation` makes a whole method, trust region and all, into a transformation; here
+   `optax.MultiSteps` feeds it the mean gradient of four batches, and the curvature is that of the last of them.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -89,7 +90,7 @@ def _copy(size: int, repeats: int) -> run.Candidate:
             np.copyto(target[begin:end], source[begin:end])
 
     def step(carry: None) -> None:
-        concurrent.futures.wait([pool.submit(part, b, e) for b, e in zip(bounds[:-1], bounds[1:], strict=True)])
+        concurrent.futures.wait([pool.submit(part, b, e) for b, e in itertools.pairwise(bounds)])
 
     return run.Candidate(_COPY, step, lambda: None)
 

@@ -63,7 +63,8 @@ def cases() -> tuple[Case, ...]:
         Case("refresh every 10", "sophia_g", MLP, 128, diagonal, _FASTER, calls=10, rounds=10),
         Case("refresh every 10", "sophia_h", MLP, 128, diagonal, _FASTER, calls=10, rounds=10),
         Case("refresh every step", "adahessian", MLP, 128, diagonal),
-        Case("refresh every 10", "adahessian", MLP, 128, {**diagonal, "eval_every_k": 10}, _FASTER, calls=10, rounds=10),
+        Case("refresh every 10", "adahessian", MLP, 128, {**diagonal, "eval_every_k": 10}, _FASTER, calls=10,
+             rounds=10),
     )  # fmt: skip
 
 
@@ -105,8 +106,8 @@ def _memory_row(
 def _memory() -> Iterator[list[Row]]:
     """Temporary memory of a step without and with refresh, on a 1.3M-parameter network, beside AdamW's.
 
-    The step number is a constant of the compiled program, so that the branch not taken is gone: the compiler's own count
-    of a step with a branch is that of its larger side.
+    The step number is a constant of the compiled program, so that the branch not taken is gone: the compiler's own
+    count of a step with a branch is that of its larger side.
     """
     batch = WIDE.batch(128)
     first = "value_and_grad + optax.adamw"
@@ -132,8 +133,7 @@ def _adamw_bytes(batch: dict[str, jax.Array]) -> int:
         return optax.apply_updates(params, update), state, loss
 
     params = WIDE.params()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), batch).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    return libraries.compiled_temporary_bytes(jax.jit(step, donate_argnums=(0, 1)), params, tx.init(params), batch)
 
 
 def _bytes_at(method: Any, batch: dict[str, jax.Array], number: int) -> int:
@@ -144,8 +144,8 @@ def _bytes_at(method: Any, batch: dict[str, jax.Array], number: int) -> int:
 
     params = WIDE.params()
     key = libraries.key_for(method)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, method.init(params), batch, key).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    return libraries.compiled_temporary_bytes(donating, params, method.init(params), batch, key)
 
 
 def _numbered(state: Any, number: int) -> Any:

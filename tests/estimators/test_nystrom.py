@@ -10,7 +10,7 @@ import pytest
 from curvax.estimators import RandomisedNystrom
 from curvax.tree import wide_dtype
 from estimators import standin
-from estimators.standin import SIZE, Dense, keys
+from estimators.standin import SIZE, Dense, jit, keys
 
 N = 60
 BOTH = pytest.mark.parametrize("indefinite", [False, True], ids=["one-pass", "two-pass"])
@@ -21,8 +21,8 @@ def _low_rank(method, matrix, key, dtype):
     return method.low_rank(lin.product, lin.params_like, key)
 
 
-_one = jax.jit(_low_rank, static_argnums=(0, 3))
-_many = jax.jit(jax.vmap(_low_rank, in_axes=(None, 0, 0, None)), static_argnums=(0, 3))
+_one = jit(_low_rank, static_argnums=(0, 3))
+_many = jit(jax.vmap(_low_rank, in_axes=(None, 0, 0, None)), static_argnums=(0, 3))
 
 
 def approximate(matrix, rank, dtype=jnp.float64, indefinite=False):
@@ -48,7 +48,7 @@ def test_exact_on_low_rank(x64, rank, dtype, indefinite):
 
 @BOTH
 def test_never_above_and_near_the_best(x64, indefinite):
-    """E|C - C_nys| <= 3 lambda_p + 4 e^2 / p (sum of lambda_j, j >= p) for rank 2 p - 1 (Frangella et al., theorem 2.3)."""
+    """Rank 2 p - 1: E|C - C_nys| <= 3 lambda_p + 4 e^2 / p (sum of lambda_j, j >= p); Frangella et al., section 2."""
     matrix, p = standin.decaying(N), 6
     spectrum = 0.7 ** np.arange(N)
     method = RandomisedNystrom(2 * p - 1, indefinite)

@@ -10,13 +10,13 @@ import pytest
 from curvax.estimators import HutchinsonTrace, HutchPlusPlus, XTrace
 from curvax.estimators.xtrace import _leave_one_out
 from estimators import standin
-from estimators.standin import SIZE, Dense, assert_mean, keys
+from estimators.standin import SIZE, Dense, assert_mean, jit, keys
 
 N = 60
 BUDGET = 12
 METHODS = [HutchinsonTrace(BUDGET), HutchPlusPlus(BUDGET), XTrace(BUDGET)]
-SKETCHED = METHODS[1:]
-names = dict(ids=lambda e: type(e).__name__)
+each = pytest.mark.parametrize("estimator", METHODS, ids=lambda e: type(e).__name__)
+sketched = pytest.mark.parametrize("estimator", METHODS[1:], ids=lambda e: type(e).__name__)
 
 
 def _trace(estimator, matrix, key, dtype):
@@ -24,8 +24,8 @@ def _trace(estimator, matrix, key, dtype):
     return estimator.trace(lin.product, lin.params_like, key)
 
 
-_one = jax.jit(_trace, static_argnums=(0, 3))
-_many = jax.jit(jax.vmap(_trace, in_axes=(None, None, 0, None)), static_argnums=(0, 3))
+_one = jit(_trace, static_argnums=(0, 3))
+_many = jit(jax.vmap(_trace, in_axes=(None, None, 0, None)), static_argnums=(0, 3))
 
 
 def once(estimator, matrix: np.ndarray, dtype=jnp.float32, seed: int = 0):
@@ -36,7 +36,7 @@ def sample(estimator, matrix: np.ndarray, m: int = 1000):
     return _many(estimator, jnp.asarray(matrix), keys(m), jnp.float64)
 
 
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 @pytest.mark.parametrize("make", [standin.decaying, standin.indefinite], ids=["positive", "indefinite"])
 def test_unbiased_with_an_honest_standard_error(x64, estimator, make):
     matrix = make(N)
@@ -57,7 +57,7 @@ def test_xtrace_beats_the_length_noise_on_a_flat_spectrum(x64):
     np.testing.assert_allclose(sample(XTrace(BUDGET), np.eye(N)).value, N, rtol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 def test_more_products_have_less_variance(x64, estimator):
     more = type(estimator)(2 * BUDGET)
     matrix = standin.decaying(N)
@@ -74,14 +74,14 @@ def test_exact_on_low_rank(x64, estimator, rank, dtype):
     assert float(got.standard_error) < tolerance * np.trace(matrix)
 
 
-@pytest.mark.parametrize("estimator", SKETCHED, **names)
+@sketched
 def test_exact_on_a_low_rank_coordinate_block(estimator):
     """Images that are exactly 0 in most entries, and an exactly singular triangular factor."""
     got = once(estimator, np.diag(np.concatenate([[3.0, 2.0], np.zeros(N - 2)])), jnp.float32)
     np.testing.assert_allclose(got.value, 5.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 def test_the_zero_operator_has_trace_zero(estimator):
     got = once(estimator, np.zeros((N, N)), jnp.float32)
     assert got.value == 0 and got.standard_error == 0
@@ -104,7 +104,7 @@ def test_xtrace_is_the_leave_one_out_formula(x64, rank):
         np.testing.assert_allclose(got[i], expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", SKETCHED, **names)
+@sketched
 def test_budgets_beyond_the_size_are_exact(x64, estimator):
     matrix = standin.indefinite(SIZE)
     got = once(type(estimator)(2 * SIZE), matrix, jnp.float64)
@@ -125,7 +125,7 @@ def test_one_probe_does_not_know_its_error():
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-25, 1e25])
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 def test_scale_equivariance(estimator, scale):
     matrix = standin.decaying(N)
     a, b = once(estimator, matrix), once(estimator, matrix * scale)
@@ -133,14 +133,14 @@ def test_scale_equivariance(estimator, scale):
     np.testing.assert_allclose(b.standard_error, scale * float(a.standard_error), rtol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 @pytest.mark.parametrize("empty", [{}, {"a": jax.ShapeDtypeStruct((0, 3), jnp.bfloat16)}], ids=["none", "zero-size"])
 def test_empty_trees(estimator, empty):
     got = estimator.trace(lambda v: v, empty, jax.random.key(0))
     assert got.value == 0 and got.standard_error == 0 and got.products == 0 and got.value.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("estimator", METHODS, **names)
+@each
 def test_mixed_and_narrow_dtypes(x64, estimator):
     shapes = {
         "a": jax.ShapeDtypeStruct((20,), jnp.bfloat16),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from oracle import dense, losses
+from oracle.compiling import quick_jit
 from oracle.models import Model
 
 import curvax
@@ -77,7 +78,7 @@ def moved(params: PyTree, new_params: PyTree) -> np.ndarray:
 
 def directions(method: Any, params: PyTree, batch: dict, count: int = 1) -> tuple[list[np.ndarray], list[dict]]:
     """Directions and infos of `count` steps, each from the same `params` while the state goes on."""
-    step = jax.jit(method.step)
+    step = quick_jit(method.step)
     state = method.init(params)
     found, infos = [], []
     for _ in range(count):
@@ -118,7 +119,7 @@ def _plain(leaf: Any) -> np.ndarray:
 
 
 class Counter:
-    """Counts how often code really runs on the device: `count.tick("name")` inside traced code, `count.take()` outside."""
+    """Counts how often code really runs on the device: `tick` inside traced code, `take` outside."""
 
     def __init__(self) -> None:
         self.runs: collections.Counter[str] = collections.Counter()

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration import presets
-from integration.harness import Counter, batch_of, counted, key, precision, steps_where_more_ran
 from oracle import models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration import presets
+from integration.harness import Counter, batch_of, counted, key, precision, steps_where_more_ran
 
 MODEL = models.MLP_TANH
 STEPS = 12
@@ -24,7 +25,7 @@ def _counts(make, kind, steps=STEPS, plan="shared"):
     with precision("float32"):
         method = make(counted(MODEL.predict, counter), plan)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, kind, jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         counts, infos = [], []
         for _ in range(steps):
             params, state, info = step(params, batch, state, key())
@@ -120,7 +121,7 @@ def test_preconditioner_of_a_solver_is_refreshed_at_its_cadence(every):
         preconditioner = curvax.preconditioners.EmaDiagonal(_CountingEstimator(counter), every=every)
         method = curvax.sgn_ce(predict_fn=MODEL.predict, precond=preconditioner)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         ran = []
         for _ in range(7):
             params, state, _ = step(params, batch, state, key())
@@ -145,5 +146,5 @@ def test_switched_off_metrics_are_not_in_the_info():
             predict_fn=MODEL.predict, record_loss_every_k=-1, record_lam=False, record_cg_stats=False
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        _, _, info = jax.jit(method.step)(params, batch, method.init(params), key())
+        _, _, info = quick_jit(method.step)(params, batch, method.init(params), key())
     assert set(info) == {"step", "accepted", "finite", "rejected"}

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration import presets
-from integration.harness import batch_of, key, precision, same_bits
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration import presets
+from integration.harness import batch_of, key, precision, same_bits
 
 MODEL = models.MLP_TANH
 TRUST_REGION = {"lam_policy": "trust_region", "lam0": 1.0, "record_rho_every_k": 2}
@@ -41,7 +42,7 @@ def test_scan_equals_calls_and_compiles_once_and_donates(preset, options):
         params, batches = MODEL.params(jnp.float32), _batches(preset.kind, 10)
         keys = jax.random.split(key(), 10)
         start = (MODEL.params(jnp.float32), method.init(params))
-        step = jax.jit(method.step, donate_argnums=(0, 2))
+        step = quick_jit(method.step, donate_argnums=(0, 2))
         called = (params, method.init(params))
         infos = []
         for i in range(10):
@@ -58,7 +59,7 @@ def test_scan_equals_calls_and_compiles_once_and_donates(preset, options):
             p, s, info = method.step(carry[0], x[0], carry[1], x[1])
             return (p, s), info
 
-        scanned, history = jax.jit(lambda c, xs: jax.lax.scan(body, c, xs))(start, (batches, keys))
+        scanned, history = quick_jit(lambda c, xs: jax.lax.scan(body, c, xs))(start, (batches, keys))
     np.testing.assert_allclose(dense.vector(scanned[0]), dense.vector(called[0]), rtol=2e-3, atol=2e-4)
     assert jax.tree.structure(scanned[1]) == jax.tree.structure(called[1])
     assert set(history) == set(infos[0])
@@ -81,8 +82,8 @@ def test_vmap_over_seeds(preset):
                 p, state, info = method.step(p, batch, state, jax.random.fold_in(k, i))
             return p, info["loss"]
 
-        together, losses = jax.jit(jax.vmap(run))(params, keys)
-        alone, loss = jax.jit(run)(jax.tree.map(lambda x: x[1], params), keys[1])
+        together, losses = quick_jit(jax.vmap(run))(params, keys)
+        alone, loss = quick_jit(run)(jax.tree.map(lambda x: x[1], params), keys[1])
     np.testing.assert_allclose(
         dense.vector(jax.tree.map(lambda x: x[1], together)), dense.vector(alone), rtol=2e-3, atol=2e-4
     )
@@ -95,7 +96,7 @@ def test_the_same_key_and_state_give_the_same_bits_and_another_key_does_not(name
     with precision("float32"):
         method = preset.make(MODEL, learning_rate=0.1)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         first = step(params, batch, state, key(0))
         assert same_bits(first[0], step(params, batch, state, key(0))[0])
         assert same_bits(first[1], step(params, batch, state, key(0))[1])
@@ -113,7 +114,7 @@ def test_the_key_is_folded_with_the_step(preset):
         options = {"eval_every_k": 1, "beta2": 0.0}
         method = preset.make(MODEL, **options)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         seen = []
         for _ in range(4):
             _, state, _ = step(params, batch, state, key())
@@ -131,7 +132,7 @@ def test_step_works_without_jit(name):
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
         state = method.init(params)
         eager = method.step(params, batch, state, key())[0]
-        compiled = jax.jit(method.step)(params, batch, state, key())[0]
+        compiled = quick_jit(method.step)(params, batch, state, key())[0]
     np.testing.assert_allclose(dense.vector(eager), dense.vector(compiled), rtol=2e-3, atol=2e-4)
 
 
@@ -155,6 +156,6 @@ def test_every_listed_method_can_be_made_by_name():
     direct = curvax.sgn_ce(predict_fn=MODEL.predict, lam0=0.1)
     with precision("float32"):
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        a = jax.jit(made.step)(params, batch, made.init(params), key())[0]
-        b = jax.jit(direct.step)(params, batch, direct.init(params), key())[0]
+        a = quick_jit(made.step)(params, batch, made.init(params), key())[0]
+        b = quick_jit(direct.step)(params, batch, direct.init(params), key())[0]
     assert same_bits(a, b)

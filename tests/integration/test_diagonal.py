@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration.harness import batch_of, key, precision, standard_truth
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration.harness import batch_of, key, precision, standard_truth
 
 SIZE = 5
 BATCH = {"x": np.linspace(-1.0, 1.0, SIZE), "y": np.zeros(SIZE)}
@@ -34,7 +35,7 @@ def _by_hand(p):
 def _run(method, start, steps):
     with precision("float64"):
         params = jnp.asarray(start)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         path = []
         for i in range(steps):
             params, state, _ = step(params, BATCH, state, key(i))
@@ -142,7 +143,7 @@ def test_sophia_g_curvature_is_the_ggn_diagonal_on_average(n_samples):
         params, batch = model.params(), batch_of(model, "ce", "float64")
         state = method.init(params)
 
-        @jax.jit
+        @quick_jit
         @jax.vmap
         def direction(k):
             new, _, _ = method.step(params, batch, state, k)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration.harness import batch_of, key, precision
 from oracle import models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration.harness import batch_of, key, precision
 
 MODEL = models.MLP_TANH
 
@@ -169,7 +169,7 @@ def test_state_of_other_parameters(how):
         "dtype": lambda: MODEL.params(jnp.bfloat16),
     }[how]()
     with pytest.raises((TypeError, ValueError)) as raised:
-        jax.jit(method.step)(params, _batch(), method.init(other), key())
+        quick_jit(method.step)(params, _batch(), method.init(other), key())
     _says(raised, "state", "init")
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from integration.harness import TOLERANCE, assert_close, batch_of, key, precision, standard_truth, truth_of
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 from curvax import curvature, losses
+from integration.harness import TOLERANCE, assert_close, batch_of, key, precision, standard_truth, truth_of
 
 GRAM_BYTES = 2**20
 
@@ -30,7 +31,7 @@ def _materialise(operator, params, batch, *, rows=False, shared=True):
     trainable, frozen = curvature.Partition().split(params)
     units = _stacked_units(trainable)
 
-    @jax.jit
+    @quick_jit
     def run(p, data):
         evaluation = curvature.Evaluation(data, frozen=frozen, sample_key=key())
         needs = curvature.Needs(gradient=True, product=True, rows=rows, shared=shared)
@@ -70,21 +71,6 @@ def test_ggn_columns_gradient_and_loss(model, kind):
     size = max(len(ours), len(theirs))
     pad = [np.sort(np.pad(e, (0, size - len(e)))) for e in (ours, theirs)]
     np.testing.assert_allclose(pad[0], pad[1], atol=1e-10 * theirs.max(), err_msg="Gram matrix")
-
-
-@pytest.mark.parametrize("model", models.MIXING, ids=str)
-def test_rows_of_models_that_work_across_the_batch(model):
-    """The Gram matrix may use that examples do not interact only where they do not."""
-    truth = standard_truth(model, "ce")
-    with precision(jnp.float64):
-        params, batch = _case(model, "ce", jnp.float64)
-        operator = curvature.GaussNewton(curvature.Model(model.predict), _loss("ce"))
-        _, gradient, matrix, gram = _materialise(operator, params, batch, rows=True)
-    assert_close(gradient, truth.gradient, 1e-10, "gradient")
-    assert_close(matrix, truth.ggn, 1e-10, "GGN")
-    # Equal traces and equal squared norms: the eigenvalues beside zero are the same two moments.
-    assert np.trace(gram) == pytest.approx(np.trace(truth.ggn), rel=1e-9)
-    assert np.sum(gram**2) == pytest.approx(np.sum(truth.ggn**2), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +125,7 @@ def test_monte_carlo_fisher_is_the_ggn_on_average():
             curvature.Model(model.predict), _loss("ce"), curvature.MonteCarloFisher(n_samples=samples)
         )
 
-        @jax.jit
+        @quick_jit
         @jax.vmap
         def run(sample_key):
             at = operator.linearize(
@@ -190,7 +176,7 @@ def test_hessian_of_a_model_and_a_loss_object():
     assert_close(matrix, want, 1e-10, "Hessian")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 50])
+@pytest.mark.parametrize("size", [2, 4, 50])
 def test_microbatches_accumulate_the_full_operator(size):
     model = models.MLP_TANH
     truth = standard_truth(model, "ce", weighted=True)

@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import dense, models
+from oracle.compiling import quick_jit
+
+import curvax
+from curvax.solvers import Result
 from integration import presets
 from integration.harness import (
     TOLERANCE,
@@ -18,10 +23,6 @@ from integration.harness import (
     standard_truth,
     truth_of,
 )
-from oracle import dense, models
-
-import curvax
-from curvax.solvers import Result
 
 MODEL = models.MLP_TANH
 LAM = 1e-2
@@ -48,7 +49,7 @@ def test_stopping_is_reported_as_it_was(name):
     with precision("float64"):
         params, batch = MODEL.params(), batch_of(MODEL, preset.kind, "float64")
         _, (limited,) = directions(preset.make(MODEL, lam0=10.0, maxiter=2, tol=1e-12), params, batch)
-        (step,), (converged,) = directions(preset.make(MODEL, lam0=10.0, maxiter=300, tol=1e-6), params, batch)
+        (_step,), (converged,) = directions(preset.make(MODEL, lam0=10.0, maxiter=300, tol=1e-6), params, batch)
     assert int(limited["result"]) == Result.MAX_ITERATIONS and int(limited["iterations"]) == 2
     assert int(converged["result"]) == Result.CONVERGED
     assert 2 < int(converged["iterations"]) < 300
@@ -134,7 +135,7 @@ def test_spring_is_its_own_recursion(model, momentum):
     with precision("float64"):
         params = model.params()
         method = curvax.spring(predict_fn=model.predict, loss=curvax.losses.SquaredError(), lam0=LAM, momentum=momentum)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         previous = np.zeros_like(dense.vector(params))
         for i in range(3):
             batch = batch_of(model, "mse", "float64", seed=i)
@@ -183,10 +184,10 @@ def test_stale_warm_start_on_an_indefinite_hessian_still_descends():
     with precision("float64"):
         method = curvax.newton_cg(loss_fn=loss_fn, lam0=1e-2, warm_start=True)
         params = jnp.zeros(len(matrix))
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         for sign in (1.0, -1.0, 1.0, -1.0):
             gradient = sign * first
-            new, state, info = step(params, {"x": jnp.asarray(gradient)}, state, key())
+            new, state, _info = step(params, {"x": jnp.asarray(gradient)}, state, key())
             direction = moved(params, new)
             assert np.all(np.isfinite(direction))
             assert direction @ gradient > 0, f"uphill at gradient sign {sign:g}"
@@ -214,7 +215,7 @@ def test_curvature_batch_of_another_size_keeps_the_warm_start_usable(name):
     with precision("float64"):
         params = MODEL.params()
         method = preset.make(MODEL, lam0=LAM, tol=1e-12, maxiter=300)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         for size in (6, 4, 6):
             batch = jax.tree.map(lambda x, size=size: x[:size], batch_of(MODEL, preset.kind, "float64", seed=size))
             new, state, _ = step(params, batch, state, key())

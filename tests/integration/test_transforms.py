@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from integration.harness import batch_of, key, precision, standard_truth, truth_of
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration.harness import batch_of, key, precision, standard_truth, truth_of
 
 MODEL = models.MLP_TANH
 LAM = 0.1
@@ -65,7 +66,7 @@ def test_three_steps_are_the_dense_directions_through_the_same_chain(name):
     with precision("float64"):
         method = curvax.ggn_direct_ce(predict_fn=MODEL.predict, lam0=LAM, **options)
         params, batch = MODEL.params(), batch_of(MODEL, "ce", "float64")
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         tx = chain()
         ours, theirs, theirs_state = params, params, tx.init(params)
         for _ in range(3):
@@ -83,7 +84,7 @@ def test_the_default_transform_subtracts_the_direction():
     with precision("float64"):
         method = curvax.egn_ce(predict_fn=MODEL.predict, lam0=LAM)
         params, batch = MODEL.params(), batch_of(MODEL, "ce", "float64")
-        new, _, _ = jax.jit(method.step)(params, batch, method.init(params), key())
+        new, _, _ = quick_jit(method.step)(params, batch, method.init(params), key())
         want = dense.vector(params) - standard_truth(MODEL, "ce").direction(LAM)
         np.testing.assert_allclose(dense.vector(new), want, rtol=1e-9, atol=1e-11)
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from integration import presets
-from integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 import curvax
+from integration import presets
+from integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
 
 MODEL = models.MLP_TANH
 PRESETS = [presets.BY_NAME[name] for name in ("sgn_ce", "egn_ce", "egn_mse_cg", "newton_cg")]
@@ -33,7 +34,7 @@ def test_rho_is_actual_over_predicted_decrease(name, rate):
         method = preset.make(
             MODEL, lam_policy="trust_region", lam0=lam, learning_rate=rate, record_rho_every_k=1, **options
         )
-        new, _, info = jax.jit(method.step)(params, batch, method.init(params), key())
+        new, _, info = quick_jit(method.step)(params, batch, method.init(params), key())
         before, after = truth_of(MODEL, preset.kind, params, batch), truth_of(MODEL, preset.kind, new, batch)
         update = -rate * before.direction(lam)
         predicted = -(before.gradient @ update + 0.5 * update @ before.ggn @ update)
@@ -53,7 +54,7 @@ def test_a_step_that_raises_the_loss_is_undone_whole(preset):
             record_rho_every_k=1,
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         (before,) = _traces(state)
         same, after, info = step(params, batch, state, key())
         assert not bool(info["accepted"]) and bool(info["finite"])
@@ -69,7 +70,7 @@ def test_lam_falls_while_steps_are_good_and_the_loss_falls(preset):
     with precision("float32"):
         method = preset.make(MODEL, lam_policy="trust_region", lam0=10.0)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, preset.kind, jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         lams, losses = [], []
         for _ in range(6):
             params, state, info = step(params, batch, state, key())
@@ -93,7 +94,7 @@ def test_recovers_from_a_hopeless_start():
             maxiter=50,
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         accepted, losses = [], []
         for _ in range(20):
             params, state, info = step(params, batch, state, key())
@@ -118,7 +119,7 @@ def test_factors_are_those_given(rho_target, factor):
             learning_rate=1.0 if rho_target == "good" else 1e3,
         )
         params, batch = models.LINEAR.params(jnp.float32), batch_of(models.LINEAR, "mse", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         new, state, info = step(params, batch, state, key())
         _, _, following = step(new, batch, state, key())
     # The squared error of a linear model is its own quadratic model: a good step has rho = 1 exactly.
@@ -136,7 +137,7 @@ def test_lam_stays_inside_its_bounds():
             lam_kwargs={"dec": 0.1, "min_lam": 0.05},
         )
         params, batch = models.LINEAR.params(jnp.float32), batch_of(models.LINEAR, "mse", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         for _ in range(5):
             params, state, info = step(params, batch, state, key())
         assert float(info["lam"]) == pytest.approx(0.05, rel=1e-5)
@@ -152,7 +153,7 @@ def test_a_policy_object_and_its_name_do_the_same():
             {"lam_policy": curvax.damping.TrustRegion(lam0=0.5, every_k=2)},
         ):
             method = curvax.sgn_ce(predict_fn=MODEL.predict, **options)
-            step, p, state = jax.jit(method.step), params, method.init(params)
+            step, p, state = quick_jit(method.step), params, method.init(params)
             for _ in range(4):
                 p, state, _ = step(p, batch, state, key())
             outcomes.append(dense.vector(p))

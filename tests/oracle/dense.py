@@ -6,6 +6,7 @@ with the rule its author gave it; loss Hessians come from `oracle.losses`, the l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .compiling import quick_jit
 from .losses import OutputLoss
 
 PyTree = Any
@@ -47,6 +49,19 @@ def _rows(jacobian: PyTree, rows: int) -> np.ndarray:
     return np.concatenate([np.asarray(leaf).reshape(rows, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
 
 
+@functools.lru_cache(maxsize=128)
+def _jacobian_function(
+    predict: Callable[[PyTree, Any], jax.Array],
+) -> Callable[[PyTree, Any], tuple[PyTree, jax.Array]]:
+    """(params, inputs) -> (Jacobian, outputs), compiled once per model."""
+
+    def twice(params: PyTree, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        out = predict(params, inputs)
+        return out, out
+
+    return quick_jit(jax.jacrev(twice, has_aux=True))
+
+
 def outputs_and_jacobian(
     predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +69,7 @@ def outputs_and_jacobian(
     params, inputs = to_double(params), to_double(inputs)
     with jax.enable_x64(True):
         params, inputs = jax.tree.map(jnp.asarray, (params, inputs))
-
-        def twice(p: PyTree) -> tuple[jax.Array, jax.Array]:
-            out = predict(p, inputs)
-            return out, out
-
-        jacobian, outputs = jax.jit(jax.jacrev(twice, has_aux=True))(params)
+        jacobian, outputs = _jacobian_function(predict)(params, inputs)
         outputs = np.asarray(outputs)
         return outputs, _rows(jacobian, outputs.size)
 
@@ -70,7 +80,7 @@ def hessian(function: Callable[[PyTree], jax.Array], params: PyTree) -> np.ndarr
     n = vector(params).size
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params)
-        blocks = jax.jit(jax.hessian(function))(params)
+        blocks = quick_jit(jax.hessian(function))(params)
         # One row of blocks per leaf; flattening a row of blocks in leaf order gives consecutive columns.
         counts = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(blocks)]

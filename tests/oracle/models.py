@@ -365,7 +365,7 @@ MIXING = (
     Model("branch_on_size", _MLP_INIT, _branch_on_size, (6, 3), (6, 4)),
     Model("folded_time_first", _MLP_INIT, _folded, (5, 2, 3), (5, 2, 4)),
 )
-"""Models whose output i is not a function of example i alone, or looks like it is not: nothing may be assumed of them."""
+"""Models whose output i is not a function of example i alone, or looks like it is not."""
 
 CLASSIFIERS = (
     LINEAR,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oracle import dense, losses, models
+from oracle.compiling import quick_jit
 
 TWICE = [m for m in models.ALL if m.true_derivative]
 
@@ -37,7 +38,7 @@ def test_models_are_small_and_keep_their_shapes(model):
 def test_reverse_and_forward_jacobians_agree(model):
     with jax.enable_x64(True):
         params, inputs = model.params(), model.inputs()
-        forward = jax.jit(jax.jacfwd(model.predict))(params, inputs)
+        forward = quick_jit(jax.jacfwd(model.predict))(params, inputs)
         outputs, jacobian = dense.outputs_and_jacobian(model.predict, params, inputs)
         columns = [np.asarray(leaf).reshape(outputs.size, -1) for leaf in jax.tree.leaves(forward)]
     np.testing.assert_allclose(np.concatenate(columns, 1), jacobian, rtol=1e-12, atol=1e-12)
@@ -123,7 +124,7 @@ def test_gradient_is_the_gradient_of_the_loss(model):
             if by_jax is _jax_cross_entropy and len(model.output_shape) == 1:
                 continue
             truth = dense.truth(model.predict, by_hand, params, x, y)
-            want = jax.jit(jax.grad(lambda p, y=y, by_jax=by_jax: by_jax(model.predict(p, x), y)))(params)
+            want = quick_jit(jax.grad(lambda p, y=y, by_jax=by_jax: by_jax(model.predict(p, x), y)))(params)
             np.testing.assert_allclose(truth.gradient, dense.vector(want), rtol=1e-10, atol=1e-13)
 
 
@@ -136,7 +137,7 @@ def test_hessian_columns_are_differences_of_gradients(model):
             return _jax_cross_entropy(model.predict(p, x), y)
 
         matrix = dense.hessian(function, params)
-        grad = jax.jit(jax.grad(function))
+        grad = quick_jit(jax.grad(function))
         flat = dense.vector(params)
         direction = np.random.default_rng(0).standard_normal(flat.size)
         step = 1e-5

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from estimators import standin
+from estimators.standin import SIZE, Dense, jit, keys
 
 from curvax import tree
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
@@ -17,8 +19,6 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     SophiaFloor,
 )
-from estimators import standin
-from estimators.standin import SIZE, Dense, keys
 
 CASES = {
     "identity": Identity(),
@@ -52,7 +52,7 @@ def _refresh(method, state, matrix, factor, key, dtype=jnp.float32):
     return method.refresh(state, Dense(matrix, standin.like(dtype), factor), key)
 
 
-jitted = jax.jit(_refresh, static_argnums=(0, 5))
+jitted = jit(_refresh, static_argnums=(0, 5))
 
 
 def refresh(method, state, matrix, seed=0, dtype=jnp.float32):
@@ -67,7 +67,7 @@ def _columns(method, state, lam, dtype):
     return jax.vmap(lambda v: tree.ravel(method.apply(state, lam, unravel(v)))[0])(jnp.eye(SIZE, dtype=dtype)).T
 
 
-_jitted_columns = jax.jit(_columns, static_argnums=(0, 3))
+_jitted_columns = jit(_columns, static_argnums=(0, 3))
 
 
 def as_matrix(method, state, lam, dtype=jnp.float32) -> np.ndarray:
@@ -97,15 +97,16 @@ def test_symmetric_positive_definite_before_and_after_refreshes(x64, method, dty
 
 @each
 def test_linear_in_v_and_zero_gives_zero(method):
+    apply = jit(method.apply)
     zero = tree.zeros_like(standin.like())
     _, unravel = tree.ravel(zero)
     a, b = (unravel(jnp.asarray(np.random.default_rng(s).normal(size=SIZE), jnp.float32)) for s in (0, 1))
     for matrix in (MATRICES["zero"], MATRICES["dead coordinates"]):
         state = refresh(method, method.init(standin.like()), matrix)
-        for x in jax.tree.leaves(method.apply(state, 0.0, zero)):
+        for x in jax.tree.leaves(apply(state, 0.0, zero)):
             assert np.all(x == 0)
-        mixed = method.apply(state, 0.0, jax.tree.map(lambda x, y: 2 * x - 3 * y, a, b))
-        parts = (method.apply(state, 0.0, x) for x in (a, b))
+        mixed = apply(state, 0.0, jax.tree.map(lambda x, y: 2 * x - 3 * y, a, b))
+        parts = (apply(state, 0.0, x) for x in (a, b))
         expected = jax.tree.map(lambda x, y: 2 * x - 3 * y, *parts)
         for x, y in zip(jax.tree.leaves(mixed), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.max(jnp.abs(y))))
@@ -117,11 +118,9 @@ def test_no_curvature_and_no_damping_leave_v_alone(method):
         np.testing.assert_array_equal(as_matrix(method, state, 0.0), np.eye(SIZE))
 
 
-@each
+@pytest.mark.parametrize("method", list(CASES.values())[1:], ids=list(CASES)[1:])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_refresh_keeps_the_state_and_is_counted(method, bad):
-    if isinstance(method, Identity):
-        pytest.skip("looks at nothing")
     good = refresh(method, method.init(standin.like()), MATRICES["decaying"])
     broken = np.array(MATRICES["decaying"])
     broken[-1, -1] = bad  # in one leaf only
@@ -145,7 +144,7 @@ def test_refreshes_scan(method):
     matrix, factor = (jnp.asarray(a, jnp.float32) for a in (MATRICES["decaying"], root(MATRICES["decaying"])))
     start = method.init(standin.like(jnp.bfloat16))
 
-    @jax.jit
+    @jit
     def scanned(state):
         def step(state, key):
             state = _refresh(method, state, matrix, factor, key, jnp.bfloat16)
@@ -168,7 +167,7 @@ def test_refreshes_scan(method):
 def test_traced_once(method):
     traces = []
 
-    @jax.jit
+    @jit
     def step(state, lam, key):
         traces.append(1)
         state = _refresh(method, state, jnp.eye(SIZE), jnp.eye(SIZE), key)
@@ -181,7 +180,7 @@ def test_traced_once(method):
 
 
 @each
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_states_are_wide_and_v_keeps_its_dtype(method, dtype):
     state = refresh(method, method.init(standin.like(dtype)), MATRICES["decaying"], dtype=dtype)
     assert {x.dtype for x in jax.tree.leaves(state)} <= {np.dtype("float32"), np.dtype("int32")}

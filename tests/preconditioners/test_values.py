@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from estimators import standin
+from estimators.standin import SIZE, Dense, dense, flat, jit, keys
 
 from curvax import tree
 from curvax.estimators import DiagonalEstimator, Hutchinson
@@ -20,8 +22,6 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     SophiaFloor,
 )
-from estimators import standin
-from estimators.standin import SIZE, dense, flat, keys
 
 N = 60
 ONES = np.ones(SIZE)
@@ -31,7 +31,7 @@ def ones(dtype=jnp.float64):
     return jax.tree.map(lambda x: jnp.ones(x.shape, dtype), standin.like())
 
 
-def test_identity():
+def test_identity(x64):
     method = Identity()
     assert method.apply(method.init(standin.like()), 0.3, v := ones()) is v
 
@@ -42,20 +42,36 @@ def test_jacobi(x64, lam, add_lam):
     d = np.linspace(-1, 2, SIZE)
     d[4] = 0
     method = Jacobi(Hutchinson(), add_lam=add_lam)
-    lin = dense(np.diag(d))
-    state = method.refresh(method.init(lin.params_like), lin, jax.random.key(0))
+    state = refreshed(method, [d])
     expected = np.maximum(d, 0) + (lam if add_lam else 0)
     expected[expected == 0] = np.abs(d).mean()
-    np.testing.assert_allclose(flat(method.apply(state, lam, ones())), 1 / expected, rtol=1e-13)
+    np.testing.assert_allclose(inverse_diagonal(method, state, lam), 1 / expected, rtol=1e-13)
 
 
 def test_jacobi_keeps_only_the_latest(x64):
     method = Jacobi(Hutchinson(), every=4)
-    state = method.init(standin.like(jnp.float64))
-    for d in (3.0, 5.0):
-        state = method.refresh(state, dense(d * np.eye(SIZE)), jax.random.key(0))
-    np.testing.assert_allclose(flat(method.apply(state, 1.0, ones())), ONES / 6)
+    state = refreshed(method, [3 * ONES, 5 * ONES])
+    np.testing.assert_allclose(inverse_diagonal(method, state, 1.0), ONES / 6)
     assert method.every == 4
+
+
+_refresh = jit(
+    lambda method, state, matrix, key, dtype: method.refresh(state, Dense(matrix, standin.like(dtype)), key),
+    static_argnums=(0, 4),
+)
+_inverse = jit(lambda method, state, lam, dtype: method.apply(state, lam, ones(dtype)), static_argnums=(0, 3))
+
+
+def refreshed(method, diagonals, dtype=jnp.float64):
+    """The state after refreshes with these diagonal matrices, which Hutchinson recovers exactly."""
+    state = method.init(standin.like(dtype))
+    for i, d in enumerate(diagonals):
+        state = _refresh(method, state, jnp.asarray(np.diag(d), dtype), jax.random.key(i), dtype)
+    return state
+
+
+def inverse_diagonal(method, state, lam, dtype=jnp.float64) -> np.ndarray:
+    return flat(_inverse(method, state, jnp.asarray(lam, dtype), dtype))
 
 
 def history() -> list[np.ndarray]:
@@ -82,9 +98,7 @@ def dense_ema(rows, beta, square, correct) -> np.ndarray:
 def test_ema(x64, policy, beta, correct):
     lam, rows = 0.2, history()
     method = EmaDiagonal(Hutchinson(), beta, 1, policy, correct)
-    state = method.init(standin.like(jnp.float64))
-    for row in rows:
-        state = method.refresh(state, dense(np.diag(row)), jax.random.key(0))
+    state = refreshed(method, rows)
     h = dense_ema(rows, beta, policy.root_mean_square, correct)
     scale = np.abs(h).mean()
     if isinstance(policy, SophiaFloor):
@@ -95,27 +109,23 @@ def test_ema(x64, policy, beta, correct):
         expected = np.maximum(h, 0) + lam
     assert state.count == 5 and state.rejected == 0
     np.testing.assert_allclose(state.scale, scale, rtol=1e-12)
-    np.testing.assert_allclose(flat(method.apply(state, lam, ones())), 1 / expected, rtol=1e-12)
+    np.testing.assert_allclose(inverse_diagonal(method, state, lam), 1 / expected, rtol=1e-12)
 
 
 def test_bias_correction_makes_the_first_refresh_count_in_full():
     """In float32 too, where 1 - beta2^t loses digits if formed naively."""
     for policy, expected in ((Damped(), 1 / 3), (AdaHessianPower(eps=0.0), 1 / 3), (SophiaFloor(0.5), 2 / 3)):
         method = EmaDiagonal(Hutchinson(), 0.9999, denominator=policy)
-        lin = dense(3 * np.eye(SIZE), jnp.float32)
-        state = method.refresh(method.init(lin.params_like), lin, jax.random.key(0))
-        np.testing.assert_allclose(flat(method.apply(state, 0.0, ones(jnp.float32))), expected, rtol=3e-5)
+        state = refreshed(method, [3 * ONES], jnp.float32)
+        np.testing.assert_allclose(inverse_diagonal(method, state, 0.0, jnp.float32), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_squares_neither_overflow_nor_underflow(scale):
     method = EmaDiagonal(Hutchinson(), 0.99, denominator=AdaHessianPower(eps=0.0))
-    lin = dense(scale * np.eye(SIZE), jnp.float32)
-    state = method.init(lin.params_like)
-    for i in range(3):
-        state = method.refresh(state, lin, jax.random.key(i))
+    state = refreshed(method, [scale * ONES] * 3, jnp.float32)
     assert state.rejected == 0
-    np.testing.assert_allclose(flat(method.apply(state, 0.0, ones(jnp.float32))) * scale, 1, rtol=1e-4)
+    np.testing.assert_allclose(inverse_diagonal(method, state, 0.0, jnp.float32) * scale, 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -131,16 +141,14 @@ def test_squares_neither_overflow_nor_underflow(scale):
 def test_entries_without_curvature_get_an_average_step(x64, policy, average):
     d = np.concatenate([np.linspace(1, 4, SIZE - 2), [0, 0]])
     method = EmaDiagonal(Hutchinson(), 0.9, denominator=policy)
-    state = method.refresh(method.init(standin.like(jnp.float64)), dense(np.diag(d)), jax.random.key(0))
-    got = flat(method.apply(state, 0.0, ones()))
+    got = inverse_diagonal(method, refreshed(method, [d]), 0.0)
     mean = d.mean()
     np.testing.assert_allclose(got[-2:], 1 / (np.sqrt(mean) if average is None else average * mean), rtol=1e-12)
 
 
 def test_sophia_turns_negative_curvature_into_a_clipped_sign():
     method = EmaDiagonal(Hutchinson(), 0.99, 10, SophiaFloor())
-    lin = dense(np.diag(np.linspace(-2, -1, SIZE)), jnp.float32)
-    state = method.refresh(method.init(lin.params_like), lin, jax.random.key(0))
+    state = refreshed(method, [np.linspace(-2, -1, SIZE)], jnp.float32)
     momentum = jax.tree.map(lambda x: -1e-3 * x, ones(jnp.float32))
     np.testing.assert_array_equal(np.clip(flat(method.apply(state, 0.0, momentum)), -1, 1), -ONES)
 
@@ -148,9 +156,9 @@ def test_sophia_turns_negative_curvature_into_a_clipped_sign():
 def nystrom(matrix, rank, dtype=jnp.float64, indefinite=False, seed=0):
     lin = dense(matrix, dtype)
     method = NystromPreconditioner(rank, indefinite=indefinite)
-    state = jax.jit(lambda k: method.refresh(method.init(lin.params_like), lin, k))(jax.random.key(seed))
+    state = jit(lambda k: method.refresh(method.init(lin.params_like), lin, k))(jax.random.key(seed))
 
-    @jax.jit
+    @jit
     def inverse(lam):
         _, unravel = tree.ravel(tree.zeros_like(lin.params_like))
         apply = jax.vmap(lambda v: tree.ravel(method.apply(state, lam, unravel(v)))[0])
@@ -179,7 +187,7 @@ def test_nystrom_condition_number(x64, rank, lam):
     condition = eigenvalues.max() / eigenvalues.min()
     assert condition <= (values[-1] + lam + error) / lam * (1 + 1e-8)
     if rank == 12 and lam == 1e-2:
-        assert condition < 5 < 100 < (1 + lam) / (0.7 ** (N - 1) + lam) * 1.01
+        assert condition < 7 < 100 < 1 / lam * 1.01
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -254,7 +262,7 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         Jacobi(Hutchinson(), every=0)
     with pytest.raises(TypeError, match="rank must be a Python integer"):
-        NystromPreconditioner(2.0)  # pyright: ignore
+        NystromPreconditioner(2.0)
     with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1.0"):
         EmaDiagonal(Hutchinson(), 1.0)
     with pytest.raises(ValueError, match="gamma must be positive"):

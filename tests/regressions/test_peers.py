@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from integration.harness import (
 )
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from oracle import dense, models
+from oracle.compiling import quick_jit
 
 import curvax
 from curvax.solvers import CG, Result, System
@@ -57,13 +59,13 @@ def _system(size=40, condition=300.0):
 
 
 def test_conjugate_gradients_take_the_same_iterations_for_small_right_hand_sides():
-    """Peer: an absolute epsilon in alpha; 37 iterations at |b| 7.5, none of 200 enough at 7.5e-2, 73 % error at 7.5e-5."""
+    """Peer: an absolute epsilon in alpha: 37 iterations at |b| 7.5, not done in 200 at 7.5e-2, 73 % off at 7.5e-5."""
     matrix, b = _system()
     with precision("float32"):
         system = System(lambda v: jnp.asarray(matrix, jnp.float32) @ v)
         solver = CG(tol=1e-5, maxiter=200, warm_start=False)
         lam = jnp.asarray(0.0, jnp.float32)
-        solve = jax.jit(lambda rhs: solver.solve(system, rhs, (), lam))
+        solve = quick_jit(lambda rhs: solver.solve(system, rhs, (), lam))
         want = np.linalg.solve(matrix, b)
         counts = []
         # Powers of two, so that the scaled systems are the same to the last bit.
@@ -85,7 +87,7 @@ def test_newton_on_an_indefinite_hessian_stays_finite_and_reports_it():
                 "w": jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32),
                 "b": jnp.zeros(shape[1], jnp.float32),
             }
-            for shape in zip(widths[:-1], widths[1:], strict=True)
+            for shape in itertools.pairwise(widths)
         ]
         batch = {
             "x": jnp.asarray(rng.standard_normal((64, 784)), jnp.float32),
@@ -99,7 +101,7 @@ def test_newton_on_an_indefinite_hessian_stays_finite_and_reports_it():
             return -jnp.mean(jnp.take_along_axis(log_p, data["y"][:, None], -1))
 
         method = curvax.newton_cg(loss_fn=loss_fn, lam0=1e-3, learning_rate=0.3, maxiter=10)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         losses, results = [], []
         for _ in range(6):
             params, state, info = step(params, batch, state, key())
@@ -117,7 +119,7 @@ def test_a_bad_step_is_not_taken_and_raises_lam():
             predict_fn=MODEL.predict, lam_policy="trust_region", lam0=1e-3, learning_rate=500.0, maxiter=50
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         kept, state, info = step(params, batch, state, key())
         assert same_bits(params, kept) and not bool(info["accepted"]) and int(info["rejected"]) == 1
         _, _, following = step(kept, batch, state, key())
@@ -170,7 +172,7 @@ def test_a_preconditioner_reaches_every_solver(adapter):
             preconditioner=_CountingPreconditioner(counter),
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        jax.jit(method.step)(params, batch, method.init(params), key())
+        quick_jit(method.step)(params, batch, method.init(params), key())
         ran = counter.take()
     assert ran.get("apply", 0) >= 3 and ran.get("refresh") == 1, ran
 
@@ -201,7 +203,7 @@ def test_the_estimator_given_is_the_estimator_used(precond):
     with precision("float32"):
         method = curvax.sgn_ce(predict_fn=MODEL.predict, precond=precond, estimator=_CountingEstimator(counter))
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        jax.jit(method.step)(params, batch, method.init(params), key())
+        quick_jit(method.step)(params, batch, method.init(params), key())
         assert counter.take() == {"estimate": 1}
 
 
@@ -217,7 +219,7 @@ def test_different_cadences_do_not_delay_each_other():
             record_rho_every_k=3,
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "mse", jnp.float32)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         counts, lams = [], []
         for _ in range(11):
             params, state, info = step(params, batch, state, key())
@@ -282,7 +284,7 @@ def test_row_space_cg_with_warm_start_scans():
             return (p, s), info["loss"]
 
         start = (params, method.init(params))
-        (_, _), losses = jax.jit(lambda c, ks: jax.lax.scan(body, c, ks))(start, jax.random.split(key(), 8))
+        (_, _), losses = quick_jit(lambda c, ks: jax.lax.scan(body, c, ks))(start, jax.random.split(key(), 8))
     assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
 
 
@@ -294,7 +296,7 @@ def test_bfloat16_parameters_train(name):
         rate = 0.05 if name == "sophia_g" else 0.5
         method = getattr(curvax, name)(predict_fn=MODEL.predict, learning_rate=rate, **options)
         params, batch = MODEL.params(jnp.bfloat16), batch_of(MODEL, "ce", jnp.bfloat16)
-        step, state = jax.jit(method.step), method.init(params)
+        step, state = quick_jit(method.step), method.init(params)
         losses = []
         for i in range(12):
             params, state, info = step(params, batch, state, key(i))
@@ -312,7 +314,7 @@ def test_refreshing_the_residual_does_not_restart_conjugate_gradients():
         counts = {}
         for every in (0, 10):
             solver = CG(tol=1e-6, maxiter=1000, warm_start=False, stabilise_every=every)
-            solution = jax.jit(lambda b, solver=solver: solver.solve(system, b, (), jnp.asarray(0.0)))(rhs)
+            solution = quick_jit(lambda b, solver=solver: solver.solve(system, b, (), jnp.asarray(0.0)))(rhs)
             assert int(solution.result) == Result.CONVERGED
             assert dense.relative_error(np.asarray(solution.value), np.asarray(rhs) / diagonal) < 1e-3
             counts[every] = int(solution.iterations)
@@ -368,7 +370,7 @@ def test_transform_state_is_optax_own():
     with precision("float32"):
         method = curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1, momentum=0.9), lam0=0.1)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
-        new, state, _ = jax.jit(method.step)(params, batch, method.init(params), key())
+        new, state, _ = quick_jit(method.step)(params, batch, method.init(params), key())
         traces = [
             leaf
             for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.TraceState))

@@ -19,8 +19,12 @@ from curvax.curvature.output_space import OutputCurvature
 from curvax.structure.batch_axis import examples_independent
 from curvax.tree import PyTree
 
-DEFAULT_MAX_BYTES = 1 << 30
-"""Memory for explicit rows: 1 GiB holds 1,280 rows of 200,000 float32 parameters at once."""
+DEFAULT_MAX_BYTES = 2 << 30
+"""Memory for explicit rows: 2 GiB holds 1,280 rows of 400,000 float32 parameters at once."""
+
+# More panels save less and less of the product, and each costs compile time; below 64 rows a product is not worth cutting.
+_PANELS = 6
+_LEAST_PANEL = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,7 @@ def row_gram(
     group_bytes = max(1, blocks.rows * tree.size(params) * itemsize)
     # Two blocks are alive while they meet.
     at_once = blocks.groups if blocks.groups * group_bytes <= max_bytes else max(1, max_bytes // (2 * group_bytes))
-    gram = _gram_at_once(blocks) if at_once >= blocks.groups else _gram_by_blocks(blocks, int(at_once))
-    return (gram + gram.T) * jnp.asarray(0.5, gram.dtype)
+    return _gram_at_once(blocks) if at_once >= blocks.groups else _gram_by_blocks(blocks, int(at_once))
 
 
 def _example_blocks(
@@ -123,20 +126,42 @@ def _make_many(blocks: _RowBlocks, indices: jax.Array) -> PyTree:
 
 
 def _gram_at_once(blocks: _RowBlocks) -> jax.Array:
+    """Upper triangle by panels: p panels take (1 + 1/p) / 2 of the full product."""
     rows = _make_many(blocks, jnp.arange(blocks.groups, dtype=jnp.int32))
-    return _meet(rows, rows)
+    total = blocks.groups * blocks.rows
+    width = max(_LEAST_PANEL, -(-total // _PANELS))
+    bands = []
+    for start in range(0, total, width):
+        panel = jax.tree.map(lambda x, a=start: x[a : a + width], rows)
+        band = _meet(panel, jax.tree.map(lambda x, a=start: x[a:], rows))
+        bands.append(jnp.pad(band, ((0, 0), (start, 0))))
+    return _mirror(jnp.concatenate(bands))
+
+
+def _mirror(upper: jax.Array) -> jax.Array:
+    """The symmetric matrix whose upper triangle is that of `upper`."""
+    strict = jnp.triu(upper, 1)
+    return jnp.triu(upper) + strict.T
 
 
 def _gram_by_blocks(blocks: _RowBlocks, at_once: int) -> jax.Array:
+    """Upper triangle by blocks of rows that are made anew wherever they meet."""
     count = -(-blocks.groups // at_once)
     # The last block is filled up by repeating the last group; the surplus is cut off below.
     indices = jnp.minimum(jnp.arange(count * at_once, dtype=jnp.int32), blocks.groups - 1).reshape(count, at_once)
+    side = at_once * blocks.rows
+    shape = jax.eval_shape(lambda i: _meet(_make_many(blocks, i), _make_many(blocks, i)), indices[0])
 
-    def row_of_blocks(left_indices: jax.Array) -> jax.Array:
-        left = _make_many(blocks, left_indices)
-        return jax.lax.map(lambda right_indices: _meet(left, _make_many(blocks, right_indices)), indices)
+    def row_of_blocks(i: jax.Array, gram: jax.Array) -> jax.Array:
+        left = _make_many(blocks, indices[i])
 
-    grid = jax.lax.map(row_of_blocks, indices)
-    side = count * at_once * blocks.rows
+        def block(j: jax.Array, gram: jax.Array) -> jax.Array:
+            corner = _meet(left, _make_many(blocks, indices[j]))
+            return jax.lax.dynamic_update_slice(gram, corner, (i * side, j * side))
+
+        return jax.lax.fori_loop(i, jnp.asarray(count, i.dtype), block, gram)
+
+    empty = jnp.zeros((count * side, count * side), shape.dtype)
+    gram = jax.lax.fori_loop(jnp.zeros((), jnp.int32), jnp.asarray(count, jnp.int32), row_of_blocks, empty)
     total = blocks.groups * blocks.rows
-    return jnp.transpose(grid, (0, 2, 1, 3)).reshape(side, side)[:total, :total]
+    return _mirror(gram[:total, :total])
