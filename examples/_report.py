@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jaxlib
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import optax
 import rich.console
@@ -156,6 +157,9 @@ def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
                 )
     for axis in axes.flat:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.grid(True, which="major", color="0.88")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test loss")

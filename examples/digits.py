@@ -44,8 +44,8 @@ class Split(NamedTuple):
 
 def load(*, tuning: bool) -> Split:
     """1347 digits to train and 450 to test; for tuning, 1047 and 300 out of those 1347."""
-    digits = load_digits()
-    images, labels = digits.data.astype(np.float32) / 16, digits.target.astype(np.int32)
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = np.asarray(pixels, np.float32) / 16, np.asarray(classes, np.int32)
     train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=450, random_state=0, stratify=labels)
     if tuning:
         train_x, test_x, train_y, test_y = train_test_split(
@@ -77,7 +77,7 @@ class Trainer(NamedTuple):
     """`init(params) -> state`, `step(params, batch, state) -> (params, state)`, and the curvax method behind them."""
 
     init: Callable[[Params], Any]
-    step: Callable[[Params, Any, Any], tuple[Params, Any]]
+    step: Callable[[Params, Any, Any], tuple[Any, Any]]
     method: curvax.Method | None = None
 
 
@@ -92,7 +92,7 @@ def second_order(method: curvax.Method) -> Trainer:
 
 
 def first_order(tx: optax.GradientTransformation) -> Trainer:
-    def step(params: Params, batch: Any, state: Any) -> tuple[Params, Any]:
+    def step(params: Params, batch: Any, state: Any) -> tuple[Any, Any]:
         gradient = jax.grad(cross_entropy)(params, batch["x"], batch["y"])
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
@@ -193,8 +193,9 @@ def train(
     @jax.jit
     def measure(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
         correct = jnp.argmax(predict(params, data.test_x), axis=-1) == data.test_y
-        losses = (cross_entropy(params, x, y) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
-        return *losses, jnp.mean(correct.astype(jnp.float32))
+        train_loss = cross_entropy(params, data.train_x, data.train_y)
+        test_loss = cross_entropy(params, data.test_x, data.test_y)
+        return train_loss, test_loss, jnp.mean(correct.astype(jnp.float32))
 
     def step(params: Params, state: Any, rows: jax.Array) -> tuple[Params, Any]:
         return trainer.step(params, {"x": data.train_x[rows], "y": data.train_y[rows]}, state)

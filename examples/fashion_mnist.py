@@ -3,7 +3,7 @@
     sudo apt-get install dataset-fashion-mnist     # Debian and Ubuntu; or pass --data a folder with the four .gz files
     python examples/fashion_mnist.py
 
-Both start from the same parameters and see the same batches. Without the data the program says so and exits with code 0.
+Both start from the same parameters and see the same batches. Without the data the program says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -25,30 +25,21 @@ import curvax
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 BATCH, TEST_EXAMPLES = 256, 2000
 Params = dict[str, jax.Array]
-Step = Callable[[Params, Any, Any], tuple[Params, Any]]
-
-
-def read(path: Path) -> np.ndarray:
-    """An IDX file of bytes: two zeros, the type 8, the number of axes, big-endian lengths, data."""
-    content = gzip.decompress(path.read_bytes())
-    axes = content[3]
-    shape = np.frombuffer(content, ">i4", count=axes, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+Step = Callable[[Params, Any, Any], tuple[Any, Any]]
 
 
 def load(folder: Path, part: str) -> tuple[jax.Array, jax.Array]:
-    """Images (N, 28, 28, 1) in [0, 1] and labels (N,)."""
-    images = read(folder / f"{part}-images-idx3-ubyte.gz")[..., None].astype(np.float32) / 255
-    return jnp.asarray(images), jnp.asarray(read(folder / f"{part}-labels-idx1-ubyte.gz").astype(np.int32))
+    """Images (N, 28, 28, 1) in [0, 1] and labels (N,), from IDX files: bytes behind a header of 16 and of 8 bytes."""
+    pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
+    labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    return jnp.asarray(pixels.reshape(-1, 28, 28, 1), jnp.float32) / 255, jnp.asarray(labels, jnp.int32)
 
 
 def init(key: jax.Array) -> Params:
     shapes = {"conv1": (3, 3, 1, 8), "conv2": (3, 3, 8, 16), "dense": (7 * 7 * 16, 10)}
     keys = jax.random.split(key, len(shapes))
-    weights = {
-        name: jax.random.normal(k, shape) * np.float32(1 / np.prod(shape[:-1]) ** 0.5)
-        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    pairs = zip(keys, shapes.items(), strict=True)
+    weights = {n: jax.random.normal(k, shape) / np.float32(np.prod(shape[:-1]) ** 0.5) for k, (n, shape) in pairs}
     return weights | {f"{name}_bias": jnp.zeros(shape[-1]) for name, shape in shapes.items()}
 
 
@@ -74,14 +65,9 @@ def predict(params: Params, images: jax.Array) -> jax.Array:
 
 def sgn(steps: int) -> tuple[Callable[[Params], Any], Step]:
     # Full steps, kept in check by the trust region; the floor under its damping keeps single batches from being learnt.
-    method = curvax.sgn_ce(
-        predict_fn=predict,
-        lam_policy="trust_region",
-        lam0=1.0,
-        lam_kwargs={"min_lam": 0.03},
-        maxiter=10,
-        learning_rate=optax.cosine_decay_schedule(1.0, steps),
-    )
+    region = curvax.damping.TrustRegion(lam0=1.0, min_lam=0.03)
+    rate = optax.cosine_decay_schedule(1.0, steps)
+    method = curvax.sgn_ce(predict_fn=predict, lam_policy=region, maxiter=10, learning_rate=rate)
     return method.init, lambda params, batch, state: method.step(params, batch, state)[:2]
 
 
@@ -93,7 +79,7 @@ def adamw(steps: int) -> tuple[Callable[[Params], Any], Step]:
         logits = predict(params, batch["x"])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
 
-    def step(params: Params, batch: Any, state: Any) -> tuple[Params, Any]:
+    def step(params: Params, batch: Any, state: Any) -> tuple[Any, Any]:
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 

@@ -35,18 +35,19 @@ class Network(nnx.Module):
         return self.last(self.dropout(nnx.relu(self.norm(self.first(x))), rngs=rngs))
 
 
-def data() -> tuple[np.ndarray, ...]:
+def data() -> list[jax.Array]:
     """Training and test images, training and test labels."""
-    digits = load_digits()
-    images, labels = digits.data.astype(np.float32) / 16, digits.target.astype(np.int32)
-    return tuple(train_test_split(images, labels, test_size=450, random_state=0, stratify=labels))
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = np.asarray(pixels, np.float32) / 16, np.asarray(classes, np.int32)
+    parts = train_test_split(images, labels, test_size=450, random_state=0, stratify=labels)
+    return [jnp.asarray(part) for part in parts]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="BatchNorm and dropout in Flax NNX, trained by curvax.")
     parser.add_argument("--steps", type=int, default=200, help="steps on batches of 64 (200)")
     steps = parser.parse_args().steps
-    train_x, test_x, train_y, test_y = map(jnp.asarray, data())
+    train_x, test_x, train_y, test_y = data()
     graph, params, statistics = nnx.split(Network(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
 
     def predict(params: Any, x: jax.Array, statistics: Any, *, rng: jax.Array) -> tuple[jax.Array, Any]:

@@ -74,7 +74,7 @@ def train(tx: Any, params: Params, everything: Batch, steps: int, report: Callab
     """An ordinary Optax loop; the only addition is `batch=`, which transformations without curvature pass over."""
 
     @jax.jit
-    def step(params: Params, state: Any, i: jax.Array) -> tuple[Params, Any]:
+    def step(params: Params, state: Any, i: jax.Array) -> tuple[Any, Any]:
         rows = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (BATCH,), 0, EXAMPLES)
         batch = jax.tree.map(lambda a: a[rows], everything)
         gradient = jax.grad(mean_loss)(params, batch)

@@ -13,8 +13,8 @@ inline constexpr int64_t kBlock = 4096;
 
 template <typename T>
 struct BlockKernels {
-  // xo = x + alpha p, ro = r - alpha q; returns <ro, ro>. xo may be x, ro may be r.
-  double (*update)(T alpha, const T* x, const T* p, const T* r, const T* q, T* xo, T* ro, int64_t n);
+  // xo = x + alpha p, ro = r - alpha (q + lam p); returns <ro, ro>. xo may be x, ro may be r.
+  double (*update)(T alpha, T lam, const T* x, const T* p, const T* r, const T* q, T* xo, T* ro, int64_t n);
   // po = z + beta p. po may be p.
   void (*direction)(T beta, const T* z, const T* p, T* po, int64_t n);
   // <a, b>.

@@ -162,20 +162,24 @@ T* Data(const Operand& operand) {
 
 struct UpdateCall {
   Layout layout;
-  Operand alpha, rr;
+  Operand alpha, lam, rr;
   std::vector<Operand> x, p, r, q, xo, ro;
 };
 
 ffi::Error ReadUpdate(ffi::RemainingArgs args, ffi::RemainingRets rets, UpdateCall& call) {
   constexpr const char* op = "cg_update";
-  if (args.size() < 1 || (args.size() - 1) % 4 != 0)
-    return Refuse(op, "got ", args.size(), " operands, expected alpha and the leaves of x, p, r and q: 1 + 4 leaves");
-  const size_t leaves = (args.size() - 1) / 4;
+  if (args.size() < 2 || (args.size() - 2) % 4 != 0)
+    return Refuse(op, "got ", args.size(),
+                  " operands, expected alpha, lam and the leaves of x, p, r and q: 2 + 4 leaves");
+  const size_t leaves = (args.size() - 2) / 4;
   if (rets.size() != 1 + 2 * leaves)
     return Refuse(op, "got ", rets.size(), " results for ", leaves,
                   " leaves, expected rr and the leaves of x and r: ", 1 + 2 * leaves);
   if (auto error = Argument(op, args, 0, call.alpha); error.failure()) return error;
+  if (auto error = Argument(op, args, 1, call.lam); error.failure()) return error;
   if (auto error = CheckDtype(op, call.alpha.dtype); error.failure()) return error;
+  if (auto error = CheckSame(op, "operand", 1, call.lam, call.alpha.dtype, call.alpha.dims); error.failure())
+    return error;
   if (auto error = Result(op, rets, 0, call.rr); error.failure()) return error;
   if (auto error = CheckSame(op, "result", 0, call.rr, call.alpha.dtype, call.alpha.dims); error.failure())
     return error;
@@ -183,7 +187,7 @@ ffi::Error ReadUpdate(ffi::RemainingArgs args, ffi::RemainingRets rets, UpdateCa
   for (size_t g = 0; g < 4; ++g) {
     groups[g]->resize(leaves);
     for (size_t leaf = 0; leaf < leaves; ++leaf) {
-      const size_t index = 1 + g * leaves + leaf;
+      const size_t index = 2 + g * leaves + leaf;
       Operand& operand = (*groups[g])[leaf];
       if (auto error = Argument(op, args, index, operand); error.failure()) return error;
       if (auto error = CheckSame(op, "operand", index, operand, call.alpha.dtype, call.x[leaf].dims); error.failure())
@@ -211,11 +215,13 @@ void RunUpdate(ffi::ThreadPool& pool, int64_t threads, const UpdateCall& call) {
   const int64_t blocks = layout.blocks();
   std::vector<double> partial(blocks * layout.batch);
   const T* alpha = Data<T>(call.alpha);
+  const T* lam = Data<T>(call.lam);
   ForEachBlock(pool, layout, 6 * sizeof(T), threads,
                [&](int64_t member, int64_t leaf, int64_t at, int64_t n, int64_t slot) {
-                 partial[slot] = kernels.update(alpha[member], Data<T>(call.x[leaf]) + at, Data<T>(call.p[leaf]) + at,
-                                                Data<T>(call.r[leaf]) + at, Data<T>(call.q[leaf]) + at,
-                                                Data<T>(call.xo[leaf]) + at, Data<T>(call.ro[leaf]) + at, n);
+                 partial[slot] =
+                     kernels.update(alpha[member], lam[member], Data<T>(call.x[leaf]) + at, Data<T>(call.p[leaf]) + at,
+                                    Data<T>(call.r[leaf]) + at, Data<T>(call.q[leaf]) + at, Data<T>(call.xo[leaf]) + at,
+                                    Data<T>(call.ro[leaf]) + at, n);
                });
   for (int64_t member = 0; member < layout.batch; ++member)
     Data<T>(call.rr)[member] = static_cast<T>(PairwiseSum(partial.data() + member * blocks, blocks));

@@ -5,7 +5,7 @@ have `curvax.tree.scalar_dtype`: the widest leaf dtype, at least float32.
 
 | op | reads | writes | FLOPs | (n: elements over all leaves)
 |---|---|---|---|
-| `cg_update` | 4 n | 2 n | 6 n |
+| `cg_update` | 4 n | 2 n | 8 n |
 | `cg_direction` | 2 n | n | 2 n |
 | `dots` | 2 n per pair, n less for a vector that comes again | 0 | 2 n per pair |
 
@@ -44,16 +44,18 @@ def cg_update(
     r: PyTree,
     q: PyTree,
     *,
+    lam: jax.Array | float = 0.0,
     implementation: Implementation | None = None,
 ) -> tuple[PyTree, PyTree, jax.Array]:
-    """One step along the search direction: x + alpha p, r - alpha q and the squared norm of the new residual.
+    """One step along the search direction: x + alpha p, r - alpha (q + lam p) and the squared norm of the new residual.
 
     Args:
       alpha: step length, a scalar; cast to the scalar dtype.
       x: iterate.
       p: search direction.
       r: residual.
-      q: the operator applied to `p`.
+      q: the operator applied to `p`, without damping.
+      lam: damping, a scalar; cast to the scalar dtype. It costs no pass of its own, since p is read anyway.
       implementation: None for the best supported one.
 
     Returns:
@@ -64,10 +66,11 @@ def cg_update(
       TypeError: the vectors differ in structure, shapes or dtypes.
     """
     _check_alike("cg_update", x=x, p=p, r=r, q=q)
-    alpha = jnp.asarray(alpha).astype(scalar_dtype(x))
+    dtype = scalar_dtype(x)
+    alpha, lam = jnp.asarray(alpha).astype(dtype), jnp.asarray(lam).astype(dtype)
     if select(CG_UPDATE, implementation, Request.of(x)).implementation == "native":
-        return native.cg_update(alpha, x, p, r, q)
-    return reference.cg_update(alpha, x, p, r, q)
+        return native.cg_update(alpha, lam, x, p, r, q)
+    return reference.cg_update(alpha, lam, x, p, r, q)
 
 
 def cg_direction(beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Implementation | None = None) -> PyTree:

@@ -1,8 +1,8 @@
 """tree_cg through the XLA FFI handlers of csrc/cpu/tree_cg.cc: one call for all leaves, in place where XLA allows it.
 
-Operands and results are flat: `cg_update` takes alpha and the leaves of x, p, r, q and gives rr and the leaves of x and
-r; `cg_direction` takes beta and the leaves of z, p and gives those of p; `dots` takes the leaves of a and b of each
-pair in turn and gives one scalar per pair. Batch axes of the scalars stand in front of every leaf, which is what
+Operands and results are flat: `cg_update` takes alpha, lam and the leaves of x, p, r, q and gives rr and the leaves of
+x and r; `cg_direction` takes beta and the leaves of z, p and gives those of p; `dots` takes the leaves of a and b of
+each pair in turn and gives one scalar per pair. Batch axes of the scalars stand in front of every leaf, which is what
 `vmap_method="broadcast_all"` makes of a vmapped call.
 """
 
@@ -50,20 +50,20 @@ def direction_better_not(request: Request) -> str | None:
 
 
 def cg_update(
-    alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree, *, threads: int = 0
+    alpha: jax.Array, lam: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree, *, threads: int = 0
 ) -> tuple[PyTree, PyTree, jax.Array]:
     """See `api.cg_update`. `threads`: 0 lets the handler decide; the result does not depend on it."""
     structure = jax.tree.structure(x)
     n = structure.num_leaves
-    operands = _vary_alike([alpha, *jax.tree.leaves([x, p, r, q])])
+    operands = _vary_alike([alpha, lam, *jax.tree.leaves([x, p, r, q])])
 
-    def call(alpha: jax.Array, *flat: jax.Array) -> list[jax.Array]:
+    def call(alpha: jax.Array, lam: jax.Array, *flat: jax.Array) -> list[jax.Array]:
         results = [_like(alpha), *map(_like, flat[:n]), *map(_like, flat[2 * n : 3 * n])]
-        aliases = {1 + i: 1 + i for i in range(n)} | {1 + 2 * n + i: 1 + n + i for i in range(n)}
-        return _ffi_call("curvax_cg_update", results, aliases, threads, alpha, *flat)
+        aliases = {2 + i: 1 + i for i in range(n)} | {2 + 2 * n + i: 1 + n + i for i in range(n)}
+        return _ffi_call("curvax_cg_update", results, aliases, threads, alpha, lam, *flat)
 
-    def fallback(alpha: jax.Array, *flat: jax.Array) -> list[jax.Array]:
-        new_x, new_r, rr = reference.cg_update(alpha, *(list(flat[g * n : (g + 1) * n]) for g in range(4)))
+    def fallback(alpha: jax.Array, lam: jax.Array, *flat: jax.Array) -> list[jax.Array]:
+        new_x, new_r, rr = reference.cg_update(alpha, lam, *(list(flat[g * n : (g + 1) * n]) for g in range(4)))
         return [rr, *new_x, *new_r]
 
     rr, *flat = jax.lax.platform_dependent(*operands, cpu=call, default=fallback)

@@ -9,10 +9,12 @@ import jax
 from curvax.tree import PyTree, scalar_dtype, vdot
 
 
-def cg_update(alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+def cg_update(
+    alpha: jax.Array, lam: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree
+) -> tuple[PyTree, PyTree, jax.Array]:
     """See `api.cg_update`; <r, r> is taken of the residual as it is stored."""
     new_x = _add_scaled(alpha, p, x)
-    new_r = _add_scaled(-alpha, q, r)
+    new_r = _add_scaled(-alpha, _add_scaled(lam, p, q), r)
     return new_x, new_r, vdot(new_r, new_r)
 
 

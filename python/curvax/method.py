@@ -46,11 +46,10 @@ class Method:
         if not jax.tree.leaves(trainable):
             raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
         like = wide_shapes(trainable)
-        zero = jnp.zeros((), jnp.int32)
         wide = jax.tree.map(lambda p, w: jnp.asarray(p).astype(w.dtype), trainable, like)
         return MethodState(
-            step=zero,
-            rejected=zero,
+            step=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
             damping=self.assembly.damping.init(),
             preconditioner=self.assembly.preconditioner.init(like),
             solver=self.assembly.solver.init(like),

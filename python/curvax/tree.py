@@ -60,7 +60,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def max_abs(tree: PyTree) -> jax.Array:
-    """Largest magnitude over all leaves; NaN if any entry is NaN; 0 for an empty tree."""
+    """Largest magnitude over all leaves; 0 for an empty tree. NaN entries may go unnoticed: backends differ there."""
     dtype = scalar_dtype(tree)
     largest = jnp.zeros((), dtype)
     for leaf in jax.tree.leaves(tree):

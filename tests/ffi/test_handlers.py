@@ -39,50 +39,56 @@ REFUSED: dict[str, tuple[str, list[Any], list[Any], str]] = {
     "update_operand_count": (
         "curvax_cg_update",
         [SCALAR, result(3), result(3)],
-        [F32(1), V, V, V],
-        r"curvax cg_update: got 4 operands, expected alpha and the leaves of x, p, r and q",
+        [F32(1), F32(0), V, V, V],
+        r"curvax cg_update: got 5 operands, expected alpha, lam and the leaves of x, p, r and q",
     ),
     "update_no_operands": ("curvax_cg_update", [SCALAR], [], r"cg_update: got 0 operands"),
     "update_result_count": (
         "curvax_cg_update",
         [SCALAR, result(3)],
-        [F32(1), V, V, V, V],
+        [F32(1), F32(0), V, V, V, V],
         r"cg_update: got 2 results for 1 leaves, expected rr and the leaves of x and r: 3",
     ),
     "update_operand_shape": (
         "curvax_cg_update",
         [SCALAR, result(3), result(3)],
-        [F32(1), V, V, V, leaf(4)],
-        r"cg_update: operand 4 has shape \(4\), expected \(3\)",
+        [F32(1), F32(0), V, V, V, leaf(4)],
+        r"cg_update: operand 5 has shape \(4\), expected \(3\)",
     ),
     "update_same_size_other_shape": (
         "curvax_cg_update",
         [SCALAR, result(2, 3), result(2, 3)],
-        [F32(1), leaf(2, 3), leaf(3, 2), leaf(2, 3), leaf(2, 3)],
-        r"cg_update: operand 2 has shape \(3, 2\), expected \(2, 3\)",
+        [F32(1), F32(0), leaf(2, 3), leaf(3, 2), leaf(2, 3), leaf(2, 3)],
+        r"cg_update: operand 3 has shape \(3, 2\), expected \(2, 3\)",
     ),
     "update_result_shape": (
         "curvax_cg_update",
         [SCALAR, result(3), result(4)],
-        [F32(1), V, V, V, V],
+        [F32(1), F32(0), V, V, V, V],
         r"cg_update: result 2 has shape \(4\), expected \(3\)",
+    ),
+    "update_damping_dtype": (
+        "curvax_cg_update",
+        [SCALAR, result(3), result(3)],
+        [F32(1), jnp.float16(0), V, V, V, V],
+        r"cg_update: operand 1 has dtype F16, expected F32",
     ),
     "update_unsupported_dtype": (
         "curvax_cg_update",
         [result(dtype=jnp.bfloat16), result(3, dtype=jnp.bfloat16), result(3, dtype=jnp.bfloat16)],
-        [jnp.bfloat16(1), *[leaf(3, dtype=jnp.bfloat16)] * 4],
+        [jnp.bfloat16(1), jnp.bfloat16(0), *[leaf(3, dtype=jnp.bfloat16)] * 4],
         r"cg_update: dtype BF16 is not supported; use F32 or F64",
     ),
     "update_mixed_dtype": (
         "curvax_cg_update",
         [SCALAR, result(3), result(3)],
-        [F32(1), V, leaf(3, dtype=jnp.float16), V, V],
-        r"cg_update: operand 2 has dtype F16, expected F32",
+        [F32(1), F32(0), V, leaf(3, dtype=jnp.float16), V, V],
+        r"cg_update: operand 3 has dtype F16, expected F32",
     ),
     "update_batch_axes": (
         "curvax_cg_update",
         [result(2), result(3), result(3)],
-        [leaf(2), V, V, V, V],
+        [leaf(2), leaf(2), V, V, V, V],
         r"cg_update: leaf 0 of shape \(3\) does not begin with the batch axes \(2\) of the scalar",
     ),
     "direction_operand_count": ("curvax_cg_direction", [result(3)], [F32(1), V], r"cg_direction: got 2 operands"),
@@ -129,8 +135,8 @@ def test_a_missing_attribute_is_refused() -> None:
 
 
 def test_no_leaves_and_no_elements() -> None:
-    assert call("curvax_cg_update", [SCALAR], F32(2))[0] == 0
-    rr, x, r = call("curvax_cg_update", [SCALAR, result(0), result(0)], F32(2), *[leaf(0)] * 4)
+    assert call("curvax_cg_update", [SCALAR], F32(2), F32(0))[0] == 0
+    rr, x, r = call("curvax_cg_update", [SCALAR, result(0), result(0)], F32(2), F32(0), *[leaf(0)] * 4)
     assert (rr, x.shape, r.shape) == (0, (0,), (0,))
     assert call("curvax_dots", [SCALAR, SCALAR]) == [0, 0]
     empty_batch = call("curvax_cg_direction", [result(0, 3)], leaf(0), leaf(0, 3), leaf(0, 3))

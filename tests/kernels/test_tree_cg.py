@@ -235,6 +235,18 @@ class TestTransformations:
         assert np.flatnonzero(~np.isfinite(direction)).tolist() == [at]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["odd", "threads"])
+def test_damping_is_folded_into_the_residual(case: str, implementation: Implementation) -> None:
+    skip_unless_supported(implementation, case)
+    x, p, r, q = (make(SHAPES[case], jnp.float32, seed) for seed in range(4))
+    damped = jax.tree.map(lambda a, b: a + jnp.float32(0.7) * b, q, p)
+    alpha = jnp.float32(0.3)
+    folded = cg_update(alpha, x, p, r, q, lam=0.7, implementation=implementation)
+    explicit = cg_update(alpha, x, p, r, damped, implementation=implementation)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), folded, explicit)
+
+
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_native_does_not_depend_on_threads(batch: tuple[int, ...]) -> None:
     skip_unless_supported("native", "threads")
@@ -243,7 +255,7 @@ def test_native_does_not_depend_on_threads(batch: tuple[int, ...]) -> None:
 
     def run(threads: int) -> Any:
         def one(alpha: jax.Array, x: Any, p: Any, r: Any, q: Any) -> Any:
-            update = native.cg_update(alpha, x, p, r, q, threads=threads)
+            update = native.cg_update(alpha, 2 * alpha, x, p, r, q, threads=threads)
             return (
                 update,
                 native.cg_direction(alpha, r, p, threads=threads),

@@ -321,6 +321,17 @@ def _branch_on_size(params: PyTree, x: jax.Array) -> jax.Array:
     return out - jnp.mean(out, axis=0) if x.shape[0] == 6 else out
 
 
+def _loops_over_size(params: PyTree, x: jax.Array) -> jax.Array:
+    """As many rounds of the first layer as there are examples, in a loop whose body does not show it."""
+    rounds = jax.lax.fori_loop(0, x.shape[0], lambda _, h: jnp.tanh(h @ params[0]["w"] @ params[0]["w"].T), x)
+    return _mlp(jnp.tanh)(params, rounds)
+
+
+def _power_of_size(params: PyTree, x: jax.Array) -> jax.Array:
+    """The batch size as an exponent, a static parameter of an operation."""
+    return _mlp(jnp.tanh)(params, (x / jnp.asarray(2.0, x.dtype)) ** x.shape[0])
+
+
 def _folded(params: PyTree, x: jax.Array) -> jax.Array:
     """Flattens (B, T, 3) with the batch fastest, as models with time first do, and back."""
     batch, time, width = x.shape
@@ -363,6 +374,8 @@ MIXING = (
     Model("own_offsets", _MLP_INIT, _own_offsets, (6, 3), (6, 4)),
     Model("positions_in_batch", _MLP_INIT, _positions_in_batch, (6, 3), (6, 4)),
     Model("branch_on_size", _MLP_INIT, _branch_on_size, (6, 3), (6, 4)),
+    Model("loops_over_size", _MLP_INIT, _loops_over_size, (6, 3), (6, 4)),
+    Model("power_of_size", _MLP_INIT, _power_of_size, (6, 3), (6, 4)),
     Model("folded_time_first", _MLP_INIT, _folded, (5, 2, 3), (5, 2, 4)),
 )
 """Models whose output i is not a function of example i alone, or looks like it is not."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from estimators import standin
-from estimators.standin import SIZE, Dense, dense, flat, jit, keys
+from estimators.standin import SIZE, Dense, dense, flat, jit
 
-from curvax import tree
 from curvax.estimators import DiagonalEstimator, Hutchinson
 from curvax.preconditioners import (
     AdaHessianPower,
@@ -91,7 +91,7 @@ def dense_ema(rows, beta, square, correct) -> np.ndarray:
 
 
 @pytest.mark.parametrize("correct", [True, False], ids=["corrected", "raw"])
-@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("beta", [0.0, 0.99])
 @pytest.mark.parametrize(
     "policy", [SophiaFloor(0.04, 1e-3), AdaHessianPower(1.0, 1e-4), AdaHessianPower(0.5, 1e-2), Damped()], ids=str
 )
@@ -153,18 +153,25 @@ def test_sophia_turns_negative_curvature_into_a_clipped_sign():
     np.testing.assert_array_equal(np.clip(flat(method.apply(state, 0.0, momentum)), -1, 1), -ONES)
 
 
-def nystrom(matrix, rank, dtype=jnp.float64, indefinite=False, seed=0):
-    lin = dense(matrix, dtype)
+def _nystrom_state(method, matrix, key, dtype):
+    like = standin.like(dtype) if len(matrix) == SIZE else standin.flat_like(len(matrix), dtype)
+    return method.refresh(method.init(like), Dense(matrix, like), key)
+
+
+def _nystrom_inverse(method, state, lam):
+    apply = jax.vmap(lambda v: method.apply(state, lam, {"a": v})["a"])
+    return apply(jnp.eye(len(state.basis), dtype=state.basis.dtype))
+
+
+_nystrom_state = jit(_nystrom_state, static_argnums=(0, 3))
+_nystrom_inverse = jit(_nystrom_inverse, static_argnums=0)
+
+
+def nystrom(matrix, rank, dtype=jnp.float64, indefinite=False):
+    """The state after one refresh, and lam -> the dense P^-1."""
     method = NystromPreconditioner(rank, indefinite=indefinite)
-    state = jit(lambda k: method.refresh(method.init(lin.params_like), lin, k))(jax.random.key(seed))
-
-    @jit
-    def inverse(lam):
-        _, unravel = tree.ravel(tree.zeros_like(lin.params_like))
-        apply = jax.vmap(lambda v: tree.ravel(method.apply(state, lam, unravel(v)))[0])
-        return apply(jnp.eye(len(matrix), dtype=state.basis.dtype))
-
-    return state, lambda lam: np.asarray(inverse(jnp.asarray(lam, state.basis.dtype)), np.float64)
+    state = _nystrom_state(method, jnp.asarray(matrix, dtype), jax.random.key(0), dtype)
+    return state, lambda lam: np.asarray(_nystrom_inverse(method, state, jnp.asarray(lam, dtype)), np.float64)
 
 
 @pytest.mark.parametrize("lam", [1e-6, 1e-2, 10.0])
@@ -226,10 +233,8 @@ def test_nystrom_rank_beyond_the_size(x64):
 
 def test_refreshes_use_their_key():
     method = NystromPreconditioner(3)
-    lin = dense(standin.decaying(N), jnp.float32)
-    start = method.init(lin.params_like)
-    a, b = (method.refresh(start, lin, k) for k in keys(2))
-    again = method.refresh(start, lin, keys(2)[0])
+    matrix = jnp.asarray(standin.decaying(N), jnp.float32)
+    a, b, again = (_nystrom_state(method, matrix, jax.random.key(seed), jnp.float32) for seed in (0, 1, 0))
     assert np.all(a.basis == again.basis) and not np.allclose(a.basis, b.basis)
 
 
@@ -262,7 +267,7 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         Jacobi(Hutchinson(), every=0)
     with pytest.raises(TypeError, match="rank must be a Python integer"):
-        NystromPreconditioner(2.0)
+        NystromPreconditioner(cast(Any, 2.0))
     with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1.0"):
         EmaDiagonal(Hutchinson(), 1.0)
     with pytest.raises(ValueError, match="gamma must be positive"):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
 from curvax.curvature.partition import Partition
+from curvax.loops import for_loop_body
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -72,6 +73,7 @@ class _Pieces:
         head = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), data)
         tail = jax.tree.map(lambda x: x[whole:], data)
 
+        @for_loop_body
         def run(part: Any, index: jax.Array, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
             batch, omega, aside = part
             return visit(self._piece(batch, omega, index, state), index, aside)

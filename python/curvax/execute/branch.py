@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 
 from curvax import tree
+from curvax.loops import for_loop_body
 from curvax.plan.assembly import PlanMode
 from curvax.plan.requirements import Cadence
 
@@ -26,4 +27,4 @@ def when(cadence: Cadence, step: jax.Array, mode: PlanMode, work: Callable[[], T
         return work()
     if mode is PlanMode.OFF:
         return tree.where(cadence.due(step), work(), otherwise())
-    return jax.lax.cond(cadence.due(step), work, otherwise)
+    return jax.lax.cond(cadence.due(step), for_loop_body(work), otherwise)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Linearization, Rows
+from curvax.loops import for_loop_body
 from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
 from curvax.solvers.base import relative_residual
 from curvax.tree import PyTree
@@ -48,7 +49,7 @@ def _parameter_system(task: Task) -> System:
     def no_product(v: PyTree) -> PyTree:
         raise ValueError("the diagonal lane has no curvature products.")
 
-    return System(task.at.product or no_product, task.space, task.precondition)
+    return System(for_loop_body(task.at.product or no_product), task.space, task.precondition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,10 @@ class _PairSpace(Space):
     def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
         return tuple(tree.vdot(a[0], b[1]) for a, b in pairs)
 
-    def update(self, alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
-        x, r = tree.axpy(alpha, p, x), tree.axpy(-alpha, q, r)
+    def update(
+        self, alpha: jax.Array, lam: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        x, r = tree.axpy(alpha, p, x), tree.axpy(-alpha, tree.axpy(lam, p, q), r)
         return x, r, self.dots(((r, r),))[0]
 
     def direction(self, beta: jax.Array, z: PyTree, p: PyTree) -> PyTree:
@@ -150,6 +153,7 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
             "gradient and curvature batch differ."
         )
 
+    @for_loop_body
     def gram(u: jax.Array) -> jax.Array:
         return rows.push(rows.pull(u))
 

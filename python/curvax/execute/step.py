@@ -74,8 +74,8 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
         step=state.step + 1,
         rejected=state.rejected + (~accepted).astype(jnp.int32),
         damping=assembly.damping.update(state.damping, outcome, due),
-        preconditioner=_keep_if(outcome.finite, preconditioner, state.preconditioner),
-        solver=_keep_if(outcome.finite, _solver_state(plan, state.solver, solution), state.solver),
+        preconditioner=preconditioner,  # keeps itself clean of refreshes that are not finite
+        solver=_keep_entries(jnp.isfinite(at.loss), _solver_state(plan, state.solver, solution), state.solver),
         transform=_keep_if(accepted, transform, state.transform),
         model_state=_keep_if(outcome.finite, at.model_state, state.model_state),
         layout=state.layout,
@@ -87,6 +87,20 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
 
 def _keep_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), new, old)
+
+
+def _keep_entries(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Like `_keep_if`, and entries that are not finite stay too.
+
+    The loss is at hand before the vectors are, so this fuses into the pass that makes them; whether all of the step is
+    finite is known only after another pass over the parameters.
+    """
+
+    def keep(a: jax.Array, b: jax.Array) -> jax.Array:
+        sound = condition & jnp.isfinite(a) if jnp.issubdtype(a.dtype, jnp.inexact) else condition
+        return jnp.where(sound, a, b.astype(a.dtype))
+
+    return jax.tree.map(keep, new, old)
 
 
 def _periods(assembly: Assembly) -> tuple[int, ...]:
@@ -188,8 +202,7 @@ def _evaluate(
     def loss_after() -> jax.Array:
         return assembly.curvature.value(after, problem.evaluation).astype(missing.dtype)
 
-    # The loss of a gradient from outside may be NaN on this batch without harm only if the update is finite.
-    finite = tree.all_finite((after, update)) & jnp.isfinite(at.loss)
+    finite = tree.all_finite(after) & jnp.isfinite(at.loss)
     return Outcome(
         finite=finite,
         evaluated=plan.evaluate.due(step) & plan.predict.due(step),

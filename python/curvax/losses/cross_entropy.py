@@ -160,7 +160,9 @@ class SoftmaxCrossEntropy(Loss):
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(a * b, axis=-1, keepdims=True)
+    # A contraction, not a sum of products: XLA for CPUs (jaxlib 0.10.2) miscompiles p * (u - sum(p * u)) where a vmap
+    # leaves p unbatched and the result has more than 2^15 elements.
+    return jnp.einsum("...k,...k->...", a, b, precision=jax.lax.Precision.HIGHEST)[..., None]
 
 
 def _one_hot(labels: jax.Array, z: jax.Array) -> jax.Array:

@@ -184,9 +184,10 @@ class EmaDiagonal(Preconditioner):
 
     def init(self, params_like: PyTree) -> EmaDiagonalState:
         """No curvature seen."""
-        zero = jnp.zeros((), jnp.int32)
+        # Two zeros, not one twice: a buffer cannot be donated twice.
+        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         scale = jnp.zeros((), tree.scalar_dtype(params_like))
-        return EmaDiagonalState(tree.zeros_like(params_like), scale, zero, zero)
+        return EmaDiagonalState(tree.zeros_like(params_like), scale, *counts)
 
     def refresh(self, state: EmaDiagonalState, linearization: Linearization, key: jax.Array) -> EmaDiagonalState:
         """One more estimate in the average."""

@@ -63,8 +63,10 @@ class Space(abc.ABC):
         """Inner products of the pairs."""
 
     @abc.abstractmethod
-    def update(self, alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
-        """(x + alpha p, r - alpha q, <r, r> of the new r)."""
+    def update(
+        self, alpha: jax.Array, lam: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        """(x + alpha p, r - alpha (q + lam p), <r, r> of the new r)."""
 
     @abc.abstractmethod
     def direction(self, beta: jax.Array, z: PyTree, p: PyTree) -> PyTree:
@@ -86,8 +88,10 @@ class TreeSpace(Space):
     def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
         return tree_cg.dots(pairs, implementation=self.for_dots)
 
-    def update(self, alpha: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
-        return tree_cg.cg_update(alpha, x, p, r, q, implementation=self.for_update)
+    def update(
+        self, alpha: jax.Array, lam: jax.Array, x: PyTree, p: PyTree, r: PyTree, q: PyTree
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        return tree_cg.cg_update(alpha, x, p, r, q, lam=lam, implementation=self.for_update)
 
     def direction(self, beta: jax.Array, z: PyTree, p: PyTree) -> PyTree:
         return tree_cg.cg_direction(beta, z, p, implementation=self.for_direction)

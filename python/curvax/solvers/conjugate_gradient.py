@@ -54,6 +54,9 @@ class CG(Solver):
     |p|^2 / (|p| |A p|) |g|, the inverse of the operator's size along p), or with BREAKDOWN if the curvature is zero
     to rounding.
 
+    The residual of the solution is recomputed from its definition, one more product, unless the iteration limit came
+    while it was above the square root of the rounding unit: there recurrence and definition agree.
+
     Attributes:
       tol: stop when the residual recurrence falls below tol times |g|.
       maxiter: most iterations.
@@ -117,14 +120,25 @@ class CG(Solver):
             lambda at: self._advance(system, b, lam, at),
             begin,
         )
-        rest = jax.tree.map(jnp.subtract, b, apply(end.x))
         result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
         result = jnp.where(jnp.isfinite(size), result, code(Result.NON_FINITE))
-        bad = jnp.where(jnp.isfinite(size), jnp.zeros_like(size), size * 0)  # a NaN rhs gives a NaN solution
-        value = jax.tree.map(lambda v: v * size.astype(v.dtype) + bad.astype(v.dtype), end.x)
-        return Solution(
-            value, result, end.i, jnp.where(size > 0, _norm_from_dot(space.dots(((rest, rest),))[0]), 0 * size), ()
-        )
+        # A right-hand side that is not finite leaves x at zero, and zero times its norm is NaN: not a step to take.
+        value = jax.tree.map(lambda v: v * size.astype(v.dtype), end.x)
+        residual = self._true_residual(system, b, lam, end, result)
+        return Solution(value, result, end.i, jnp.where(size > 0, residual, jnp.zeros_like(size)), ())
+
+    def _true_residual(
+        self, system: System, b: PyTree, lam: jax.Array, end: _Iteration, result: jax.Array
+    ) -> jax.Array:
+        """|b - A x| for unit b."""
+
+        def recomputed() -> jax.Array:
+            rest = jax.tree.map(jnp.subtract, b, damped(system, lam)(end.x))
+            return _norm_from_dot(system.space.dots(((rest, rest),))[0])
+
+        eps = jnp.asarray(jnp.finfo(end.rr.dtype).eps, end.rr.dtype)
+        plain = (result == int(Result.MAX_ITERATIONS)) & (end.rr > eps)
+        return jax.lax.cond(plain, lambda: _norm_from_dot(end.rr), recomputed)
 
     def _empty_history(self, like: jax.Array) -> jax.Array:
         length = 0 if self.stop is None else max(10, -(-self.maxiter // 10)) + 1
@@ -132,8 +146,11 @@ class CG(Solver):
 
     def _advance(self, system: System, b: PyTree, lam: jax.Array, at: _Iteration) -> _Iteration:
         space = system.space
-        q = damped(system, lam)(at.p)
+        q = system.product(at.p)
         pq, pp, qq = space.dots(((at.p, q), (at.p, at.p), (q, q)))
+        # With A = C + lam I: p.Ap = p.Cp + lam p.p, |Ap|^2 = |Cp|^2 + 2 lam p.Cp + lam^2 p.p, without a pass for A p.
+        mu = lam.astype(pq.dtype)
+        pq, qq = pq + mu * pp, qq + 2 * mu * pq + mu * mu * pp
         eps = jnp.asarray(jnp.finfo(pq.dtype).eps, pq.dtype)
         curvature = pq / pp
         largest = jnp.maximum(at.largest, jnp.sqrt(qq / pp))
@@ -145,7 +162,7 @@ class CG(Solver):
         escape = negative & (at.i == 0) & finite
         alpha = jnp.where(proceed, at.rz / jnp.where(proceed, pq, jnp.ones_like(pq)), jnp.zeros_like(pq))
         alpha = jnp.where(escape, at.rz / jnp.where(escape, jnp.sqrt(pp * qq), jnp.ones_like(pq)), alpha)
-        x, r, rr = space.update(alpha, at.x, at.p, at.r, q)
+        x, r, rr = space.update(alpha, lam, at.x, at.p, at.r, q)
         r, rr = self._refresh_residual(system, b, lam, at.i + 1, x, r, rr)
         z = r if system.precondition is None else system.precondition(r)
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
