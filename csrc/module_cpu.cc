@@ -11,6 +11,9 @@ namespace nb = nanobind;
 
 namespace {
 
+// Counts changes of what the handlers take and give: python/curvax/ffi.py refuses a build of another number.
+constexpr int kOperands = 2;
+
 nb::capsule Encapsulate(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
 nb::dict Handlers() {
@@ -25,6 +28,7 @@ nb::dict BuildFacts() {
   nb::dict facts;
   facts["ffi_api"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   facts["jaxlib"] = CURVAX_JAXLIB_VERSION;
+  facts["operands"] = kOperands;
 #if defined(__clang__)
   facts["compiler"] = "clang " __clang_version__;
 #else

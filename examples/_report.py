@@ -115,7 +115,7 @@ def say(title: str, text: str) -> None:
 def summarise(curves: Sequence[Curve]) -> None:
     """One row per method."""
     table = rich.table.Table(title="Test accuracy", caption=f"Seconds without compilation; goal: {GOAL:.0%} accuracy.")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for heading in ("final", "best", "steps", "ms per step", "steps to goal", "seconds to goal", "compile s"):
         table.add_column(heading, justify="right")
     for c in curves:

@@ -21,6 +21,9 @@ from typing import Any
 import jax
 
 _CPU_MODULE = "curvax._native_cpu"
+
+# What the handlers take and give, as csrc/module_cpu.cc counts its changes.
+_OPERANDS = 2
 _lock = threading.Lock()
 _status: Status | None = None
 
@@ -74,7 +77,7 @@ def _inspect() -> Status:
         reason = f"{_CPU_MODULE} is not installed (a pure Python install): reinstall curvax with CURVAX_NATIVE=ON"
         return Status(False, reason)
     build = dict(module.build_facts())
-    refusal = _version_refusal(build)
+    refusal = _stale(build) or _version_refusal(build)
     if refusal is not None:
         return Status(False, refusal, build)
     for name, capsule in module.handlers().items():
@@ -94,6 +97,13 @@ def _load(name: str) -> ModuleType | None:
         raise ImportError(
             f"{name} is installed but cannot be imported ({error}): reinstall curvax", name=name
         ) from error
+
+
+def _stale(build: Mapping[str, Any]) -> str | None:
+    """Why a module built from other sources than these cannot serve them; None if it can."""
+    if build.get("operands") == _OPERANDS:
+        return None
+    return "the native module was built from an older curvax and takes other operands: rebuild it (pip install again)"
 
 
 def _version_refusal(build: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from curvax.curvature.partition import is_function
 from curvax.tree import PyTree
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
@@ -65,7 +66,7 @@ def build_transform(
 
 def trainable_mask(mask: Any | None) -> Any | None:
     """A mask over all parameters as one over the trainable ones, which hold `None` for frozen leaves."""
-    if mask is None or callable(mask):
+    if mask is None or is_function(mask):
         return mask
 
     def restrict(trainable: PyTree) -> PyTree:

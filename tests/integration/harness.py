@@ -47,8 +47,8 @@ def batch_of(model: Model, kind: str, dtype: Any, *, soft: bool = False, weighte
     return {**batch, "w": model.weights(dtype, seed)} if weighted else batch
 
 
-def truth_of(model: Model, kind: str, params: PyTree, batch: dict, reduction: str = "mean") -> dense.Truth:
-    """The dense oracle at this point."""
+def truth_of(model: Any, kind: str, params: PyTree, batch: dict, reduction: str = "mean") -> dense.Truth:
+    """The dense oracle at this point; of `model` only `predict` is used."""
     return dense.truth(model.predict, LOSSES[kind], params, batch["x"], batch["y"], batch.get("w"), reduction)
 
 
@@ -64,7 +64,7 @@ def lam_sequence(values: tuple[float, ...] = LAMBDAS) -> dict[str, Any]:
     """Options of a preset whose step number i is damped by `values[i]`: one compiled step for several lam."""
     table = np.asarray(values)
 
-    def lam(count: jax.Array) -> jax.Array:
+    def lam(count: Any) -> jax.Array:
         dtype = jnp.result_type(float)
         return jnp.asarray(table, dtype)[jnp.minimum(count, len(values) - 1)]
 

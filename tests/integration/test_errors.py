@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,11 +49,12 @@ def _says(raised, *parts):
 )
 @pytest.mark.parametrize("by_name", [False, True])
 def test_unknown_keyword_names_the_nearest(option, nearest, by_name):
+    wrong: dict[str, Any] = {option: 3}
     with pytest.raises(TypeError) as raised:
         if by_name:
-            curvax.make("sgn_ce", predict_fn=MODEL.predict, **{option: 3})
+            curvax.make("sgn_ce", predict_fn=MODEL.predict, **wrong)
         else:
-            curvax.sgn_ce(predict_fn=MODEL.predict, **{option: 3})
+            curvax.sgn_ce(predict_fn=MODEL.predict, **wrong)
     _says(raised, option, nearest)
 
 
@@ -63,8 +66,9 @@ def test_unknown_method_names_the_nearest():
 
 @pytest.mark.parametrize("option", ["lam_policy", "backend", "plan"])
 def test_unknown_choice_lists_the_choices(option):
+    wrong: dict[str, Any] = {option: "nonsense"}
     with pytest.raises((TypeError, ValueError)) as raised:
-        curvax.sgn_ce(predict_fn=MODEL.predict, **{option: "nonsense"})
+        curvax.sgn_ce(predict_fn=MODEL.predict, **wrong)
     _says(raised, "nonsense")
 
 
@@ -203,5 +207,6 @@ def test_everything_frozen():
 
 
 def test_positional_arguments_are_refused():
-    with pytest.raises(TypeError):
-        curvax.sgn_ce(MODEL.predict)
+    preset: Any = curvax.sgn_ce
+    with pytest.raises(TypeError, match="keyword"):
+        preset(MODEL.predict)

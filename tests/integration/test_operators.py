@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from integration.harness import TOLERANCE, assert_close, batch_of, key, precisio
 GRAM_BYTES = 2**20
 
 
-def _loss(kind, reduction="mean"):
+def _loss(kind, reduction: Any = "mean"):
     return losses.SoftmaxCrossEntropy(reduction=reduction) if kind == "ce" else losses.SquaredError(reduction=reduction)
 
 
@@ -67,6 +69,7 @@ def test_ggn_columns_gradient_and_loss(model, kind):
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.ggn, 1e-10, "GGN")
     # S^T J J^T S and J^T S S^T J share their non-zero eigenvalues.
+    assert gram is not None
     ours, theirs = np.linalg.eigvalsh(gram), np.linalg.eigvalsh(truth.ggn)
     size = max(len(ours), len(theirs))
     pad = [np.sort(np.pad(e, (0, size - len(e)))) for e in (ours, theirs)]
@@ -131,7 +134,9 @@ def test_monte_carlo_fisher_is_the_ggn_on_average():
             at = operator.linearize(
                 params, curvature.Evaluation(batch, sample_key=sample_key), curvature.Needs(product=True)
             )
-            return jnp.concatenate([c.reshape(c.shape[0], -1) for c in jax.tree.leaves(jax.vmap(at.product)(units))], 1)
+            assert at.product is not None
+            columns = jax.tree.leaves(jax.vmap(at.product)(units))
+            return jnp.concatenate([c.reshape(c.shape[0], -1) for c in columns], 1)
 
         drawn = np.asarray(run(jax.random.split(key(), draws)))
     error = drawn.mean(0) - truth.ggn

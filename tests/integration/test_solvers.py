@@ -43,7 +43,7 @@ def test_warm_start_spends_nothing_on_a_solved_system(name):
         assert_close(step, standard_truth(MODEL, preset.kind).direction(LAM), 1e-7)
 
 
-@pytest.mark.parametrize("name", [*ITERATIVE, "newton_cg"])
+@pytest.mark.parametrize("name", ["sgn_ce", "egn_mse_cg", "newton_cg"])
 def test_stopping_is_reported_as_it_was(name):
     preset = presets.BY_NAME[name]
     with precision("float64"):
@@ -56,7 +56,7 @@ def test_stopping_is_reported_as_it_was(name):
     assert float(converged["residual"]) <= 1.01e-6 < float(limited["residual"])
 
 
-@pytest.mark.parametrize("name", [*ITERATIVE, "egn_ce", "ggn_direct_ce"])
+@pytest.mark.parametrize("name", ["sgn_ce", "egn_mse_cg", "egn_ce"])
 def test_reported_residual_is_the_dense_one(name):
     preset = presets.BY_NAME[name]
     with precision("float64"):
@@ -87,7 +87,7 @@ def test_a_tolerance_beyond_the_dtype_does_no_harm(name):
     with precision("float32"):
         model = models.SCALAR if preset.kind == "mse" else models.LINEAR
         params, batch = model.params(jnp.float32), batch_of(model, preset.kind, jnp.float32)
-        method = preset.make(model, lam0=1e-3, tol=1e-9, maxiter=300)
+        method = preset.make(model, lam0=1e-3, tol=1e-9, maxiter=1000)
         (step,), (info,) = directions(method, params, batch)
     assert_close(step, standard_truth(model, preset.kind).direction(1e-3), TOLERANCE["float32"])
     assert float(info["residual"]) < 1e-2

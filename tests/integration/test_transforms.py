@@ -27,21 +27,9 @@ CASES = {
         {"learning_rate": optax.linear_schedule(0.5, 0.1, 3)},
         lambda: optax.scale_by_learning_rate(optax.linear_schedule(0.5, 0.1, 3)),
     ),
-    "clip": (
-        {"learning_rate": 0.5, "clip_norm": 0.3},
-        lambda: optax.chain(optax.clip_by_global_norm(0.3), optax.scale(-0.5)),
-    ),
-    "decay": (
-        {"learning_rate": 0.5, "weight_decay": 0.1},
-        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.scale(-0.5)),
-    ),
     "decay_mask": (
         {"learning_rate": 0.5, "weight_decay": 0.1, "weight_decay_mask": _matrices_only},
         lambda: optax.chain(optax.add_decayed_weights(0.1, mask=_matrices_only), optax.scale(-0.5)),
-    ),
-    "momentum": (
-        {"learning_rate": 0.5, "direction_momentum": 0.8},
-        lambda: optax.chain(optax.trace(0.8), optax.scale(-0.5)),
     ),
     "nesterov": (
         {"learning_rate": 0.5, "direction_momentum": 0.8, "nesterov": True},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,10 +150,11 @@ def test_a_policy_object_and_its_name_do_the_same():
     with precision("float32"):
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         outcomes = []
-        for options in (
+        choices: tuple[dict[str, Any], ...] = (
             {"lam_policy": "trust_region", "lam0": 0.5, "lam_kwargs": {"every_k": 2}},
             {"lam_policy": curvax.damping.TrustRegion(lam0=0.5, every_k=2)},
-        ):
+        )
+        for options in choices:
             method = curvax.sgn_ce(predict_fn=MODEL.predict, **options)
             step, p, state = quick_jit(method.step), params, method.init(params)
             for _ in range(4):

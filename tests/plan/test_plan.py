@@ -112,7 +112,7 @@ def test_custom_vjp_and_frozen_leaves_are_named() -> None:
     double.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
     method = curvax.sgn_ce(predict_fn=lambda p, x: double(mlp(p, x)), frozen=[True, False])
     notes = " ".join(method.plan_for(shapes(4, 4, 3), batch(5, 4)).notes)
-    assert "custom_vjp" in notes and "1 parameter leaves are frozen" in notes
+    assert "custom_vjp" in notes and "1 parameter leaf is frozen" in notes
 
 
 def test_costs_follow_cadence_and_plan_off() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -324,8 +325,9 @@ def test_refreshing_the_residual_does_not_restart_conjugate_gradients():
 def test_misspelled_keywords_are_refused():
     """Peer: `sgn_ce(lam=1e-9, max_iter=3)` is swallowed and runs with the defaults."""
     for word, meant in (("lam", "lam0"), ("max_iter", "maxiter")):
+        wrong: dict[str, Any] = {word: 3}
         with pytest.raises(TypeError, match=f"'{word}'.*'{meant}'"):
-            curvax.sgn_ce(predict_fn=MODEL.predict, **{word: 3})
+            curvax.sgn_ce(predict_fn=MODEL.predict, **wrong)
 
 
 def _equations(jaxpr):

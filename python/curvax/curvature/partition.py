@@ -21,6 +21,11 @@ def _is_gap(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
+def is_function(mask: Any) -> bool:
+    """Whether a mask is a function from parameters to one; a module with `__call__` is a tree all the same."""
+    return callable(mask) and jax.tree_util.all_leaves([mask])
+
+
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """Splits parameters into a trainable and a frozen tree, each with `None` where the other has the leaf.
@@ -48,7 +53,7 @@ class Partition:
         return jax.tree.map(lambda t, f: f if _is_gap(t) else t, trainable, frozen, is_leaf=_is_gap)
 
     def _mask(self, params: PyTree) -> PyTree:
-        chosen = self.frozen(params) if callable(self.frozen) else self.frozen
+        chosen = self.frozen(params) if is_function(self.frozen) else self.frozen
         if chosen is None:
             chosen = False
         try:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Linearization, Rows
+from curvax.curvature import Linearization, OutputCurvature, Rows
 from curvax.loops import for_loop_body
 from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
 from curvax.solvers.base import relative_residual
@@ -45,11 +45,25 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     return solver.solve(_parameter_system(task), task.gradient, state, task.lam)
 
 
+def restarted(solver: Solver, state: Any, accepted: jax.Array) -> Any:
+    """The solver's state after the step was accepted or not.
+
+    Momentum towards a direction that was rejected would propose it again however large the damping, since SPRING's
+    damping pulls towards that direction; so it starts anew.
+    """
+    if not (isinstance(solver, RowSpace) and solver.momentum):
+        return state
+    return tree.where(accepted, state, jax.tree.map(jnp.zeros_like, state))
+
+
 def _parameter_system(task: Task) -> System:
     def no_product(v: PyTree) -> PyTree:
         raise ValueError("the diagonal lane has no curvature products.")
 
     return System(for_loop_body(task.at.product or no_product), task.space, task.precondition)
+
+
+_Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +171,11 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     def gram(u: jax.Array) -> jax.Array:
         return rows.push(rows.pull(u))
 
-    def product(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def product(pair: _Pair) -> _Pair:
         u = rows.output.product(pair[1])
         return u, gram(u)
 
-    def pair(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pair(u: jax.Array) -> _Pair:
         return u, gram(u)
 
     system = System(product, _PairSpace())
@@ -172,8 +186,10 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     rhs = pair(r)
     start = None
     if cg.warm_start and shift is None:
-        start = _warm_start(rows, system, pair(rows.output.product(rows.push(state))), rhs, task.lam)
-    solution = cg.iterate(system, rhs, start, task.lam)
+        start = _warm_start(system.space, rows.output, task.lam, pair(rows.output.product(rows.push(state))), rhs)
+    # Vector and image under K drift apart at rounding level; a residual below that steers by noise.
+    floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
+    solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)
     correction = rows.pull(solution.value[0])
     return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction))
 
@@ -185,12 +201,28 @@ def _output_gradient(task: Task) -> jax.Array:
     return gradient
 
 
-def _warm_start(rows: Rows, system: System, guess: PyTree, rhs: PyTree, lam: jax.Array) -> PyTree:
-    """The previous direction s' seen through the rows, as C s' = J^T (Q J s'), scaled to the least energy.
+def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, v: _Pair, rhs: _Pair) -> PyTree:
+    """The best start for (Q K + lam I) u = r within span{r, v}, v = Q J s' from the previous direction s'.
 
-    On the line alpha * guess the quadratic is least at alpha = <guess, rhs> / <guess, A guess>: never worse than zero.
+    If s' solved this very system, J^T u' = s' with lam u' = r - Q J s', which the span holds. On another batch the
+    start is the least of the quadratic over the span, so never worse than zero. Since K r and K v are at hand, the energies
+    <a, A b> = (K a).Q (K b) + lam a.(K b) take no further product with K.
     """
-    image = tree.axpy(lam, guess, system.product(guess))
-    gb, ga = system.space.dots(((guess, rhs), (guess, image)))
-    alpha = jnp.where(ga > 0, gb / jnp.where(ga > 0, ga, jnp.ones_like(ga)), jnp.zeros_like(ga))
-    return tree.scale(alpha, guess)
+
+    def energy(a: _Pair, b: _Pair) -> jax.Array:
+        return tree.vdot(a[1], output.product(b[1])) + lam.astype(b[0].dtype) * tree.vdot(a[0], b[1])
+
+    def ratio(numerator: jax.Array, denominator: jax.Array, floor: jax.Array) -> jax.Array:
+        sound = denominator > floor
+        return jnp.where(sound, numerator / jnp.where(sound, denominator, jnp.ones_like(denominator)), 0 * numerator)
+
+    rr, rv = space.dots(((rhs, rhs), (v, rhs)))
+    e_rr, e_rv, e_vv = energy(rhs, rhs), energy(rhs, v), energy(v, v)
+    zero = jnp.zeros_like(rr)
+    # v made A-orthogonal to r; what is left of it at rounding level is dropped.
+    overlap = ratio(e_rv, e_rr, zero)
+    rest = e_vv - overlap * e_rv
+    eps = jnp.asarray(64 * jnp.finfo(e_vv.dtype).eps, e_vv.dtype)
+    along_v = ratio(rv - overlap * rr, rest, eps * e_vv)
+    along_r = ratio(rr, e_rr, zero) - along_v * overlap
+    return tree.axpy(along_v, v, tree.scale(along_r, rhs))

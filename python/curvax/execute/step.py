@@ -13,7 +13,7 @@ from curvax import tree
 from curvax.curvature import Evaluation, Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
-from curvax.execute.directions import Task, solve
+from curvax.execute.directions import Task, restarted, solve
 from curvax.execute.state import MethodState
 from curvax.kernels import tree_cg
 from curvax.plan import Assembly, Cadence, Plan, kernel_choices
@@ -75,7 +75,7 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
         rejected=state.rejected + (~accepted).astype(jnp.int32),
         damping=assembly.damping.update(state.damping, outcome, due),
         preconditioner=preconditioner,  # keeps itself clean of refreshes that are not finite
-        solver=_keep_entries(jnp.isfinite(at.loss), _solver_state(plan, state.solver, solution), state.solver),
+        solver=_solver_state(plan, state.solver, solution, jnp.isfinite(at.loss), accepted),
         transform=_keep_if(accepted, transform, state.transform),
         model_state=_keep_if(outcome.finite, at.model_state, state.model_state),
         layout=state.layout,
@@ -133,7 +133,8 @@ def _refresh(
         at = curved
         if plan.refresh_apart:
             at = assembly.curvature.linearize(params, _curvature_batch(problem), plan.refresh_needs)
-        if problem.key is None:
+        random = assembly.preconditioner.needs_product or assembly.preconditioner.needs_sampling
+        if random and problem.key is None:
             raise ValueError(f"{assembly.preconditioner} is random: pass a random key to step.")
         return assembly.preconditioner.refresh(state.preconditioner, at, problem.key)
 
@@ -168,10 +169,11 @@ def _solve(
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
 
 
-def _solver_state(plan: Plan, old: Any, solution: Solution) -> Any:
-    if plan.solver_index is None:
-        return solution.state
-    return tuple(solution.state if i == plan.solver_index else s for i, s in enumerate(old))
+def _solver_state(plan: Plan, old: Any, solution: Solution, sound: jax.Array, accepted: jax.Array) -> Any:
+    following = restarted(plan.solver, solution.state, accepted)
+    if plan.solver_index is not None:
+        following = tuple(following if i == plan.solver_index else s for i, s in enumerate(old))
+    return _keep_entries(sound, following, old)
 
 
 def _evaluate(

@@ -33,6 +33,7 @@ class SophiaOptions(LossRecordOptions):
       weight_decay: decoupled; 0.2.
       clip_value: bound on each entry of the direction; 1.
       mask: what weight decay applies to.
+      tx: an Optax chain in place of clipping, weight decay and learning rate.
     """
 
     beta1: float = 0.965
@@ -63,7 +64,7 @@ class SophiaOptions(LossRecordOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SophiaGOptions(ModelOptions, SophiaOptions):
+class SophiaGOptions(SophiaOptions, ModelOptions):
     """Keywords of `sophia_g`.
 
     Attributes:
@@ -76,7 +77,7 @@ class SophiaGOptions(ModelOptions, SophiaOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SophiaHOptions(HessianOptions, SophiaOptions):
+class SophiaHOptions(SophiaOptions, HessianOptions):
     """Keywords of `sophia_h`.
 
     Attributes:
@@ -91,7 +92,7 @@ class SophiaHOptions(HessianOptions, SophiaOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaHessianOptions(HessianOptions, TransformOptions, LossRecordOptions):
+class AdaHessianOptions(LossRecordOptions, TransformOptions, HessianOptions):
     """Keywords of `adahessian` (Yao et al. 2021).
 
     Attributes:

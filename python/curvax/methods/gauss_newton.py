@@ -21,12 +21,12 @@ from curvax.structure.rows import DEFAULT_MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussNewtonOptions(ModelOptions, DampingOptions, TransformOptions, SolveRecordOptions):
+class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions):
     """Keywords that all Gauss-Newton presets share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SGNFixedOptions(GaussNewtonOptions, CGOptions, PrecondOptions):
+class SGNFixedOptions(PrecondOptions, CGOptions, GaussNewtonOptions):
     """Keywords of `sgn_ce` and `sgn_mse`."""
 
 
@@ -63,12 +63,12 @@ class EGNOptions(EGNFixedOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowCGOptions(GaussNewtonOptions, CGOptions):
+class RowCGOptions(CGOptions, GaussNewtonOptions):
     """Keywords of `egn_mse_cg`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutomaticOptions(GaussNewtonOptions, CGOptions):
+class AutomaticOptions(CGOptions, GaussNewtonOptions):
     """Keywords of `gauss_newton`.
 
     Attributes:

@@ -52,12 +52,12 @@ class HessianOptions(CommonOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NewtonCGOptions(HessianOptions, DampingOptions, CGOptions, PrecondOptions, TransformOptions, SolveRecordOptions):
+class NewtonCGOptions(PrecondOptions, CGOptions, SolveRecordOptions, TransformOptions, DampingOptions, HessianOptions):
     """Keywords of `newton_cg`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NewtonDirectOptions(HessianOptions, DampingOptions, TransformOptions, SolveRecordOptions):
+class NewtonDirectOptions(SolveRecordOptions, TransformOptions, DampingOptions, HessianOptions):
     """Keywords of `newton_direct`."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import get_args
 
 import optax
 
@@ -34,6 +35,11 @@ class Assembly:
     telemetry: Telemetry
     backend: Backend = "auto"
     mode: PlanMode = PlanMode.SHARED
+
+    def __post_init__(self) -> None:
+        known = get_args(Backend)
+        if self.backend not in known:
+            raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
 
     @property
     def partition(self) -> Partition:

@@ -82,7 +82,7 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
     _check(assembly, solver)
     shared = assembly.mode is PlanMode.SHARED
     preconditioner = assembly.preconditioner
-    refresh = Cadence((preconditioner.every,)) if _refreshes(preconditioner) else Cadence()
+    refresh = Cadence() if isinstance(preconditioner, Identity) else Cadence((preconditioner.every,))
     own = Cadence() if assembly.damping.evaluate_every is None else Cadence((assembly.damping.evaluate_every,))
     evaluate = own | Cadence(assembly.telemetry.evaluate_periods())
     predict = own | Cadence(assembly.telemetry.predict_periods())
@@ -114,10 +114,6 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
         mode=assembly.mode,
         modules=_modules(assembly),
     )
-
-
-def _refreshes(preconditioner: Preconditioner) -> bool:
-    return preconditioner.needs_product or preconditioner.needs_sampling
 
 
 def _evaluations(preconditioner: Preconditioner) -> int:
@@ -161,7 +157,7 @@ def _requirements(
         found.append(Requirement(Part.ROWS, _EVERY_STEP, solver.name))
     if not refresh.never:
         where = " (own linearization, alive only then)" if refresh_apart else ""
-        found.append(Requirement(Part.REFRESH, refresh, str(assembly.preconditioner) + where))
+        found.append(Requirement(Part.REFRESH, refresh, type(assembly.preconditioner).__name__ + where))
     found.append(Requirement(Part.SOLVE, _EVERY_STEP, solver.name))
     for part, wanted in ((Part.LOSS_AFTER, "evaluates"), (Part.PREDICTED, "predicts")):
         if not own.never:
@@ -194,7 +190,7 @@ def _shape_notes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> 
         notes.append("the model holds a custom_vjp: products run reverse over reverse")
     frozen = len(jax.tree.leaves(evaluation.frozen))
     if frozen:
-        notes.append(f"{frozen} parameter leaves are frozen")
+        notes.append(f"{frozen} parameter {'leaf is' if frozen == 1 else 'leaves are'} frozen")
     return tuple(notes)
 
 

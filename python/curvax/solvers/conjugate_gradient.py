@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +74,12 @@ class CG(Solver):
     stabilise_every: int = 50
     stop: MartensStop | None = None
 
+    def __post_init__(self) -> None:
+        for field, least in (("maxiter", 1), ("tol", 0), ("stabilise_every", 0)):
+            value = getattr(self, field)
+            if isinstance(value, int | float) and not value >= least:
+                raise ValueError(f"{field} must be at least {least}, not {value}.")
+
     @property
     def name(self) -> str:
         return f"CG (at most {self.maxiter} iterations, tolerance {self.tol:g})"
@@ -103,10 +110,9 @@ class CG(Solver):
         b = tree.scale(unit, rhs)
         zero = jax.tree.map(jnp.zeros_like, b)
         if start is None:
-            x, r = zero, b
+            x, r, cold = zero, b, jnp.asarray(True)
         else:
-            x = tree.scale(unit, start)
-            r = jax.tree.map(jnp.subtract, b, apply(x))
+            x, r, cold = self._warm(system, b, tree.scale(unit, start), apply)
         z = r if system.precondition is None else system.precondition(r)
         (rr,) = space.dots(((r, r),))
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
@@ -117,7 +123,7 @@ class CG(Solver):
         )  # fmt: skip
         end = jax.lax.while_loop(
             lambda at: (at.result == _RUNNING) & (at.i < self.maxiter),
-            lambda at: self._advance(system, b, lam, at),
+            lambda at: self._advance(system, b, lam, cold, at),
             begin,
         )
         result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
@@ -126,6 +132,20 @@ class CG(Solver):
         value = jax.tree.map(lambda v: v * size.astype(v.dtype), end.x)
         residual = self._true_residual(system, b, lam, end, result)
         return Solution(value, result, end.i, jnp.where(size > 0, residual, jnp.zeros_like(size)), ())
+
+    def _warm(
+        self, system: System, b: PyTree, x: PyTree, apply: Callable[[PyTree], PyTree]
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        """(x, b - A x, False) if x points downhill and lowers the quadratic, else (0, b, True).
+
+        On a positive definite system only a start worse than none is dropped. On an indefinite one a stale start may
+        point uphill, and what CG adds to it need not turn it round.
+        """
+        r = jax.tree.map(jnp.subtract, b, apply(x))
+        xb, xr = system.space.dots(((x, b), (x, r)))
+        # The quadratic x.A x / 2 - b.x is -x.(b + r) / 2.
+        good = (xb > 0) & (xb + xr > 0)
+        return tree.where(good, x, jax.tree.map(jnp.zeros_like, x)), tree.where(good, r, b), ~good
 
     def _true_residual(
         self, system: System, b: PyTree, lam: jax.Array, end: _Iteration, result: jax.Array
@@ -144,7 +164,7 @@ class CG(Solver):
         length = 0 if self.stop is None else max(10, -(-self.maxiter // 10)) + 1
         return jnp.zeros((length,), like.dtype)
 
-    def _advance(self, system: System, b: PyTree, lam: jax.Array, at: _Iteration) -> _Iteration:
+    def _advance(self, system: System, b: PyTree, lam: jax.Array, cold: jax.Array, at: _Iteration) -> _Iteration:
         space = system.space
         q = system.product(at.p)
         pq, pp, qq = space.dots(((at.p, q), (at.p, at.p), (q, q)))
@@ -159,7 +179,7 @@ class CG(Solver):
         finite = jnp.isfinite(pq) & jnp.isfinite(qq)
         proceed = finite & ~negative & ~flat
         # Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
-        escape = negative & (at.i == 0) & finite
+        escape = negative & (at.i == 0) & finite & cold
         alpha = jnp.where(proceed, at.rz / jnp.where(proceed, pq, jnp.ones_like(pq)), jnp.zeros_like(pq))
         alpha = jnp.where(escape, at.rz / jnp.where(escape, jnp.sqrt(pp * qq), jnp.ones_like(pq)), alpha)
         x, r, rr = space.update(alpha, lam, at.x, at.p, at.r, q)

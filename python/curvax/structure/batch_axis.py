@@ -101,6 +101,10 @@ def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
             continue
         yield eqn.primitive.name
         yield from (repr(v.val) for v in eqn.invars if isinstance(v, Literal))
+        # Plain numbers among the parameters: powers, lengths of loops.
+        yield from (value for value in eqn.params.values() if isinstance(value, int | float))
+        # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
+        yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
         for sub in subjaxprs(eqn.params):
             yield from _signature(sub)
 
@@ -329,7 +333,7 @@ def _gather(_: _Tracker, eqn: Any, axes: list[_Axis]) -> int:
 
 def _scan(tracker: _Tracker, eqn: Any, axes: list[_Axis]) -> list[_Axis]:
     p = eqn.params
-    consts, carry = p["num_consts"], p["num_carry"]
+    consts, carry = _scan_counts(eqn)
     scanned = axes[consts + carry :]
     if any(axis == 0 for axis in scanned):
         raise _Mixed("scan runs over the examples")
@@ -342,6 +346,21 @@ def _scan(tracker: _Tracker, eqn: Any, axes: list[_Axis]) -> list[_Axis]:
             return [*state, *(None if axis is None else axis + 1 for axis in out[carry:])]
         state = merged
     raise _Mixed("scan moves the example axis")
+
+
+def _scan_counts(eqn: Any) -> tuple[int, int]:
+    """Numbers of constants and of carried values; JAX's releases do not agree on the parameters that hold them.
+
+    What is scanned over, and what is stacked, has one axis more outside of the body.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    scanned = _count_deeper(eqn.invars, body.invars)
+    carry = len(eqn.outvars) - _count_deeper(eqn.outvars, body.outvars)
+    return len(eqn.invars) - scanned - carry, carry
+
+
+def _count_deeper(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _join(a: _Axis, b: _Axis) -> _Axis:

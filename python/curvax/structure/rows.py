@@ -1,14 +1,14 @@
 """The Gram matrix of the row factors, S^T J J^T S, for any model, in bounded memory.
 
-This is the route that takes every model: explicit rows of S^T J from reverse-mode products. Where examples do not
-interact each example's rows come from a model call on that example; elsewhere from products over the whole batch.
+Where examples do not interact, each example's rows come from a model call on that example. The rows of a dense layer
+then stay a pair of activation and cotangents (`curvax.structure.recognise`); those of other parameters are formed by
+reverse-mode products. Where examples interact all rows are formed, by products over the whole batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,29 +17,13 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
 from curvax.structure.batch_axis import examples_independent
+from curvax.structure.flat import Flat, flat_example, replay
+from curvax.structure.gram import Factors, RowGroups, gram
+from curvax.structure.recognise import Structure, recognise
 from curvax.tree import PyTree
 
 DEFAULT_MAX_BYTES = 2 << 30
 """Memory for explicit rows: 2 GiB holds 1,280 rows of 400,000 float32 parameters at once."""
-
-# More panels save less and less of the product, and each costs compile time; below 64 rows a product is not worth cutting.
-_PANELS = 6
-_LEAST_PANEL = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class _RowBlocks:
-    """Rows of S^T J in groups.
-
-    Attributes:
-      groups: number of groups.
-      rows: rows per group.
-      make: group index -> parameter tree with leaves (rows, ...).
-    """
-
-    groups: int
-    rows: int
-    make: Callable[[jax.Array], PyTree]
 
 
 def row_gram(
@@ -59,109 +43,94 @@ def row_gram(
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       pull: u -> J^T u over the whole batch.
-      max_bytes: bound on the memory of explicit rows; more rows are made in blocks, and made again for each block
+      max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
         that they meet.
 
     Returns:
       (rows, rows) matrix in the wide dtype, rows flattened from `output.row_shape`, products at highest precision.
+
+    Raises:
+      ValueError: there are no trainable parameters.
     """
+    if not jax.tree.leaves(params):
+        raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     independent, _ = examples_independent(predict, params, inputs)
     if independent and not output.couples_examples:
-        blocks = _example_blocks(predict, params, inputs, output)
-    else:
-        blocks = _joint_blocks(output, pull)
-    itemsize = jnp.dtype(tree.scalar_dtype(params)).itemsize
-    group_bytes = max(1, blocks.rows * tree.size(params) * itemsize)
-    # Two blocks are alive while they meet.
-    at_once = blocks.groups if blocks.groups * group_bytes <= max_bytes else max(1, max_bytes // (2 * group_bytes))
-    return _gram_at_once(blocks) if at_once >= blocks.groups else _gram_by_blocks(blocks, int(at_once))
+        return gram(_example_groups(predict, params, inputs, output), max_bytes)
+    return gram(_joint_groups(params, output, pull), max_bytes)
 
 
-def _example_blocks(
+def _example_groups(
     predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, output: OutputCurvature
-) -> _RowBlocks:
-    rows = math.prod(output.row_shape[1:])
+) -> RowGroups:
+    """One group per example."""
+    rows, dtype = math.prod(output.row_shape[1:]), tree.scalar_dtype(params)
+    leaves = jax.tree.leaves(params)
+    flat = flat_example(predict, params, inputs)
+    structure = recognise(flat, len(leaves))
 
-    def make(index: jax.Array) -> PyTree:
-        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0), inputs)
-        outputs, vjp = jax.vjp(lambda p: predict(p, one), params)
+    def make(index: jax.Array) -> Factors:
+        one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in jax.tree.leaves(inputs)]
+        explicit, zeros = [leaves[i] for i in structure.explicit], _zero_perturbations(flat, structure)
+        outputs, vjp, activations = jax.vjp(
+            lambda p, e: _perturbed(flat, structure, leaves, one, p, e), explicit, zeros, has_aux=True
+        )
         local = output.example(index)
         basis = jnp.eye(rows, dtype=tree.wide_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
-        return jax.vmap(lambda e: tree.widen(vjp(local.factor(e).astype(outputs.dtype))[0]))(basis)
+        formed, cotangents = jax.vmap(lambda e: tree.widen(vjp(local.factor(e).astype(outputs.dtype))))(basis)
+        return Factors(formed, [a.astype(dtype) for a in activations], [d.astype(dtype) for d in cotangents])
 
-    return _RowBlocks(output.row_shape[0], rows, make)
+    return RowGroups(output.row_shape[0], rows, dtype, make)
 
 
-def _joint_blocks(output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> _RowBlocks:
+def _zero_perturbations(flat: Flat, structure: Structure) -> list[jax.Array]:
+    """One for the product of each dense layer."""
+    products = (flat.steps[layer.step].output_avals[0] for layer in structure.layers)
+    return [jnp.zeros(aval.shape, aval.dtype) for aval in products]
+
+
+def _perturbed(
+    flat: Flat,
+    structure: Structure,
+    leaves: Sequence[jax.Array],
+    inputs: Sequence[jax.Array],
+    explicit: Sequence[jax.Array],
+    perturbations: Sequence[jax.Array],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Outputs and the activation vectors of the dense layers, a one appended for each bias.
+
+    The derivative with respect to a perturbation of h = a W is the cotangent of h.
+    """
+    replaced = list(leaves)
+    for i, leaf in zip(structure.explicit, explicit, strict=True):
+        replaced[i] = leaf
+    layers = structure.layers
+    (outputs,), records = replay(
+        flat,
+        [*replaced, *inputs],
+        {layer.step: e for layer, e in zip(layers, perturbations, strict=True)},
+        {layer.step: layer.activation for layer in layers},
+    )
+    return outputs, [_with_ones(records[layer.step], layer.biases) for layer in layers]
+
+
+def _with_ones(activation: jax.Array, count: int) -> jax.Array:
+    flat = jnp.ravel(activation)
+    return jnp.concatenate([flat, jnp.ones((count,), flat.dtype)])
+
+
+def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> RowGroups:
+    """One group per row, all parameters explicit."""
     total = math.prod(output.row_shape)
     dtype = jax.eval_shape(output.factor_transpose, _outputs_like(output)).dtype
 
-    def make(index: jax.Array) -> PyTree:
+    def make(index: jax.Array) -> Factors:
         basis = jnp.zeros((total,), dtype).at[index].set(1).reshape(output.row_shape)
-        return jax.tree.map(lambda x: x[None], pull(output.factor(basis)))
+        return Factors([x[None] for x in jax.tree.leaves(pull(output.factor(basis)))], [], [])
 
-    return _RowBlocks(total, 1, make)
+    return RowGroups(total, 1, tree.scalar_dtype(params), make)
 
 
 def _outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
     shape = jax.ShapeDtypeStruct(output.row_shape, jnp.float32)
     return jax.eval_shape(output.factor, shape)
-
-
-def _meet(left: PyTree, right: PyTree) -> jax.Array:
-    total: jax.Array | None = None
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        width = math.prod(a.shape[1:])
-        flat = (a.reshape(a.shape[0], width), b.reshape(b.shape[0], width))
-        term = jnp.einsum("in,jn->ij", *flat, precision=jax.lax.Precision.HIGHEST)
-        total = term if total is None else total + term.astype(total.dtype)
-    if total is None:
-        raise ValueError("there are no trainable parameters.")
-    return total
-
-
-def _make_many(blocks: _RowBlocks, indices: jax.Array) -> PyTree:
-    rows = jax.vmap(blocks.make)(indices)
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), rows)
-
-
-def _gram_at_once(blocks: _RowBlocks) -> jax.Array:
-    """Upper triangle by panels: p panels take (1 + 1/p) / 2 of the full product."""
-    rows = _make_many(blocks, jnp.arange(blocks.groups, dtype=jnp.int32))
-    total = blocks.groups * blocks.rows
-    width = max(_LEAST_PANEL, -(-total // _PANELS))
-    bands = []
-    for start in range(0, total, width):
-        panel = jax.tree.map(lambda x, a=start: x[a : a + width], rows)
-        band = _meet(panel, jax.tree.map(lambda x, a=start: x[a:], rows))
-        bands.append(jnp.pad(band, ((0, 0), (start, 0))))
-    return _mirror(jnp.concatenate(bands))
-
-
-def _mirror(upper: jax.Array) -> jax.Array:
-    """The symmetric matrix whose upper triangle is that of `upper`."""
-    strict = jnp.triu(upper, 1)
-    return jnp.triu(upper) + strict.T
-
-
-def _gram_by_blocks(blocks: _RowBlocks, at_once: int) -> jax.Array:
-    """Upper triangle by blocks of rows that are made anew wherever they meet."""
-    count = -(-blocks.groups // at_once)
-    # The last block is filled up by repeating the last group; the surplus is cut off below.
-    indices = jnp.minimum(jnp.arange(count * at_once, dtype=jnp.int32), blocks.groups - 1).reshape(count, at_once)
-    side = at_once * blocks.rows
-    shape = jax.eval_shape(lambda i: _meet(_make_many(blocks, i), _make_many(blocks, i)), indices[0])
-
-    def row_of_blocks(i: jax.Array, gram: jax.Array) -> jax.Array:
-        left = _make_many(blocks, indices[i])
-
-        def block(j: jax.Array, gram: jax.Array) -> jax.Array:
-            corner = _meet(left, _make_many(blocks, indices[j]))
-            return jax.lax.dynamic_update_slice(gram, corner, (i * side, j * side))
-
-        return jax.lax.fori_loop(i, jnp.asarray(count, i.dtype), block, gram)
-
-    empty = jnp.zeros((count * side, count * side), shape.dtype)
-    gram = jax.lax.fori_loop(jnp.zeros((), jnp.int32), jnp.asarray(count, jnp.int32), row_of_blocks, empty)
-    total = blocks.groups * blocks.rows
-    return _mirror(gram[:total, :total])

@@ -1,0 +1,58 @@
+"""Which rule serves which parameter leaf, for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvax.structure.batch_axis import examples_independent
+from curvax.structure.flat import flat_example
+from curvax.structure.recognise import EXPLICIT, Finding, recognise
+from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafStructure:
+    """How one parameter leaf enters the Gram matrix of the rows.
+
+    Attributes:
+      path: the leaf's place in the parameter tree, as `jax.tree_util.keystr` writes it.
+      rule: "dense" and "bias" form no rows of the Jacobian, "no rows" has none to form, "explicit rows" does.
+      reason: why.
+    """
+
+    path: str
+    rule: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.rule}" + (f": {self.reason}" if self.reason else "")
+
+
+def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> tuple[LeafStructure, ...]:
+    """The structure that the Gram matrix of the rows makes use of, one entry per parameter leaf.
+
+    Nothing is computed. A loss that couples examples (`Loss.couples_examples`) takes explicit rows whatever is said
+    here.
+
+    Args:
+      predict_fn: (params, inputs) -> outputs.
+      params: parameters (arrays or shapes).
+      inputs: inputs with a common leading example axis (arrays or shapes).
+
+    Returns:
+      One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    independent, reason = examples_independent(predict_fn, params, inputs)
+    if independent:
+        findings = recognise(flat_example(predict_fn, params, inputs), len(leaves)).findings
+    else:
+        findings = (Finding(EXPLICIT, reason),) * len(leaves)
+    return tuple(
+        LeafStructure(jax.tree_util.keystr(path), finding.rule, finding.reason)
+        for (path, _), finding in zip(leaves, findings, strict=True)
+    )
