@@ -144,6 +144,11 @@ def test_build_facts() -> None:
     status = ffi.native_status()
     if not status.available:
         pytest.skip(status.reason)
-    assert set(status.build) == {"ffi_api", "jaxlib", "compiler", "simd_levels", "simd"}
+    assert set(status.build) == {"ffi_api", "jaxlib", "operands", "compiler", "simd_levels", "simd"}
     assert status.build["simd"] in status.build["simd_levels"]
     assert status.build["jaxlib"] in status.reason
+
+
+def test_a_module_from_older_sources_is_refused() -> None:
+    assert ffi._stale({"operands": ffi._OPERANDS}) is None
+    assert "rebuild" in (ffi._stale({}) or "") and "rebuild" in (ffi._stale({"operands": ffi._OPERANDS + 1}) or "")

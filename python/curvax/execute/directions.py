@@ -186,7 +186,7 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     rhs = pair(r)
     start = None
     if cg.warm_start and shift is None:
-        start = _warm_start(system.space, rows.output, task.lam, pair(rows.output.product(rows.push(state))), rhs)
+        start = _warm_start(system.space, rows.output, task.lam, pair(r - rows.output.product(rows.push(state))), rhs)
     # Vector and image under K drift apart at rounding level; a residual below that steers by noise.
     floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
     solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)
@@ -201,12 +201,12 @@ def _output_gradient(task: Task) -> jax.Array:
     return gradient
 
 
-def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, v: _Pair, rhs: _Pair) -> PyTree:
-    """The best start for (Q K + lam I) u = r within span{r, v}, v = Q J s' from the previous direction s'.
+def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, w: _Pair, rhs: _Pair) -> PyTree:
+    """The best start for (Q K + lam I) u = r within span{r, w}, w = r - Q J s' from the previous direction s'.
 
-    If s' solved this very system, J^T u' = s' with lam u' = r - Q J s', which the span holds. On another batch the
-    start is the least of the quadratic over the span, so never worse than zero. Since K r and K v are at hand, the energies
-    <a, A b> = (K a).Q (K b) + lam a.(K b) take no further product with K.
+    If s' solved this very system, it is J^T u' with lam u' = w. On another batch the start is the least of the quadratic
+    over the span, so never worse than zero. Since K r and K w are at hand, the energies <a, A b> = (K a).Q (K b) +
+    lam a.(K b) take no further product with K.
     """
 
     def energy(a: _Pair, b: _Pair) -> jax.Array:
@@ -216,13 +216,11 @@ def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, v: _Pair,
         sound = denominator > floor
         return jnp.where(sound, numerator / jnp.where(sound, denominator, jnp.ones_like(denominator)), 0 * numerator)
 
-    rr, rv = space.dots(((rhs, rhs), (v, rhs)))
-    e_rr, e_rv, e_vv = energy(rhs, rhs), energy(rhs, v), energy(v, v)
-    zero = jnp.zeros_like(rr)
-    # v made A-orthogonal to r; what is left of it at rounding level is dropped.
-    overlap = ratio(e_rv, e_rr, zero)
-    rest = e_vv - overlap * e_rv
-    eps = jnp.asarray(64 * jnp.finfo(e_vv.dtype).eps, e_vv.dtype)
-    along_v = ratio(rv - overlap * rr, rest, eps * e_vv)
-    along_r = ratio(rr, e_rr, zero) - along_v * overlap
-    return tree.axpy(along_v, v, tree.scale(along_r, rhs))
+    rr, rw = space.dots(((rhs, rhs), (w, rhs)))
+    e_rr, e_rw, e_ww = energy(rhs, rhs), energy(rhs, w), energy(w, w)
+    # r made A-orthogonal to w; what is left of it at rounding level is dropped.
+    overlap = ratio(e_rw, e_ww, jnp.zeros_like(rr))
+    eps = jnp.asarray(64 * jnp.finfo(e_rr.dtype).eps, e_rr.dtype)
+    along_r = ratio(rr - overlap * rw, e_rr - overlap * e_rw, eps * e_rr)
+    along_w = ratio(rw, e_ww, jnp.zeros_like(rr)) - along_r * overlap
+    return tree.axpy(along_r, rhs, tree.scale(along_w, w))

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from curvax.jaxprs import subjaxprs
@@ -112,7 +113,7 @@ def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
 def _same_constant(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer) or a.shape != b.shape:
+    if isinstance(a, Tracer) or isinstance(b, Tracer) or a.shape != b.shape:
         return False
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
@@ -145,7 +146,8 @@ class _Tracker:
         return self.jaxpr(closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed, axes)
 
     def jaxpr(self, jaxpr: Jaxpr, axes: Sequence[_Axis]) -> list[_Axis]:
-        if any(d and d % self.batch == 0 for v in jaxpr.constvars for d in v.aval.shape):
+        constants: list[Any] = [v.aval for v in jaxpr.constvars]
+        if any(d and d % self.batch == 0 for aval in constants for d in aval.shape):
             raise _Mixed("a constant as long as the batch tells examples apart")
         known: dict[Var, _Axis] = dict.fromkeys(jaxpr.constvars)
         known.update(zip(jaxpr.invars, axes, strict=True))
