@@ -11,6 +11,7 @@ import jax
 
 from curvax.curvature.output_space import OutputCurvature
 from curvax.curvature.partition import Partition
+from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
 
@@ -162,6 +163,10 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def forward(self, params: PyTree, evaluation: Evaluation) -> Any:
         """What is differentiated (model outputs or loss), for the planner's tracing."""
+
+    @abc.abstractmethod
+    def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
+        """How each parameter leaf enters the Gram matrix of the rows; nothing where there are no rows."""
 
     @abc.abstractmethod
     def rows(

@@ -16,6 +16,7 @@ from curvax.curvature.model import Model
 from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.losses.base import Loss
+from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_gram
 from curvax.tree import PyTree
 
@@ -97,6 +98,12 @@ class GaussNewton(Curvature):
             aux=at.rest[1],
         )
 
+    def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
+        return report(lambda p, x: self._predict(p, x, evaluation), params, self.model.inputs(evaluation.batch))
+
+    def _predict(self, params: PyTree, inputs: Any, evaluation: Evaluation) -> jax.Array:
+        return self.model.extras.call(self.model.predict_fn, params, inputs, evaluation)[0]
+
     def rows(
         self,
         params: PyTree,
@@ -111,7 +118,7 @@ class GaussNewton(Curvature):
         inputs = self.model.inputs(evaluation.batch)
 
         def predict(p: PyTree, x: Any) -> jax.Array:
-            return self.model.extras.call(self.model.predict_fn, p, x, evaluation)[0]
+            return self._predict(p, x, evaluation)
 
         return Rows(
             push, pull, output, lambda max_bytes: row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes)

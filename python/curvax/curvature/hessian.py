@@ -16,6 +16,7 @@ from curvax.curvature.differentiate import linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
 from curvax.losses.base import Loss
+from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
 _NO_ROWS = "the Hessian has no row factors: use a parameter-space solver, or the Gauss-Newton matrix."
@@ -193,6 +194,9 @@ class Hessian(Curvature):
             return at.pull(loss.gradient(at.outputs, sampled, jnp.sqrt(omega)))
 
         return sampled_gradient
+
+    def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
+        return ()
 
     def rows(
         self,

@@ -13,6 +13,7 @@ from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
 from curvax.curvature.partition import Partition
 from curvax.loops import for_loop_body
+from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -186,6 +187,9 @@ class Microbatched(Curvature):
             model_state=model_state,
             aux=aux,
         )
+
+    def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
+        return self.inner.structure(params, evaluation)
 
     def rows(
         self,

@@ -28,7 +28,7 @@ class Cost:
     Attributes:
       flops: floating-point operations.
       bytes: bytes moved to and from memory.
-      memory: bytes alive at once beyond the arguments.
+      memory: bytes alive at once beyond the arguments; of a counted trace, its largest value.
     """
 
     flops: float = 0.0
@@ -78,14 +78,17 @@ def _equation_cost(eqn: Any) -> Cost:
         return _sum(inner)
     if inner:
         return _jaxpr_cost(inner[0])
-    results = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype"))
+    results = float(
+        sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype"))
+    )
     if name == "dot_general":
-        return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results)
+        return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results, results)
     if name == "conv_general_dilated":
-        return Cost(_conv_flops(eqn), _operand_bytes(eqn) + results)
+        return Cost(_conv_flops(eqn), _operand_bytes(eqn) + results, results)
     if name in _FREE:
-        return Cost()
-    return Cost(float(sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))), float(results))
+        return Cost(memory=results)
+    entries = sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
+    return Cost(float(entries), float(results), results)
 
 
 def _sum(jaxprs: Any) -> Cost:

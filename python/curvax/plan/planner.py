@@ -26,8 +26,8 @@ from curvax.tree import PyTree
 
 # What a byte moved costs in FLOPs: CPUs and GPUs do some tens of operations in the time of a float32 load.
 _FLOPS_PER_BYTE = 8.0
-# Triangular factorisations reach a fraction of the speed of matrix products.
-_CHOLESKY_SLOWDOWN = 4.0
+# Triangular factorisation and substitution reach a fraction of the speed of matrix products (1,280 rows: an eighth).
+_CHOLESKY_SLOWDOWN = 8.0
 _EVERY_STEP = Cadence((1,))
 
 
@@ -56,7 +56,7 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         candidates=candidates,
         choices=kernel_choices(assembly, solver, params),
         costs=_costs(assembly, plan, shapes),
-        notes=plan.notes + _shape_notes(assembly, params, evaluation),
+        notes=plan.notes + _shape_notes(assembly, plan.lane, params, evaluation),
     )
 
 
@@ -183,7 +183,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _shape_notes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
+def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
     notes = []
     inner = assembly.curvature.inner if isinstance(assembly.curvature, Microbatched) else assembly.curvature
     if uses_custom_vjp(inner.forward, params, evaluation):
@@ -191,6 +191,8 @@ def _shape_notes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> 
     frozen = len(jax.tree.leaves(evaluation.frozen))
     if frozen:
         notes.append(f"{frozen} parameter {'leaf is' if frozen == 1 else 'leaves are'} frozen")
+    if lane is Lane.ROW:
+        notes.extend(f"rows of {leaf}" for leaf in inner.structure(params, evaluation))
     return tuple(notes)
 
 
@@ -201,9 +203,9 @@ class _Shapes:
     parameters: int
     itemsize: int
     rows: int
-    batch: int
     linearize: Cost
     gradient: Cost
+    gram: Cost
     product: Cost
     residuals: int
 
@@ -226,14 +228,15 @@ class _Shapes:
 
         forward, whole = costing.trace(linearize, shapes, evaluation), costing.trace(product, shapes, evaluation, wide)
         rows = _rows(curvature, shapes, evaluation)
-        leaves = jax.tree.leaves(evaluation.batch)
+        solvers = assembly.solver.candidates if isinstance(assembly.solver, Automatic) else (assembly.solver,)
+        rowwise = any(isinstance(s, RowSpace) and isinstance(s.solver, Cholesky) for s in solvers)
         return _Shapes(
             parameters=tree.size(shapes),
             itemsize=jnp.dtype(tree.scalar_dtype(shapes)).itemsize,
             rows=rows,
-            batch=leaves[0].shape[0] if leaves and leaves[0].ndim else 1,
             linearize=forward,
             gradient=costing.trace(gradient, shapes, evaluation),
+            gram=_gram_cost(curvature, shapes, evaluation) if rows and rowwise else Cost(),
             product=_less(whole, forward) if not isinstance(curvature, Microbatched) else whole,
             residuals=costing.residual_bytes(inner.forward, shapes, evaluation),
         )
@@ -259,6 +262,17 @@ def _rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
     return math.prod(jax.eval_shape(row_vector, shapes, evaluation).shape)
 
 
+def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> Cost:
+    """Work of the Gram matrix, counted on its own trace, so with whatever structure the model turns out to have."""
+
+    def gram(p: PyTree, e: Evaluation) -> Any:
+        rows = curvature.linearize(p, e, Needs(rows=True)).rows
+        # Without a memory bound there are no blocks, whose loops have no countable length.
+        return rows.gram(1 << 62) if rows is not None else 0
+
+    return costing.trace(gram, shapes, evaluation)
+
+
 def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:
     cost, reason = _solve_cost(solver, shapes)
     total = shapes.gradient + cost
@@ -269,12 +283,10 @@ def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:
 def _solve_cost(solver: Solver, s: _Shapes) -> tuple[Cost, str]:
     """Predicted work of one solve and the sizes it follows from."""
     if isinstance(solver, RowSpace) and isinstance(solver.solver, Cholesky):
-        # One forward and backward pass per row over a single example, the Gram product, factorisation, J and J^T.
-        per_row = s.gradient.times(s.rows / max(s.batch, 1))
-        gram = Cost(2.0 * s.rows**2 * s.parameters, 3.0 * s.rows * s.vector)
-        factor = Cost(_CHOLESKY_SLOWDOWN * s.rows**3 / 3, 4.0 * s.itemsize * s.rows**2)
-        memory = s.residuals + s.rows * min(s.vector, solver.max_bytes) + 3 * s.itemsize * s.rows**2
-        total = per_row + gram + factor + s.product
+        # The Gram matrix as structure found it, factorisation and refinement, J and J^T.
+        factor = Cost(_CHOLESKY_SLOWDOWN * s.rows**3 / 3, 6.0 * s.itemsize * s.rows**2)
+        memory = s.residuals + min(s.gram.memory, solver.max_bytes) + 3.0 * s.itemsize * s.rows**2
+        total = s.gram + factor + s.product
         return dataclasses.replace(total, memory=memory), f"{s.rows} rows, {s.parameters} parameters"
     if isinstance(solver, RowSpace):
         vectors = Cost(20.0 * s.rows, 20.0 * s.itemsize * s.rows).times(solver.products)

@@ -102,8 +102,6 @@ def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
             continue
         yield eqn.primitive.name
         yield from (repr(v.val) for v in eqn.invars if isinstance(v, Literal))
-        # Plain numbers among the parameters: powers, lengths of loops.
-        yield from (value for value in eqn.params.values() if isinstance(value, int | float))
         # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
         yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
         for sub in subjaxprs(eqn.params):
