@@ -201,3 +201,13 @@ def test_the_plan_off_gives_the_same_answer(name):
         found, _ = directions(method, model.params(), batch_of(model, kind, "float64"), len(LAMBDAS))
     for lam, got in zip(LAMBDAS, found, strict=True):
         assert_close(got, standard_truth(model, kind).direction(lam), TOLERANCE["float64"], f"plan {plan}, lam {lam}")
+
+
+@pytest.mark.parametrize("model", [models.MLP_TANH, models.SHARED], ids=str)
+def test_rows_made_in_blocks_under_a_bound_on_memory(model):
+    """A few rows at a time, made again for each block they meet."""
+    with precision("float64"):
+        method = curvax.egn_ce(predict_fn=model.predict, max_bytes=3000, **lam_sequence())
+        found, _ = directions(method, model.params(), batch_of(model, "ce", "float64"), len(LAMBDAS))
+    for lam, got in zip(LAMBDAS, found, strict=True):
+        assert_close(got, standard_truth(model, "ce").direction(lam), TOLERANCE["float64"], f"lam {lam}")

@@ -239,6 +239,50 @@ def _grid(params: PyTree, x: jax.Array) -> jax.Array:
     return (jnp.tanh(x @ params["w"]) @ params["v"]).reshape(x.shape[0], 2, 3)
 
 
+def _dense_forms_init(key: jax.Array, dtype: Any) -> PyTree:
+    keys = jax.random.split(key, 7)
+    return {
+        "rows": _normal(keys[0], (5, 3), dtype),
+        "minus": _normal(keys[1], (5,), dtype, 0.2),
+        "block": _normal(keys[2], (5, 3), dtype),
+        "plus": _normal(keys[3], (1, 5), dtype, 0.2),
+        "unit": _normal(keys[4], (5, 4), dtype),
+        "gain": jnp.asarray(0.7, dtype),
+        "masked": _normal(keys[5], (5, 4), dtype),
+        "skip": _normal(keys[6], (3, 4), dtype),
+    }
+
+
+def _dense_forms(params: PyTree, x: jax.Array) -> jax.Array:
+    """Dense layers in unusual clothes: kernel first, subtracted bias, reshaped, summed, normalised, masked, jitted."""
+    left = jnp.einsum("oi,bi->bo", params["rows"], x) - params["minus"]
+    right = jax.jit(lambda y: y @ params["block"].reshape(3, 5))(x)
+    hidden = jnp.tanh(left + right + params["plus"])
+    unit = params["unit"] / jnp.sqrt(jnp.sum(params["unit"] * params["unit"], axis=0))
+    mask = (jnp.arange(20).reshape(5, 4) % 3 > 0).astype(x.dtype)
+    return params["gain"] * (hidden @ unit) + hidden @ (params["masked"] * mask) + (x[:, None] @ params["skip"])[:, 0]
+
+
+def _reused_init(key: jax.Array, dtype: Any) -> PyTree:
+    keys = jax.random.split(key, 6)
+    return {
+        "square": _normal(keys[0], (4, 4), dtype),
+        "bias": _normal(keys[1], (4,), dtype, 0.2),
+        "thin": _normal(keys[2], (4, 2), dtype),
+        "wide": _normal(keys[3], (2, 4), dtype),
+        "vector": _normal(keys[4], (4,), dtype),
+        "deep": _normal(keys[5], (2, 4, 4), dtype),
+    }
+
+
+def _reused(params: PyTree, x: jax.Array) -> jax.Array:
+    """Weights that enter twice, through products of weights, remat, a scan over stacked layers, and as output."""
+    hidden = jnp.tanh(jnp.tanh(x @ params["square"] + params["bias"]) @ params["square"].T + params["bias"])
+    hidden = jax.checkpoint(lambda h, u, v: jnp.tanh(h @ (u @ v)))(hidden, params["thin"], params["wide"])
+    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), hidden, params["deep"])
+    return hidden + (x @ params["vector"])[:, None] * params["vector"] + params["vector"]
+
+
 @jax.custom_vjp
 def _swish(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(x)
@@ -353,6 +397,8 @@ ODD_TREE = Model("odd_tree", _odd_tree_init, _odd_tree, (6, 3), (6, 4))
 GRID = Model("grid_outputs", _grid_init, _grid, (6, 3), (6, 2, 3))
 SCALAR = Model("scalar_output", _dense_init((3, 4, 1)), _scalar(_mlp(jnp.tanh)), (7, 3), (7,))
 ONE_OUTPUT = Model("one_output", _dense_init((3, 4, 1)), _mlp(jnp.tanh), (7, 3), (7, 1))
+DENSE_FORMS = Model("dense_forms", _dense_forms_init, _dense_forms, (6, 3), (6, 4))
+REUSED = Model("reused_weights", _reused_init, _reused, (6, 4), (6, 4))
 CUSTOM_VJP = Model("custom_vjp", _dense_init((3, 5, 4)), _mlp(_swish), (6, 3), (6, 4), forward_mode=False)
 STRAIGHT_THROUGH = Model(
     "straight_through",
@@ -392,6 +438,8 @@ CLASSIFIERS = (
     ARRAY,
     ODD_TREE,
     GRID,
+    DENSE_FORMS,
+    REUSED,
     CUSTOM_VJP,
     STRAIGHT_THROUGH,
 )

@@ -205,8 +205,8 @@ def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, w: _Pair,
     """The best start for (Q K + lam I) u = r within span{r, w}, w = r - Q J s' from the previous direction s'.
 
     If s' solved this very system, it is J^T u' with lam u' = w. On another batch the start is the least of the
-    quadratic over the span, so never worse than zero. Since K r and K w are at hand, the energies <a, A b> = (K a).Q (K b) +
-    lam a.(K b) take no further product with K.
+    quadratic over the span, so never worse than zero. Since K r and K w are at hand, the energies
+    <a, A b> = (K a).Q (K b) + lam a.(K b) take no further product with K.
     """
 
     def energy(a: _Pair, b: _Pair) -> jax.Array:
