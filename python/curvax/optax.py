@@ -15,7 +15,7 @@ still needs all of them: pass `full_params=params` to `update`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,8 @@ def as_gradient_transformation(method: Method, *, model_state: PyTree = None) ->
         )
         return _fill(proposal.update, trainable, updates), proposal.state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # Optax's types allow arrays and containers as states; a registered dataclass is a pytree all the same.
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
 def _is_none(x: Any) -> bool:

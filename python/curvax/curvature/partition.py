@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _is_gap(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def is_function(mask: Any) -> bool:
+def is_function(mask: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
     """Whether a mask is a function from parameters to one; a module with `__call__` is a tree all the same."""
     return callable(mask) and jax.tree_util.all_leaves([mask])
 

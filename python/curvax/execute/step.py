@@ -15,7 +15,7 @@ from curvax.damping import Outcome
 from curvax.execute.branch import when
 from curvax.execute.directions import Task, restarted, solve
 from curvax.execute.state import MethodState
-from curvax.kernels import tree_cg
+from curvax.kernels import Implementation, tree_cg
 from curvax.plan import Assembly, Cadence, Plan, kernel_choices
 from curvax.preconditioners import Identity
 from curvax.solvers import Lane, Solution, TreeSpace
@@ -133,9 +133,8 @@ def _refresh(
         at = curved
         if plan.refresh_apart:
             at = assembly.curvature.linearize(params, _curvature_batch(problem), plan.refresh_needs)
-        random = assembly.preconditioner.needs_product or assembly.preconditioner.needs_sampling
-        if random and problem.key is None:
-            raise ValueError(f"{assembly.preconditioner} is random: pass a random key to step.")
+        if problem.key is None:
+            raise ValueError(f"{type(assembly.preconditioner).__name__} draws at random: pass a random key to step.")
         return assembly.preconditioner.refresh(state.preconditioner, at, problem.key)
 
     return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
@@ -152,7 +151,8 @@ def _solve(
     preconditioner: Any,
     state: MethodState,
 ) -> Solution:
-    chosen = {choice.op: choice.implementation for choice in kernel_choices(assembly, plan.solver, params)}
+    choices = kernel_choices(assembly, plan.solver, params)
+    chosen: dict[str, Implementation] = {choice.op: choice.implementation for choice in choices}
     task = Task(
         at=curved,
         gradient=gradient,
