@@ -4,6 +4,9 @@ VENV ?= .venv
 EXTRAS ?= test,examples
 JOBS ?= 2
 
+# LAPACK's own threads and XLA's wait for each other's cores; one LAPACK thread is as fast and never stalls.
+export OPENBLAS_NUM_THREADS ?= 1
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f)

@@ -8,6 +8,8 @@ import pathlib
 
 # One platform for all candidates; the environment's word counts if it has spoken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LAPACK's threads against XLA's would make every factorisation a lottery, for all candidates.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
 from bench.suites import kernels, plan, steps
