@@ -180,12 +180,12 @@ def resolve(op: Op, backend: Backend, request: Request) -> Choice:
     return Choice(op.name, "reference", reason)
 
 
-def select(op: Op, implementation: Implementation | None, request: Request) -> Choice:
+def select(op: Op, implementation: Implementation | Choice | None, request: Request) -> Choice:
     """The implementation for one call of `op`, entered into the report.
 
     Args:
       op: the op.
-      implementation: None for the best supported one, or a name.
+      implementation: None for the best supported one, a name, or a choice that `resolve` made for this op and request.
       request: the operands of the call.
 
     Returns:
@@ -195,7 +195,9 @@ def select(op: Op, implementation: Implementation | None, request: Request) -> C
       Unsupported: the named implementation does not exist or cannot run the request.
       ValueError: `implementation` is no implementation.
     """
-    if implementation is None:
+    if isinstance(implementation, Choice):
+        choice = implementation
+    elif implementation is None:
         choice = _best(op, request)
     elif implementation not in get_args(Implementation):
         raise ValueError(

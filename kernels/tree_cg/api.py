@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from curvax.kernels._dispatch import Implementation, Op, Request, Variant, select
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
 from curvax.kernels.tree_cg import native, reference
 from curvax.tree import PyTree, scalar_dtype
 
@@ -45,7 +45,7 @@ def cg_update(
     q: PyTree,
     *,
     lam: jax.Array | float = 0.0,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Choice | None = None,
 ) -> tuple[PyTree, PyTree, jax.Array]:
     """One step along the search direction: x + alpha p, r - alpha (q + lam p) and the squared norm of the new residual.
 
@@ -73,7 +73,9 @@ def cg_update(
     return reference.cg_update(alpha, lam, x, p, r, q)
 
 
-def cg_direction(beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Implementation | None = None) -> PyTree:
+def cg_direction(
+    beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Implementation | Choice | None = None
+) -> PyTree:
     """The next search direction: z + beta p.
 
     Args:
@@ -97,7 +99,7 @@ def cg_direction(beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Imple
 
 
 def dots(
-    pairs: Sequence[tuple[PyTree, PyTree]], *, implementation: Implementation | None = None
+    pairs: Sequence[tuple[PyTree, PyTree]], *, implementation: Implementation | Choice | None = None
 ) -> tuple[jax.Array, ...]:
     """Several inner products at once, for instance `<p, q>` and `<p, p>`.
 

@@ -11,6 +11,7 @@ from curvax import structure as structure
 from curvax import telemetry as telemetry
 from curvax.execute import MethodState as MethodState
 from curvax.kernels import Unsupported as Unsupported
+from curvax.kernels import clear_report as clear_report
 from curvax.kernels import report as report
 from curvax.kernels import strict_backend as strict_backend
 from curvax.method import Method as Method

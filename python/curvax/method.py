@@ -14,7 +14,7 @@ from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_met
 from curvax.tree import PyTree
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Method:
     """A second-order method assembled from modules.
 
@@ -32,6 +32,9 @@ class Method:
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", plan_method(self.assembly))
 
+    def __repr__(self) -> str:
+        return f"<curvax.Method, {self.plan.explain().splitlines()[0]}>"
+
     def init(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
         """The state before the first step.
 
@@ -45,6 +48,11 @@ class Method:
         trainable, _ = self.assembly.partition.split(params)
         if not jax.tree.leaves(trainable):
             raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
+        if self.assembly.curvature.has_state != (model_state is not None):
+            raise ValueError(
+                "has_state=True and init(params, model_state=...) go together: "
+                + ("pass model_state." if model_state is None else "set has_state=True.")
+            )
         like = wide_shapes(trainable)
         wide = jax.tree.map(lambda p, w: jnp.asarray(p).astype(w.dtype), trainable, like)
         return MethodState(
@@ -106,6 +114,11 @@ class Method:
           batch, state, rng, curvature_batch: as in `step`.
           gradient: used in place of the batch's own gradient (accumulated over many batches, say).
         """
+        if not isinstance(state, MethodState):
+            raise TypeError(
+                f"step takes (params, batch, state, rng), and the state is a {type(state).__name__}: pass what init or "
+                "the last step returned."
+            )
         state.layout.check(trainable)
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
@@ -153,4 +166,6 @@ class _Keys:
     def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
         if rng is None:
             return _Keys(None, None, None)
+        if not hasattr(rng, "dtype"):
+            raise TypeError(f"rng must be a random key such as jax.random.key(0), not a {type(rng).__name__}.")
         return _Keys(*jax.random.split(jax.random.fold_in(rng, step), 3))

@@ -88,6 +88,7 @@ class Record:
     every: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", Metric(self.metric))  # its name will do
         if self.every < 1:
             raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")
 

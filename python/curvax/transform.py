@@ -51,6 +51,7 @@ def build_transform(
         if given:
             raise ValueError(f"tx already is the whole transform: drop {', '.join(given)}, or drop tx.")
         return optax.with_extra_args_support(tx)
+    check_learning_rate(learning_rate)
     if nesterov and direction_momentum is None:
         raise ValueError("nesterov needs direction_momentum.")
     parts: list[optax.GradientTransformation] = []
@@ -62,6 +63,12 @@ def build_transform(
         parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Raises TypeError for what is neither a number nor a schedule. None would leave out the sign of descent."""
+    if learning_rate is None or isinstance(learning_rate, str):
+        raise TypeError("learning_rate must be a number or an Optax schedule: 1.0 takes the full direction.")
 
 
 def trainable_mask(mask: Any | None) -> Any | None:

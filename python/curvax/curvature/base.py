@@ -141,6 +141,11 @@ class Curvature(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def has_state(self) -> bool:
+        """Whether the model takes and returns mutable state."""
+
+    @property
+    @abc.abstractmethod
     def needs_model_key(self) -> bool:
         """Whether the model takes a random key."""
 

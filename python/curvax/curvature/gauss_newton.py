@@ -15,7 +15,7 @@ from curvax.curvature.differentiate import LinearModel, linear_model
 from curvax.curvature.model import Model
 from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
-from curvax.losses.base import Loss
+from curvax.losses.base import Loss, check_loss
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_gram
 from curvax.tree import PyTree
@@ -34,6 +34,9 @@ class GaussNewton(Curvature):
     model: Model
     loss: Loss
     metric: Metric = GeneralizedGaussNewton()
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def name(self) -> str:
@@ -56,6 +59,10 @@ class GaussNewton(Curvature):
         return self.metric.is_random
 
     @property
+    def has_state(self) -> bool:
+        return self.model.extras.has_state
+
+    @property
     def needs_model_key(self) -> bool:
         return self.model.extras.has_rng
 
@@ -66,6 +73,8 @@ class GaussNewton(Curvature):
         batch = evaluation.batch
         targets, weights = self.model.targets(batch), self.model.weights(batch)
         outputs = jax.eval_shape(self.forward, params, evaluation)
+        if outputs.shape[0] == 0:
+            raise ValueError("the batch is empty: give it at least one example.")
         self.loss.check(outputs, targets, weights)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:

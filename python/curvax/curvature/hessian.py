@@ -15,7 +15,7 @@ from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, R
 from curvax.curvature.differentiate import linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
-from curvax.losses.base import Loss
+from curvax.losses.base import Loss, check_loss
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
@@ -100,6 +100,9 @@ class ModelLoss(Objective):
     model: Model
     loss: Loss
 
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+
     @property
     def extras(self) -> Extras:
         return self.model.extras
@@ -150,6 +153,10 @@ class Hessian(Curvature):
     @property
     def is_random(self) -> bool:
         return False
+
+    @property
+    def has_state(self) -> bool:
+        return self.objective.extras.has_state
 
     @property
     def needs_model_key(self) -> bool:

@@ -14,6 +14,7 @@ from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, R
 from curvax.curvature.partition import Partition
 from curvax.loops import for_loop_body
 from curvax.structure.report import LeafStructure
+from curvax.structure.rows import row_gram
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -137,6 +138,10 @@ class Microbatched(Curvature):
         return self.inner.is_random
 
     @property
+    def has_state(self) -> bool:
+        return self.inner.has_state
+
+    @property
     def needs_model_key(self) -> bool:
         return self.inner.needs_model_key
 
@@ -249,5 +254,18 @@ class Microbatched(Curvature):
 
             return pieces.sum(visit, beside=u)[0]
 
-        outputs = pieces.sum(lambda piece, *_: ((), piece.model_state, self.inner.forward(params, piece)))[2]
-        return self.inner.rows(params, evaluation, outputs, push, pull)
+        outputs = self._outputs(params, pieces)
+        rows = self.inner.rows(params, evaluation, outputs, push, pull)
+        if not (self.needs_model_key or self.has_state):
+            return rows
+        # Each piece has a key and a state of its own, so no one function of an example describes the model.
+        return dataclasses.replace(
+            rows, gram=lambda limit: row_gram(None, params, None, rows.output, pull, max_bytes=limit)
+        )
+
+    def _outputs(self, params: PyTree, pieces: _Pieces) -> jax.Array:
+        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+            at = self.inner.linearize(params, piece, Needs())
+            return (), at.model_state, self.inner.forward(params, piece)
+
+        return pieces.sum(visit)[2]

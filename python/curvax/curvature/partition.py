@@ -26,6 +26,12 @@ def is_function(mask: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
     return callable(mask) and jax.tree_util.all_leaves([mask])
 
 
+def _flag(mask: Any) -> bool:
+    if not isinstance(mask, bool | np.bool_):
+        raise TypeError("an entry of the mask is not a boolean")
+    return bool(mask)
+
+
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """Splits parameters into a trainable and a frozen tree, each with `None` where the other has the leaf.
@@ -57,7 +63,7 @@ class Partition:
         if chosen is None:
             chosen = False
         try:
-            full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: bool(m), p), chosen, params)
+            full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: _flag(m), p), chosen, params)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "`frozen` must be a tree of booleans with the structure of the parameters, or a prefix of it."

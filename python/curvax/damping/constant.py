@@ -77,7 +77,9 @@ class Scheduled(Damping):
 
 
 def _check_lam0(lam0: ScalarLike) -> None:
-    if isinstance(lam0, int | float) and not lam0 >= 0:
+    if callable(lam0) or isinstance(lam0, str):
+        raise TypeError("lam0 must be a number here: a schedule goes into curvax.damping.Scheduled.")
+    if not isinstance(lam0, jax.core.Tracer) and not float(lam0) >= 0:
         raise ValueError(f"lam0 must be at least 0, not {lam0}.")
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature import Linearization, OutputCurvature, Rows
 from curvax.loops import for_loop_body
-from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
-from curvax.solvers.base import relative_residual
+from curvax.solvers import CG, Lane, Result, RowSpace, Solution, Solver, Space, System, TreeSpace
+from curvax.solvers.base import code, relative_residual
 from curvax.tree import PyTree
 
 
@@ -65,6 +65,8 @@ def _parameter_system(task: Task) -> System:
 
 _Pair = tuple[jax.Array, jax.Array]
 
+_POOR = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class _PairSpace(Space):
@@ -96,7 +98,13 @@ def _solve_rows(solver: RowSpace, task: Task, state: PyTree) -> Solution:
     else:
         solution = _row_matrix(solver, rows, task, state)
     residual = relative_residual(System(rows.product), task.lam, _right_hand_side(solver, task, state), solution.value)
-    return dataclasses.replace(solution, residual=residual, state=solution.value if solver.keeps_direction else ())
+    # A direct solve that leaves much of the right-hand side did not solve this system, whatever it says of its own.
+    poor = (solution.result == int(Result.CONVERGED)) & ~(residual <= _POOR)
+    result = jnp.where(
+        poor, jnp.where(jnp.isfinite(residual), code(Result.INACCURATE), code(Result.NON_FINITE)), solution.result
+    )
+    state = solution.value if solver.keeps_direction else ()
+    return dataclasses.replace(solution, result=result, residual=residual, state=state)
 
 
 def _right_hand_side(solver: RowSpace, task: Task, state: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from curvax.damping import Outcome
 from curvax.execute.branch import when
 from curvax.execute.directions import Task, restarted, solve
 from curvax.execute.state import MethodState
-from curvax.kernels import Implementation, tree_cg
+from curvax.kernels import tree_cg
 from curvax.plan import Assembly, Cadence, Plan, kernel_choices
 from curvax.preconditioners import Identity
 from curvax.solvers import Lane, Solution, TreeSpace
@@ -151,8 +151,7 @@ def _solve(
     preconditioner: Any,
     state: MethodState,
 ) -> Solution:
-    choices = kernel_choices(assembly, plan.solver, params)
-    chosen: dict[str, Implementation] = {choice.op: choice.implementation for choice in choices}
+    chosen = {choice.op: choice for choice in kernel_choices(assembly, plan.solver, params)}
     task = Task(
         at=curved,
         gradient=gradient,

@@ -233,3 +233,15 @@ def exp_clipped(x: jax.Array) -> jax.Array:
     """exp(x) with x held where both exp(x) and exp(-x) are normal numbers: finite and not zero."""
     limit = -math.log(float(jnp.finfo(x.dtype).tiny))
     return jnp.exp(jnp.clip(x, -limit, limit))
+
+
+def check_loss(loss: Any) -> None:
+    """Raises TypeError for what is not a loss object."""
+    if isinstance(loss, Loss):
+        return
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        raise TypeError(f"loss is the class {loss.__name__}: pass an instance, {loss.__name__}().")
+    raise TypeError(
+        "loss must be a curvax.losses object: wrap a function of one position's outputs and target in "
+        "curvax.losses.CustomLoss, or pass a function of (params, batch) as loss_fn to a Hessian method."
+    )

@@ -16,7 +16,7 @@ from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOpt
 from curvax.methods.registry import preset
 from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import Diagonal
-from curvax.transform import ScalarOrSchedule, trainable_mask
+from curvax.transform import ScalarOrSchedule, check_learning_rate, trainable_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class SophiaOptions(LossRecordOptions):
     def transform(self) -> optax.GradientTransformationExtraArgs:
         if self.tx is not None:
             return optax.with_extra_args_support(self.tx)
+        check_learning_rate(self.learning_rate)
         chain = optax.chain(
             optax.clip(self.clip_value),
             optax.add_decayed_weights(self.weight_decay, mask=trainable_mask(self.mask)),

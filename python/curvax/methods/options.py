@@ -123,7 +123,13 @@ class DampingOptions:
                 raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
             return self.lam_policy
         if callable(self.lam0):
+            if self.lam_kwargs:
+                raise ValueError("with a schedule as lam0 there is no trust region for lam_kwargs: drop one of them.")
             return Scheduled(self.lam0)
+        if self.lam_policy == "schedule":
+            raise TypeError("lam_policy='schedule' needs lam0 to be an Optax schedule.")
+        if self.lam_policy == "const" and self.lam_kwargs:
+            raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
         if self.lam_policy == "const":
             return from_mapping(Constant, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
         if self.lam_policy == "trust_region":

@@ -51,6 +51,7 @@ def preset(
                 raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
             return build(options(*args, **kwargs))
 
+        method.__doc__ = f"{inspect.getdoc(build)}\n\nKeywords and what they mean: `curvax methods {name}` in a shell."
         method.__signature__ = signature.replace(return_annotation=Method)  # type: ignore[attr-defined]
         info = MethodInfo(name, description, signature, inspect.getdoc(build) or description)
         _PRESETS[name] = (method, info)

@@ -85,7 +85,7 @@ class Plan:
             self._header(),
             _table("module", [f"{kind:<15}{name}" for kind, name in self.modules]),
             _table("part", [_requirement_line(r) for r in self.requirements]),
-            _table("kernel", [f"{c.op:<15}{c.implementation:<11}{c.reason}" for c in self.choices]),
+            _table("kernel", self._kernel_lines()),
             _table("candidate", [self._candidate_line(c) for c in self.candidates]),
             _table("cost", self._cost_lines()),
             _table("note", list(self.notes)),
@@ -96,6 +96,11 @@ class Plan:
         lane = self.lane.value if self.lane is not None else "chosen from the shapes of the first batch"
         sharing = "" if self.mode is PlanMode.SHARED else " (plan off: nothing shared, cadence work in every step)"
         return f"plan: lane {lane}, {self.solver.name}{sharing}"
+
+    def _kernel_lines(self) -> list[str]:
+        if self.costs and not self.choices:
+            return ["none: this lane runs on plain JAX, whatever the backend"]
+        return [f"{c.op:<15}{c.implementation:<11}{c.reason}" for c in self.choices]
 
     def _candidate_line(self, candidate: Candidate) -> str:
         mark = "->" if candidate.index == self.solver_index else "  "

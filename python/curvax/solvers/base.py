@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.kernels import tree_cg
-from curvax.kernels._dispatch import Implementation
+from curvax.kernels._dispatch import Choice, Implementation
 from curvax.tree import PyTree
 
 
@@ -28,6 +28,7 @@ class Result(enum.IntEnum):
     INDEFINITE = 5
     SINGULAR = 6
     STOPPED_EARLY = 7
+    INACCURATE = 8
 
     def describe(self) -> str:
         """What happened and what to do about it."""
@@ -43,6 +44,7 @@ _SENTENCES = {
     Result.NON_FINITE: "The system holds NaN or infinity: look at the batch and the loss.",
     Result.INDEFINITE: "The matrix is indefinite: the magnitudes of its eigenvalues were used; raise lam.",
     Result.SINGULAR: "The matrix is singular to rounding: the minimum-norm solution was used; raise lam.",
+    Result.INACCURATE: "The solution does not satisfy the system: raise lam or use float64.",
     Result.STOPPED_EARLY: "The quadratic stopped improving (Martens' rule): the direction is usable.",
 }
 
@@ -78,12 +80,13 @@ class TreeSpace(Space):
     """Pytrees with the standard inner product, served by the `tree_cg` ops.
 
     Attributes:
-      for_dots, for_update, for_direction: implementation of each op; `None` takes the best supported one.
+      for_dots, for_update, for_direction: implementation of each op, by name or as the planner's choice; `None` takes
+        the best supported one.
     """
 
-    for_dots: Implementation | None = None
-    for_update: Implementation | None = None
-    for_direction: Implementation | None = None
+    for_dots: Implementation | Choice | None = None
+    for_update: Implementation | Choice | None = None
+    for_direction: Implementation | Choice | None = None
 
     def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
         return tree_cg.dots(pairs, implementation=self.for_dots)

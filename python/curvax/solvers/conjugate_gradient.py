@@ -128,9 +128,13 @@ class CG(Solver):
         )
         result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
         result = jnp.where(jnp.isfinite(size), result, code(Result.NON_FINITE))
+        # On an indefinite system what CG adds to a warm start may point uphill: then a short step along b instead.
+        (descent,) = space.dots(((end.x, b),))
+        short = 1 / jnp.where(end.largest > 0, end.largest, jnp.ones_like(end.largest))
+        x = tree.where(descent < 0, tree.scale(short, b), end.x)
         # A right-hand side that is not finite leaves x at zero, and zero times its norm is NaN: not a step to take.
-        value = jax.tree.map(lambda v: v * size.astype(v.dtype), end.x)
-        residual = self._true_residual(system, b, lam, end, result)
+        value = jax.tree.map(lambda v: v * size.astype(v.dtype), x)
+        residual = self._true_residual(system, b, lam, dataclasses.replace(end, x=x), result)
         return Solution(value, result, end.i, jnp.where(size > 0, residual, jnp.zeros_like(size)), ())
 
     def _warm(

@@ -57,11 +57,12 @@ def examples_independent(predict: Callable[[PyTree, Any], jax.Array], params: Py
         return jax.make_jaxpr(predict)(shapes, resized)
 
     try:
-        closed = trace(batch)
-        whole, single = (_same_computation(trace(size), closed) for size in (leaves[0].shape[0], 1))
+        closed, whole, single = trace(batch), trace(leaves[0].shape[0]), trace(1)
     except (TypeError, ValueError):
         return False, "the model does not accept another batch size"
-    if not (whole and single):
+    alike = _same_computation(whole, closed) and _same_computation(single, closed)
+    size = leaves[0].shape[0]
+    if not alike or not (size == 1 or _same_shapes(whole.jaxpr, closed.jaxpr, size, batch)):
         return False, "the model computes differently for different batch sizes"
     axes: list[_Axis] = [None] * len(jax.tree.leaves(params)) + [0] * len(leaves)
     try:
@@ -106,6 +107,27 @@ def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
         yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
         for sub in subjaxprs(eqn.params):
             yield from _signature(sub)
+
+
+def _same_shapes(jaxpr: Jaxpr, probe: Jaxpr, size: int, probe_size: int) -> bool:
+    """Whether every axis of every value is as long in both traces, or the same multiple of the batch size."""
+    if len(jaxpr.eqns) != len(probe.eqns):
+        return False
+
+    def axis(mine: int, theirs: int) -> bool:
+        return mine == theirs or (theirs % probe_size == 0 and mine == theirs // probe_size * size)
+
+    def shapes(eqn: Any) -> list[tuple[int, ...]]:
+        return [v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape")]
+
+    for a, b in zip(jaxpr.eqns, probe.eqns, strict=True):
+        for mine, theirs in zip(shapes(a), shapes(b), strict=True):
+            if len(mine) != len(theirs) or not all(map(axis, mine, theirs)):
+                return False
+        inner = list(zip(subjaxprs(a.params), subjaxprs(b.params), strict=True))
+        if not all(_same_shapes(x, y, size, probe_size) for x, y in inner):
+            return False
+    return True
 
 
 def _same_constant(a: Any, b: Any) -> bool:

@@ -27,7 +27,7 @@ DEFAULT_MAX_BYTES = 2 << 30
 
 
 def row_gram(
-    predict: Callable[[PyTree, Any], jax.Array],
+    predict: Callable[[PyTree, Any], jax.Array] | None,
     params: PyTree,
     inputs: Any,
     output: OutputCurvature,
@@ -38,7 +38,8 @@ def row_gram(
     """S^T J J^T S as a dense symmetric matrix.
 
     Args:
-      predict: (params, inputs) -> outputs.
+      predict: (params, inputs) -> outputs; `None` if one function of the example does not describe the model, and the
+        rows must come from `pull`.
       params: trainable parameters.
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
@@ -54,8 +55,7 @@ def row_gram(
     """
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    independent, _ = examples_independent(predict, params, inputs)
-    if independent and not output.couples_examples:
+    if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
         return gram(_example_groups(predict, params, inputs, output), max_bytes)
     return gram(_joint_groups(params, output, pull), max_bytes)
 
