@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from curvax.damping.base import Damping, Outcome, ScalarLike, scalar
 
@@ -79,7 +80,7 @@ class Scheduled(Damping):
 def _check_lam0(lam0: ScalarLike) -> None:
     if callable(lam0) or isinstance(lam0, str):
         raise TypeError("lam0 must be a number here: a schedule goes into curvax.damping.Scheduled.")
-    if not isinstance(lam0, jax.core.Tracer) and not float(lam0) >= 0:
+    if not isinstance(lam0, Tracer) and not float(lam0) >= 0:
         raise ValueError(f"lam0 must be at least 0, not {lam0}.")
 
 

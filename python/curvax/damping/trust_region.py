@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from curvax.damping.base import Damping, Outcome, ScalarLike, scalar
 from curvax.damping.constant import _check_lam0, _show
@@ -40,7 +41,7 @@ class TrustRegion(Damping):
 
     def __post_init__(self) -> None:
         _check_lam0(self.lam0)
-        if not isinstance(self.lam0, jax.core.Tracer) and float(self.lam0) == 0:
+        if not isinstance(self.lam0, Tracer) and float(self.lam0) == 0:
             raise ValueError("a trust region multiplies its damping: give lam0 above 0.")
         if self.every_k < 1:
             raise ValueError(f"every_k must be at least 1, not {self.every_k}.")
