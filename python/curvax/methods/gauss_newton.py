@@ -18,7 +18,6 @@ from curvax.methods.options import (
 from curvax.methods.registry import preset
 from curvax.solvers import Automatic, Cholesky, RowSpace, Solver
 from curvax.structure.rows import DEFAULT_MAX_BYTES
-from curvax.transform import ScalarOrSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,9 @@ class SpringOptions(GaussNewtonOptions):
     """Keywords of `spring`, with momentum and damping of its paper.
 
     Attributes:
-      learning_rate: 0.1. With momentum 0.99 a constant rate of 1 does not settle; the paper decays a small rate and
-        bounds the step (`clip_norm`), and a trust region (`lam_policy`) serves deterministic problems best.
+      learning_rate: 1, the direction as it is; with momentum 0.99 a constant rate of 1 does not settle. The paper
+        decays a small rate and bounds the step (`clip_norm`); a trust region (`lam_policy`) serves deterministic
+        problems best.
       momentum: how much of the previous direction the regulariser pulls towards; 0.99.
       lam0: 1e-3.
       loss, metric: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
@@ -101,7 +101,6 @@ class SpringOptions(GaussNewtonOptions):
     metric: Metric = GeneralizedGaussNewton()
     momentum: float = 0.99
     lam0: object = 1e-3
-    learning_rate: ScalarOrSchedule = 0.1
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
