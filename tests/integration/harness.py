@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,3 +153,22 @@ def steps_where_more_ran(counts: list[int]) -> list[int]:
     """Indices of the steps whose count exceeds the smallest one: where a cadence's work ran."""
     least = min(counts)
     return [i for i, count in enumerate(counts) if count > least]
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingEstimator(curvax.estimators.DiagonalEstimator):
+    """Counts the estimates it makes; the diagonal is one."""
+
+    counter: Counter
+
+    @property
+    def needs_product(self):
+        return True
+
+    @property
+    def needs_sampling(self):
+        return False
+
+    def diagonal(self, linearization, key):
+        self.counter.tick("estimate")
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), linearization.params_like)

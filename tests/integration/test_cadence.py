@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from oracle.compiling import quick_jit
 
 import curvax
 from integration import presets
-from integration.harness import Counter, batch_of, counted, key, precision, steps_where_more_ran
+from integration.harness import Counter, CountingEstimator, batch_of, counted, key, precision, steps_where_more_ran
 
 MODEL = models.MLP_TANH
 STEPS = 12
@@ -94,30 +91,11 @@ def test_default_sophia_refreshes_every_10():
         assert steps_where_more_ran(counts) == [0, 10]
 
 
-@dataclasses.dataclass(frozen=True)
-class _CountingEstimator(curvax.estimators.DiagonalEstimator):
-    """Counts the estimates it makes; the diagonal is one."""
-
-    counter: Counter
-
-    @property
-    def needs_product(self):
-        return True
-
-    @property
-    def needs_sampling(self):
-        return False
-
-    def diagonal(self, linearization, key):
-        self.counter.tick("estimate")
-        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), linearization.params_like)
-
-
 @pytest.mark.parametrize("every", [1, 3])
 def test_preconditioner_of_a_solver_is_refreshed_at_its_cadence(every):
     counter = Counter()
     with precision("float32"):
-        preconditioner = curvax.preconditioners.EmaDiagonal(_CountingEstimator(counter), every=every)
+        preconditioner = curvax.preconditioners.EmaDiagonal(CountingEstimator(counter), every=every)
         method = curvax.sgn_ce(predict_fn=MODEL.predict, precond=preconditioner)
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         step, state = quick_jit(method.step), method.init(params)

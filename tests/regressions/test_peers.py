@@ -15,6 +15,7 @@ from integration.harness import (
     LAMBDAS,
     TOLERANCE,
     Counter,
+    CountingEstimator,
     all_finite,
     assert_close,
     batch_of,
@@ -178,31 +179,12 @@ def test_a_preconditioner_reaches_every_solver(adapter):
     assert ran.get("apply", 0) >= 3 and ran.get("refresh") == 1, ran
 
 
-@dataclasses.dataclass(frozen=True)
-class _CountingEstimator(curvax.estimators.DiagonalEstimator):
-    """A diagonal of ones, counting its uses."""
-
-    counter: Counter
-
-    @property
-    def needs_product(self):
-        return True
-
-    @property
-    def needs_sampling(self):
-        return False
-
-    def diagonal(self, linearization, key):
-        self.counter.tick("estimate")
-        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), linearization.params_like)
-
-
 @pytest.mark.parametrize("precond", ["diag_direct", "diag_ema"])
 def test_the_estimator_given_is_the_estimator_used(precond):
     """Peer: precond="diag_direct" with an estimator never calls it."""
     counter = Counter()
     with precision("float32"):
-        method = curvax.sgn_ce(predict_fn=MODEL.predict, precond=precond, estimator=_CountingEstimator(counter))
+        method = curvax.sgn_ce(predict_fn=MODEL.predict, precond=precond, estimator=CountingEstimator(counter))
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         quick_jit(method.step)(params, batch, method.init(params), key())
         assert counter.take() == {"estimate": 1}
