@@ -14,6 +14,7 @@ Two questions are answered here and nowhere else:
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,25 +50,33 @@ class Request:
       devices: how many devices of one program see the whole array: 1 inside `jax.shard_map` with all axes manual, where
         each device calls the op on its own shard.
       dtypes: the distinct dtypes of the operands.
-      sizes: number of elements of each leaf.
+      shapes: of each leaf of the first operand.
+      capability: CUDA compute capability, (9, 0) for an H100; None where there is no NVIDIA GPU, or an unknown one.
     """
 
     platform: str
     devices: int
     dtypes: tuple[np.dtype, ...]
-    sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    capability: tuple[int, int] | None = None
 
     @staticmethod
     def of(*trees: Any) -> Request:
-        """The request of an op on these operands (arrays or `jax.ShapeDtypeStruct`s); sizes are the first's."""
+        """The request of an op on these operands (arrays or `jax.ShapeDtypeStruct`s); shapes are the first's."""
         platform = _platform()
         leaves = jax.tree.leaves(trees)
         return Request(
             platform=platform,
             devices=_devices(platform),
             dtypes=tuple(sorted({np.dtype(leaf.dtype) for leaf in leaves}, key=str)),
-            sizes=tuple(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trees[0])) if trees else (),
+            shapes=tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(trees[0])) if trees else (),
+            capability=_capability(platform),
         )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each leaf."""
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def size(self) -> int:
@@ -76,6 +85,11 @@ class Request:
 
 
 Probe: TypeAlias = Callable[[Request], str | None]
+
+
+def unmeasured_on_gpu(request: Request) -> str | None:
+    """The `better_not` of a GPU implementation that nobody has timed on a GPU yet: there "auto" keeps the reference."""
+    return "it has not been timed on a GPU: ask for it by name" if request.platform == "gpu" else None
 
 
 def _no_objection(request: Request) -> str | None:
@@ -261,16 +275,58 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
 
 
 def _platform() -> str:
-    """Where an uncommitted computation runs: `jax_default_device` if one is set, else the default backend."""
+    """Where the computation is expected to run.
+
+    That is the device of the surrounding mesh, if it names one (as when compiling for a device that is not there), else
+    `jax_default_device`, else the default backend.
+    """
+    described = _mesh_device()
+    if described is not None:
+        return described.platform
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
 
 
+def _mesh_device() -> Any:
+    """The device that the surrounding mesh says it consists of; None without a mesh or where it does not say."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    # Before jax 0.11 a mesh describes devices without their platform.
+    return described if hasattr(described, "platform") else None
+
+
+# Compute capabilities by what a device calls itself, for meshes of devices that are described and not there.
+_CAPABILITIES = {
+    "A100": (8, 0),
+    "A10G": (8, 6),
+    "L4": (8, 9),
+    "L40": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "GH200": (9, 0),
+    "B200": (10, 0),
+    "GB200": (10, 0),
+}
+
+
+def _capability(platform: str) -> tuple[int, int] | None:
+    if platform not in ("gpu", "cuda"):
+        return None
+    described = _mesh_device()
+    if described is not None:
+        words = described.device_kind.replace("-", " ").split()
+        return next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
+    version = getattr(jax.devices(platform)[0], "compute_capability", None)
+    if not isinstance(version, str) or "." not in version:
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _devices(platform: str) -> int:
-    """How many devices may share one array: those of the platform, or 1 where every mesh axis is manual."""
+    """How many devices may share one array: those of the mesh or the platform, or 1 where every mesh axis is manual."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_manual:
         return 1
-    return jax.device_count(platform)
+    return mesh.size if _mesh_device() is not None else jax.device_count(platform)

@@ -1,1 +1,1 @@
-"""One module per suite, each with `run(quick) -> rows`."""
+"""One module or package per suite, each with `run_suite(quick, only)`, which yields rows."""

@@ -6,11 +6,8 @@
 
 namespace curvax {
 
-// Elements per block, the unit of work and of reduction. Within a block a lane of the accumulators adds up at most
-// kBlock / kLanes = 64 (float) or 128 (double) products in the dtype itself; lanes and blocks are added pairwise in
-// double.
-inline constexpr int64_t kBlock = 4096;
-
+// Within a block (common/leaves.h) a lane of the accumulators adds up at most kBlock / kLanes = 64 (float) or 128
+// (double) products in the dtype itself; lanes and blocks are added pairwise in double.
 template <typename T>
 struct BlockKernels {
   // xo = x + alpha p, ro = r - alpha (q + lam p); returns <ro, ro>. xo may be x, ro may be r.

@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "common/leaves.h"
+#include "common/operands.h"
 #include "common/pairwise.h"
-#include "cpu/parallel.h"
+#include "cpu/for_each_block.h"
 #include "cpu/simd.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -18,145 +20,6 @@ namespace curvax {
 namespace {
 
 namespace ffi = xla::ffi;
-
-// Below this many bytes moved in a call one thread is faster than waking another.
-constexpr int64_t kThreadingBytes = 2 << 20;
-// A thread takes runs of neighbouring blocks: this many runs per thread balance the load, and long runs suit the
-// prefetcher.
-constexpr int64_t kRunsPerThread = 8;
-
-using Dims = std::vector<int64_t>;
-
-template <typename Span>
-Dims ToDims(const Span& span) {
-  return Dims(span.begin(), span.end());
-}
-
-std::string Shape(const Dims& dims) {
-  std::ostringstream out;
-  out << '(';
-  for (size_t i = 0; i < dims.size(); ++i) out << (i ? ", " : "") << dims[i];
-  out << ')';
-  return out.str();
-}
-
-std::string Name(ffi::DataType dtype) {
-  std::ostringstream out;
-  out << dtype;
-  return out.str();
-}
-
-int64_t Product(const Dims& dims) {
-  int64_t product = 1;
-  for (int64_t d : dims) product *= d;
-  return product;
-}
-
-template <typename... Parts>
-ffi::Error Refuse(const char* op, const Parts&... parts) {
-  std::ostringstream out;
-  out << "curvax " << op << ": ";
-  (out << ... << parts);
-  return ffi::Error::InvalidArgument(out.str());
-}
-
-struct Operand {
-  ffi::DataType dtype;
-  Dims dims;
-  void* data;
-};
-
-ffi::Error Argument(const char* op, ffi::RemainingArgs args, size_t index, Operand& operand) {
-  auto buffer = args.get<ffi::AnyBuffer>(index);
-  if (buffer.has_error()) return Refuse(op, "operand ", index, " is not a buffer");
-  operand = {buffer->element_type(), ToDims(buffer->dimensions()), buffer->untyped_data()};
-  return ffi::Error::Success();
-}
-
-ffi::Error Result(const char* op, ffi::RemainingRets rets, size_t index, Operand& operand) {
-  auto buffer = rets.get<ffi::AnyBuffer>(index);
-  if (buffer.has_error()) return Refuse(op, "result ", index, " is not a buffer");
-  operand = {(*buffer)->element_type(), ToDims((*buffer)->dimensions()), (*buffer)->untyped_data()};
-  return ffi::Error::Success();
-}
-
-// Every leaf has the batch axes of the scalars in front; what remains is one member's leaf, of `sizes[leaf]` elements.
-struct Layout {
-  ffi::DataType dtype;
-  Dims batch_dims;
-  int64_t batch = 1;
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> first_block;  // per leaf and one past the end, within one member
-  int64_t elements = 0;              // of one member
-
-  int64_t blocks() const { return first_block.back(); }
-};
-
-ffi::Error CheckDtype(const char* op, ffi::DataType dtype) {
-  if (dtype == ffi::DataType::F32 || dtype == ffi::DataType::F64) return ffi::Error::Success();
-  return Refuse(op, "dtype ", Name(dtype), " is not supported; use F32 or F64");
-}
-
-ffi::Error CheckSame(const char* op, const char* what, size_t index, const Operand& operand, ffi::DataType dtype,
-                     const Dims& dims) {
-  if (operand.dtype != dtype)
-    return Refuse(op, what, " ", index, " has dtype ", Name(operand.dtype), ", expected ", Name(dtype));
-  if (operand.dims != dims)
-    return Refuse(op, what, " ", index, " has shape ", Shape(operand.dims), ", expected ", Shape(dims));
-  return ffi::Error::Success();
-}
-
-ffi::Error MakeLayout(const char* op, ffi::DataType dtype, const Dims& batch_dims, const Operand* leaves, size_t count,
-                      Layout& layout) {
-  layout.dtype = dtype;
-  layout.batch_dims = batch_dims;
-  layout.batch = Product(batch_dims);
-  layout.first_block.assign(1, 0);
-  for (size_t leaf = 0; leaf < count; ++leaf) {
-    const Dims& dims = leaves[leaf].dims;
-    const bool fits =
-        dims.size() >= batch_dims.size() && std::equal(batch_dims.begin(), batch_dims.end(), dims.begin());
-    if (!fits)
-      return Refuse(op, "leaf ", leaf, " of shape ", Shape(dims), " does not begin with the batch axes ",
-                    Shape(batch_dims), " of the scalar");
-    const int64_t size = Product(Dims(dims.begin() + batch_dims.size(), dims.end()));
-    layout.sizes.push_back(size);
-    layout.elements += size;
-    layout.first_block.push_back(layout.first_block.back() + (size + kBlock - 1) / kBlock);
-  }
-  return ffi::Error::Success();
-}
-
-// Calls body(member, leaf, offset, n, slot) for every block of every leaf of every batch member; `offset` counts from
-// the start of the leaf's buffer, `slot` numbers the blocks. Which thread runs a block has no influence on its result.
-template <typename Body>
-void ForEachBlock(ffi::ThreadPool& pool, const Layout& layout, int64_t bytes_per_element, int64_t threads,
-                  const Body& body) {
-  const int64_t blocks = layout.blocks();
-  const int64_t total = blocks * layout.batch;
-  if (threads <= 0)
-    threads = layout.elements * layout.batch * bytes_per_element < kThreadingBytes
-                  ? 1
-                  : std::max<int64_t>(1, pool.num_threads());
-  const int64_t run = std::max<int64_t>(1, total / (threads * kRunsPerThread));
-  ParallelFor(pool, threads, (total + run - 1) / run, [&](int64_t piece) {
-    const int64_t end = std::min(total, (piece + 1) * run);
-    for (int64_t slot = piece * run; slot < end; ++slot) {
-      const int64_t member = slot / blocks;
-      const int64_t block = slot % blocks;
-      const auto& first = layout.first_block;
-      const int64_t leaf = std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
-      const int64_t start = (block - first[leaf]) * kBlock;
-      const int64_t n = std::min(kBlock, layout.sizes[leaf] - start);
-      body(member, leaf, member * layout.sizes[leaf] + start, n, slot);
-    }
-  });
-}
-
-template <typename T>
-T* Data(const Operand& operand) {
-  return static_cast<T*>(operand.data);
-}
 
 // ---------------------------------------------------------------------------------------------------- cg_update
 

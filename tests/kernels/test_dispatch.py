@@ -26,7 +26,7 @@ from curvax.kernels import (
     strict_backend,
 )
 
-REQUEST = Request("cpu", 1, (np.dtype(np.float32),), (3, 4))
+REQUEST = Request("cpu", 1, (np.dtype(np.float32),), ((3,), (4,)))
 
 
 def big_only(request: Request) -> str | None:
@@ -60,8 +60,9 @@ def test_auto_takes_the_best_and_says_what_stood_in_the_way() -> None:
     assert choice.reason == (
         "auto: always available (pallas: it needs a GPU, and this is cpu; native: 7 elements are too few)"
     )
-    assert resolve(OP, "auto", Request("cpu", 1, REQUEST.dtypes, (101,))).implementation == "native"
-    assert resolve(OP, "auto", Request("gpu", 1, REQUEST.dtypes, (3,))) == Choice("demo", "pallas", "auto: one kernel")
+    assert resolve(OP, "auto", Request("cpu", 1, REQUEST.dtypes, ((101,),))).implementation == "native"
+    on_gpu = Request("gpu", 1, REQUEST.dtypes, ((3,),))
+    assert resolve(OP, "auto", on_gpu) == Choice("demo", "pallas", "auto: one kernel")
 
 
 def test_a_backend_that_can_run_is_taken_though_auto_would_not() -> None:

@@ -324,8 +324,8 @@ def test_in_place_in_a_loop() -> None:
 def test_native_refuses_other_platforms_and_several_devices(op: Any) -> None:
     native_variant = op.variant("native")
     f32 = (np.dtype(np.float32),)
-    assert "run on cpu, and this is gpu" in native_variant.cannot(Request("gpu", 1, f32, (5,)))
-    assert "not partitioned" in native_variant.cannot(Request("cpu", 2, f32, (5,)))
+    assert "run on cpu, and this is gpu" in native_variant.cannot(Request("gpu", 1, f32, ((5,),)))
+    assert "not partitioned" in native_variant.cannot(Request("cpu", 2, f32, ((5,),)))
 
 
 def test_vectors_must_be_alike() -> None:
