@@ -28,6 +28,7 @@ class Task:
       lam: damping.
       precondition: v -> P^-1 v, or `None`.
       space: vector arithmetic of parameter space.
+      raveled: solve on one raveled vector in place of the tree.
     """
 
     at: Linearization
@@ -36,13 +37,17 @@ class Task:
     lam: jax.Array
     precondition: Callable[[PyTree], PyTree] | None
     space: TreeSpace
+    raveled: bool = False
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     """Solves in the plan's lane."""
     if lane is Lane.ROW and isinstance(solver, RowSpace):
         return _solve_rows(solver, task, state)
-    return solver.solve(_parameter_system(task), task.gradient, state, task.lam)
+    system = _parameter_system(task)
+    if task.raveled:
+        return _solve_raveled(solver, system, task, state)
+    return solver.solve(system, task.gradient, state, task.lam)
 
 
 def restarted(solver: Solver, state: Any, accepted: jax.Array) -> Any:
@@ -61,6 +66,21 @@ def _parameter_system(task: Task) -> System:
         raise ValueError("the diagonal lane has no curvature products.")
 
     return System(for_loop_body(task.at.product or no_product), task.space, task.precondition)
+
+
+def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:
+    """The same solve with every vector raveled; the solver's state stays a tree, so it does not depend on the choice."""
+    flat, unravel = tree.ravel(task.gradient)
+
+    def through(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
+        return lambda v: tree.ravel(function(unravel(v)))[0]
+
+    precondition = None if system.precondition is None else through(system.precondition)
+    raveled = dataclasses.replace(system, product=through(system.product), precondition=precondition)
+    warm = bool(jax.tree.leaves(state))
+    solution = solver.solve(raveled, flat, tree.ravel(state)[0] if warm else state, task.lam)
+    following = unravel(solution.state) if warm else solution.state
+    return dataclasses.replace(solution, value=unravel(solution.value), state=following)
 
 
 _Pair = tuple[jax.Array, jax.Array]

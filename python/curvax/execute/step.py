@@ -16,7 +16,7 @@ from curvax.execute.branch import when
 from curvax.execute.directions import Task, restarted, solve
 from curvax.execute.state import MethodState
 from curvax.kernels import tree_cg
-from curvax.plan import Assembly, Cadence, Plan, kernel_choices
+from curvax.plan import Assembly, Cadence, Plan, flat_vectors, kernel_choices
 from curvax.preconditioners import Identity
 from curvax.solvers import Lane, Solution, TreeSpace
 from curvax.telemetry import Metric
@@ -151,7 +151,8 @@ def _solve(
     preconditioner: Any,
     state: MethodState,
 ) -> Solution:
-    chosen = {choice.op: choice for choice in kernel_choices(assembly, plan.solver, params)}
+    choices = kernel_choices(assembly, plan.solver, params)
+    chosen = {choice.op: choice for choice in choices}
     task = Task(
         at=curved,
         gradient=gradient,
@@ -163,6 +164,7 @@ def _solve(
         space=TreeSpace(
             chosen.get(tree_cg.DOTS.name), chosen.get(tree_cg.CG_UPDATE.name), chosen.get(tree_cg.CG_DIRECTION.name)
         ),
+        raveled=flat_vectors(choices, params) is not None,
     )
     own = state.solver if plan.solver_index is None else state.solver[plan.solver_index]
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)

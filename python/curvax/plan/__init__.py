@@ -7,6 +7,7 @@ from curvax.plan.plan import Candidate as Candidate
 from curvax.plan.plan import PartCost as PartCost
 from curvax.plan.plan import Plan as Plan
 from curvax.plan.planner import choose_solver as choose_solver
+from curvax.plan.planner import flat_vectors as flat_vectors
 from curvax.plan.planner import kernel_choices as kernel_choices
 from curvax.plan.planner import plan_for_shapes as plan_for_shapes
 from curvax.plan.planner import plan_method as plan_method

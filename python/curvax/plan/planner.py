@@ -29,6 +29,8 @@ _FLOPS_PER_BYTE = 8.0
 # Triangular factorisation and substitution reach a fraction of the speed of matrix products (1,280 rows: an eighth).
 _CHOLESKY_SLOWDOWN = 8.0
 _EVERY_STEP = Cadence((1,))
+# Mean elements per leaf up to which `flat_vectors` ravels.
+_RAVELED_LEAF = 2**20
 
 
 def plan_method(assembly: Assembly) -> Plan:
@@ -51,12 +53,14 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         best = min(candidates, key=lambda c: c.seconds)
         solver, index = best.solver, best.index
     plan = _plan(assembly, solver, solver.lane, index)
+    choices = kernel_choices(assembly, solver, params)
+    raveled = flat_vectors(choices, params)
     return dataclasses.replace(
         plan,
         candidates=candidates,
-        choices=kernel_choices(assembly, solver, params),
+        choices=choices,
         costs=_costs(assembly, plan, shapes),
-        notes=plan.notes + _shape_notes(assembly, plan.lane, params, evaluation),
+        notes=(*plan.notes, *([raveled] if raveled else []), *_shape_notes(assembly, plan.lane, params, evaluation)),
     )
 
 
@@ -66,6 +70,24 @@ def kernel_choices(assembly: Assembly, solver: Solver, params: PyTree) -> tuple[
         return ()
     wide = jax.eval_shape(tree.widen, params)
     return tuple(resolve(op, assembly.backend, Request.of(wide)) for op in tree_cg.OPS)
+
+
+def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
+    """Why conjugate gradients should run on one raveled vector in place of the tree; None if they should not.
+
+    XLA launches about three GPU kernels per leaf and iteration for the vector work, and a handful for a raveled vector,
+    which costs two more passes over it (a product's result is gathered, its argument cut up): 16 bytes per float32
+    element. At 2 us a launch and 3 TB/s a leaf of a million elements is where both cost the same. Sharded parameters
+    keep their tree, since raveling would gather them; ops with kernels of their own walk the leaves in one launch.
+    """
+    request = Request.of(jax.eval_shape(tree.widen, params))
+    leaves = len(request.shapes)
+    custom = any(choice.implementation != "reference" for choice in choices)
+    if not choices or custom or request.platform != "gpu" or request.devices != 1 or len(request.dtypes) != 1:
+        return None
+    if leaves < 2 or request.size > leaves * _RAVELED_LEAF:
+        return None
+    return f"the {leaves} leaves are raveled for CG's vector work: launches would cost more than the two extra passes"
 
 
 def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Plan:
