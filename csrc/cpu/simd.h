@@ -16,6 +16,8 @@ struct BlockKernels {
   void (*direction)(T beta, const T* z, const T* p, T* po, int64_t n);
   // <a, b>.
   double (*dot)(const T* a, const T* b, int64_t n);
+  // <a, b>, <a, a> and <b, b> from one reading of both; each is bit for bit what `dot` gives.
+  void (*gram)(const T* a, const T* b, int64_t n, double* products);
 };
 
 // The kernels for the widest level that this processor has, chosen once.

@@ -193,6 +193,18 @@ ffi::Error ReadDots(ffi::RemainingArgs args, ffi::RemainingRets rets, DotsCall& 
   return MakeLayout(op, call.results[0].dtype, call.results[0].dims, call.a[0].data(), leaves, call.layout);
 }
 
+// Whether the pairs are (a, b), (a, a), (b, b), as conjugate gradients ask for them.
+bool IsGram(const DotsCall& call) {
+  if (call.results.size() != 3) return false;
+  const auto same = [](const std::vector<Operand>& x, const std::vector<Operand>& y) {
+    return std::equal(x.begin(), x.end(), y.begin(),
+                      [](const Operand& u, const Operand& v) { return u.data == v.data; });
+  };
+  const auto& a = call.a[0];
+  const auto& b = call.b[0];
+  return same(a, call.a[1]) && same(a, call.b[1]) && same(b, call.a[2]) && same(b, call.b[2]);
+}
+
 template <typename T>
 void RunDots(ffi::ThreadPool& pool, int64_t threads, const DotsCall& call) {
   const Layout& layout = call.layout;
@@ -201,9 +213,16 @@ void RunDots(ffi::ThreadPool& pool, int64_t threads, const DotsCall& call) {
   const int64_t blocks = layout.blocks();
   const int64_t total = blocks * layout.batch;
   std::vector<double> partial(pairs * total);
+  const bool gram = IsGram(call);
   // All pairs of one block in turn: a vector that several pairs share is read from memory once.
   ForEachBlock(pool, layout, 2 * pairs * sizeof(T), threads,
                [&](int64_t, int64_t leaf, int64_t at, int64_t n, int64_t slot) {
+                 if (gram) {
+                   double products[3];
+                   kernels.gram(Data<T>(call.a[0][leaf]) + at, Data<T>(call.b[0][leaf]) + at, n, products);
+                   for (int64_t pair = 0; pair < 3; ++pair) partial[pair * total + slot] = products[pair];
+                   return;
+                 }
                  for (int64_t pair = 0; pair < pairs; ++pair)
                    partial[pair * total + slot] =
                        kernels.dot(Data<T>(call.a[pair][leaf]) + at, Data<T>(call.b[pair][leaf]) + at, n);

@@ -138,6 +138,18 @@ class TestValues:
             assert value.shape == ()
             close_dot(value, wide(a), wide(b))
 
+    def test_the_three_products_of_an_iteration(self, case: str, implementation: Implementation, dtype: Any) -> None:
+        """<p, q>, <p, p> and <q, q> together, which have a path of their own, are what they are one at a time."""
+        skip_unless_supported(implementation, case)
+        p, q = (make(SHAPES[case], dtype, seed) for seed in (9, 10))
+        pairs = ((p, q), (p, p), (q, q))
+        together = jax.jit(lambda p, q: dots(((p, q), (p, p), (q, q)), implementation=implementation))(p, q)
+        for got, pair in zip(together, pairs, strict=True):
+            close_dot(got, wide(pair[0]), wide(pair[1]))
+            if implementation == "native":
+                (alone,) = jax.jit(partial(dots, implementation=implementation))((pair,))
+                np.testing.assert_array_equal(got, alone)
+
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestTransformations:
