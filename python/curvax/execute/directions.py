@@ -69,7 +69,7 @@ def _parameter_system(task: Task) -> System:
 
 
 def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:
-    """The same solve with every vector raveled; the solver's state stays a tree, so it does not depend on the choice."""
+    """The same solve with every vector raveled; the solver's state stays a tree, whatever was chosen."""
     flat, unravel = tree.ravel(task.gradient)
 
     def through(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
