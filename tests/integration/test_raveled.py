@@ -55,7 +55,8 @@ def test_raveling_changes_nothing_but_the_layout(case, preconditioned, monkeypat
     tolerance = 1e-5 if case == "martens" else 1e-9
     for a, b, i, j in zip(tree, flat, tree_infos, flat_infos, strict=True):
         assert_close(b, a, tolerance)
-        assert abs(int(i["iterations"]) - int(j["iterations"])) <= 1
+        # Sums in another order; many iterations of a hard system feel it.
+        assert abs(int(i["iterations"]) - int(j["iterations"])) <= 1 + int(i["iterations"]) // 10
     assert_close(flat[0], standard_truth(model, preset.kind).direction(LAM), 10 * tolerance)
 
 
