@@ -9,14 +9,24 @@ export OPENBLAS_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint format wheel-check clean
+# Compiling for GPUs needs no GPU, but JAX's CUDA packages (3.5 GB), which want Python >= 3.12: the versions of the GPU
+# machines that curvax is measured on, and the jax-triton that goes with them.
+PYTHON312 ?= python3.12
+GPU_VENV ?= .venv-gpu
+GPU_PACKAGES ?= "jax[cuda13]==0.11.2" jax-triton==0.4.1 triton==3.7.0 pytest
+GPU_STAMP := $(GPU_VENV)/.installed
+
+.PHONY: help demo test test-cpp test-gpu-compile lint format wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train on the digits data set, on the CPU"
 	@echo "make test         run the test suite"
+	@echo "make test-cpp     the C++ and CUDA code under sanitizers, without a GPU"
+	@echo "make test-gpu-compile  lower and compile for NVIDIA GPUs, without one (PYTHON312=python3.13 for another Python)"
 	@echo "make lint         ruff, pyright and clang-format"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build a wheel and call it on the oldest and the newest JAX"
@@ -37,6 +47,21 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) -q
 
+test-cpp: $(STAMP)
+	@$(BIN)/python -m pytest -q tests/cpp
+
+# With nvcc the CUDA extension is built too; without it the tests that need it are skipped.
+$(GPU_STAMP): $(NATIVE)
+	@$(PYTHON312) -c 'import sys; sys.exit("jax-triton needs Python >= 3.12; say PYTHON312=... make test-gpu-compile" if sys.version_info < (3, 12) else 0)'
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON312) -m venv $(GPU_VENV)
+	@echo "installing JAX for CUDA, jax-triton and curvax into $(GPU_VENV)"
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(GPU_PACKAGES) \
+		--editable . $(if $(shell command -v nvcc),-C cmake.define.CURVAX_CUDA=ON)
+	@touch $@
+
+test-gpu-compile: $(GPU_STAMP)
+	@$(GPU_VENV)/bin/python -m pytest -q tests/lowering
+
 $(VENV)/.dev: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS),dev]'
 	@touch $@
@@ -47,16 +72,16 @@ lint: $(VENV)/.dev
 	@rm -rf build/typing && mkdir -p build/typing/curvax
 	@ln -s $(CURDIR)/python/curvax/* $(CURDIR)/kernels build/typing/curvax/
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cc' -o -name '*.h' -o -name '*.inc')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cc' -o -name '*.h' -o -name '*.inc')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel-check: $(STAMP)
 	@$(BIN)/python tests/ffi/wheel_check.py
 
 clean:
-	rm -rf $(VENV) build dist wheelhouse .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build dist wheelhouse .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

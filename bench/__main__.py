@@ -1,8 +1,9 @@
-"""`python -m bench steps|plan|kernels`."""
+"""`python -m bench steps|plan|kernels|limits|gpu_compile|gpu_steps`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import pathlib
 
@@ -12,9 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
-from bench.suites import kernels, plan, steps
 
-SUITES = {"steps": steps.run_suite, "plan": plan.run_suite, "kernels": kernels.run_suite}
+SUITES = ("steps", "plan", "kernels", "limits", "gpu_compile", "gpu_steps")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,11 +27,15 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     print(f"{schema.device()}; {schema.versions()}; commit {schema.commit()}")
     rows: list[schema.Row] = []
-    for found in SUITES[chosen.suite](chosen.quick, chosen.only):
+    # A suite is imported when it is asked for: some need packages that others do not.
+    for found in importlib.import_module(f"bench.suites.{chosen.suite}").run_suite(chosen.quick, chosen.only):
         print(schema.table(found), flush=True)
         rows += found
+        if not chosen.only:
+            # After each case, so that a run that is cut off leaves what it has measured.
+            schema.write(rows, chosen.suite, chosen.out)
     if not chosen.only:
-        print(f"\n{len(rows)} rows in {schema.write(rows, chosen.suite, chosen.out)}")
+        print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl")
 
 
 if __name__ == "__main__":

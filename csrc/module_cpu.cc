@@ -3,6 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include "cpu/batched_handlers.h"
+#include "cpu/diagonal.h"
 #include "cpu/simd.h"
 #include "cpu/tree_cg.h"
 #include "xla/ffi/api/c_api.h"
@@ -12,7 +14,7 @@ namespace nb = nanobind;
 namespace {
 
 // Counts changes of what the handlers take and give: python/curvax/ffi.py refuses a build of another number.
-constexpr int kOperands = 2;
+constexpr int kOperands = 3;
 
 nb::capsule Encapsulate(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
@@ -21,6 +23,10 @@ nb::dict Handlers() {
   handlers["curvax_cg_update"] = Encapsulate(curvax::CgUpdateHandler);
   handlers["curvax_cg_direction"] = Encapsulate(curvax::CgDirectionHandler);
   handlers["curvax_dots"] = Encapsulate(curvax::DotsHandler);
+  handlers["curvax_batched_cg"] = Encapsulate(curvax::BatchedCgHandler);
+  handlers["curvax_batched_cholesky_solve"] = Encapsulate(curvax::BatchedCholeskySolveHandler);
+  handlers["curvax_diagonal_update"] = Encapsulate(curvax::DiagonalUpdateHandler);
+  handlers["curvax_diagonal_accumulate"] = Encapsulate(curvax::DiagonalAccumulateHandler);
   return handlers;
 }
 

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import contextlib
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def x64() -> Iterator[None]:
     """64-bit types for one test."""
     with jax.enable_x64(True):
+        yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--strict-backend`: tests run under `curvax.strict_backend()`, as where kernels are to be proved."""
+    parser.addoption("--strict-backend", action="store_true", help="a fallback to a reference is an error")
+
+
+@pytest.fixture(autouse=True)
+def strict_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`curvax.strict_backend()` if it was asked for and the test is not about fallbacks itself."""
+    wanted = request.config.getoption("--strict-backend") and not request.node.get_closest_marker("fallback")
+    from curvax.kernels import strict_backend
+
+    with strict_backend() if wanted else contextlib.nullcontext():
         yield
 
 

@@ -19,8 +19,6 @@ namespace {
 #include "cpu/blocks.inc"
 #endif
 
-enum class Level { kBaseline, kAvx2, kAvx512f };
-
 Level Detect() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) return Level::kAvx512f;
@@ -29,17 +27,17 @@ Level Detect() {
   return Level::kBaseline;
 }
 
-Level Chosen() {
+}  // namespace
+
+Level ChosenLevel() {
   static const Level level = Detect();
   return level;
 }
 
-}  // namespace
-
 template <typename T>
 const BlockKernels<T>& Kernels() {
 #if defined(__x86_64__)
-  switch (Chosen()) {
+  switch (ChosenLevel()) {
     case Level::kAvx512f:
       return avx512f::kKernels<T>;
     case Level::kAvx2:
@@ -55,7 +53,7 @@ template const BlockKernels<float>& Kernels<float>();
 template const BlockKernels<double>& Kernels<double>();
 
 std::string_view SimdLevel() {
-  switch (Chosen()) {
+  switch (ChosenLevel()) {
     case Level::kAvx512f:
       return "avx512f";
     case Level::kAvx2:

@@ -24,6 +24,12 @@ struct BlockKernels {
 template <typename T>
 const BlockKernels<T>& Kernels();
 
+// Instruction sets that code is compiled for.
+enum class Level { kBaseline, kAvx2, kAvx512f };
+
+// The widest one that this processor has.
+Level ChosenLevel();
+
 // "baseline", "avx2" or "avx512f".
 std::string_view SimdLevel();
 

@@ -31,8 +31,18 @@ import numpy as np
 
 import curvax
 from curvax import ffi, kernels, methods, versions
-from curvax.kernels import tree_cg
+from curvax.kernels import (
+    batched_cg,
+    batched_cholesky_solve,
+    diagonal_update,
+    gram_accumulate,
+    hutchinson_reduce,
+    tree_cg,
+)
 from curvax.kernels._dispatch import Backend, Implementation, Op, Request, Variant
+from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, linear_softmax_hvp
+from curvax.kernels.sampled_softmax_residual import SAMPLED_SOFTMAX_RESIDUAL, sampled_softmax_residual
+from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.tree import PyTree
 
@@ -224,7 +234,7 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"{name:<9} {version:<12} {'ok' if warning is None else f'WARNING: {warning}'}")
     for device in jax.devices():
         print(f"device    {device.platform}:{device.id} {device.device_kind}")
-    findings = [_native(), *(finding for check in _CHECKS for finding in _implementations(check))]
+    findings = [_native("cpu"), _native("cuda"), *(finding for check in _CHECKS for finding in _implementations(check))]
     findings += [_unchecked(op) for op in _ops() if op not in {check.op for check in _CHECKS}]
     for finding in findings:
         print(finding)
@@ -275,7 +285,7 @@ class _Finding:
         return self.verdict == "BROKEN"
 
     def __str__(self) -> str:
-        return f"{self.subject:<14}{self.implementation:<11}{self.verdict:<8}{self.reason}"
+        return f"{self.subject:<25}{self.implementation:<11}{self.verdict:<8}{self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,8 +302,32 @@ def _vector(seed: int) -> PyTree:
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in (("b", (7,)), ("w", (31, 7)))}
 
 
+def _matrix(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _probes(seed: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[None], _vector(seed))
+
+
 def _half() -> jax.Array:
     return jnp.asarray(0.5, jnp.float32)
+
+
+def _rows() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A matrix of 21 rows by 21, activations and cotangents."""
+    rng = np.random.default_rng(0)
+    shapes = ((21, 21), (7, 5), (7, 3, 4))
+    gram, activations, cotangents = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return gram, activations, cotangents
+
+
+def _systems() -> tuple[jax.Array, jax.Array]:
+    """Matrices, diagonally dominant, and right-hand sides."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(3, 5, 5))
+    matrices = half @ half.transpose(0, 2, 1) + 5 * np.eye(5)
+    return jnp.asarray(matrices, jnp.float32), jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
 
 
 _CHECKS = (
@@ -312,15 +346,82 @@ _CHECKS = (
         lambda: Request.of(_vector(0)),
         lambda name: tree_cg.dots([(_vector(0), _vector(1)), (_vector(0), _vector(0))], implementation=name),
     ),
+    _Check(
+        SOFTMAX_HVP,
+        lambda: Request.of(_matrix(0, 5, 300)),
+        lambda name: softmax_hvp(_matrix(0, 5, 300), _matrix(1, 5, 300), implementation=name),
+    ),
+    _Check(
+        SAMPLED_SOFTMAX_RESIDUAL,
+        lambda: Request.of(_matrix(0, 5, 300)),
+        lambda name: sampled_softmax_residual(
+            _matrix(0, 5, 300), jnp.linspace(0.1, 0.9, 5, dtype=jnp.float32), implementation=name
+        ),
+    ),
+    _Check(
+        LINEAR_SOFTMAX_HVP,
+        lambda: Request.of(_matrix(0, 5, 300)),
+        lambda name: linear_softmax_hvp(
+            *(_matrix(seed, *shape) for seed, shape in enumerate(((5, 8), (8, 300)) * 2)),
+            precision="highest",
+            implementation=name,
+        ),
+    ),
+    _Check(
+        hutchinson_reduce.HUTCHINSON_REDUCE,
+        lambda: Request.of(_vector(0)),
+        lambda name: hutchinson_reduce.hutchinson_reduce(_probes(0), _probes(1), ((), (0,)), implementation=name),
+    ),
+    _Check(
+        diagonal_update.DIAGONAL_UPDATE,
+        lambda: Request.of(_vector(0)),
+        lambda name: diagonal_update.diagonal_update(
+            diagonal_update.UpdateRule(diagonal_update.DenominatorRule("floor"), beta1=0.5, clip=1.0),
+            diagonal_update.UpdateScalars(1.0, 1.0, 0.1, 1.0, 0.1, -0.1),
+            *map(_vector, range(4)),
+            implementation=name,
+        ),
+    ),
+    _Check(
+        gram_accumulate.GRAM_ACCUMULATE,
+        lambda: Request.of(_rows()),
+        # Above the diagonal the op leaves what it likes.
+        lambda name: jnp.tril(gram_accumulate.gram_accumulate(*_rows(), implementation=name)),
+    ),
+    _Check(
+        batched_cg.BATCHED_CG,
+        lambda: Request.of(*_systems()),
+        lambda name: batched_cg.batched_cg(*_systems(), implementation=name).value,
+    ),
+    _Check(
+        batched_cg.BATCHED_CG_PRODUCT,
+        lambda: Request.of(_systems()[1]),
+        lambda name: batched_cg.batched_cg(lambda v: 2 * v, _systems()[1], implementation=name).value,
+    ),
+    _Check(
+        batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE,
+        lambda: Request.of(*_systems()),
+        lambda name: batched_cholesky_solve.batched_cholesky_solve(*_systems(), implementation=name).value,
+    ),
+    _Check(
+        diagonal_update.DIAGONAL_ACCUMULATE,
+        lambda: Request.of(_vector(0)),
+        lambda name: diagonal_update.diagonal_accumulate(
+            diagonal_update.AccumulateRule(0.5),
+            _vector(0),
+            diagonal_update.DiagonalEstimate((_vector(1), _vector(2)), "product"),
+            implementation=name,
+        ),
+    ),
 )
 
 
-def _native() -> _Finding:
+def _native(platform: ffi.Platform) -> _Finding:
     try:
-        status = ffi.native_status()
+        status = ffi.native_status(platform)
     except ImportError as error:
-        return _Finding("native module", "cpu", "BROKEN", str(error))
-    return _Finding("native module", "cpu", "works" if status.available else "absent", status.reason)
+        return _Finding("native module", platform, "BROKEN", str(error))
+    return _Finding("native module", platform, "works" if status.available else "absent", status.reason)
 
 
 def _implementations(check: _Check) -> list[_Finding]:

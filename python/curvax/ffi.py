@@ -16,26 +16,57 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 
-_CPU_MODULE = "curvax._native_cpu"
+Platform: TypeAlias = Literal["cpu", "cuda"]
 
-# What the handlers take and give, as csrc/module_cpu.cc counts its changes.
-_OPERANDS = 2
+
+@dataclass(frozen=True)
+class _Module:
+    """A compiled module.
+
+    Attributes:
+      name: to import.
+      platform: as `jax.ffi.register_ffi_target` calls it.
+      absent: why it may be missing, and how to get it.
+    """
+
+    name: str
+    platform: str
+    absent: str
+
+
+_MODULES: Mapping[Platform, _Module] = {
+    "cpu": _Module(
+        "curvax._native_cpu",
+        "cpu",
+        "is not installed (a pure Python install): reinstall curvax with CURVAX_NATIVE=ON",
+    ),
+    "cuda": _Module(
+        "curvax._native_cuda",
+        "CUDA",
+        "is not installed: where nvcc is, install curvax with `pip install . -C cmake.define.CURVAX_CUDA=ON`",
+    ),
+}
+
+# What the handlers take and give, as csrc/module_cpu.cc and csrc/module_cuda.cc count its changes.
+_OPERANDS: Mapping[Platform, int] = {"cpu": 3, "cuda": 2}
 _lock = threading.Lock()
-_status: Status | None = None
+_statuses: dict[Platform, Status] = {}
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether the native CPU handlers can be used.
+    """Whether the native handlers of a platform can be used.
 
     Attributes:
       available: True if they can.
       reason: one sentence: what is there, or why nothing is and how to mend it.
-      build: facts of the compiled module (`ffi_api`, `jaxlib`, `compiler`, `simd_levels`, `simd`); empty without one.
+      build: facts of the compiled module, empty without one: `ffi_api`, `jaxlib`, `operands` and `compiler`; on the CPU
+        also `simd_levels` and `simd`; for CUDA also `runtime` (its version), `architectures` and `block` (elements per
+        term of a sum).
     """
 
     available: bool
@@ -43,8 +74,12 @@ class Status:
     build: Mapping[str, Any] = field(default_factory=dict)
 
 
-def native_status() -> Status:
-    """Looks for the compiled module, checks its version and, if it fits, registers its handlers (once per process).
+def native_status(platform: Platform = "cpu") -> Status:
+    """Looks for the compiled module, checks its versions and, if they fit, registers its handlers (once per process).
+
+    Args:
+      platform: "cpu", or "cuda" for NVIDIA GPUs. Handlers may be registered for a platform without a device, to compile
+        for it.
 
     Returns:
       The status. An absent module (a pure Python install) or one for another jaxlib is a status, not an error.
@@ -52,38 +87,38 @@ def native_status() -> Status:
     Raises:
       ImportError: the module is there but cannot be imported, which is a broken install and not an absent one.
     """
-    global _status
     with _lock:
-        if _status is None:
-            _status = _inspect()
-        return _status
+        if platform not in _statuses:
+            _statuses[platform] = _inspect(platform)
+        return _statuses[platform]
 
 
-def require_native() -> None:
+def require_native(platform: Platform = "cpu") -> None:
     """Makes sure that the handlers are registered.
 
     Raises:
       RuntimeError: they cannot be used; the message is the status's reason.
       ImportError: as `native_status`.
     """
-    status = native_status()
+    status = native_status(platform)
     if not status.available:
         raise RuntimeError(status.reason)
 
 
-def _inspect() -> Status:
-    module = _load(_CPU_MODULE)
+def _inspect(platform: Platform) -> Status:
+    described = _MODULES[platform]
+    module = _load(described.name)
     if module is None:
-        reason = f"{_CPU_MODULE} is not installed (a pure Python install): reinstall curvax with CURVAX_NATIVE=ON"
-        return Status(False, reason)
+        return Status(False, f"{described.name} {described.absent}")
     build = dict(module.build_facts())
-    refusal = _stale(build) or _version_refusal(build)
+    refusal = _stale(build, _OPERANDS[platform]) or _version_refusal(build) or _driver_refusal(build, module)
     if refusal is not None:
         return Status(False, refusal, build)
     for name, capsule in module.handlers().items():
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        jax.ffi.register_ffi_target(name, capsule, platform=described.platform)
     api = ".".join(map(str, build["ffi_api"]))
-    reason = f"built on jaxlib {build['jaxlib']} (XLA FFI {api}) with {build['compiler']}, running {build['simd']}"
+    target = f"running {build['simd']}" if "simd" in build else f"for {build['architectures']}"
+    reason = f"built on jaxlib {build['jaxlib']} (XLA FFI {api}) with {build['compiler']}, {target}"
     return Status(True, reason, build)
 
 
@@ -99,11 +134,28 @@ def _load(name: str) -> ModuleType | None:
         ) from error
 
 
-def _stale(build: Mapping[str, Any]) -> str | None:
+def _stale(build: Mapping[str, Any], operands: int) -> str | None:
     """Why a module built from other sources than these cannot serve them; None if it can."""
-    if build.get("operands") == _OPERANDS:
+    if build.get("operands") == operands:
         return None
     return "the native module was built from an older curvax and takes other operands: rebuild it (pip install again)"
+
+
+def _driver_refusal(build: Mapping[str, Any], module: ModuleType) -> str | None:
+    """Why the CUDA driver would refuse to run a module of these build facts; None if it runs it.
+
+    A driver runs every CUDA of its own major version and older. Without a driver nothing can run anyway, but functions
+    can be compiled.
+    """
+    if "runtime" not in build:
+        return None
+    built, driver = tuple(build["runtime"]), module.driver_version()
+    if driver is None or driver[0] >= built[0]:
+        return None
+    return (
+        f"the native module was built with CUDA {built[0]}.{built[1]}, and the driver serves {driver[0]}.{driver[1]}: "
+        f"update the driver or build curvax with nvcc {driver[0]}"
+    )
 
 
 def _version_refusal(build: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -156,11 +157,15 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """The independent keys of one step."""
+    """The independent keys of one step.
+
+    The estimator's is made where it is called for: inside the branch of a refresh, so that no other step spends some
+    thirty small operations on it.
+    """
 
     model: jax.Array | None
     sample: jax.Array | None
-    estimator: jax.Array | None
+    estimator: Callable[[], jax.Array] | None
 
     @staticmethod
     def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
@@ -168,4 +173,5 @@ class _Keys:
             return _Keys(None, None, None)
         if not hasattr(rng, "dtype"):
             raise TypeError(f"rng must be a random key such as jax.random.key(0), not a {type(rng).__name__}.")
-        return _Keys(*jax.random.split(jax.random.fold_in(rng, step), 3))
+        model, sample, _ = jax.random.split(jax.random.fold_in(rng, step), 3)
+        return _Keys(model, sample, lambda: jax.random.split(jax.random.fold_in(rng, step), 3)[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from curvax.curvature.partition import is_function
@@ -54,6 +55,8 @@ def build_transform(
     check_learning_rate(learning_rate)
     if nesterov and direction_momentum is None:
         raise ValueError("nesterov needs direction_momentum.")
+    if direction_momentum is None and clip_norm is None:
+        return EntrywiseUpdate(learning_rate, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask)
     parts: list[optax.GradientTransformation] = []
     if direction_momentum is not None:
         parts.append(optax.trace(decay=direction_momentum, nesterov=nesterov))
@@ -63,6 +66,64 @@ def build_transform(
         parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+class EntrywiseUpdate(optax.GradientTransformationExtraArgs):
+    """Clipping of each entry, then decoupled weight decay, then minus the learning rate.
+
+    It is the Optax chain of these, with that chain's state, and knows what it is made of, so that a kernel can do all
+    of it in the pass that makes the direction.
+
+    Attributes:
+      learning_rate: number or schedule.
+      clip_value: bound on each entry, or `None`.
+      weight_decay, weight_decay_mask: as in `build_transform`.
+    """
+
+    learning_rate: ScalarOrSchedule
+    clip_value: float | None
+    weight_decay: ScalarOrSchedule | None
+    weight_decay_mask: Any | None
+
+    def __new__(
+        cls,
+        learning_rate: ScalarOrSchedule,
+        *,
+        clip_value: float | None = None,
+        weight_decay: ScalarOrSchedule | None = None,
+        weight_decay_mask: Any | None = None,
+    ) -> EntrywiseUpdate:
+        check_learning_rate(learning_rate)
+        parts: list[optax.GradientTransformation] = []
+        if clip_value is not None:
+            parts.append(optax.clip(clip_value))
+        if weight_decay is not None:
+            parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+        chain = optax.with_extra_args_support(optax.chain(*parts))
+        self = super().__new__(cls, chain.init, chain.update)
+        self.learning_rate, self.clip_value = learning_rate, clip_value
+        self.weight_decay, self.weight_decay_mask = weight_decay, weight_decay_mask
+        return self
+
+    def rate(self, state: Any, dtype: Any) -> tuple[jax.Array, Any]:
+        """Minus the learning rate of this step, and the next state."""
+        *before, own = state
+        rate, own = optax.scale_by_learning_rate(self.learning_rate).update(jnp.ones((), dtype), own)
+        return jnp.asarray(rate), (*before, own)
+
+    @property
+    def constant_decay(self) -> jax.Array | float | None:
+        """The coefficient of weight decay, 0 without any; `None` if it is a schedule."""
+        if self.weight_decay is None:
+            return 0.0
+        return None if callable(self.weight_decay) else self.weight_decay
+
+    def decays(self, params: PyTree) -> PyTree:
+        """Booleans in the structure of `params`: where weight decay applies."""
+        mask = trainable_mask(self.weight_decay_mask)
+        chosen = mask(params) if callable(mask) else True
+        return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: bool(flag), below), chosen, params)
 
 
 def check_learning_rate(learning_rate: Any) -> None:

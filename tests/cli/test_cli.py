@@ -125,18 +125,18 @@ def test_doctor_has_a_call_for_every_op():
 
 
 def test_doctor_reports_a_native_module_that_cannot_be_imported(capsys, monkeypatch):
-    def broken() -> ffi.Status:
+    def broken(platform: ffi.Platform = "cpu") -> ffi.Status:
         raise ImportError("curvax._native_cpu is installed but cannot be imported (a symbol is missing)")
 
     monkeypatch.setattr(ffi, "native_status", broken)
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "BROKEN" in text and "a symbol is missing" in text
-    assert "cg_update     reference  works" in text
+    assert "cg_update reference works" in " ".join(text.split())
 
 
 def test_doctor_takes_an_absent_native_module_for_healthy(capsys, monkeypatch):
-    monkeypatch.setattr(ffi, "native_status", lambda: ffi.Status(False, "it is not installed"))
+    monkeypatch.setattr(ffi, "native_status", lambda platform="cpu": ffi.Status(False, "it is not installed"))
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "absent  it is not installed" in text

@@ -150,5 +150,74 @@ def test_build_facts() -> None:
 
 
 def test_a_module_from_older_sources_is_refused() -> None:
-    assert ffi._stale({"operands": ffi._OPERANDS}) is None
-    assert "rebuild" in (ffi._stale({}) or "") and "rebuild" in (ffi._stale({"operands": ffi._OPERANDS + 1}) or "")
+    assert ffi._stale({"operands": 2}, 2) is None
+    assert "rebuild" in (ffi._stale({}, 2) or "") and "rebuild" in (ffi._stale({"operands": 3}, 2) or "")
+
+
+class Driver:
+    """Stands for the CUDA module on a machine with this driver."""
+
+    def __init__(self, version: tuple[int, int] | None):
+        self.driver_version = lambda: version
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "taken"),
+    [
+        ((13, 0), (13, 2), True),
+        ((13, 2), (13, 0), True),
+        ((12, 8), (13, 0), True),
+        ((13, 0), (12, 9), False),
+        ((13, 0), None, True),
+    ],
+)
+def test_driver_rule(runtime: tuple[int, int], driver: tuple[int, int] | None, taken: bool) -> None:
+    refusal = ffi._driver_refusal({"runtime": runtime}, Driver(driver))  # pyright: ignore[reportArgumentType]
+    assert (refusal is None) == taken
+    if refusal is not None:
+        assert "built with CUDA 13.0, and the driver serves 12.9: update the driver or build curvax" in refusal
+
+
+def cuda() -> ffi.Status:
+    """The status of the CUDA module; skips where it was not built."""
+    status = ffi.native_status("cuda")
+    if not status.available:
+        pytest.skip(status.reason)
+    return status
+
+
+def test_cuda_build_facts() -> None:
+    status = cuda()
+    assert set(status.build) == {"ffi_api", "jaxlib", "operands", "compiler", "runtime", "architectures", "block"}
+    assert status.build["jaxlib"] in status.reason and status.build["architectures"] in status.reason
+    assert status.build["block"] == 4096
+
+
+def test_cuda_handlers_may_be_recorded_into_graphs() -> None:
+    """Each handler says of itself that XLA may record it into a command buffer."""
+    cuda()
+    from curvax import _native_cuda  # pyright: ignore[reportAttributeAccessIssue]
+
+    handlers = _native_cuda.handlers()
+    assert handlers and all(_native_cuda.graph_safe(handler) for handler in handlers.values())
+
+
+def test_cuda_handlers_leave_the_cpu_alone() -> None:
+    """Registering for CUDA in a process without a GPU changes nothing for the CPU."""
+    cuda()
+    run(
+        "from curvax import ffi\n"
+        "assert ffi.native_status('cuda').available\n"
+        + CALL
+        + "assert record.choice.implementation == ('native' if ffi.native_status().available else 'reference')\n"
+    )
+
+
+def test_an_absent_cuda_module_says_how_to_get_it() -> None:
+    run(
+        ABSENT
+        + "from curvax import ffi\n"
+        + "status = ffi.native_status('cuda')\n"
+        + "assert not status.available and status.build == {}\n"
+        + "assert 'pip install . -C cmake.define.CURVAX_CUDA=ON' in status.reason, status\n"
+    )

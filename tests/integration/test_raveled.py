@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def test_raveling_changes_nothing_but_the_layout(case, preconditioned, monkeypat
     with precision("float64"):
         params, batch = model.params(), batch_of(model, preset.kind, "float64")
         method = preset.make(model, lam0=LAM, tol=1e-11, maxiter=300)
-        changes = {"solver": dataclasses.replace(CG(tol=1e-11, maxiter=300), **CASES[case])}
+        changes: dict[str, Any] = {"solver": dataclasses.replace(CG(tol=1e-11, maxiter=300), **CASES[case])}
         if preconditioned:
             changes["preconditioner"] = Jacobi(Hutchinson(8))
         method = dataclasses.replace(method, assembly=dataclasses.replace(method.assembly, **changes))

@@ -13,6 +13,7 @@ import pytest
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
+from curvax.kernels._dispatch import resolve
 from curvax.kernels.tree_cg import OPS, cg_direction, cg_update, dots, native
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native")
@@ -306,13 +307,26 @@ def test_mixed_dtypes_are_the_references(x64: None) -> None:
         dots([(x, x)], implementation="native")
 
 
-def test_cross_lowering_takes_the_reference() -> None:
-    """A function traced where the platform is the CPU still lowers for another one, without the handler."""
+def test_cross_lowering_takes_what_the_platform_has() -> None:
+    """A function traced where the platform is the CPU lowers for another: to its handlers, or to the reference."""
     skip_unless_supported("native", "odd")
-    x = jnp.ones(100, jnp.float32)
+    x = jnp.ones(5000, jnp.float32)
     traced = jax.jit(lambda x: cg_update(jnp.float32(1), x, x, x, x, implementation="native")).trace(x)
-    assert "curvax_cg_update" in traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "curvax" not in traced.lower(lowering_platforms=("cuda",)).as_text().replace("jit_curvax", "")
+
+    def lowered(platform: str) -> str:
+        return traced.lower(lowering_platforms=(platform,)).as_text().replace("jit_curvax", "")
+
+    assert "curvax_cg_update" in lowered("cpu")
+    assert "threads" in lowered("cpu")
+    assert "curvax" not in lowered("tpu")
+    if not ffi.native_status("cuda").available:
+        assert "curvax" not in lowered("cuda")
+        return
+    # Two blocks of 4096 elements leave two float64 terms of <r, r> in scratch memory.
+    (call,) = [line for line in lowered("cuda").splitlines() if "custom_call" in line]
+    assert "@curvax_cg_update" in call
+    assert "-> (tensor<f32>, tensor<5000xf32>, tensor<5000xf32>, tensor<16xui8>)" in call
+    assert call.count("output_operand_alias<") == 2
 
 
 def test_in_place_in_a_loop() -> None:
@@ -334,10 +348,25 @@ def test_in_place_in_a_loop() -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_native_refuses_other_platforms_and_several_devices(op: Any) -> None:
-    native_variant = op.variant("native")
+    cannot = op.variant("native").cannot
     f32 = (np.dtype(np.float32),)
-    assert "run on cpu, and this is gpu" in native_variant.cannot(Request("gpu", 1, f32, ((5,),)))
-    assert "not partitioned" in native_variant.cannot(Request("cpu", 2, f32, ((5,),)))
+    assert "run on cpu and NVIDIA GPUs, and this is tpu" in cannot(Request("tpu", 1, f32, ((5,),)))
+    assert "not partitioned" in cannot(Request("cpu", 2, f32, ((5,),)))
+    assert "not partitioned" in cannot(Request("gpu", 2, f32, ((5,),), (9, 0)))
+    assert "8.0 or newer, and this GPU's is 7.5" in cannot(Request("gpu", 1, f32, ((5,),), (7, 5)))
+    assert "this GPU's is unknown" in cannot(Request("gpu", 1, f32, ((5,),)))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_on_a_gpu_native_runs_when_asked_for_by_name(op: Any) -> None:
+    request = Request("gpu", 1, (np.dtype(np.float32),), ((2**16,),), (9, 0))
+    status = ffi.native_status("cuda")
+    assert op.variant("native").cannot(request) == (None if status.available else status.reason)
+    choice = resolve(op, "auto", request)
+    assert choice.implementation == "reference"
+    assert "not been timed on a GPU" in choice.reason or not status.available
+    if status.available:
+        assert resolve(op, "native", request).implementation == "native"
 
 
 def test_vectors_must_be_alike() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import curvax
+from curvax.kernels import Unsupported, clear_report, report
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.plan import Cadence, Part
 from curvax.plan import cost as costing
@@ -102,6 +103,20 @@ def test_explain_names_lane_parts_cadences_and_reasons() -> None:
     apart = curvax.sophia_g(predict_fn=mlp).plan
     assert apart.refresh_apart and "every 10 steps" in apart.explain()
     assert not curvax.sophia_g(predict_fn=mlp, eval_every_k=1).plan.refresh_apart
+
+
+def test_row_lane_names_its_kernel_and_honours_the_backend() -> None:
+    clear_report()  # of what other tests asked for by name
+
+    def plan(backend: Any) -> Any:
+        method = curvax.egn_ce(predict_fn=mlp, backend=backend)
+        return method.plan_for(shapes(8, 8, 3), batch(16, 8))
+
+    assert {choice.op: choice.implementation for choice in plan("auto").choices}["gram_accumulate"] == "reference"
+    with curvax.strict_backend(), pytest.raises(Unsupported, match="triton"):
+        plan("triton")
+    # Counting the plan's FLOPs is no use of an op that the report should show as asked for.
+    assert not any(r.choice.reason == "asked for by name" for r in report() if r.choice.op == "gram_accumulate")
 
 
 def test_custom_vjp_and_frozen_leaves_are_named() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 
 from curvax.curvature.output_space import OutputCurvature
 from curvax.curvature.partition import Partition
+from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
@@ -57,6 +58,14 @@ class Needs:
     shared: bool = True
 
 
+class GramProduct(Protocol):
+    """S^T J J^T S of some rows."""
+
+    def __call__(self, max_bytes: int, implementation: Implementation | Choice | None = None, /) -> jax.Array:
+        """The (rows, rows) matrix, rows and factors in bounded memory, by an implementation of `gram_accumulate`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The factors of C = J^T Q J, Q = S S^T, on one batch: J maps parameters to outputs, S maps rows to outputs.
@@ -65,13 +74,13 @@ class Rows:
       push: v -> J v, wide parameter vector to wide outputs.
       pull: u -> J^T u.
       output: Q, its factor S and their shapes.
-      gram: max_bytes -> S^T J J^T S as a dense (rows, rows) matrix.
+      gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
     """
 
     push: Callable[[PyTree], jax.Array]
     pull: Callable[[jax.Array], PyTree]
     output: OutputCurvature
-    gram: Callable[[int], jax.Array]
+    gram: GramProduct
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
@@ -148,6 +157,16 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def needs_model_key(self) -> bool:
         """Whether the model takes a random key."""
+
+    def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
+        """The ops that curvature products call, and what they ask of them, from shapes alone: none for most."""
+        del params, evaluation
+        return ()
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Curvature:
+        """The same operator with the implementations of its ops chosen."""
+        del choices
+        return self
 
     @abc.abstractmethod
     def check(self, params: PyTree, evaluation: Evaluation) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from curvax.curvature.differentiate import LinearModel, linear_model
 from curvax.curvature.model import Model
 from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
+from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_gram
@@ -68,6 +69,14 @@ class GaussNewton(Curvature):
 
     def forward(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         return self.model.outputs(params, evaluation)[0]
+
+    def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
+        if not self.metric.uses_loss_hessian:
+            return ()
+        return self.loss.kernels(jax.eval_shape(self.forward, params, evaluation))
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> GaussNewton:
+        return dataclasses.replace(self, loss=self.loss.with_kernels(choices))
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         batch = evaluation.batch
@@ -129,9 +138,10 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        return Rows(
-            push, pull, output, lambda max_bytes: row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes)
-        )
+        def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
+            return row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes, implementation=implementation)
+
+        return Rows(push, pull, output, gram)
 
     def _omega(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
         if evaluation.omega is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
 from curvax.curvature.partition import Partition
+from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import row_gram
@@ -145,6 +146,12 @@ class Microbatched(Curvature):
     def needs_model_key(self) -> bool:
         return self.inner.needs_model_key
 
+    def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
+        return self.inner.kernels(params, evaluation)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Microbatched:
+        return dataclasses.replace(self, inner=self.inner.with_kernels(choices))
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         _examples(evaluation.batch)
         self.inner.check(params, evaluation)
@@ -258,10 +265,12 @@ class Microbatched(Curvature):
         rows = self.inner.rows(params, evaluation, outputs, push, pull)
         if not (self.needs_model_key or self.has_state):
             return rows
+
         # Each piece has a key and a state of its own, so no one function of an example describes the model.
-        return dataclasses.replace(
-            rows, gram=lambda limit: row_gram(None, params, None, rows.output, pull, max_bytes=limit)
-        )
+        def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
+            return row_gram(None, params, None, rows.output, pull, max_bytes=max_bytes, implementation=implementation)
+
+        return dataclasses.replace(rows, gram=gram)
 
     def _outputs(self, params: PyTree, pieces: _Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:

@@ -152,6 +152,11 @@ class Metric(abc.ABC):
     def is_random(self) -> bool:
         """Whether `bind` needs a key."""
 
+    @property
+    @abc.abstractmethod
+    def uses_loss_hessian(self) -> bool:
+        """Whether products with Q are the loss's own `hessian_product`."""
+
     @abc.abstractmethod
     def bind(
         self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
@@ -166,6 +171,10 @@ class GeneralizedGaussNewton(Metric):
     @property
     def name(self) -> str:
         return "generalized Gauss-Newton"
+
+    @property
+    def uses_loss_hessian(self) -> bool:
+        return True
 
     @property
     def is_random(self) -> bool:
@@ -192,6 +201,10 @@ class MonteCarloFisher(Metric):
         return f"Fisher ({self.n_samples} sample{'s' if self.n_samples > 1 else ''})"
 
     @property
+    def uses_loss_hessian(self) -> bool:
+        return False
+
+    @property
     def is_random(self) -> bool:
         return True
 
@@ -215,6 +228,10 @@ class ObservedFisher(Metric):
     @property
     def name(self) -> str:
         return "empirical Fisher"
+
+    @property
+    def uses_loss_hessian(self) -> bool:
+        return False
 
     @property
     def is_random(self) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 
+from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ class DiagonalEstimator(abc.ABC):
     @abc.abstractmethod
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
         """An estimate of diag(C), with the structure, shapes and (wide) dtypes of `linearization.params_like`."""
+
+    def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
+        """The same estimate as its factors, where they are cheaper to hand on than their product."""
+        return DiagonalEstimate((self.diagonal(linearization, key),))
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that an estimate calls for wide parameters of these shapes, and what it asks of them."""
+        del wide
+        return ()
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> DiagonalEstimator:
+        """The same estimator with the planner's choices for its ops, by name."""
+        del choices
+        return self
 
 
 @jax.tree_util.register_dataclass

@@ -40,11 +40,17 @@ class BlockAverage:
 
     def __call__(self, diagonal: PyTree) -> PyTree:
         """The averaged diagonal, with the shapes and dtypes of `diagonal`."""
+        leaves, structure = jax.tree.flatten(diagonal)
 
-        def average(path: tuple, leaf: jax.Array) -> jax.Array:
-            axes = tuple(self.axes(jax.tree_util.keystr(path), leaf.shape))
-            if not axes or not leaf.size:
-                return leaf
-            return jnp.broadcast_to(jnp.mean(leaf, axis=axes, keepdims=True), leaf.shape)
+        def average(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+            return jnp.broadcast_to(jnp.mean(leaf, axis=axes, keepdims=True), leaf.shape) if axes else leaf
 
-        return jax.tree_util.tree_map_with_path(average, diagonal)
+        return jax.tree.unflatten(structure, map(average, leaves, self.axes_of(diagonal)))
+
+    def axes_of(self, diagonal: PyTree) -> tuple[tuple[int, ...], ...]:
+        """The axes averaged in each leaf, none in one without entries."""
+
+        def axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
+            return tuple(self.axes(jax.tree_util.keystr(path), leaf.shape)) if leaf.size else ()
+
+        return tuple(axes(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(diagonal))

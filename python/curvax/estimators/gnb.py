@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.estimators.base import DiagonalEstimator, check_count
+from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class GaussNewtonBartlett(DiagonalEstimator):
         return True
 
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
+        return self.estimate(linearization, key).value()
+
+    def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
         sampled_gradient = linearization.sampled_gradient
         if not linearization.has_sampling or sampled_gradient is None:
             raise ValueError(
@@ -51,6 +55,6 @@ class GaussNewtonBartlett(DiagonalEstimator):
                 "use a Gauss-Newton curvature with a likelihood loss, or the Hutchinson estimator."
             )
         if self.n_samples == 1:
-            return jax.tree.map(jnp.square, sampled_gradient(key))
+            return DiagonalEstimate((sampled_gradient(key),), "square")
         gradients = jax.vmap(sampled_gradient)(jax.random.split(key, self.n_samples))
-        return jax.tree.map(lambda g: jnp.mean(jnp.square(g), axis=0), gradients)
+        return DiagonalEstimate((jax.tree.map(lambda g: jnp.mean(jnp.square(g), axis=0), gradients),))

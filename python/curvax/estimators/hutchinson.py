@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,6 +13,9 @@ from curvax import tree
 from curvax.estimators._columns import mean_and_error
 from curvax.estimators.base import DiagonalEstimator, Product, TraceEstimate, TraceEstimator, check_count
 from curvax.estimators.block_average import BlockAverage
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.kernels.diagonal_update import DiagonalEstimate
+from curvax.kernels.hutchinson_reduce import HUTCHINSON_REDUCE, hutchinson_reduce
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -33,11 +37,13 @@ class Hutchinson(DiagonalEstimator):
         Biased.
       block_average: AdaHessian's averaging over blocks, or `None` (default) for none. Biased unless the diagonal is
         constant over each block.
+      reduce: implementation of `hutchinson_reduce`, by name or as the planner's choice; `None` takes the best one.
     """
 
     n_probes: int = 1
     use_abs: bool = False
     block_average: BlockAverage | None = None
+    reduce: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("n_probes", self.n_probes)
@@ -50,23 +56,36 @@ class Hutchinson(DiagonalEstimator):
     def needs_sampling(self) -> bool:
         return False
 
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        plain = self.n_probes == 1 and self.block_average is None
+        return () if plain else ((HUTCHINSON_REDUCE, Request.of(wide)),)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Hutchinson:
+        return dataclasses.replace(self, reduce=choices.get(HUTCHINSON_REDUCE.name, self.reduce))
+
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
+        found = self.estimate(linearization, key).value()
+        return jax.tree.map(lambda d, like: jnp.broadcast_to(d, like.shape), found, linearization.params_like)
+
+    def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
         like = linearization.params_like
         product = linearization.product
         if product is None:
             raise ValueError("Hutchinson needs curvature products; linearize with `Needs(product=True)`.")
         if not tree.size(like):
-            return tree.zeros_like(like)
+            return DiagonalEstimate((tree.zeros_like(like),))
         if self.n_probes == 1:
             z = _rademacher(key, like)
-            diagonal = jax.tree.map(jnp.multiply, z, product(z))
+            cz = product(z)
+            if self.block_average is None:
+                return DiagonalEstimate((z, cz), "magnitude" if self.use_abs else "product")
+            zs, czs = jax.tree.map(lambda x: x[None], (z, cz))
         else:
             zs = jax.vmap(lambda k: _rademacher(k, like))(jax.random.split(key, self.n_probes))
-            cz = jax.vmap(product)(zs)
-            diagonal = jax.tree.map(lambda z, c: jnp.mean(z * c, axis=0), zs, cz)
-        if self.use_abs:
-            diagonal = jax.tree.map(jnp.abs, diagonal)
-        return diagonal if self.block_average is None else self.block_average(diagonal)
+            czs = jax.vmap(product)(zs)
+        axes = None if self.block_average is None else self.block_average.axes_of(like)
+        means = hutchinson_reduce(zs, czs, axes, use_abs=self.use_abs, implementation=self.reduce)
+        return DiagonalEstimate((means,))
 
 
 @dataclasses.dataclass(frozen=True)

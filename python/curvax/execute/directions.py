@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Linearization, OutputCurvature, Rows
+from curvax.kernels import Choice, Implementation
 from curvax.loops import for_loop_body
 from curvax.solvers import CG, Lane, Result, RowSpace, Solution, Solver, Space, System, TreeSpace
 from curvax.solvers.base import code, relative_residual
@@ -29,6 +30,7 @@ class Task:
       precondition: v -> P^-1 v, or `None`.
       space: vector arithmetic of parameter space.
       raveled: solve on one raveled vector in place of the tree.
+      gram: implementation of `gram_accumulate` in the row lane; `None` takes the best supported one.
     """
 
     at: Linearization
@@ -38,6 +40,7 @@ class Task:
     precondition: Callable[[PyTree], PyTree] | None
     space: TreeSpace
     raveled: bool = False
+    gram: Implementation | Choice | None = None
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
@@ -154,7 +157,7 @@ def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solu
     def product(w: jax.Array) -> jax.Array:
         return rows.output.factor_transpose(rows.push(rows.pull(rows.output.factor(w))))
 
-    gram = rows.gram(solver.max_bytes)
+    gram = rows.gram(solver.max_bytes, task.gram)
     system = System(product, matrix=lambda: gram)
 
     def solve_rows(rhs: jax.Array) -> Solution:

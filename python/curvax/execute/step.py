@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +15,14 @@ from curvax.curvature import Evaluation, Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
 from curvax.execute.directions import Task, restarted, solve
+from curvax.execute.entrywise import move
 from curvax.execute.state import MethodState
-from curvax.kernels import tree_cg
-from curvax.plan import Assembly, Cadence, Plan, flat_vectors, kernel_choices
+from curvax.kernels import Choice, gram_accumulate, tree_cg
+from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
+from curvax.plan import Assembly, Cadence, Entrywise, Plan, entrywise, flat_vectors, kernel_choices
 from curvax.preconditioners import Identity
-from curvax.solvers import Lane, Solution, TreeSpace
+from curvax.solvers import Lane, Result, Solution, TreeSpace
+from curvax.solvers.base import code
 from curvax.telemetry import Metric
 from curvax.tree import PyTree
 
@@ -48,22 +52,33 @@ class Problem:
       evaluation: the batch of gradient and loss, with everything the model needs.
       curvature_evaluation: the batch of the curvature, or `None` for the same one.
       gradient: a gradient from outside, or `None` to take the batch's own.
-      key: random key of this step's estimators, or `None`.
+      key: makes the random key of this step's estimators; `None` where there is no randomness.
     """
 
     evaluation: Evaluation
     curvature_evaluation: Evaluation | None = None
     gradient: PyTree | None = None
-    key: jax.Array | None = None
+    key: Callable[[], jax.Array] | None = None
 
 
 def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, state: MethodState) -> Proposal:
     """Runs the planned step at the trainable parameters `params`."""
+    choices = kernel_choices(assembly, plan, params, _curvature_batch(problem))
+    chosen = {choice.op: choice for choice in choices}
+    assembly = dataclasses.replace(
+        assembly,
+        curvature=assembly.curvature.with_kernels(chosen),
+        preconditioner=assembly.preconditioner.with_kernels(chosen),
+    )
     at, curved = _linearize(assembly, plan, params, problem)
     gradient = at.gradient if problem.gradient is None else tree.widen(problem.gradient)
     lam = assembly.damping.lam(state.damping)
     preconditioner = _refresh(assembly, plan, params, problem, curved, state)
-    solution = _solve(assembly, plan, params, problem, curved, gradient, lam, preconditioner, state)
+    step = entrywise(assembly)
+    if isinstance(step, Entrywise) and problem.gradient is None:
+        choice = chosen[DIAGONAL_UPDATE.name]
+        return _in_one_pass(assembly, step, params, at, gradient, lam, preconditioner, state, choice)
+    solution = _solve(assembly, plan, choices, problem, curved, gradient, lam, preconditioner, state)
     wide = tree.widen(params)
     update, transform = assembly.transform.update(solution.value, state.transform, wide)
     after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, wide, update)
@@ -83,6 +98,39 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
     info = _info(assembly, state, following, at, solution, gradient, update, lam, outcome, accepted)
     applied = jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), update)
     return Proposal(tree.where(accepted, after, params), applied, following, info)
+
+
+def _in_one_pass(
+    assembly: Assembly,
+    step: Entrywise,
+    params: PyTree,
+    at: Linearization,
+    gradient: PyTree,
+    lam: jax.Array,
+    preconditioner: Any,
+    state: MethodState,
+    choice: Choice,
+) -> Proposal:
+    """What `propose` does behind the refresh, for a step whose direction and update nobody else wants to see."""
+    sound = jnp.isfinite(at.loss)
+    moved = move(step, params, gradient, lam, sound, preconditioner, state.solver, state.transform, choice)
+    missing = jnp.full_like(at.loss, jnp.nan)
+    outcome = Outcome(moved.finite, jnp.asarray(False), at.loss, missing, missing)
+    following = MethodState(
+        step=state.step + 1,
+        rejected=state.rejected + (~moved.finite).astype(jnp.int32),
+        damping=assembly.damping.update(state.damping, outcome, jnp.asarray(False)),
+        preconditioner=preconditioner,
+        solver=moved.solver,
+        transform=_keep_if(moved.finite, moved.transform, state.transform),
+        model_state=_keep_if(moved.finite, at.model_state, state.model_state),
+        layout=state.layout,
+    )
+    # The direction is not at hand: telemetry that asks for it, or for the update, takes the other way.
+    none = Solution(None, code(Result.CONVERGED), jnp.zeros((), jnp.int32), jnp.zeros((), lam.dtype), None)
+    info = _info(assembly, state, following, at, none, gradient, None, lam, outcome, moved.finite)
+    update = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, tree.widen(moved.params), tree.widen(params))
+    return Proposal(moved.params, update, following, info)
 
 
 def _keep_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
@@ -135,7 +183,7 @@ def _refresh(
             at = assembly.curvature.linearize(params, _curvature_batch(problem), plan.refresh_needs)
         if problem.key is None:
             raise ValueError(f"{type(assembly.preconditioner).__name__} draws at random: pass a random key to step.")
-        return assembly.preconditioner.refresh(state.preconditioner, at, problem.key)
+        return assembly.preconditioner.refresh(state.preconditioner, at, problem.key())
 
     return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
 
@@ -143,7 +191,7 @@ def _refresh(
 def _solve(
     assembly: Assembly,
     plan: Plan,
-    params: PyTree,
+    choices: tuple[Choice, ...],
     problem: Problem,
     curved: Linearization,
     gradient: PyTree,
@@ -151,7 +199,6 @@ def _solve(
     preconditioner: Any,
     state: MethodState,
 ) -> Solution:
-    choices = kernel_choices(assembly, plan.solver, params)
     chosen = {choice.op: choice for choice in choices}
     task = Task(
         at=curved,
@@ -164,7 +211,8 @@ def _solve(
         space=TreeSpace(
             chosen.get(tree_cg.DOTS.name), chosen.get(tree_cg.CG_UPDATE.name), chosen.get(tree_cg.CG_DIRECTION.name)
         ),
-        raveled=flat_vectors(choices, params) is not None,
+        raveled=flat_vectors(choices, gradient) is not None,
+        gram=chosen.get(gram_accumulate.GRAM_ACCUMULATE.name),
     )
     own = state.solver if plan.solver_index is None else state.solver[plan.solver_index]
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
@@ -222,11 +270,12 @@ def _info(
     at: Linearization,
     solution: Solution,
     gradient: PyTree,
-    update: PyTree,
+    update: PyTree | None,
     lam: jax.Array,
     outcome: Outcome,
     accepted: jax.Array,
 ) -> dict[str, Any]:
+    """The chosen metrics; `update` is `None` where neither it nor the direction is at hand."""
     values = {
         Metric.STEP: state.step,
         Metric.LOSS: at.loss,
@@ -242,9 +291,9 @@ def _info(
         Metric.ACTUAL: outcome.actual,
         Metric.RHO: outcome.rho,
         Metric.GRADIENT_NORM: tree.norm(gradient),
-        Metric.DIRECTION_NORM: tree.norm(solution.value),
-        Metric.UPDATE_NORM: optax.tree.norm(update),
     }
+    if update is not None:
+        values |= {Metric.DIRECTION_NORM: tree.norm(solution.value), Metric.UPDATE_NORM: optax.tree.norm(update)}
     info: dict[str, Any] = dict(assembly.telemetry.collect(state.step, values))
     if at.aux is not None:
         info["aux"] = at.aux

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.kernels._dispatch import Choice, Op, Request
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -93,6 +95,16 @@ class Loss(abc.ABC):
             total = jnp.sum(w) * (math.prod(positions) / max(w.size, 1))
             w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
         return jnp.broadcast_to(append_axes(w, len(shape)), shape)
+
+    def kernels(self, outputs: Shaped) -> tuple[tuple[Op, Request], ...]:
+        """The ops that `hessian_product` calls on such outputs, and what it asks of them: none for most losses."""
+        del outputs
+        return ()
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Loss:
+        """The same loss with the implementations of its ops chosen, as the planner does from a method's backend."""
+        del choices
+        return self
 
     def row_shape(self, outputs: Shaped) -> tuple[int, ...]:
         """Shape of the vectors that `factor` takes: the outputs' own, as every S here is square."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 
+from curvax import tree
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses.base import (
     Loss,
     Shaped,
@@ -38,6 +42,8 @@ class SoftmaxCrossEntropy(Loss):
     (padding with -1 or -100); elsewhere it makes loss and gradient NaN, so that it cannot pass unseen.
 
     Attributes:
+      implementation: of the op `softmax_hvp` in `hessian_product`. With `None` (default) a method's plan chooses it by
+        the method's backend, and outside a method the best supported one runs; what is named here runs, or raises.
       label_smoothing: share e of the mass that is spread evenly over the classes that the logits allow (all, unless
         some are minus infinity): y becomes (1 - e) y + e c / classes (Szegedy et al. 2016). Default 0.
       reduction: see `Loss`.
@@ -47,6 +53,7 @@ class SoftmaxCrossEntropy(Loss):
     """
 
     label_smoothing: float = 0.0
+    implementation: Implementation | Choice | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Validates the configuration."""
@@ -66,9 +73,22 @@ class SoftmaxCrossEntropy(Loss):
 
     def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
         """The product omega c p (v - p.v); see `Loss.hessian_product`."""
-        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
-        p, v = jnp.exp(log_p), v.astype(log_p.dtype)
-        return weigh(weight * mass, p * (v - _dot(p, v)))
+        outputs, dtype = jnp.asarray(outputs), wide_dtype(outputs.dtype)
+        mass = _mass(outputs, jnp.asarray(targets), dtype)
+        v = v if tree.scalar_dtype((outputs, v)) == dtype else v.astype(dtype)
+        return softmax_hvp(outputs, v, weigh(omega.astype(dtype), mass), implementation=self.implementation)
+
+    def kernels(self, outputs: Shaped) -> tuple[tuple[Op, Request], ...]:
+        """The op `softmax_hvp`, unless an implementation of it was named; see `Loss.kernels`."""
+        if self.implementation is not None:
+            return ()
+        like = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
+        return ((SOFTMAX_HVP, Request.of(like, jax.ShapeDtypeStruct(like.shape, wide_dtype(like.dtype)))),)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> SoftmaxCrossEntropy:
+        """The same loss with the choice for `softmax_hvp`, if there is one; see `Loss.with_kernels`."""
+        chosen = choices.get(SOFTMAX_HVP.name)
+        return self if chosen is None else dataclasses.replace(self, implementation=chosen)
 
     def factor(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, u: jax.Array) -> jax.Array:
         """S u = sqrt(omega c) sqrt(p) (u - sqrt(p) (sqrt(p).u)); see `Loss.factor`."""
@@ -128,10 +148,9 @@ class SoftmaxCrossEntropy(Loss):
             labels = targets.astype(jnp.int32)
             known = (labels >= 0) & (labels < z.shape[-1])
             y = jnp.where(known[..., None], _one_hot(labels, z), jnp.full((), jnp.nan, z.dtype))
-            mass = jnp.ones((*z.shape[:-1], 1), z.dtype)
         else:
             y = targets.astype(z.dtype)
-            mass = jnp.sum(y, axis=-1, keepdims=True)
+        mass = _mass(z, targets, z.dtype)[..., None]
         if self.label_smoothing:
             y = (1.0 - self.label_smoothing) * y + self.label_smoothing * mass * _uniform(z)
         return y, mass
@@ -157,6 +176,13 @@ class SoftmaxCrossEntropy(Loss):
                 f"labels of shape {labels.shape} must be integers but are {labels.dtype}: cast them with "
                 f"labels.astype(int), or pass label rows of shape {logits}."
             )
+
+
+def _mass(outputs: jax.Array, targets: jax.Array, dtype: Any) -> jax.Array:
+    """The mass c of each position's labels."""
+    if targets.ndim < outputs.ndim:
+        return jnp.ones(outputs.shape[:-1], dtype)
+    return jnp.sum(targets.astype(dtype), axis=-1)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOpt
 from curvax.methods.registry import preset
 from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import Diagonal
-from curvax.transform import ScalarOrSchedule, check_learning_rate, trainable_mask
+from curvax.transform import EntrywiseUpdate, ScalarOrSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,12 @@ class SophiaOptions(LossRecordOptions):
     def transform(self) -> optax.GradientTransformationExtraArgs:
         if self.tx is not None:
             return optax.with_extra_args_support(self.tx)
-        check_learning_rate(self.learning_rate)
-        chain = optax.chain(
-            optax.clip(self.clip_value),
-            optax.add_decayed_weights(self.weight_decay, mask=trainable_mask(self.mask)),
-            optax.scale_by_learning_rate(self.learning_rate),
+        return EntrywiseUpdate(
+            self.learning_rate,
+            clip_value=self.clip_value,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=self.mask,
         )
-        return optax.with_extra_args_support(chain)
 
     def preconditioner(self, estimator: DiagonalEstimator) -> EmaDiagonal:
         denominator = SophiaFloor(self.gamma, self.eps)

@@ -100,7 +100,7 @@ class Plan:
     def _kernel_lines(self) -> list[str]:
         if self.costs and not self.choices:
             return ["none: this lane runs on plain JAX, whatever the backend"]
-        return [f"{c.op:<15}{c.implementation:<11}{c.reason}" for c in self.choices]
+        return [f"{c.op:<20}{c.implementation:<11}{c.reason}" for c in self.choices]
 
     def _candidate_line(self, candidate: Candidate) -> str:
         mark = "->" if candidate.index == self.solver_index else "  "

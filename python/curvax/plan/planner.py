@@ -13,11 +13,13 @@ from curvax import tree
 from curvax.curvature import Curvature, Evaluation, Microbatched, Needs
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
 from curvax.jaxprs import uses_custom_vjp
-from curvax.kernels import tree_cg
-from curvax.kernels._dispatch import Choice, Request, resolve
+from curvax.kernels import gram_accumulate, tree_cg
+from curvax.kernels._dispatch import Choice, Op, Request, resolve
+from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
 from curvax.plan import cost as costing
 from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.cost import Cost
+from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.plan import Candidate, PartCost, Plan
 from curvax.plan.requirements import Cadence, Part, Requirement
 from curvax.preconditioners import EmaDiagonal, Identity, Jacobi, NystromPreconditioner, Preconditioner
@@ -29,6 +31,8 @@ _FLOPS_PER_BYTE = 8.0
 # Triangular factorisation and substitution reach a fraction of the speed of matrix products (1,280 rows: an eighth).
 _CHOLESKY_SLOWDOWN = 8.0
 _EVERY_STEP = Cadence((1,))
+# FLOPs are counted in plain JAX, whatever runs.
+_COUNTED = Choice(gram_accumulate.GRAM_ACCUMULATE.name, "reference", "counted for the plan, not run")
 # Mean elements per leaf up to which `flat_vectors` ravels.
 _RAVELED_LEAF = 2**20
 
@@ -53,7 +57,7 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         best = min(candidates, key=lambda c: c.seconds)
         solver, index = best.solver, best.index
     plan = _plan(assembly, solver, solver.lane, index)
-    choices = kernel_choices(assembly, solver, params)
+    choices = kernel_choices(assembly, plan, params, evaluation)
     raveled = flat_vectors(choices, params)
     return dataclasses.replace(
         plan,
@@ -64,12 +68,28 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
     )
 
 
-def kernel_choices(assembly: Assembly, solver: Solver, params: PyTree) -> tuple[Choice, ...]:
-    """The implementation of each op that the solver uses, for these parameter shapes."""
-    if not isinstance(solver, CG):
-        return ()
+def kernel_choices(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluation) -> tuple[Choice, ...]:
+    """The implementation of each op that the step uses, for these shapes."""
     wide = jax.eval_shape(tree.widen, params)
-    return tuple(resolve(op, assembly.backend, Request.of(wide)) for op in tree_cg.OPS)
+    wanted: list[tuple[Op, Request]] = []
+    if isinstance(plan.solver, CG):
+        wanted += [(op, Request.of(wide)) for op in tree_cg.OPS]
+    if isinstance(plan.solver, RowSpace) and not isinstance(plan.solver.solver, CG):
+        # Of the matrix that the op adds to only the dtype is known without a batch.
+        gram = jax.ShapeDtypeStruct((0, 0), tree.scalar_dtype(params))
+        wanted += [(op, Request.of(gram)) for op in gram_accumulate.OPS]
+    if _has_products(plan):
+        wanted += assembly.curvature.kernels(params, evaluation)
+    wanted += assembly.preconditioner.kernels(wide)
+    if isinstance(entrywise(assembly), Entrywise):
+        wanted.append((DIAGONAL_UPDATE, Request.of(params)))
+    return tuple(resolve(op, assembly.backend, request) for op, request in wanted)
+
+
+def _has_products(plan: Plan) -> bool:
+    """Whether some part of the step multiplies with the curvature."""
+    refreshed = not plan.refresh.never and plan.refresh_needs.product
+    return plan.needs.product or plan.needs.rows or refreshed or not plan.predict.never
 
 
 def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
@@ -82,8 +102,9 @@ def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
     """
     request = Request.of(jax.eval_shape(tree.widen, params))
     leaves = len(request.shapes)
-    custom = any(choice.implementation != "reference" for choice in choices)
-    if not choices or custom or request.platform != "gpu" or request.devices != 1 or len(request.dtypes) != 1:
+    vectors = [choice for choice in choices if choice.op in {op.name for op in tree_cg.OPS}]
+    custom = any(choice.implementation != "reference" for choice in vectors)
+    if not vectors or custom or request.platform != "gpu" or request.devices != 1 or len(request.dtypes) != 1:
         return None
     if leaves < 2 or request.size > leaves * _RAVELED_LEAF:
         return None
@@ -207,6 +228,8 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
 
 def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
     notes = []
+    if lane is Lane.DIAGONAL and isinstance(reason := entrywise(assembly), str):
+        notes.append(f"the step takes several passes over the parameters: {reason}")
     inner = assembly.curvature.inner if isinstance(assembly.curvature, Microbatched) else assembly.curvature
     if uses_custom_vjp(inner.forward, params, evaluation):
         notes.append("the model holds a custom_vjp: products run reverse over reverse")
@@ -290,7 +313,7 @@ def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> 
     def gram(p: PyTree, e: Evaluation) -> Any:
         rows = curvature.linearize(p, e, Needs(rows=True)).rows
         # Without a memory bound there are no blocks, whose loops have no countable length.
-        return rows.gram(1 << 62) if rows is not None else 0
+        return rows.gram(1 << 62, _COUNTED) if rows is not None else 0
 
     return costing.trace(gram, shapes, evaluation)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
 from curvax import tree
+from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -53,6 +55,16 @@ class Preconditioner(abc.ABC):
     @abc.abstractmethod
     def apply(self, state: Any, lam: jax.Array | float, v: PyTree) -> PyTree:
         """P^-1 v, with the shapes and dtypes of `v`; `lam` is a non-negative scalar."""
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that a refresh calls for wide parameters of these shapes, and what it asks of them."""
+        del wide
+        return ()
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Preconditioner:
+        """The same preconditioner with the planner's choices for its ops, by name."""
+        del choices
+        return self
 
 
 def accept_finite(state: State, refreshed: State) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,8 +13,15 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.estimators.base import DiagonalEstimator, check_count
-from curvax.preconditioners._diagonal import divide, mean_magnitude
-from curvax.preconditioners.base import Preconditioner, accept_finite
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.kernels.diagonal_update import (
+    DIAGONAL_ACCUMULATE,
+    AccumulateRule,
+    DenominatorRule,
+    diagonal_accumulate,
+)
+from curvax.preconditioners._diagonal import divide
+from curvax.preconditioners.base import Preconditioner
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -38,6 +46,15 @@ class Denominator(abc.ABC):
     @abc.abstractmethod
     def fallback(self, scale: jax.Array) -> jax.Array:
         """What replaces a denominator of 0: that of an entry of average curvature; 0 only if `scale` is."""
+
+    @property
+    def rule(self) -> DenominatorRule | None:
+        """The same denominator as the op `diagonal_update` knows it; `None` if it does not."""
+        return None
+
+    def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """The offset that `rule` leaves open; arguments as for `denominator`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rule, so it has no offset.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +92,15 @@ class SophiaFloor(Denominator):
         """Gamma scale."""
         return self.gamma * scale
 
+    @property
+    def rule(self) -> DenominatorRule:
+        """A floor."""
+        return DenominatorRule("floor", slope=self.gamma)
+
+    def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """Eps scale."""
+        return self.eps * scale
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaHessianPower(Denominator):
@@ -108,6 +134,15 @@ class AdaHessianPower(Denominator):
         """scale^power."""
         return scale if self.power == 1 else scale**self.power
 
+    @property
+    def rule(self) -> DenominatorRule:
+        """A power."""
+        return DenominatorRule("power", power=self.power)
+
+    def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """Eps scale^power."""
+        return self.eps * self.fallback(scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Damped(Denominator):
@@ -125,6 +160,15 @@ class Damped(Denominator):
     def fallback(self, scale: jax.Array) -> jax.Array:
         """The scale itself."""
         return scale
+
+    @property
+    def rule(self) -> DenominatorRule:
+        """Damped."""
+        return DenominatorRule("damped")
+
+    def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
+        """Lam."""
+        return lam
 
 
 @jax.tree_util.register_dataclass
@@ -159,6 +203,8 @@ class EmaDiagonal(Preconditioner):
       denominator: how h becomes a denominator; `Damped()` by default.
       bias_correction: divide by 1 - beta2^t, so that h is a mean of the estimates from the first refresh on. True by
         default; the authors' Sophia has none.
+      accumulate: implementation of `diagonal_accumulate`, by name or as the planner's choice; `None` takes the best
+      one.
     """
 
     estimator: DiagonalEstimator
@@ -166,6 +212,7 @@ class EmaDiagonal(Preconditioner):
     every: int = 1
     denominator: Denominator = Damped()
     bias_correction: bool = True
+    accumulate: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
@@ -182,6 +229,15 @@ class EmaDiagonal(Preconditioner):
         """As the estimator."""
         return self.estimator.needs_sampling
 
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The accumulation's and the estimator's."""
+        return ((DIAGONAL_ACCUMULATE, Request.of(wide)), *self.estimator.kernels(wide))
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> EmaDiagonal:
+        """Its own choice and the estimator's."""
+        accumulate = choices.get(DIAGONAL_ACCUMULATE.name, self.accumulate)
+        return dataclasses.replace(self, estimator=self.estimator.with_kernels(choices), accumulate=accumulate)
+
     def init(self, params_like: PyTree) -> EmaDiagonalState:
         """No curvature seen."""
         # Two zeros, not one twice: a buffer cannot be donated twice.
@@ -190,16 +246,29 @@ class EmaDiagonal(Preconditioner):
         return EmaDiagonalState(tree.zeros_like(params_like), scale, *counts)
 
     def refresh(self, state: EmaDiagonalState, linearization: Linearization, key: jax.Array) -> EmaDiagonalState:
-        """One more estimate in the average."""
-        diagonal = tree.cast_like(self.estimator.diagonal(linearization, key), state.average)
-        average = jax.tree.map(self._mix, state.average, diagonal)
+        """One more estimate in the average; one that is not finite leaves it as it was.
+
+        For root mean squares the average is the root and not the square: a square would overflow or underflow with the
+        curvature of a rescaled loss.
+        """
         count = state.count + 1
-        scale = mean_magnitude(average) * self._correction(count).astype(state.scale.dtype)
-        return accept_finite(state, EmaDiagonalState(average, scale, count, state.rejected))
+        average, scale, finite = diagonal_accumulate(
+            AccumulateRule(self.beta2, self.denominator.root_mean_square),
+            state.average,
+            self.estimator.estimate(linearization, key),
+            self.correction(count),
+            implementation=self.accumulate,
+        )
+        return EmaDiagonalState(
+            average=average,
+            scale=jnp.where(finite, scale, state.scale),
+            count=jnp.where(finite, count, state.count),
+            rejected=state.rejected + (~finite).astype(jnp.int32),
+        )
 
     def apply(self, state: EmaDiagonalState, lam: jax.Array | float, v: PyTree) -> PyTree:
         """Entrywise division."""
-        correction = self._correction(state.count)
+        correction = self.correction(state.count)
 
         def leaf(average: jax.Array, x: jax.Array) -> jax.Array:
             dtype = average.dtype
@@ -210,18 +279,8 @@ class EmaDiagonal(Preconditioner):
 
         return jax.tree.map(leaf, state.average, v)
 
-    def _mix(self, average: jax.Array, diagonal: jax.Array) -> jax.Array:
-        """beta2 average + (1 - beta2) diagonal, or its root-mean-square likeness.
-
-        The latter keeps the root instead of the square in the state: `hypot` neither overflows nor underflows where the
-        squares of a rescaled loss's curvature would.
-        """
-        if self.denominator.root_mean_square:
-            return jnp.hypot(math.sqrt(self.beta2) * average, math.sqrt(1 - self.beta2) * diagonal)
-        return self.beta2 * average + (1 - self.beta2) * diagonal
-
-    def _correction(self, count: jax.Array) -> jax.Array:
-        """1 / (1 - beta2^count), or its root; 1 before the first refresh."""
+    def correction(self, count: jax.Array) -> jax.Array:
+        """What the average of `count` estimates is multiplied by: 1 / (1 - beta2^count) or its root; 1 before any."""
         dtype = jnp.result_type(float)
         if not self.bias_correction or self.beta2 == 0:
             return jnp.ones((), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.estimators.base import DiagonalEstimator, check_count
+from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.preconditioners._diagonal import divide, mean_magnitude
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
@@ -64,6 +66,14 @@ class Jacobi(Preconditioner):
     def needs_sampling(self) -> bool:
         """As the estimator."""
         return self.estimator.needs_sampling
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The estimator's."""
+        return self.estimator.kernels(wide)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> Jacobi:
+        """The estimator's choices."""
+        return dataclasses.replace(self, estimator=self.estimator.with_kernels(choices))
 
     def init(self, params_like: PyTree) -> JacobiState:
         """No curvature seen."""

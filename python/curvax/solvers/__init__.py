@@ -1,4 +1,7 @@
-"""Linear solvers: conjugate gradients, dense, diagonal, row space, lineax, and the planner's choice."""
+"""Linear solvers: conjugate gradients, dense, diagonal, row space, lineax, and the planner's choice.
+
+Beside them, for many independent systems at once: `batched_cg` and `batched_cholesky_solve`.
+"""
 
 from curvax.solvers.automatic import Automatic as Automatic
 from curvax.solvers.base import Lane as Lane
@@ -8,6 +11,9 @@ from curvax.solvers.base import Solver as Solver
 from curvax.solvers.base import Space as Space
 from curvax.solvers.base import System as System
 from curvax.solvers.base import TreeSpace as TreeSpace
+from curvax.solvers.batched import BatchedSolution as BatchedSolution
+from curvax.solvers.batched import batched_cg as batched_cg
+from curvax.solvers.batched import batched_cholesky_solve as batched_cholesky_solve
 from curvax.solvers.conjugate_gradient import CG as CG
 from curvax.solvers.conjugate_gradient import MartensStop as MartensStop
 from curvax.solvers.dense import Cholesky as Cholesky

@@ -14,39 +14,9 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.kernels import tree_cg
 from curvax.kernels._dispatch import Choice, Implementation
+from curvax.result import Result as Result
+from curvax.result import code as code
 from curvax.tree import PyTree
-
-
-class Result(enum.IntEnum):
-    """How a solve ended. Stored in `Solution.result` as int32; `describe` gives the sentence."""
-
-    CONVERGED = 0
-    MAX_ITERATIONS = 1
-    NEGATIVE_CURVATURE = 2
-    BREAKDOWN = 3
-    NON_FINITE = 4
-    INDEFINITE = 5
-    SINGULAR = 6
-    STOPPED_EARLY = 7
-    INACCURATE = 8
-
-    def describe(self) -> str:
-        """What happened and what to do about it."""
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Result.CONVERGED: "The residual is below the tolerance.",
-    Result.MAX_ITERATIONS: "The iteration limit came first: the direction is usable; raise maxiter, lam or tol.",
-    Result.NEGATIVE_CURVATURE: "A direction of negative curvature was met: the last iterate before it is returned; "
-    "raise lam, or use a Gauss-Newton matrix, which has none.",
-    Result.BREAKDOWN: "The curvature along the search direction is zero to rounding: raise lam.",
-    Result.NON_FINITE: "The system holds NaN or infinity: look at the batch and the loss.",
-    Result.INDEFINITE: "The matrix is indefinite: the magnitudes of its eigenvalues were used; raise lam.",
-    Result.SINGULAR: "The matrix is singular to rounding: the minimum-norm solution was used; raise lam.",
-    Result.INACCURATE: "The solution does not satisfy the system: raise lam or use float64.",
-    Result.STOPPED_EARLY: "The quadratic stopped improving (Martens' rule): the direction is usable.",
-}
 
 
 class Lane(enum.Enum):
@@ -174,8 +144,3 @@ def relative_residual(system: System, lam: jax.Array, rhs: PyTree, value: PyTree
     rest = jax.tree.map(jnp.subtract, rhs, damped(system, lam)(value))
     size = tree.norm(rhs)
     return jnp.where(size > 0, tree.norm(rest) / jnp.where(size > 0, size, jnp.ones_like(size)), jnp.zeros_like(size))
-
-
-def code(result: Result) -> jax.Array:
-    """A result as the int32 scalar that states and infos carry."""
-    return jnp.asarray(int(result), jnp.int32)

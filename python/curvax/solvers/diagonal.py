@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,10 @@ class Diagonal(Solver):
             return ()
         return DiagonalState(tree.zeros_like(like), jnp.zeros((), jnp.int32))
 
+    def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
+        """What a mean over `count` steps is multiplied by, since it started at 0."""
+        return 1 / (1 - jnp.asarray(self.beta1, dtype) ** count.astype(dtype))
+
     def solve(self, system: System, rhs: PyTree, state: DiagonalState | tuple[()], lam: jax.Array) -> Solution:
         if system.precondition is None:
             raise ValueError("the diagonal lane needs a preconditioner: give one with an estimator.")
@@ -56,9 +61,7 @@ class Diagonal(Solver):
             raw = jax.tree.map(lambda m, g: self.beta1 * m + (1 - self.beta1) * g, state.mean, rhs)
             count = state.count + 1
             following = DiagonalState(raw, count)
-            dtype = tree.scalar_dtype(rhs)
-            correction = 1 / (1 - jnp.asarray(self.beta1, dtype) ** count.astype(dtype))
-            mean = tree.scale(correction, raw)
+            mean = tree.scale(self.correction(count, tree.scalar_dtype(rhs)), raw)
         value = system.precondition(mean)
         zero = jnp.zeros((), tree.scalar_dtype(rhs))
         return Solution(value, code(Result.CONVERGED), jnp.zeros((), jnp.int32), zero, following)

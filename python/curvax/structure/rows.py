@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
+from curvax.kernels import Choice, Implementation
 from curvax.structure.batch_axis import examples_independent
 from curvax.structure.flat import Flat, flat_example, replay
 from curvax.structure.gram import Factors, RowGroups, gram
@@ -34,6 +35,7 @@ def row_gram(
     pull: Callable[[jax.Array], PyTree],
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
     """S^T J J^T S as a dense symmetric matrix.
 
@@ -46,6 +48,7 @@ def row_gram(
       pull: u -> J^T u over the whole batch.
       max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
         that they meet.
+      implementation: of the op `gram_accumulate`.
 
     Returns:
       (rows, rows) matrix in the wide dtype, rows flattened from `output.row_shape`, products at highest precision.
@@ -56,8 +59,8 @@ def row_gram(
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
-        return gram(_example_groups(predict, params, inputs, output), max_bytes)
-    return gram(_joint_groups(params, output, pull), max_bytes)
+        return gram(_example_groups(predict, params, inputs, output), max_bytes, implementation)
+    return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
 
 def _example_groups(

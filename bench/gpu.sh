@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under 8 minutes, on a machine without network:
+#
+#   bench/gpu_wheels.sh     before, where there are network and nvcc: puts wheels into wheelhouse/
+#   bench/gpu.sh            there, with wheelhouse/ beside the sources
+#   bench/gpu.sh cpu        the same on the CPU and in small, to try the script itself
+#
+# Wants python3 (3.12 or newer; PYTHON names another) with JAX for CUDA, optax, numpy, pytest. Without a wheel of curvax
+# it is built on the spot (nvcc, cmake, ninja, nanobind, scikit-build-core). Writes rows, logs and a summary into $OUT,
+# bench/results/gpu unless it is set. Fails if a part fails or the tests do not end in time; a measurement that its time
+# limit cuts off keeps the rows it has.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PLATFORM=${1:-cuda}
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-bench/results/gpu}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+SITE=$(mktemp -d)
+trap 'rm -rf "$SITE"' EXIT
+export PYTHONUNBUFFERED=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=$PLATFORM
+# The tests compare with the CPU.
+[[ $PLATFORM == cuda ]] && export JAX_PLATFORMS=cuda,cpu
+# Several test processes share the GPU.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+QUICK=() FEWER=()
+[[ $PLATFORM == cpu ]] && QUICK=(--quick) FEWER=(-k odd)
+FAILED=()
+
+# part NAME SECONDS COMMAND...: runs a part under a time limit, its output in $OUT/NAME.log and its end on the screen.
+part() {
+  local name=$1 limit=$2 began=$SECONDS status
+  shift 2
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  status=$?
+  [[ $status -ne 0 && ($status -ne 124 || -z ${MAY_BE_CUT:-}) ]] && FAILED+=("$name")
+  printf '%-10s exit %d, %d s of %d\n' "$name" "$status" $((SECONDS - began)) "$limit"
+  tail -n "${LINES_SHOWN:-4}" "$OUT/$name.log" | cut -c1-200 | sed 's/^/    /'
+}
+
+install() {
+  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$SITE")
+  local parts=(wheelhouse/*.whl.part00) wheels=()
+  if [[ -e ${parts[0]} ]]; then
+    local whole=${parts[0]%.part00}
+    cat "$whole".part?? >"$SITE/$(basename "$whole")"
+    wheels+=("$SITE/$(basename "$whole")")
+  fi
+  for wheel in wheelhouse/*.whl; do [[ -e $wheel ]] && wheels+=("$wheel"); done
+  if ! compgen -G 'wheelhouse/curvax-*.whl' >/dev/null; then
+    local cuda=ON
+    [[ $PLATFORM == cpu ]] && cuda=OFF
+    "${pip[@]}" --no-build-isolation -C "cmake.define.CURVAX_CUDA=$cuda" \
+      -C cmake.define.CURVAX_CUDA_ARCHITECTURES=90-real . || return
+  fi
+  [[ ${#wheels[@]} -eq 0 ]] || "${pip[@]}" "${wheels[@]}" || return
+  # Python as it is here; of the wheel the compiled modules count, and they say themselves if they are too old.
+  cp -r python/curvax/. "$SITE/curvax/" && cp -r kernels "$SITE/curvax/"
+}
+
+facts() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv 2>/dev/null
+  "$PYTHON" -m curvax.cli doctor
+}
+
+part install 60 bash -c "$(declare -f install); PYTHON='$PYTHON' SITE='$SITE' PLATFORM='$PLATFORM'; install"
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+LINES_SHOWN=30 part doctor 30 bash -c "$(declare -f facts); PYTHON='$PYTHON'; facts"
+part tests 180 "$PYTHON" -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider --strict-backend \
+  --junitxml="$OUT/tests.xml" -m "not slow" ${FEWER[@]+"${FEWER[@]}"} --ignore=tests/kernels/test_dispatch.py tests/gpu tests/kernels
+MAY_BE_CUT=1 part limits 30 "$PYTHON" -m bench limits ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+MAY_BE_CUT=1 part kernels 130 "$PYTHON" -m bench kernels ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+MAY_BE_CUT=1 part gpu_steps 45 "$PYTHON" -m bench gpu_steps ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+"$PYTHON" -m bench.summary "$OUT" 2>&1 | tee "$OUT/summary.txt" | cut -c1-160
+printf '%d s in all\n' "$SECONDS"
+if [[ ${#FAILED[@]} -gt 0 ]]; then
+  echo "failed: ${FAILED[*]} (logs in $OUT)"
+  exit 1
+fi

@@ -1,0 +1,104 @@
+"""What steps launch and how much memory they take on an H200, from programs compiled for one that is not there.
+
+Counts and not times: an operation that XLA turns into one kernel or copy on the device counts as one launch. Needs
+JAX's CUDA plugin (`make test-gpu-compile` sets one up in .venv-gpu); kernels in C++ need curvax built with
+CURVAX_CUDA=ON, and those in Triton jax-triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import warnings
+from collections.abc import Iterator
+
+import jax
+
+from bench.schema import Row
+
+# The steps and the compiler are the tests' own.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests"))
+
+from lowering import h200, steps
+
+from curvax.kernels import Backend
+
+SUITE = "gpu_compile"
+PRODUCTS = "the products alone"
+_BACKENDS: tuple[Backend, ...] = ("reference", "native", "pallas", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    provider: str
+    compiled: jax.stages.Compiled
+
+
+def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
+    """Rows, case by case; a backend whose kernels do not occur has no rows.
+
+    Args:
+      quick: the first case only.
+      only: substring of the case names to run.
+    """
+    reason = h200.missing()
+    if reason is not None:
+        raise SystemExit(f"gpu_compile: {reason}")
+    for preset, network in steps.CASES[:1] if quick else steps.CASES:
+        case = f"{preset}, {network.name}"
+        if only in case:
+            yield _rows(case, network, [*_products(preset, network), *_steps(preset, network)])
+
+
+def _products(preset: str, network: steps.Network) -> Iterator[_Found]:
+    if preset == "sgn_ce":
+        function, args = steps.products(network)
+        yield _Found(PRODUCTS, h200.compile_for_h200(function, *args))
+
+
+def _steps(preset: str, network: steps.Network) -> Iterator[_Found]:
+    for backend in _BACKENDS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fallback; a backend that falls back everywhere has no rows
+            function, args = steps.step(preset, network, backend)
+            compiled = h200.compile_for_h200(function, *args)
+        if backend == "reference" or _own_kernels(compiled):
+            yield _Found(f"curvax, backend={backend}", compiled)
+
+
+def _own_kernels(compiled: jax.stages.Compiled) -> bool:
+    return any(target.startswith(steps.OWN_KERNELS) for target in h200.custom_calls(compiled))
+
+
+def _rows(case: str, network: steps.Network, found: list[_Found]) -> list[Row]:
+    rows: list[Row] = []
+    for each in found:
+        outside, loop = h200.kernel_counts(each.compiled)["ENTRY"], h200.busiest_loop(each.compiled)
+        own = sum(n for target, n in h200.custom_calls(each.compiled).items() if target.startswith(steps.OWN_KERNELS))
+        values = {"launches outside loops": outside.total(), "own kernels": own}
+        if loop:
+            values["launches per iteration"] = loop.total()
+        values["MiB temp"] = h200.temp_bytes(each.compiled) / 2**20
+        for metric, value in values.items():
+            rows.append(_row(case, network, each.provider, metric, value, rows))
+    return rows
+
+
+def _row(case: str, network: steps.Network, provider: str, metric: str, value: float, before: list[Row]) -> Row:
+    """A row, with its ratio to the reference backend's."""
+    base = next((r for r in before if r.metric == metric and r.provider == "curvax, backend=reference"), None)
+    ratio = value / base.p50 if base is not None and base.p50 else None
+    return Row(
+        SUITE,
+        case,
+        provider,
+        metric,
+        f"batch {network.batch}",
+        value,
+        value,
+        value,
+        ratio=ratio,
+        baseline=None if ratio is None or base is None else base.provider,
+        device=h200.PLATFORM,
+    )

@@ -1,0 +1,95 @@
+"""`gram_accumulate` on one layer, beside the whole product matrices and the rows written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import run
+from bench.suites.kernels.case import REFERENCE, Case, implementations
+from curvax.kernels.gram_accumulate import OPS, gram_accumulate
+from curvax.kernels.gram_accumulate.workloads import WORKLOADS, Workload
+
+WHOLE = "both product matrices, whole"
+EXPLICIT = "explicit rows, whole"
+# Rows written out may take this many bytes.
+_ROOM = 1 << 29
+
+_Call = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Every workload that suits the machine; FLOPs are those of the lower triangle, whoever does more."""
+    accelerated = jax.default_backend() != "cpu"
+    for work in WORKLOADS[:1] if quick else WORKLOADS:
+        if work.large and not accelerated:
+            continue
+        repeats = max(1, min(20, int((1e13 if accelerated else 2e9) // work.flops)))
+        yield Case(
+            f"gram_accumulate, {work.name}",
+            f"{work.total} rows",
+            lambda work=work, repeats=repeats: _candidates(work, repeats),
+            repeats,
+            work.bytes,
+            work.flops,
+        )
+
+
+def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
+    rng = np.random.default_rng(0)
+    at = () if work.positions == 1 else (work.positions,)
+    a = jnp.asarray(rng.normal(size=(work.groups, *at, work.into)), jnp.float32)
+    d = jnp.asarray(rng.normal(size=(work.groups, work.per_group, *at, work.out)), jnp.float32)
+    gram = jnp.zeros((work.total, work.total), jnp.float32)
+    calls: dict[str, _Call] = {
+        name: lambda g, a, d, name=name: gram_accumulate(g, a, d, implementation=name)
+        for name in implementations(OPS, gram)
+    }
+    if work.positions == 1:
+        calls[WHOLE] = _whole
+    if 4 * work.total * work.into * work.out <= _ROOM:
+        calls[EXPLICIT] = _explicit
+    return [
+        run.Candidate(
+            name,
+            _loop(call, a, d, repeats),
+            lambda: jnp.zeros_like(gram),
+            baseline=None if name == REFERENCE else REFERENCE,
+            goal=1.0 if name not in (REFERENCE, WHOLE, EXPLICIT) else None,
+        )
+        for name, call in calls.items()
+    ]
+
+
+def _loop(call: _Call, a: jax.Array, d: jax.Array, repeats: int) -> Callable[[jax.Array], jax.Array]:
+    """The call `repeats` times in one compiled loop, into one matrix."""
+
+    def body(_: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # Tied to the last result, or one product would serve all rounds.
+        gram, a, d = jax.lax.optimization_barrier(carry)
+        return call(gram, a, d), a, d
+
+    looped = jax.jit(lambda gram, a, d: jax.lax.fori_loop(0, repeats, body, (gram, a, d))[0], donate_argnums=(0,))
+    return lambda gram: looped(gram, a, d)
+
+
+def _inner(x: jax.Array) -> jax.Array:
+    return jnp.einsum("in,jn->ij", x, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _whole(gram: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+    """As one writes it: A A^T with its entries repeated, times D D^T."""
+    groups, per_group, _ = d.shape
+    blocks = _inner(d.reshape(groups * per_group, -1)).reshape(groups, per_group, groups, per_group)
+    return gram + (_inner(a)[:, None, :, None] * blocks).reshape(gram.shape)
+
+
+def _explicit(gram: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+    """The rows of the Jacobian, and their product."""
+    if a.ndim == 2:
+        a, d = a[:, None], d[:, :, None]
+    rows = jnp.einsum("bti,brto->brio", a, d, precision=jax.lax.Precision.HIGHEST)
+    return gram + _inner(rows.reshape(gram.shape[0], -1))

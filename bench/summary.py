@@ -1,0 +1,48 @@
+"""A short table of rows: what each implementation takes, against its baseline and against the memory's bandwidth.
+
+python -m bench.summary FOLDER
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from bench import schema
+from bench.schema import Row
+
+
+def main(folder: pathlib.Path) -> None:
+    """Prints the summary of every `*.jsonl` in the folder."""
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in schema.read(path)]
+    if not rows:
+        print(f"no rows in {folder}")
+        return
+    first = rows[0]
+    print(f"{first.device}; {first.versions}; commit {first.commit}, {first.date}")
+    for row in rows:
+        if row.suite == "limits":
+            print(f"{row.case:<16}{row.provider:<22}{row.x:>18}{row.p50:>12.4g} {row.metric}")
+    print(f"{'case':<64}{'provider':<30}{'p50':>10}  {'ratio':>7}{'of copy':>9}")
+    for row in rows:
+        if row.suite != "limits" and row.metric in ("us", "ms/step"):
+            print(_line(row, rows))
+
+
+def _line(row: Row, rows: list[Row]) -> str:
+    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+    return (
+        f"{f'{row.case} [{row.x}]'[:63]:<64}{row.provider[:29]:<30}{row.p50:>10.4g}  {ratio:>7}{_share(row, rows):>9}"
+        f" {row.metric}"
+    )
+
+
+def _share(row: Row, rows: list[Row]) -> str:
+    """The part of a copy's bandwidth that the work reaches, if it was measured."""
+    same = (r for r in rows if (r.suite, r.case, r.x, r.provider) == (row.suite, row.case, row.x, row.provider))
+    found = next((r.ratio for r in same if r.metric == "GB/s"), None)
+    return "" if found is None else f"{100 * found:.0f} %"
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS)

@@ -1,0 +1,86 @@
+// One linear system, or one factorisation, in the widest instructions that this processor has.
+#pragma once
+
+#include <cstdint>
+
+namespace curvax {
+
+// Vectors and rows of packed matrices are padded with zeros to whole vectors of 64 bytes.
+template <typename T>
+constexpr int64_t Padded(int64_t n) {
+  constexpr int64_t width = 64 / sizeof(T);
+  return (n + width - 1) / width * width;
+}
+
+// One system for conjugate gradients. The contract of its parts is in kernels/batched_cg/api.py.
+template <typename T>
+struct CgProblem {
+  const T* matrix;  // n rows of Padded(n) entries that can be read, `stride` apart, zero beyond n
+  int64_t stride;
+  int64_t n;
+  const T* rhs;
+  const T* start;    // or null
+  const T* inverse;  // or null
+  T rtol;
+  int maxiter;
+  T* value;    // n entries
+  T* scratch;  // kCgVectors vectors of Padded(n), on a boundary of 64 bytes
+};
+
+inline constexpr int64_t kCgVectors = 8;
+
+// Systems of at most so many unknowns are solved 64 / sizeof(T) at a time, one per lane of the processor's vectors.
+inline constexpr int64_t kLaneUnknowns = 16;
+
+template <typename T>
+inline constexpr int64_t kLanes = 64 / sizeof(T);
+
+// Elements of scratch that they share.
+template <typename T>
+constexpr int64_t LaneScratch(int64_t n) {
+  return kLanes<T> * (n + kCgVectors) * n;
+}
+
+template <typename T>
+struct CgEnd {
+  int result;
+  int iterations;
+  T residual;
+};
+
+// One symmetric positive definite matrix U^T U, its upper triangle by rows, and right-hand sides solved with it.
+template <typename T>
+struct CholeskyProblem {
+  const T* matrix;  // as in CgProblem
+  int64_t stride;
+  int64_t n;
+  T damping;
+  T* factor;   // Padded(n) rows of Padded(n), on a boundary of 64 bytes
+  T* scratch;  // kCholeskyVectors vectors of Padded(n), on a boundary of 64 bytes
+};
+
+inline constexpr int64_t kCholeskyVectors = 5;
+
+template <typename T>
+struct CholeskyEnd {
+  int result;
+  T residual;
+};
+
+template <typename T>
+struct SystemKernels {
+  // Solves `count`, 1 or 2, systems.
+  void (*cg)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
+  // Solves up to kLanes systems in the scratch of the first; matrices need no padding.
+  void (*cg_of_lanes)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
+  // Fills `factor`; false where a pivot is not positive beyond rounding.
+  bool (*factorise)(const CholeskyProblem<T>& problem);
+  // Solves with `factor` and refines once; `sound` is what factorise said.
+  CholeskyEnd<T> (*solve)(const CholeskyProblem<T>& problem, bool sound, const T* rhs, T* value);
+};
+
+// The kernels for the widest level that this processor has, chosen once.
+template <typename T>
+const SystemKernels<T>& KernelsOfSystems();
+
+}  // namespace curvax

@@ -1,0 +1,39 @@
+#include "cpu/diagonal_simd.h"
+
+#include <string_view>
+
+#include "cpu/simd.h"
+
+namespace curvax {
+namespace {
+
+#define CURVAX_LEVEL baseline
+#define CURVAX_TARGET
+#include "cpu/diagonal_blocks.inc"
+
+#if defined(__x86_64__)
+#define CURVAX_LEVEL avx2
+#define CURVAX_TARGET __attribute__((target("avx2,fma")))
+#include "cpu/diagonal_blocks.inc"
+
+#define CURVAX_LEVEL avx512f
+#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
+#include "cpu/diagonal_blocks.inc"
+#endif
+
+}  // namespace
+
+template <typename T>
+const DiagonalKernels<T>& DiagonalKernelsHere() {
+#if defined(__x86_64__)
+  static const std::string_view level = SimdLevel();
+  if (level == "avx512f") return avx512f::kDiagonal<T>;
+  if (level == "avx2") return avx2::kDiagonal<T>;
+#endif
+  return baseline::kDiagonal<T>;
+}
+
+template const DiagonalKernels<float>& DiagonalKernelsHere<float>();
+template const DiagonalKernels<double>& DiagonalKernelsHere<double>();
+
+}  // namespace curvax

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+namespace curvax {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DiagonalUpdateCudaHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DiagonalAccumulateCudaHandler);
+
+}  // namespace curvax

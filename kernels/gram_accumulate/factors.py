@@ -1,0 +1,125 @@
+"""Rows that are not formed: the operands of gram_accumulate, checked, and the cheaper of their two forms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROW_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Row r of group b stands for the sum over positions t of a_bt d_brt^T, or for d_br0 without activations.
+
+    Attributes:
+      activations: (groups, positions, in), or None.
+      cotangents: (groups, rows, positions, out).
+    """
+
+    activations: jax.Array | None
+    cotangents: jax.Array
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.cotangents.shape[0]
+
+    @property
+    def per_group(self) -> int:
+        """Rows of a group."""
+        return self.cotangents.shape[1]
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.groups * self.per_group
+
+    @property
+    def positions(self) -> int:
+        """Positions that the rows are sums over."""
+        return self.cotangents.shape[2]
+
+    @property
+    def width_in(self) -> int:
+        """Entries of an activation vector; 0 without activations."""
+        return 0 if self.activations is None else self.activations.shape[2]
+
+    @property
+    def width_out(self) -> int:
+        """Entries of a cotangent vector."""
+        return self.cotangents.shape[3]
+
+
+def rows(name: str, activations: jax.Array | None, cotangents: jax.Array) -> Rows:
+    """The operands `<name>activations` and `<name>cotangents` of a call, checked, with a position axis."""
+    for what, array in (("activations", activations), ("cotangents", cotangents)):
+        if array is not None and str(array.dtype) not in ROW_DTYPES:
+            raise TypeError(f"gram_accumulate: {name}{what} are {array.dtype}: pass one of {', '.join(ROW_DTYPES)}")
+    if activations is None:
+        if cotangents.ndim != 3:
+            raise ValueError(
+                f"gram_accumulate: {name}cotangents without activations are explicit rows (groups, rows, width), "
+                f"got shape {cotangents.shape}"
+            )
+        return Rows(None, cotangents[:, :, None, :])
+    if activations.ndim == 2 and cotangents.ndim == 3:
+        activations, cotangents = activations[:, None, :], cotangents[:, :, None, :]
+    if activations.ndim != 3 or cotangents.ndim != 4:
+        raise ValueError(
+            f"gram_accumulate: {name}activations must be (groups, in) beside cotangents (groups, rows, out), or "
+            f"(groups, positions, in) beside (groups, rows, positions, out), got {activations.shape} and "
+            f"{cotangents.shape}"
+        )
+    if activations.shape[:2] != (cotangents.shape[0], cotangents.shape[2]):
+        raise ValueError(
+            f"gram_accumulate: {name}activations have (groups, positions) {activations.shape[:2]} and cotangents "
+            f"{(cotangents.shape[0], cotangents.shape[2])}: they must be equal"
+        )
+    return Rows(activations, cotangents)
+
+
+def check_alike(left: Rows, right: Rows) -> None:
+    """Raises ValueError unless rows of both can meet."""
+    for what, a, b in (
+        ("rows per group", left.per_group, right.per_group),
+        ("positions", left.positions, right.positions),
+        ("entries per activation", left.width_in, right.width_in),
+        ("entries per cotangent", left.width_out, right.width_out),
+    ):
+        if a != b:
+            raise ValueError(f"gram_accumulate: the rows have {a} {what} and those they meet {b}: they must be equal")
+
+
+def formed_is_cheaper(left: Rows, right: Rows, triangle: bool) -> bool:
+    """Whether to form the rows of several positions first, by floating-point operations.
+
+    Formed, each row costs the outer products of its positions, and each pair of rows in x out products. Kept, each pair
+    of rows costs positions^2 products of `out` entries, and each pair of groups positions^2 of `in` entries. So
+    forming wins where positions^2 exceeds about `in`.
+    """
+    if left.activations is None or left.positions == 1:
+        return False
+    half = 0.5 if triangle else 1.0
+    entries, squared = left.width_in * left.width_out, left.positions**2
+    pairs, group_pairs = half * left.total * right.total, half * left.groups * right.groups
+    members = left.total if triangle else left.total + right.total
+    formed = members * left.positions * entries + pairs * entries
+    return formed < squared * (pairs * left.width_out + group_pairs * left.width_in)
+
+
+def form(factors: Rows, dtype: np.dtype) -> Rows:
+    """The same rows, explicit, their sums over positions in `dtype`."""
+    if factors.activations is None:
+        return factors
+    made = jnp.einsum(
+        "bti,brto->brio",
+        factors.activations.astype(dtype),
+        factors.cotangents.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return Rows(None, made.reshape(factors.groups, factors.per_group, 1, factors.width_in * factors.width_out))

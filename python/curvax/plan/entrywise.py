@@ -1,0 +1,56 @@
+"""Which diagonal methods do their whole step, from gradient to parameters, in one pass: `diagonal_update`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from curvax.kernels.diagonal_update import DenominatorRule, UpdateRule
+from curvax.plan.assembly import Assembly
+from curvax.preconditioners import EmaDiagonal
+from curvax.solvers import Diagonal
+from curvax.telemetry import Metric
+from curvax.transform import EntrywiseUpdate
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrywise:
+    """A step that is entrywise throughout: its modules, of kinds that the op knows, its weight decay and its rule."""
+
+    solver: Diagonal
+    preconditioner: EmaDiagonal
+    transform: EntrywiseUpdate
+    decay: jax.Array | float
+    rule: UpdateRule
+
+
+def entrywise(assembly: Assembly) -> Entrywise | str:
+    """The step as one pass, or the reason why its parts must run one after another."""
+    solver, preconditioner, transform = assembly.solver, assembly.preconditioner, assembly.transform
+    if type(solver) is not Diagonal:
+        return "the direction is not that of the diagonal lane"
+    denominator = _denominator(assembly)
+    if denominator is None or not isinstance(preconditioner, EmaDiagonal):
+        return "the preconditioner is none that diagonal_update knows"
+    if not isinstance(transform, EntrywiseUpdate):
+        return "the transform is a chain of its own, or clips by norm or keeps momentum"
+    decay = transform.constant_decay
+    if decay is None:
+        return "weight decay is a schedule"
+    if assembly.damping.evaluate_every is not None:
+        return "the damping may reject the step after looking at its loss"
+    wanted = [r.metric for r in assembly.telemetry.records if r.metric in _NEEDS_PARTS]
+    if wanted:
+        return f"{wanted[0].value} is recorded, which the step in one pass does not show"
+    clip = math.inf if transform.clip_value is None else transform.clip_value
+    return Entrywise(solver, preconditioner, transform, decay, UpdateRule(denominator, solver.beta1, clip))
+
+
+_NEEDS_PARTS = frozenset(m for m in Metric if m.evaluates or m.predicts) | {Metric.DIRECTION_NORM, Metric.UPDATE_NORM}
+
+
+def _denominator(assembly: Assembly) -> DenominatorRule | None:
+    found = assembly.preconditioner
+    return found.denominator.rule if type(found) is EmaDiagonal else None

@@ -1,0 +1,50 @@
+"""How a solve ended: the codes that solvers and kernels share."""
+
+from __future__ import annotations
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+
+class Result(enum.IntEnum):
+    """How a solve ended. Stored in solutions as int32; `describe` gives the sentence.
+
+    csrc/common/result.h holds the same numbers for compiled code.
+    """
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    NEGATIVE_CURVATURE = 2
+    BREAKDOWN = 3
+    NON_FINITE = 4
+    INDEFINITE = 5
+    SINGULAR = 6
+    STOPPED_EARLY = 7
+    INACCURATE = 8
+    NOT_POSITIVE_DEFINITE = 9
+
+    def describe(self) -> str:
+        """What happened and what to do about it."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Result.CONVERGED: "The residual is below the tolerance.",
+    Result.MAX_ITERATIONS: "The iteration limit came first: the direction is usable; raise maxiter, lam or tol.",
+    Result.NEGATIVE_CURVATURE: "A direction of negative curvature was met: the last iterate before it is returned; "
+    "raise lam, or use a Gauss-Newton matrix, which has none.",
+    Result.BREAKDOWN: "The curvature along the search direction is zero to rounding: raise lam.",
+    Result.NON_FINITE: "The system holds NaN or infinity: look at the batch and the loss.",
+    Result.INDEFINITE: "The matrix is indefinite: the magnitudes of its eigenvalues were used; raise lam.",
+    Result.SINGULAR: "The matrix is singular to rounding: the minimum-norm solution was used; raise lam.",
+    Result.INACCURATE: "The solution does not satisfy the system: raise lam or use float64.",
+    Result.STOPPED_EARLY: "The quadratic stopped improving (Martens' rule): the direction is usable.",
+    Result.NOT_POSITIVE_DEFINITE: "The matrix is not positive definite to rounding: there is no solution; raise lam.",
+}
+
+
+def code(result: Result) -> jax.Array:
+    """A result as the int32 scalar that states and infos carry."""
+    return jnp.asarray(int(result), jnp.int32)

@@ -1,0 +1,445 @@
+"""One table of cases over every implementation of batched_cg, against float64 NumPy."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from oracle.systems import (
+    IMPLEMENTATIONS,
+    SIZES,
+    eps,
+    exact,
+    positive,
+    relative_residual,
+    skip_unless_supported,
+    textbook,
+    vectors,
+)
+
+from curvax.kernels import Implementation, Request, Unsupported
+from curvax.kernels.batched_cg import BATCHED_CG, BatchedSolution, batched_cg, native
+from curvax.solvers import CG, Result, System
+
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Any:
+    if request.param == "float64":
+        request.getfixturevalue("x64")
+    return jnp.dtype(request.param)
+
+
+@partial(jax.jit, static_argnames=("implementation",))
+def compiled(a: jax.Array, b: jax.Array, options: dict[str, Any], implementation: Implementation) -> BatchedSolution:
+    return batched_cg(a, b, implementation=implementation, **options)
+
+
+def solve(
+    implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, **options: Any
+) -> BatchedSolution:
+    skip_unless_supported(implementation)
+    options = {k: jnp.asarray(v, dtype) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    found = compiled(a, b, options, implementation)
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-1])
+    assert found.value.shape == (*batch, b.shape[-1])
+    assert found.value.dtype == found.residual.dtype == dtype
+    assert found.result.shape == found.iterations.shape == found.residual.shape == batch
+    assert found.result.dtype == found.iterations.dtype == jnp.int32
+    return found
+
+
+@over_implementations
+@pytest.mark.parametrize(("n", "batch"), [*((n, 5) for n in SIZES), (33, 0), (33, 1)])
+def test_solutions(n: int, batch: int, implementation: Implementation, dtype: Any) -> None:
+    a, b = positive((batch,), n), vectors(batch, n)
+    rtol = 1e-5 if dtype == jnp.float32 else 1e-11
+    found = solve(implementation, a, b, dtype=dtype, rtol=rtol)
+    assert np.all(found.result == Result.CONVERGED)
+    assert np.all(found.iterations >= 1)
+    assert np.all(np.asarray(found.residual) <= 2 * rtol)
+    # What rounding adds to the recurrence, in products of norm 1 and solutions of norm at most the condition, 100.
+    attainable = rtol + 100 * 8 * eps(dtype)
+    assert np.all(np.asarray(found.residual) <= attainable)
+    a, b = np.asarray(jnp.asarray(a, dtype), np.float64), np.asarray(jnp.asarray(b, dtype), np.float64)
+    np.testing.assert_allclose(found.residual, relative_residual(a, b, found.value), rtol=0, atol=100 * 8 * eps(dtype))
+    error = np.linalg.norm(np.asarray(found.value, np.float64) - exact(a, b), axis=-1)
+    assert np.all(error <= 100 * 2 * attainable * np.linalg.norm(b, axis=-1))
+
+
+@over_implementations
+class TestTextbook:
+    """float64, where rounding has no say in when a well-conditioned iteration ends."""
+
+    @pytest.mark.parametrize("n", [1, 3, 33])
+    @pytest.mark.parametrize("preconditioned", [False, True])
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_iterations(
+        self, n: int, preconditioned: bool, warm: bool, implementation: Implementation, x64: None
+    ) -> None:
+        a, b = positive((6,), n, 8.0), vectors(6, n)
+        scale = np.geomspace(1, 1.5, n)
+        a = a * scale[:, None] * scale
+        options: dict[str, Any] = {"diagonal": np.einsum("bii->bi", a)} if preconditioned else {}
+        if warm:
+            options["x0"] = exact(a, b) * (1 + 0.1 * vectors(6, n, seed=2))
+        for rtol in (1e-2, 1e-6):
+            found = solve(implementation, a, b, dtype=jnp.float64, rtol=rtol, **options)
+            for k in range(6):
+                start = options["x0"][k] if warm else None
+                m = options["diagonal"][k] if preconditioned else None
+                expected = textbook(a[k], b[k], rtol, 10 * n, start, m)
+                assert found.iterations[k] == expected.iterations
+                np.testing.assert_allclose(found.value[k], expected.value, rtol=1e-8, atol=1e-10)
+
+    def test_iterates(self, implementation: Implementation, x64: None) -> None:
+        """After k iterations each system is where the textbook is, and says that the limit came first."""
+        a, b = positive((4,), 20, 1e4), vectors(4, 20)
+        for k in (0, 1, 2, 5):
+            found = solve(implementation, a, b, dtype=jnp.float64, rtol=1e-12, maxiter=k)
+            assert np.all(found.result == Result.MAX_ITERATIONS)
+            assert np.all(found.iterations == k)
+            want = np.stack([textbook(a[i], b[i], 1e-12, k).value for i in range(4)])
+            np.testing.assert_allclose(found.value, want, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(found.residual, relative_residual(a, b, want), rtol=1e-9)
+
+    def test_same_course_as_the_solver(self, implementation: Implementation, x64: None) -> None:
+        a, b = positive((), 40, 30.0), vectors(40)
+        solver = CG(tol=1e-6, maxiter=400, warm_start=False, stabilise_every=0)
+        matrix = jnp.asarray(a)
+        one = solver.solve(System(lambda v: matrix @ v), jnp.asarray(b), (), jnp.zeros(()))
+        found = solve(implementation, a, b, dtype=jnp.float64, rtol=1e-6)
+        assert found.iterations == one.iterations
+        assert found.result == one.result
+        np.testing.assert_allclose(found.value, one.value, rtol=1e-5, atol=1e-6)
+
+
+def mixed(n: int) -> tuple[np.ndarray, np.ndarray, list[Result], np.ndarray]:
+    """Systems of every kind in one batch: matrices, right-hand sides, outcomes, and which are plain."""
+    good = positive((), n, 50.0, seed=3)
+    b = vectors(10, n, seed=4)
+    a = np.stack([good] * 10)
+    kinds = [Result.CONVERGED] * 10
+    a[1] = -good
+    kinds[1] = Result.NEGATIVE_CURVATURE
+    a[2] = good - 0.5 * np.eye(n)
+    kinds[2] = Result.NEGATIVE_CURVATURE
+    a[3] = 0
+    kinds[3] = Result.BREAKDOWN
+    b[4] = 0
+    a[5, n // 2, n // 3] = a[5, n // 3, n // 2] = np.nan
+    kinds[5] = Result.NON_FINITE
+    b[6, n - 1] = np.inf
+    kinds[6] = Result.NON_FINITE
+    b[7, 0] = np.nan
+    kinds[7] = Result.NON_FINITE
+    a[8] = np.eye(n)
+    return a, b, kinds, np.asarray([0, 8, 9])
+
+
+@over_implementations
+class TestOutcomes:
+    @pytest.mark.parametrize("n", [4, 31, 100])
+    def test_mixed_batch(self, n: int, implementation: Implementation, dtype: Any) -> None:
+        a, b, kinds, plain = mixed(n)
+        found = solve(implementation, a, b, dtype=dtype, rtol=1e-4)
+        assert [Result(int(r)) for r in found.result] == kinds
+        np.testing.assert_allclose(found.value[plain], exact(a[plain], b[plain]), rtol=0, atol=0.05)
+        assert np.all(np.asarray(found.residual)[plain] < 2e-4)
+        assert found.iterations[8] == 1
+        # Along a first direction of negative curvature: |b| / |A b| times b.
+        curvature = np.linalg.norm(a[1] @ b[1]) / np.linalg.norm(b[1])
+        np.testing.assert_allclose(found.value[1], b[1] / curvature, rtol=1e-4)
+        assert found.iterations[1] == 1
+        # Later on: the iterate before, whose quadratic is below zero.
+        x = np.asarray(found.value[2], np.float64)
+        assert np.all(np.isfinite(x))
+        assert x @ a[2] @ x / 2 - b[2] @ x < 0
+        assert found.iterations[2] >= 1
+        for zero in (3, 4):
+            np.testing.assert_array_equal(found.value[zero], 0)
+        assert (found.iterations[4], found.residual[4]) == (0, 0)
+        np.testing.assert_array_equal(found.value[5], 0)
+        assert np.all(np.isnan(found.value[6])) and np.all(np.isnan(found.value[7]))
+
+    @pytest.mark.parametrize("n", [7, 31, 100])
+    def test_a_system_in_a_batch_is_a_system_alone(self, n: int, implementation: Implementation) -> None:
+        """What goes on beside it, for longer or with NaN, changes no bit of a system (natively) or only rounding."""
+        a, b, _, _ = mixed(n)
+        together = solve(implementation, a, b, rtol=1e-4)
+        for k in range(len(a)):
+            alone = solve(implementation, a[k : k + 1], b[k : k + 1], rtol=1e-4)
+            for t, s in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+                if implementation == "native":
+                    np.testing.assert_array_equal(t[k], s[0])
+                else:
+                    np.testing.assert_allclose(t[k], s[0], rtol=1e-3, atol=1e-3)
+
+    def test_done_is_done(self, implementation: Implementation, x64: None) -> None:
+        """A system's solution does not move while others go on: it is the textbook's at its own tolerance."""
+        a, b = positive((4,), 30, 20.0), vectors(4, 30)
+        rtol = np.asarray([1e-1, 1e-5, 1e-2, 1e-3])
+        found = solve(implementation, a, b, dtype=jnp.float64, rtol=rtol)
+        for k in range(4):
+            want = textbook(a[k], b[k], rtol[k], 300)
+            assert found.iterations[k] == want.iterations
+            np.testing.assert_allclose(found.value[k], want.value, rtol=1e-7, atol=1e-9)
+
+    def test_iteration_limits_of_their_own(self, implementation: Implementation) -> None:
+        a, b = positive((3,), 30, 300.0), vectors(3, 30)
+        found = solve(implementation, a, b, maxiter=jnp.asarray([2, 300, 0]))
+        assert found.iterations[0] == 2
+        assert found.iterations[2] == 0
+        assert list(np.asarray(found.result)) == [Result.MAX_ITERATIONS, Result.CONVERGED, Result.MAX_ITERATIONS]
+        np.testing.assert_array_equal(found.value[2], 0)
+        np.testing.assert_allclose(found.residual[2], 1, rtol=1e-6)
+
+    @pytest.mark.parametrize("power", [-100, 100])
+    @pytest.mark.parametrize("what", ["rhs", "matrix", "diagonal"])
+    def test_scale(self, what: str, power: int, implementation: Implementation) -> None:
+        """Powers of two, 1e30 or 1e-30, change the scale of the solution and nothing else, bit by bit."""
+        a, b = positive((3,), 20), vectors(3, 20)
+        diagonal = np.einsum("bii->bi", a)
+        plain = solve(implementation, a, b, diagonal=diagonal)
+        factor = 2.0**power
+        scaled = {
+            "rhs": lambda: solve(implementation, a, b * factor, diagonal=diagonal),
+            "matrix": lambda: solve(implementation, a * factor, b, diagonal=diagonal),
+            "diagonal": lambda: solve(implementation, a, b, diagonal=diagonal * factor),
+        }[what]()
+        back = {"rhs": 1 / factor, "matrix": factor, "diagonal": 1.0}[what]
+        np.testing.assert_array_equal(scaled.value * np.float32(back), plain.value)
+        np.testing.assert_array_equal(scaled.iterations, plain.iterations)
+        np.testing.assert_array_equal(scaled.residual, plain.residual)
+
+    @pytest.mark.parametrize("factor", [1e-30, 1e30])
+    def test_scale_of_everything(self, factor: float, implementation: Implementation) -> None:
+        a, b = positive((3,), 20), vectors(3, 20)
+        plain, scaled = solve(implementation, a, b), solve(implementation, a * factor, b * factor)
+        np.testing.assert_allclose(scaled.value, plain.value, rtol=0, atol=1e-2)
+        assert np.all(abs(scaled.iterations - plain.iterations) <= 1)
+        assert np.all(scaled.result == Result.CONVERGED)
+
+    def test_singular_but_consistent(self, implementation: Implementation) -> None:
+        """CG does not mind a null space that the right-hand side has no part in."""
+        a = np.zeros((2, 6, 6))
+        a[:, :3, :3] = positive((2,), 3)
+        b = vectors(2, 6) * np.asarray([1, 1, 1, 0, 0, 0])
+        found = solve(implementation, a, b)
+        assert np.all(found.result == Result.CONVERGED)
+        np.testing.assert_allclose(found.value[:, :3], exact(a[:, :3, :3], b[:, :3]), rtol=1e-2)
+        np.testing.assert_array_equal(found.value[:, 3:], 0)
+
+    def test_no_unknowns(self, implementation: Implementation) -> None:
+        found = solve(implementation, np.zeros((3, 0, 0)), np.zeros((3, 0)))
+        assert np.all(found.result == Result.CONVERGED)
+        assert np.all(found.residual == 0)
+
+    def test_what_a_dtype_cannot_attain_is_inaccurate(self, implementation: Implementation, x64: None) -> None:
+        """The recurrence meets the tolerance, the solution in float32 does not, in float64 it does."""
+        a, b = positive((4,), 64, 1e5), vectors(4, 64)
+        found = solve(implementation, a, b, rtol=1e-6, maxiter=5000)
+        assert np.all(found.result == Result.INACCURATE)
+        assert np.all(np.asarray(found.residual) > 2e-6)
+        single = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(found.residual, relative_residual(*single, found.value), rtol=0.5)
+        assert np.all(
+            solve(implementation, a, b, dtype=jnp.float64, rtol=1e-6, maxiter=5000).result == Result.CONVERGED
+        )
+
+
+@over_implementations
+class TestStart:
+    def test_the_solution_is_a_good_start(self, implementation: Implementation, x64: None) -> None:
+        a, b = positive((3,), 20), vectors(3, 20)
+        found = solve(implementation, a, b, dtype=jnp.float64, x0=exact(a, b), rtol=1e-8)
+        assert np.all(found.iterations == 0)
+        assert np.all(found.result == Result.CONVERGED)
+        np.testing.assert_allclose(found.value, exact(a, b), rtol=1e-12)
+
+    @pytest.mark.parametrize("bad", ["uphill", "far", "nan", "inf"])
+    def test_a_start_worse_than_none_is_dropped(self, bad: str, implementation: Implementation) -> None:
+        a, b = positive((2,), 20), vectors(2, 20)
+        start = {"uphill": -b, "far": 1e3 * b, "nan": b * np.nan, "inf": b * np.inf}[bad]
+        start[1] = 0.9 * exact(a[1], b[1])
+        cold, warm = solve(implementation, a, b), solve(implementation, a, b, x0=start)
+        assert cold.iterations[0] == warm.iterations[0]
+        np.testing.assert_allclose(cold.value[0], warm.value[0], rtol=1e-6)
+        assert np.all(warm.result == Result.CONVERGED)
+        np.testing.assert_allclose(warm.value, exact(a, b), rtol=0, atol=2e-2)
+
+    def test_one_start_for_all(self, implementation: Implementation) -> None:
+        a, b = positive((3,), 8), vectors(3, 8)
+        found = solve(implementation, a, b, x0=np.zeros(8))
+        np.testing.assert_array_equal(found.value, solve(implementation, a, b).value)
+
+
+@over_implementations
+class TestDiagonal:
+    def test_it_helps(self, implementation: Implementation) -> None:
+        scale = np.geomspace(1, 1e3, 40)
+        a = positive((3,), 40, 4.0) * scale[:, None] * scale
+        b = vectors(3, 40)
+        plain = solve(implementation, a, b, maxiter=1000)
+        helped = solve(implementation, a, b, maxiter=1000, diagonal=np.einsum("bii->bi", a))
+        assert np.all(2 * helped.iterations < plain.iterations)
+        assert np.all(helped.result == Result.CONVERGED)
+        assert np.all(relative_residual(a, b, helped.value) < 1e-4)
+
+    def test_entries_that_cannot_be_count_as_the_largest(self, implementation: Implementation, x64: None) -> None:
+        a, b = positive((2,), 12), vectors(2, 12)
+        diagonal = np.abs(vectors(2, 12, seed=7)) + 0.5
+        mended = diagonal.copy()
+        for k, bad in enumerate((0.0, -3.0, np.nan, np.inf)):
+            diagonal[0, k], mended[0, k] = bad, 0
+        mended[0, :4] = mended[0].max()
+        diagonal[1] = -1
+        found = solve(implementation, a, b, dtype=jnp.float64, diagonal=diagonal)
+        want = solve(implementation, a, b, dtype=jnp.float64, diagonal=mended)
+        np.testing.assert_array_equal(found.value[0], want.value[0])
+        plain = solve(implementation, a, b, dtype=jnp.float64)
+        np.testing.assert_allclose(found.value[1], plain.value[1], rtol=1e-6)
+        assert np.all(found.result == Result.CONVERGED)
+
+
+@over_implementations
+class TestBatches:
+    @pytest.mark.parametrize(
+        ("matrices", "rhs"),
+        [((), (4,)), ((4,), ()), ((2, 1), (2, 3)), ((1, 3), (2, 1)), ((2, 3), (3,)), ((1, 3, 1, 2), (2, 1, 4, 1))],
+    )
+    def test_leading_axes_broadcast(
+        self, matrices: tuple[int, ...], rhs: tuple[int, ...], implementation: Implementation
+    ) -> None:
+        a, b = positive(matrices, 9), vectors(*rhs, 9)
+        found = solve(implementation, a, b)
+        np.testing.assert_allclose(found.value, exact(a, b), rtol=0, atol=1e-2)
+        assert np.all(relative_residual(a, b, found.value) < 1e-4)
+
+    def test_vmap(self, implementation: Implementation) -> None:
+        a, b = jnp.asarray(positive((3, 2), 9, 10.0), jnp.float32), jnp.asarray(vectors(3, 2, 9), jnp.float32)
+        skip_unless_supported(implementation)
+
+        def one(a: jax.Array, b: jax.Array, rtol: jax.Array) -> BatchedSolution:
+            return batched_cg(a, b, diagonal=jnp.ones(9), rtol=rtol, implementation=implementation)
+
+        jitted = jax.jit(one)
+        rtol = jnp.asarray([1e-3, 1e-5, 1e-6])
+        cases: list[tuple[tuple[int | None, ...], tuple[Any, ...]]] = [
+            ((0, 0, 0), (a, b, rtol)),
+            ((0, None, None), (a, b[0], rtol[1])),
+            ((None, 0, None), (a[0], b, rtol[1])),
+            ((None, None, 0), (a[0], b[0], rtol)),
+            ((1, 0, None), (jnp.swapaxes(a, 0, 1), b, rtol[1])),
+        ]
+        for axes, operands in cases:
+            got = jax.jit(jax.vmap(one, in_axes=axes))(*operands)
+            for i in range(3):
+                member = [o if x is None else jnp.take(o, i, axis=x) for o, x in zip(operands, axes, strict=True)]
+                want = jitted(*member)
+                assert np.all(abs(got.iterations[i] - want.iterations) <= 1)
+                np.testing.assert_allclose(got.value[i], want.value, rtol=1e-4, atol=1e-4)
+        twice = jax.jit(jax.vmap(jax.vmap(one, (None, 0, None)), (0, None, None)))(a[:, 0], b[0], rtol[1])
+        np.testing.assert_allclose(twice.value, exact(np.asarray(a)[:, None, 0], np.asarray(b)[0]), rtol=0, atol=1e-2)
+
+    def test_shard_map(self, implementation: Implementation) -> None:
+        a, b = jnp.asarray(positive((4,), 9, 10.0), jnp.float32), jnp.asarray(vectors(4, 9), jnp.float32)
+        skip_unless_supported(implementation)
+        mesh, along = Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec("x")
+
+        def own(a: jax.Array, b: jax.Array) -> BatchedSolution:
+            return batched_cg(a, b, x0=jnp.zeros(9), diagonal=jnp.ones(9), implementation=implementation)
+
+        for in_specs in ((along, along), (PartitionSpec(), along)):
+            sharded = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=in_specs, out_specs=along))
+            got, want = sharded(a, b), jax.jit(own)(a, b)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+
+    def test_bfloat16_matrices_are_widened(self, implementation: Implementation) -> None:
+        skip_unless_supported(implementation)
+        a, b = jnp.asarray(positive((3,), 20, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, 20), jnp.float32)
+        found = batched_cg(a, b, implementation=implementation)
+        assert found.value.dtype == jnp.float32
+        np.testing.assert_allclose(found.value, exact(np.asarray(a, np.float64), np.asarray(b)), rtol=0, atol=1e-2)
+        both = batched_cg(a, b.astype(jnp.bfloat16), implementation=implementation)
+        assert both.value.dtype == jnp.float32
+
+    def test_the_widest_dtype_wins(self, implementation: Implementation, x64: None) -> None:
+        skip_unless_supported(implementation)
+        a, b = jnp.asarray(positive((2,), 8), jnp.float32), jnp.asarray(vectors(2, 8))
+        found = batched_cg(a, b, rtol=1e-10, implementation=implementation)
+        assert found.value.dtype == jnp.float64
+        np.testing.assert_allclose(found.value, exact(np.asarray(a), np.asarray(b)), rtol=1e-6)
+
+
+class TestProduct:
+    def test_matrix_free(self) -> None:
+        a, b = jnp.asarray(positive((3,), 12), jnp.float32), jnp.asarray(vectors(3, 12), jnp.float32)
+
+        def product(v: jax.Array) -> jax.Array:
+            return jnp.einsum("bij,bj->bi", a, v, precision="highest")
+
+        found = batched_cg(product, b)
+        dense = batched_cg(a, b, implementation="reference")
+        np.testing.assert_array_equal(found.iterations, dense.iterations)
+        np.testing.assert_allclose(found.value, exact(np.asarray(a), np.asarray(b)), rtol=0, atol=1e-2)
+        with pytest.raises(Unsupported, match="batched_cg_product has no native implementation"):
+            batched_cg(product, b, implementation="native")
+
+    def test_larger_systems(self) -> None:
+        n = 3000
+        b = jnp.asarray(vectors(2, n), jnp.float32)
+        weights = jnp.linspace(1, 5, n, dtype=jnp.float32)
+        found = batched_cg(lambda v: weights * v, b, rtol=1e-6)
+        np.testing.assert_allclose(found.value, b / weights, rtol=1e-3, atol=1e-5)
+
+    def test_the_product_keeps_the_shape(self) -> None:
+        with pytest.raises(TypeError, match=r"product of \(2, 3\) has shape \(2,\): it must be the same"):
+            batched_cg(lambda v: v[:, 0], jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("n", [7, 16, 64, 130])
+def test_native_does_not_depend_on_threads(n: int) -> None:
+    skip_unless_supported("native")
+    a, b = jnp.asarray(positive((37,), n), jnp.float32), jnp.asarray(vectors(37, n), jnp.float32)
+    rtol, maxiter = jnp.full((1,), 1e-5), jnp.full((1,), 100)
+    want = native.solve(a, b, None, rtol, maxiter, None, (37,), threads=1)
+    for threads in (0, 2, 3, 8):
+        got = native.solve(a, b, None, rtol, maxiter, None, (37,), threads=threads)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_cross_lowering_takes_the_reference() -> None:
+    skip_unless_supported("native")
+    traced = jax.jit(partial(batched_cg, implementation="native")).trace(jnp.ones((2, 3, 3)), jnp.ones((2, 3)))
+    assert "curvax_batched_cg" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "curvax_batched_cg" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_native_refuses_several_devices_and_other_dtypes() -> None:
+    variant = BATCHED_CG.variant("native")
+    assert variant is not None
+    f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
+    assert "not partitioned" in (variant.cannot(Request("cpu", 2, (f32,), ((2, 3, 3),))) or "")
+    assert "take float32, float64" in (variant.cannot(Request("cpu", 1, (f16,), ((2, 3, 3),))) or "")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    a, b = jnp.ones((2, 3, 3)), jnp.ones((2, 3))
+    with pytest.raises(TypeError, match=r"matrices must be \(\.\.\., n, n\) and rhs \(\.\.\., n\), got \(2, 3, 3\)"):
+        batched_cg(a, jnp.ones((2, 4)))
+    with pytest.raises(TypeError, match=r"leading axes do not broadcast: .*\(5,\) of rhs"):
+        batched_cg(a, jnp.ones((5, 3)))
+    with pytest.raises(TypeError, match=r"end in one axis of the systems' size, got \(2, 3\) of rhs, \(4,\) of x0"):
+        batched_cg(a, b, jnp.ones(4))
+    with pytest.raises(TypeError, match="rhs has dtype int32: convert it to a floating dtype"):
+        batched_cg(a, b.astype(jnp.int32))
+    with pytest.raises(TypeError, match="rhs has dtype complex64"):
+        batched_cg(a, b.astype(jnp.complex64))

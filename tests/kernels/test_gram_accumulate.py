@@ -1,0 +1,256 @@
+"""One table of cases over every implementation of gram_accumulate that runs here, against explicit float64 rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.kernels import Implementation, Request, Unsupported
+from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE, api, gram_accumulate
+from curvax.kernels.gram_accumulate.factors import formed_is_cheaper, rows
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of one call; `into` None for explicit rows, `positions` None for factors without that axis."""
+
+    groups: int
+    per_group: int
+    into: int | None
+    out: int
+    positions: int | None = None
+
+    def make(self, seed: int, dtype: Any, groups: int | None = None) -> tuple[Any, Any]:
+        rng = np.random.default_rng(seed)
+        groups = self.groups if groups is None else groups
+        at = () if self.positions is None else (self.positions,)
+        d = jnp.asarray(rng.standard_normal((groups, self.per_group, *at, self.out)), dtype)
+        if self.into is None:
+            return None, d
+        return jnp.asarray(rng.standard_normal((groups, *at, self.into)), dtype), d
+
+    def gram(self, seed: int, dtype: Any, columns: int | None = None) -> Any:
+        total = self.groups * self.per_group
+        shape = (total, total if columns is None else columns * self.per_group)
+        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+CASES = {
+    "one_row": Case(1, 1, 1, 1),
+    "one_group": Case(1, 5, 7, 3),
+    "odd": Case(7, 3, 5, 4),
+    "a_row_per_group": Case(33, 1, 17, 9),
+    "two_rows_per_group": Case(35, 2, 17, 9),
+    "several_tiles": Case(70, 3, 40, 33),
+    "a_group_over_several_tiles": Case(2, 150, 3, 2),
+    "one_column_each": Case(12, 10, 1, 1),
+    "wide": Case(4, 10, 700, 130),
+    "explicit": Case(9, 4, None, 37),
+    "explicit_one_row_per_group": Case(70, 1, None, 300),
+    "positions_kept": Case(11, 2, 40, 6, positions=3),
+    "positions_formed": Case(5, 2, 4, 6, positions=9),
+    "one_position": Case(5, 2, 4, 6, positions=1),
+    "no_groups": Case(0, 3, 4, 5),
+    "no_entries": Case(3, 2, 0, 5),
+    "no_cotangent_entries": Case(3, 2, 4, 0),
+}
+
+
+def explicit(a: Any, d: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in float64 and the sums of the magnitudes of their terms."""
+    d = np.asarray(d, np.float64)
+    if a is None:
+        flat = d.reshape(d.shape[0] * d.shape[1], d.shape[2])
+        return flat, np.abs(flat)
+    a = np.asarray(a, np.float64)
+    if a.ndim == 2:
+        a, d = a[:, None], d[:, :, None]
+
+    def form(a: np.ndarray, d: np.ndarray) -> np.ndarray:
+        made = np.einsum("bti,brto->brio", a, d)
+        return made.reshape(made.shape[0] * made.shape[1], made.shape[2] * made.shape[3])
+
+    return form(a, d), form(np.abs(a), np.abs(d))
+
+
+def check(got: jax.Array, gram: Any, left: Any, right: Any = None) -> None:
+    """Up to a few dozen roundings of the sum of magnitudes, for three-term TF32 as for float32."""
+    (x, x_size), (y, y_size) = explicit(*left), explicit(*(left if right is None else right))
+    exact, size = np.asarray(gram, np.float64) + x @ y.T, np.abs(np.asarray(gram, np.float64)) + x_size @ y_size.T
+    assert got.shape == gram.shape and got.dtype == gram.dtype
+    error = np.abs(np.asarray(got, np.float64) - exact)
+    if right is None:
+        error = np.tril(error)
+    assert np.all(error <= 64 * float(jnp.finfo(got.dtype).eps) * size)
+
+
+def skip_unless_supported(implementation: Implementation, *operands: Any) -> None:
+    variant = GRAM_ACCUMULATE.variant(implementation)
+    reason = None if variant is None else variant.cannot(Request.of(*operands))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["float32", "float64", "bfloat16"])
+def dtypes(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """Of the sum and of the rows."""
+    if request.param == "float64":
+        request.getfixturevalue("x64")
+    return jnp.dtype("float32" if request.param == "bfloat16" else request.param), jnp.dtype(request.param)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestValues:
+    @pytest.mark.parametrize("case", CASES)
+    def test_lower_triangle(self, case: str, implementation: Implementation, dtypes: tuple[Any, Any]) -> None:
+        (a, d), gram = CASES[case].make(1, dtypes[1]), CASES[case].gram(2, dtypes[0])
+        skip_unless_supported(implementation, gram, a, d)
+        check(jax.jit(partial(gram_accumulate, implementation=implementation))(gram, a, d), gram, (a, d))
+
+    @pytest.mark.parametrize("case", ["odd", "several_tiles", "explicit", "positions_kept", "positions_formed"])
+    def test_against_other_groups(self, case: str, implementation: Implementation, dtypes: tuple[Any, Any]) -> None:
+        left, right = CASES[case].make(1, dtypes[1]), CASES[case].make(2, dtypes[1], groups=5)
+        gram = CASES[case].gram(3, dtypes[0], columns=5)
+        skip_unless_supported(implementation, gram, left)
+
+        def call(gram: Any, left: Any, right: Any) -> jax.Array:
+            return gram_accumulate(gram, *left, against=right, implementation=implementation)
+
+        check(jax.jit(call)(gram, left, right), gram, left, right)
+
+    def test_layers_add_up(self, implementation: Implementation) -> None:
+        """What stands above the diagonal after one layer does not come back below it after the next."""
+        first, second = CASES["several_tiles"], Case(70, 3, None, 20)
+        gram = jnp.zeros((210, 210), jnp.float32)
+        skip_unless_supported(implementation, gram)
+        (a, d), (_, e) = first.make(1, jnp.float32), second.make(2, jnp.float32)
+
+        @jax.jit
+        def both(gram: jax.Array) -> jax.Array:
+            once = gram_accumulate(gram, a, d, implementation=implementation)
+            return gram_accumulate(once, None, e, implementation=implementation)
+
+        (x, x_size), (y, y_size) = explicit(a, d), explicit(None, e)
+        rows, size = np.concatenate([x, y], 1), np.concatenate([x_size, y_size], 1)
+        error = np.tril(np.abs(np.asarray(both(gram), np.float64) - rows @ rows.T))
+        assert np.all(error <= 64 * float(jnp.finfo(jnp.float32).eps) * (size @ size.T))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestTransformations:
+    def test_vmap_over_any_operand(self, implementation: Implementation) -> None:
+        case = CASES["several_tiles"]
+        skip_unless_supported(implementation, case.gram(0, jnp.float32))
+        grams = jnp.stack([case.gram(s, jnp.float32) for s in range(3)])
+        many = [case.make(s, jnp.float32) for s in range(3)]
+        a, d = (jnp.stack(x) for x in zip(*many, strict=True))
+        call = partial(gram_accumulate, implementation=implementation)
+        for axes in ((0, 0, 0), (0, None, 0), (None, 0, None), (0, None, None)):
+            operands = [x if axis == 0 else x[0] for x, axis in zip((grams, a, d), axes, strict=True)]
+            got = jax.jit(jax.vmap(call, in_axes=axes))(*operands)
+            for i in range(3):
+                gram, b, e = (x[i] if axis == 0 else x for x, axis in zip(operands, axes, strict=True))
+                check(got[i], gram, (b, e))
+
+    def test_nested_vmap(self, implementation: Implementation) -> None:
+        case = CASES["odd"]
+        skip_unless_supported(implementation, case.gram(0, jnp.float32))
+        (a, d), gram = case.make(1, jnp.float32), case.gram(2, jnp.float32)
+        scale = jnp.asarray([1.0, -2.0], jnp.float32)
+        call = partial(gram_accumulate, implementation=implementation)
+
+        def scaled(s: jax.Array, u: jax.Array) -> jax.Array:
+            return call(gram, s * a, u * d)
+
+        got = jax.vmap(jax.vmap(scaled, (None, 0)), (0, None))(scale, scale)
+        for i in range(2):
+            for j in range(2):
+                check(got[i, j], gram, (scale[i] * a, scale[j] * d))
+
+    def test_shard_map(self, implementation: Implementation) -> None:
+        """Each device adds its rows against all rows."""
+        case = CASES["several_tiles"]
+        (a, d), gram = case.make(1, jnp.float32), case.gram(2, jnp.float32)
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        split = jax.sharding.PartitionSpec("x")
+        skip_unless_supported(implementation, gram)
+
+        def local(gram: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+            everyone = jax.lax.all_gather(a, "x", tiled=True), jax.lax.all_gather(d, "x", tiled=True)
+            return gram_accumulate(gram, a, d, against=everyone, implementation=implementation)
+
+        sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(split, split, split), out_specs=split))
+        check(sharded(gram, a, d), gram, (a, d), (a, d))
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+    def test_non_finite_and_huge(self, implementation: Implementation, value: float) -> None:
+        """An example that is not finite makes its own rows and columns so, and no others."""
+        case = CASES["two_rows_per_group"]
+        (a, d), gram = case.make(1, jnp.float32), case.gram(2, jnp.float32)
+        skip_unless_supported(implementation, gram)
+        dirty = gram_accumulate(gram, a.at[3].set(value), d, implementation=implementation)
+        clean = np.ones(70, bool)
+        clean[6:8] = False
+        finite = np.isfinite(np.asarray(dirty))
+        check(dirty[clean][:, clean], gram[clean][:, clean], (a[clean[::2]], d[clean[::2]]))
+        assert not finite[6, 6] and not finite[7, 7]
+
+
+def test_positions_take_the_cheaper_form() -> None:
+    """T^2 against the entries of an activation."""
+    kept, formed = (rows("", *CASES[n].make(0, jnp.float32)) for n in ("positions_kept", "positions_formed"))
+    assert not formed_is_cheaper(kept, kept, triangle=True)
+    assert formed_is_cheaper(formed, formed, triangle=True)
+
+
+def test_reference_takes_half_the_products() -> None:
+    """The compiled reference does five eighths of the multiplications of the whole matrix: four panels."""
+    case = Case(96, 10, 64, 256)
+    (a, d), gram = case.make(0, jnp.float32), case.gram(0, jnp.float32)
+    call = jax.jit(partial(gram_accumulate, implementation="reference"))
+    flops = (call.lower(gram, a, d).compile().cost_analysis() or {})["flops"]
+    assert flops < 0.66 * 2 * 960**2 * 256
+
+
+def test_probe_names_what_stands_in_the_way() -> None:
+    cannot = api.GRAM_ACCUMULATE.variants[0].cannot
+    f32, f64 = (np.dtype(np.float32),), (np.dtype(np.float64),)
+    assert "NVIDIA GPUs, and this is cpu" in str(cannot(Request("cpu", 1, f32, ())))
+    assert "this device's is 7.5" in str(cannot(Request("gpu", 1, f32, (), (7, 5))))
+    assert "these operands are float64" in str(cannot(Request("gpu", 1, f64, (), (9, 0))))
+    assert "there are 4 devices" in str(cannot(Request("gpu", 4, f32, (), (9, 0))))
+
+
+def test_cross_lowering_takes_the_reference() -> None:
+    (a, d), gram = CASES["odd"].make(0, jnp.float32), CASES["odd"].gram(0, jnp.float32)
+    lowered = jax.jit(gram_accumulate).trace(gram, a, d).lower(lowering_platforms=("cuda",))
+    assert "stablehlo.dot_general" in lowered.as_text()
+
+
+def test_errors(x64: None) -> None:
+    gram, a, d = jnp.zeros((6, 6), jnp.float32), jnp.zeros((2, 4), jnp.float32), jnp.zeros((2, 3, 5), jnp.float32)
+    bad: list[tuple[Any, type[Exception], str]] = [
+        ((jnp.zeros((5, 6), jnp.float32), a, d), ValueError, r"gram has shape \(5, 6\), and rows by rows are \(6, 6\)"),
+        ((gram.astype(jnp.bfloat16), a, d), TypeError, "gram is bfloat16: sums need float32 or float64"),
+        ((gram, a, d.astype(jnp.float64)), TypeError, "float64 rows need a float64 gram"),
+        ((gram, a.astype(jnp.int32), d), TypeError, "activations are int32: pass one of bfloat16"),
+        ((gram, a[:, None], d), ValueError, r"\(groups, in\) beside cotangents \(groups, rows, out\)"),
+        ((gram, a[:1], d), ValueError, r"have \(groups, positions\) \(1, 1\) and cotangents \(2, 1\)"),
+        ((gram, None, d[0]), ValueError, r"explicit rows \(groups, rows, width\), got shape \(3, 5\)"),
+    ]
+    for operands, kind, message in bad:
+        with pytest.raises(kind, match=message):
+            gram_accumulate(*operands)
+    with pytest.raises(ValueError, match="have 4 entries per activation and those they meet 3"):
+        gram_accumulate(gram, a, d, against=(a[:, :3], d))
+    if jax.default_backend() == "cpu":
+        with pytest.raises(Unsupported, match="triton cannot run gram_accumulate: the Triton kernel runs on NVIDIA"):
+            gram_accumulate(gram, a, d, implementation="triton")
