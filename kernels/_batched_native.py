@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import ffi
+from curvax.kernels import _native
 from curvax.kernels._batched import BatchedSolution
 from curvax.kernels._dispatch import Request
 from curvax.kernels._vary import vary_alike
@@ -21,35 +22,16 @@ from curvax.kernels._vary import vary_alike
 _F32, _F64, _BF16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(jnp.bfloat16)
 _DTYPES = ({_F32}, {_F64}, {_F32, _BF16})
 
-# The oldest GPU for which the CUDA module holds machine code.
-_CAPABILITY = (8, 0)
-
 Solve: TypeAlias = Callable[..., BatchedSolution]
 _Results: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request on matrices and right-hand sides; None if they can."""
-    platform = _platform(request)
-    if platform is None:
-        return f"the native handlers run on cpu and NVIDIA GPUs, and this is {request.platform}"
     if set(request.dtypes) not in _DTYPES:
         found = ", ".join(map(str, request.dtypes))
         return f"the native handlers take float32, float64, or bfloat16 matrices beside float32, and this is {found}"
-    if request.devices != 1:
-        return f"outside jax.shard_map the native handlers are not partitioned, and there are {request.devices} devices"
-    if platform == "cuda" and (request.capability is None or request.capability < _CAPABILITY):
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"the CUDA handlers need compute capability 8.0 or newer, and this GPU's is {found}"
-    status = ffi.native_status(platform)
-    return None if status.available else status.reason
-
-
-def _platform(request: Request) -> ffi.Platform | None:
-    """Whose handlers a request needs."""
-    if request.platform in ("gpu", "cuda"):
-        return "cuda"
-    return "cpu" if request.platform == "cpu" else None
+    return _native.cannot(request)
 
 
 def solve(

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import ffi
+from curvax.kernels import _native
 from curvax.kernels._dispatch import Request
+from curvax.kernels._vary import vary_alike
 from curvax.kernels.diagonal_update import reference
 from curvax.kernels.diagonal_update.rule import (
     AccumulateRule,
@@ -38,33 +40,15 @@ _NARROW = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 # Copies up to this many bytes cost less than looking first (measured: a fifth more time against twice the time). Larger
 # ones are memory that XLA asks the system for at every call, page by page, and then looking first takes half the time.
 _COPY_BYTES = 2**25
-# The oldest GPU for which the CUDA module holds machine code.
-_CAPABILITY = (8, 0)
 _ESTIMATES = {"value": 0, "square": 1, "product": 2, "magnitude": 3}
 
 
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request; None if they can."""
-    platform = _platform(request)
-    if platform is None:
-        return f"the native handlers run on cpu and NVIDIA GPUs, and this is {request.platform}"
     if not request.shapes or any(dtype not in _WIDE + _NARROW for dtype in request.dtypes):
         found = ", ".join(map(str, request.dtypes)) if request.shapes else "no leaves"
         return f"the native handlers take leaves of float64, float32, bfloat16 and float16, and these have {found}"
-    if request.devices != 1:
-        return f"outside jax.shard_map the native handlers are not partitioned, and there are {request.devices} devices"
-    if platform == "cuda" and (request.capability is None or request.capability < _CAPABILITY):
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"the CUDA handlers need compute capability 8.0 or newer, and this GPU's is {found}"
-    status = ffi.native_status(platform)
-    return None if status.available else status.reason
-
-
-def _platform(request: Request) -> ffi.Platform | None:
-    """Whose handlers a request needs."""
-    if request.platform in ("gpu", "cuda"):
-        return "cuda"
-    return "cpu" if request.platform == "cpu" else None
+    return _native.cannot(request)
 
 
 def diagonal_update(
@@ -90,7 +74,7 @@ def diagonal_update(
     )
     vector = jnp.stack([jnp.asarray(x, dtype) for x in row])
     leaves = jax.tree.leaves([params, average, gradient] + ([] if mean is None else [mean]))
-    operands = _vary_alike([sound, vector, *leaves])
+    operands = vary_alike([sound, vector, *leaves])
 
     attributes: dict[str, Any] = {
         "denominator": np.int64(_denominator(rule.denominator)),
@@ -142,7 +126,7 @@ def diagonal_accumulate(
         for tree in estimate.factors
         for factor, like in zip(jax.tree.leaves(tree), likes, strict=True)
     ]
-    operands = _vary_alike([vector, *likes, *factors])
+    operands = vary_alike([vector, *likes, *factors])
 
     attributes: dict[str, Any] = {
         "estimate": np.int64(_ESTIMATES[estimate.kind]),
@@ -179,14 +163,6 @@ def _spreadable(factor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if len(factor.shape) == len(shape) and all(factor.shape[axis] == shape[axis] for axis in inner):
         return factor
     return jnp.broadcast_to(factor, shape)
-
-
-def _vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array] = ()) -> list[jax.Array]:
-    """As in tree_cg: inside `jax.shard_map` a result may vary over every mesh axis over which any operand does."""
-    axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    everywhere = frozenset().union(*axes, *(jax.typeof(array).manual_axis_type.varying for array in like))
-    missing = [tuple(sorted(everywhere - own)) for own in axes]
-    return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
 
 
 def _copies(own: list[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
@@ -238,4 +214,4 @@ class _Call:
         call = jax.ffi.ffi_call(
             self.target, [*self.results, *more], vmap_method="broadcast_all", input_output_aliases=self.aliases
         )
-        return _vary_alike(call(*self.operands, **attributes)[: len(self.results)], like=self.operands)
+        return vary_alike(call(*self.operands, **attributes)[: len(self.results)], like=self.operands)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from curvax import ffi
+from curvax.kernels import _native
 from curvax.kernels._dispatch import Request, unmeasured_on_gpu
 from curvax.kernels._vary import vary_alike
 from curvax.kernels.tree_cg import reference
@@ -29,32 +30,12 @@ _DIRECTION_SIZES = (2**14, 2**21)
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-# The oldest GPU for which the CUDA module holds machine code.
-_CAPABILITY = (8, 0)
-
-
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request; None if they can."""
-    platform = _platform(request)
-    if platform is None:
-        return f"the native handlers run on cpu and NVIDIA GPUs, and this is {request.platform}"
     if len(request.dtypes) != 1 or request.dtypes[0] not in _DTYPES:
         found = ", ".join(map(str, request.dtypes)) or "no leaves"
         return f"the native handlers take leaves of one dtype, float32 or float64, and these have {found}"
-    if request.devices != 1:
-        return f"outside jax.shard_map the native handlers are not partitioned, and there are {request.devices} devices"
-    if platform == "cuda" and (request.capability is None or request.capability < _CAPABILITY):
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"the CUDA handlers need compute capability 8.0 or newer, and this GPU's is {found}"
-    status = ffi.native_status(platform)
-    return None if status.available else status.reason
-
-
-def _platform(request: Request) -> ffi.Platform | None:
-    """Whose handlers a request needs."""
-    if request.platform in ("gpu", "cuda"):
-        return "cuda"
-    return "cpu" if request.platform == "cpu" else None
+    return _native.cannot(request)
 
 
 def direction_better_not(request: Request) -> str | None:
