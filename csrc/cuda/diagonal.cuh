@@ -107,8 +107,10 @@ __device__ __forceinline__ void CopyWork(const T* from, T* to, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) to[i] = from[i];
 }
 
+// Two thread blocks to a multiprocessor leave the 128 registers that the widest form takes; left to itself the compiler
+// spills some for a third block.
 template <Denominator kind, typename P, typename T, typename Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     DiagonalUpdateKernel(const __grid_constant__ Table table, const UpdateLaunch launch) {
   const Work work = FindWork(table);
   if (!launch.sound[work.member]) {
