@@ -27,11 +27,16 @@ def _matrices_only(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+def _halving(count):
+    """A schedule of exact values: two programs may round the arithmetic of another one in float32 differently."""
+    return jnp.asarray([0.5, 0.25, 0.125, 0.0625])[jnp.minimum(count, 3)]
+
+
 OPTIONS = {
     "defaults": {},
     "every_step": {"eval_every_k": 1},
     "every_3": {"eval_every_k": 3},
-    "schedule": {"learning_rate": optax.linear_schedule(0.5, 0.1, 3)},
+    "schedule": {"learning_rate": _halving},
     "array_rate": {"learning_rate": np.asarray(0.02)},
     "no_mean": {"beta1": 0.0},
     "plan_off": {"plan": "off", "eval_every_k": 2},
@@ -103,7 +108,7 @@ def test_narrow_parameters(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_that_is_not_finite_is_rejected_alike(name):
     with precision("float64"):
-        method = _method(name, eval_every_k=2, learning_rate=optax.linear_schedule(0.5, 0.1, 3))
+        method = _method(name, eval_every_k=2, learning_rate=_halving)
         kind = presets.BY_NAME[name].kind
         ours, theirs = (_run(m, kind, jnp.float64, spoil=(1, 2)) for m in (method, _apart(method)))
         _same(ours, theirs, 1e-11)
