@@ -77,10 +77,12 @@ def softmax_hvp(
     See Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent" (2002), for the product,
     and Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for the single pass.
     """
+    logits, tangents = jnp.asarray(logits), jnp.asarray(tangents)
     rows = _check(logits, tangents)
-    if weights is None:
-        weights = jnp.ones((), jnp.float32)
-    weights = jnp.broadcast_to(jnp.asarray(weights), rows)
+    weights = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights)
+    if weights.ndim > len(rows) or any(n not in (1, m) for n, m in zip(weights.shape[::-1], rows[::-1], strict=False)):
+        raise ValueError(f"softmax_hvp: the weights have shape {weights.shape} with rows {rows}: give one per row")
+    weights = jnp.broadcast_to(weights, rows)
     if select(SOFTMAX_HVP, implementation, Request.of(logits, tangents)).implementation == "pallas":
         columns, count = logits.shape[-1], math.prod(rows)
         flat = tangents.reshape(-1, count, columns)
