@@ -29,13 +29,6 @@ from curvax.solvers import CG, Result, System
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Any:
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return jnp.dtype(request.param)
-
-
 @partial(jax.jit, static_argnames=("implementation",))
 def compiled(a: jax.Array, b: jax.Array, options: dict[str, Any], implementation: Implementation) -> BatchedSolution:
     return batched_cg(a, b, implementation=implementation, **options)

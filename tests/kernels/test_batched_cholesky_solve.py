@@ -28,13 +28,6 @@ from curvax.solvers import Result
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Any:
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return jnp.dtype(request.param)
-
-
 @partial(jax.jit, static_argnames=("implementation",))
 def compiled(a: jax.Array, b: jax.Array, damping: Any, implementation: Implementation) -> BatchedSolution:
     return batched_cholesky_solve(a, b, damping=damping, implementation=implementation)

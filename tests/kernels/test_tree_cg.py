@@ -80,13 +80,6 @@ def skip_unless_supported(implementation: Implementation, case: str) -> None:
             pytest.skip(ffi.native_status().reason)
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Any:
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return jnp.dtype(request.param)
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", SHAPES)
 class TestValues:
