@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,3 +32,18 @@ def _holds_custom_vjp(jaxpr: Jaxpr) -> bool:
 def uses_custom_vjp(function: Callable[..., Any], *args: PyTree) -> bool:
     """Whether `function` holds a `jax.custom_vjp`, which JAX cannot differentiate in forward mode."""
     return _holds_custom_vjp(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Numbers of constants and of carried values; JAX's releases do not agree on the parameters that hold them.
+
+    What is scanned over, and what is stacked, has one axis more outside of the body.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    scanned = _count_deeper(eqn.invars, body.invars)
+    carry = len(eqn.outvars) - _count_deeper(eqn.outvars, body.outvars)
+    return len(eqn.invars) - scanned - carry, carry
+
+
+def _count_deeper(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))

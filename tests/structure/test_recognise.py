@@ -77,7 +77,7 @@ CASES = (
         "leaf used twice",
         lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"] + p["b"]) @ p["v"],
         {"w": (3, 3), "b": (3,), "v": (3, 3)},
-        {"w": EXPLICIT, "b": EXPLICIT, "v": "dense"},
+        {"w": "dense", "b": "bias", "v": "dense"},
     ),
     Case(
         "transposed weights",
@@ -89,13 +89,13 @@ CASES = (
         "bias shared by two layers",
         lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] + p["b"]),
         {"w": (3, 4), "v": (4, 4), "b": B},
-        {"w": "dense", "v": "dense", "b": EXPLICIT},
+        {"w": "dense", "v": "dense", "b": "bias"},
     ),
     Case(
         "one matrix of biases shared without reshaping",
         lambda p, x: jnp.tanh(x[:, None, :] @ p["w"] + p["b"])[:, 0] @ p["v"] + (p["b"] * 2.0)[0, 0, :3],
         {"w": W, "v": V, "b": (1, 1, 4)},
-        {"w": "dense", "v": "dense", "b": EXPLICIT},
+        {"w": "dense", "v": "dense", "b": "bias"},
     ),
     Case(
         "inner jit",
@@ -128,29 +128,29 @@ CASES = (
         "two biases and a scalar",
         lambda p, x: (x @ p["w"] - p["b"][None, :] + jnp.reshape(p["c"], (1, 3))) * p["s"],
         {"w": (3, 3), "b": (3,), "c": C, "s": ()},
-        {"w": "dense", "b": "bias", "c": "bias", "s": EXPLICIT},
+        {"w": "dense", "b": "bias", "c": "bias", "s": "scale"},
     ),
     Case(
         "product read twice before its bias",
         lambda p, x: (lambda h: jnp.tanh(h + p["b"]) + jnp.sin(h))(x @ p["w"]) @ p["v"],
         {"w": W, "b": B, "v": V},
-        {"w": "dense", "b": EXPLICIT, "v": "dense"},
+        {"w": "dense", "b": "bias", "v": "dense"},
     ),
     Case(
         "einsum with heads", _heads, {"w": (3, 2, 4), "b": (2, 4), "v": (2, 4, 3)}, dict(w="dense", b="bias", v="dense")
     ),
-    Case("inside a scan", _scanned, {"w": (3, 3), "v": (3, 3)}, {"w": EXPLICIT, "v": "dense"}),
+    Case("inside a scan", _scanned, {"w": (3, 3), "v": (3, 3)}, {"w": "dense", "v": "dense"}),
     Case(
         "shared by positions",
         lambda p, x: jnp.sum(jnp.tanh(x[:, :, None] @ p["w"] + p["b"]), 1) @ p["v"],
         {"w": (1, 4), "b": B, "v": V},
-        {"w": EXPLICIT, "b": EXPLICIT, "v": "dense"},
+        {"w": "dense", "b": "bias", "v": "dense"},
     ),
     Case(
         "product of two parameters",
         lambda p, x: x @ (p["w"] @ p["v"]),
         {"w": W, "v": V},
-        {"w": EXPLICIT, "v": EXPLICIT},
+        {"w": "dense", "v": "dense"},
     ),
     Case(
         "derivative rule of its own",
@@ -162,7 +162,7 @@ CASES = (
         "checkpointed layer",
         lambda p, x: jax.checkpoint(lambda w, y: jnp.tanh(y @ w))(p["w"], x) @ p["v"],
         {"w": W, "v": V},
-        {"w": EXPLICIT, "v": "dense"},
+        {"w": "dense", "v": "dense"},
     ),
     Case("vector weight", lambda p, x: (x @ p["w"] + p["b"])[:, None], {"w": (3,), "b": ()}, dict(w="dense", b="bias")),
 )

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
-from curvax.jaxprs import subjaxprs
+from curvax.jaxprs import scan_counts, subjaxprs
 from curvax.tree import PyTree
 
 _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
@@ -355,7 +355,7 @@ def _gather(_: _Tracker, eqn: Any, axes: list[_Axis]) -> int:
 
 def _scan(tracker: _Tracker, eqn: Any, axes: list[_Axis]) -> list[_Axis]:
     p = eqn.params
-    consts, carry = _scan_counts(eqn)
+    consts, carry = scan_counts(eqn)
     scanned = axes[consts + carry :]
     if any(axis == 0 for axis in scanned):
         raise _Mixed("scan runs over the examples")
@@ -368,21 +368,6 @@ def _scan(tracker: _Tracker, eqn: Any, axes: list[_Axis]) -> list[_Axis]:
             return [*state, *(None if axis is None else axis + 1 for axis in out[carry:])]
         state = merged
     raise _Mixed("scan moves the example axis")
-
-
-def _scan_counts(eqn: Any) -> tuple[int, int]:
-    """Numbers of constants and of carried values; JAX's releases do not agree on the parameters that hold them.
-
-    What is scanned over, and what is stacked, has one axis more outside of the body.
-    """
-    body = eqn.params["jaxpr"].jaxpr
-    scanned = _count_deeper(eqn.invars, body.invars)
-    carry = len(eqn.outvars) - _count_deeper(eqn.outvars, body.outvars)
-    return len(eqn.invars) - scanned - carry, carry
-
-
-def _count_deeper(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _join(a: _Axis, b: _Axis) -> _Axis:

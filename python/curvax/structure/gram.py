@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,7 @@ import numpy as np
 
 from curvax.kernels import Choice, Implementation
 from curvax.kernels.gram_accumulate import gram_accumulate
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """Rows of a group, or of several groups along one more leading axis; their inner products add up over all entries.
-
-    Attributes:
-      explicit: arrays (rows, ...): rows as they are.
-      activations: arrays (width,), one for each of `cotangents`.
-      cotangents: arrays (rows, ...): with the activation a of the group, row r stands for a d_r^T.
-    """
-
-    explicit: list[jax.Array]
-    activations: list[jax.Array]
-    cotangents: list[jax.Array]
+from curvax.structure.layers import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +23,21 @@ class RowGroups:
       groups: number of groups.
       rows: rows per group.
       dtype: dtype of the inner products.
-      make: group index -> the group's factors.
+      make: group index -> the parts that the group's rows are made of.
     """
 
     groups: int
     rows: int
     dtype: np.dtype
-    make: Callable[[jax.Array], Factors]
+    make: Callable[[jax.Array], list[Layer]]
 
     @property
     def total(self) -> int:
         """Number of rows."""
         return self.groups * self.rows
 
-    def many(self, indices: jax.Array) -> Factors:
-        """The factors of several groups, stacked."""
+    def many(self, indices: jax.Array) -> list[Layer]:
+        """The parts of several groups, stacked."""
         return jax.vmap(self.make)(indices)
 
 
@@ -77,25 +62,37 @@ def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choic
 
 
 def _meet(
-    gram: jax.Array, left: Factors, right: Factors | None, implementation: Implementation | Choice | None
+    gram: jax.Array,
+    left: Sequence[Layer],
+    right: Sequence[Layer] | None,
+    implementation: Implementation | Choice | None,
 ) -> jax.Array:
     """`gram` plus the inner products of the rows of `left` with those of `right`, or (lower triangle) their own."""
-    others = _layers(right) if right is not None else None
-    for i, layer in enumerate(_layers(left)):
-        against = None if others is None else others[i]
-        gram = gram_accumulate(gram, *layer, against=against, implementation=implementation)
+    for layer, other in zip(left, left if right is None else right, strict=True):
+        mine, theirs = _by_group(layer), _by_group(other)
+
+        def add(gram: jax.Array, pair: tuple[_Operands, _Operands]) -> tuple[jax.Array, None]:
+            against = None if right is None else pair[1]
+            return gram_accumulate(gram, *pair[0], against=against, implementation=implementation), None
+
+        if mine[1].shape[0] == 1:
+            gram, _ = add(gram, jax.tree.map(lambda x: x[0], (mine, theirs)))
+        else:
+            gram, _ = jax.lax.scan(add, gram, (mine, theirs))
     return gram
 
 
-def _layers(factors: Factors) -> list[tuple[jax.Array | None, jax.Array]]:
-    """Activations, or none, and cotangents or explicit rows (groups, rows, width)."""
-    explicit = [(None, x) for x in factors.explicit]
-    pairs = zip(factors.activations, factors.cotangents, strict=True)
-    return [(a, _vectors(d)) for a, d in (*explicit, *pairs)]
+_Operands: TypeAlias = tuple[jax.Array | None, jax.Array]
 
 
-def _vectors(rows: jax.Array) -> jax.Array:
-    return rows.reshape(*rows.shape[:2], math.prod(rows.shape[2:]))
+def _by_group(layer: Layer) -> _Operands:
+    """Operands of `gram_accumulate` with the groups of the block in front."""
+    activations = None if layer.activations is None else jnp.moveaxis(layer.activations, 1, 0)
+    cotangents = jnp.moveaxis(layer.cotangents, 1, 0)
+    # One position is one vector: the op has a shorter way there.
+    if activations is not None and activations.shape[2] == 1:
+        activations, cotangents = activations[:, :, 0], cotangents[:, :, :, 0]
+    return activations, cotangents
 
 
 def _mirror(lower: jax.Array) -> jax.Array:

@@ -1,13 +1,10 @@
-"""How each parameter leaf enters a model, read from the jaxpr of the model on one example.
+"""How each parameter leaf enters a model, read from the program of the model on one example.
 
-A leaf W that enters once, as an operand of the product h = a W with one vector a per example, has the gradient
-a_i d_r^T in row r of example i, where d_r is the row's cotangent of h. Rows then meet without being formed,
-
-    <a_i d_r^T, a_j d_s^T> = (a_i . a_j) (d_r . d_s),
-
-and a bias added to h, whose gradient is d_r itself, adds one to the first factor. On the way from the leaf to the
-product, anything that only moves entries about leaves these inner products as they are. A leaf that is not surely of
-this kind keeps its explicit rows; so does one shared by several positions of an example.
+A leaf is followed through everything that only moves or scales its entries, into rematerialised calls and scans, to
+each place where it is used. Where all of them are sites (`curvax.structure.sites`), the rows of its Jacobian are known
+as pairs of activations and cotangents, and need not be formed by reverse mode. A leaf that is added or multiplied
+elementwise has small rows that reverse mode forms at no loss. Any other use leaves that leaf, and no other, to generic
+reverse mode.
 """
 
 from __future__ import annotations
@@ -15,21 +12,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from curvax.structure.flat import Flat, Name, Step
+from curvax.jaxprs import scan_counts
+from curvax.structure.biases import with_biases
+from curvax.structure.program import REMATERIALISED, SCAN, Atom, Name, Path, Program, Step
+from curvax.structure.sites import ConvolutionSite, DenseSite, EmbeddingSite, Site
+from curvax.structure.views import Stacked, View, pieces, view_of
 
-# Equations that map the entries of one array one to one, as long as they keep their number.
-_VIEWS = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p expand_dims name reshape rev squeeze transpose".split()
-)
-# Equations that hand the cotangent of the result to either operand, up to its sign.
-_SUMS = frozenset("add add_any sub".split())
+BIAS, SCALE, NONE, GENERIC = "bias", "scale", "no rows", "explicit rows"
 
-DENSE, BIAS, NONE, EXPLICIT = "dense", "bias", "no rows", "explicit rows"
+_ADDED = frozenset("add add_any sub".split())
+_MULTIPLIED = frozenset("mul div".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Finding:
     """How one leaf enters.
 
     Attributes:
-      rule: `DENSE`, `BIAS`, `NONE` (the outputs do not depend on it) or `EXPLICIT`.
+      rule: "dense", "convolution", "embedding" or several of them; "bias", "scale"; "no rows" (the outputs do not
+        depend on it); "explicit rows".
       reason: why, for people.
     """
 
@@ -46,164 +45,296 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseLayer:
-    """A product h = a W in which a leaf W enters for the only time.
+class Structure:
+    """What was found.
 
     Attributes:
-      step: index of the product among the steps.
-      activation: which of its operands is a.
-      biases: number of leaves that enter for the only time by being added to h.
+      findings: one per leaf, in the order of the leaves.
+      sites: of the leaves that enter through sites alone.
     """
 
-    step: int
-    activation: int
-    biases: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-    """What was found: one `Finding` per leaf, in the order of the leaves, and the dense layers."""
-
     findings: tuple[Finding, ...]
-    layers: tuple[DenseLayer, ...]
+    sites: tuple[Site, ...]
 
     @property
     def explicit(self) -> tuple[int, ...]:
-        """Indices of the leaves whose rows have to be formed."""
-        return tuple(i for i, finding in enumerate(self.findings) if finding.rule == EXPLICIT)
-
-
-def recognise(flat: Flat, leaves: int) -> Structure:
-    """Finds the structure of a model.
-
-    Args:
-      flat: the model on one example, with the parameter leaves as first arguments.
-      leaves: how many arguments are parameter leaves.
-    """
-    return _Search(flat, leaves).run()
+        """Leaves whose rows are formed by reverse mode: those that some output depends on and that have no site."""
+        served = {site.leaf for site in self.sites} | {site.bias.leaf for site in self.sites if site.bias is not None}
+        return tuple(i for i, f in enumerate(self.findings) if f.rule != NONE and i not in served)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Use:
-    """A place where a value is read: operand `operand` of step `step`, or a result of the program (step -1)."""
+class Other:
+    """A use that is no site: `BIAS`, `SCALE` or `GENERIC`, and why."""
 
-    step: int
+    rule: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A value made of a leaf alone, by views.
+
+    Attributes:
+      leaf: its index.
+      views: from the leaf, axes of stacked weights in front.
+      stacked: for each scan around, outermost first, whether the value is one slice of stacked ones.
+      lengths: of those scans.
+      spread: the `broadcast_in_dim` that repeated its entries, or `None`; then only elementwise uses are understood.
+    """
+
+    leaf: int
+    views: tuple[View, ...] = ()
+    stacked: tuple[bool, ...] = ()
+    lengths: tuple[int, ...] = ()
+    spread: Step | None = None
+
+    def through(self, views: Sequence[View]) -> Entry:
+        """The entry after further views, each within one iteration."""
+        wrapped = list(views)
+        for _ in range(sum(self.stacked)):
+            wrapped = [Stacked(view) for view in wrapped]
+        return dataclasses.replace(self, views=(*self.views, *wrapped))
+
+    def inside(self, length: int, stacked: bool) -> Entry:
+        """The entry as the body of a scan sees it."""
+        return dataclasses.replace(self, stacked=(*self.stacked, stacked), lengths=(*self.lengths, length))
+
+
+def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
+    """Finds the structure of a model.
+
+    Args:
+      program: the model on one example, with the parameter leaves as first arguments.
+      shapes: of the parameter leaves.
+    """
+    walk = _Walk(shapes)
+    entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
+    walk.program(program, entries, ())
+    findings, sites = [], []
+    for leaf, shape in enumerate(shapes):
+        finding, found = _judge(leaf, shape, walk.uses[leaf])
+        findings.append(finding)
+        sites += found
+    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(walk.uses[leaf]) == 1}
+    sites = with_biases(program, sites, walk.added, biases)
+    for site in sites:
+        if site.bias is not None:
+            findings[site.bias.leaf] = Finding(BIAS, f"added to the output of a {site.rule} layer")
+    return Structure(tuple(findings), tuple(sites))
+
+
+def _judge(leaf: int, shape: tuple[int, ...], uses: Sequence[Site | Other]) -> tuple[Finding, list[Site]]:
+    if math.prod(shape) == 0:
+        return Finding(NONE, "it has no entries"), []
+    if not uses:
+        return Finding(NONE, "the outputs do not depend on it"), []
+    sites = [use for use in uses if isinstance(use, Site)]
+    others = [use for use in uses if isinstance(use, Other)]
+    rules = {use.rule for use in others}
+    if not others:
+        kinds = sorted({site.rule for site in sites})
+        count = "one site" if len(sites) == 1 else f"{len(sites)} sites"
+        return Finding(" and ".join(kinds), f"{count}, {_positions(sites)}"), sites
+    if not sites and rules <= {BIAS, SCALE}:
+        return Finding(" and ".join(sorted(rules)), others[0].reason), []
+    worst = next((use for use in others if use.rule == GENERIC), others[0])
+    also = f", and used {len(uses) - 1} more times" if len(uses) > 1 else ""
+    return Finding(GENERIC, worst.reason + also), []
+
+
+def _positions(sites: Sequence[Site]) -> str:
+    counts = sorted({site.positions for site in sites})
+    if counts == [1]:
+        return "one position per example"
+    return f"{' and '.join(map(str, counts))} positions per example"
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A leaf that is added.
+
+    Attributes:
+      path, operand: where.
+      entry: what it is there, but for a repetition of entries.
+      leaf_shape: of the leaf.
+      dimensions: of the `broadcast_in_dim` that repeated the entries; `None` if nothing did.
+      before: shape of one iteration's entries before that.
+    """
+
+    path: Path
     operand: int
+    entry: Entry
+    leaf_shape: tuple[int, ...]
+    dimensions: tuple[int, ...] | None
+    before: tuple[int, ...]
 
 
-class _Search:
-    def __init__(self, flat: Flat, leaves: int) -> None:
-        self._flat = flat
-        self._uses = _uses(flat)
-        self._shapes = _shapes(flat)
-        # Where each leaf arrives after being moved about only.
-        self._arrivals = [self._follow(name) for name in flat.arguments[:leaves]]
+class _Walk:
+    """Collects the uses of every leaf."""
 
-    def run(self) -> Structure:
-        findings = [self._finding(name, end) for name, end in zip(self._flat.arguments, self._arrivals, strict=False)]
-        layers = []
-        for leaf, finding in enumerate(findings):
-            if finding.rule == DENSE:
-                use = self._uses[self._arrivals[leaf]][0]
-                biases = self._biases(use.step, findings)
-                for bias in biases:
-                    findings[bias] = Finding(BIAS, "added to the output of a dense layer")
-                layers.append(DenseLayer(use.step, 1 - use.operand, len(biases)))
-        return Structure(tuple(findings), tuple(layers))
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self.uses: dict[int, list[Site | Other]] = collections.defaultdict(list)
+        self.added: dict[int, Added] = {}
 
-    def _finding(self, leaf: Name, arrival: Name) -> Finding:
-        if math.prod(self._shapes.get(leaf, (1,))) == 0:
-            return Finding(NONE, "it has no entries")
-        uses = self._uses[arrival]
-        if not uses:
-            return Finding(NONE, "the outputs do not depend on it")
-        if len(uses) > 1:
-            return Finding(EXPLICIT, f"it is used {len(uses)} times")
-        if uses[0].step < 0:
-            return Finding(EXPLICIT, "it is an output itself")
-        return self._entry(uses[0])
+    def program(self, program: Program, entries: Mapping[Name, Entry], path: Path) -> list[Entry | None]:
+        """Follows `entries` through a program; returns what its results are. A result that is an entry is no use."""
+        known = dict(entries)
 
-    def _entry(self, use: _Use) -> Finding:
-        step = self._flat.steps[use.step]
-        if step.primitive in _SUMS:
-            return Finding(EXPLICIT, "it is added to something other than the output of one dense layer")
-        if step.primitive != "dot_general":
-            return Finding(EXPLICIT, f"it enters through {step.primitive}")
-        why_not = _why_not_dense(step, use.operand)
-        if not why_not and 1 - use.operand in self._leaf_operands(use.step):
-            why_not = "it is multiplied by another parameter"
-        return Finding(EXPLICIT, why_not) if why_not else Finding(DENSE, "one product with one vector per example")
+        def read(atom: Atom) -> Entry | None:
+            return known.get(atom) if isinstance(atom, int) else None
 
-    def _leaf_operands(self, step: int) -> set[int]:
-        arrivals = set(self._arrivals)
-        return {i for i, atom in enumerate(self._flat.steps[step].inputs) if atom in arrivals}
+        for index, step in enumerate(program.steps):
+            found = [read(atom) for atom in step.inputs]
+            if any(entry is not None for entry in found):
+                made = self._step(step, found, (*path, index))
+                known.update({name: e for name, e in zip(step.outputs, made, strict=False) if e is not None})
+        results = [read(atom) for atom in program.results]
+        if not path:
+            for entry in results:
+                if entry is not None:
+                    self._other(entry, GENERIC, "it is an output itself")
+        return results
 
-    def _follow(self, name: Name) -> Name:
-        """The last of the values that hold the entries of `name` in some order and are made of each other only."""
-        while len(uses := self._uses[name]) == 1 and uses[0].step >= 0 and _is_view(self._flat.steps[uses[0].step]):
-            name = self._flat.steps[uses[0].step].outputs[0]
-        return name
+    def _other(self, entry: Entry, rule: str, reason: str) -> None:
+        self.uses[entry.leaf].append(Other(rule, reason))
 
-    def _biases(self, step: int, findings: Sequence[Finding]) -> list[int]:
-        """Leaves added to the product `step` while its cotangent is still that of the sum."""
-        found, name = [], self._follow(self._flat.steps[step].outputs[0])
-        while len(uses := self._uses[name]) == 1 and uses[0].step >= 0:
-            total = self._flat.steps[uses[0].step]
-            if total.primitive not in _SUMS or len(set(_sizes(total))) != 1:
-                break
-            other = total.inputs[1 - uses[0].operand]
-            if isinstance(other, int) and len(self._uses[other]) == 1:
-                found += [i for i, end in enumerate(self._arrivals) if end == other and findings[i].rule == EXPLICIT]
-            name = self._follow(total.outputs[0])
-        return found
+    def _step(self, step: Step, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
+        if step.primitive == SCAN:
+            return self._scan(step, found, path)
+        if step.body is not None and step.primitive in REMATERIALISED:
+            return self._rematerialised(step.body, found, path)
+        entries = [(i, entry) for i, entry in enumerate(found) if entry is not None]
+        if len(entries) == 1 and entries[0][1].spread is None:
+            operand, entry = entries[0]
+            if step.primitive == "split":
+                return [entry.through(views) for views in pieces(step.eqn)]
+            views = view_of(step.eqn, operand)
+            if views is not None:
+                return [entry.through(views)]
+        if step.primitive == "broadcast_in_dim" and entries[0][1].spread is None:
+            return [dataclasses.replace(entries[0][1], spread=step)]
+        for operand, entry in entries:
+            self._use(step, operand, entry, path)
+        return []
+
+    def _use(self, step: Step, operand: int, entry: Entry, path: Path) -> None:
+        if step.primitive in _ADDED:
+            spread, shape = entry.spread, self._shapes[entry.leaf]
+            dimensions = None if spread is None else tuple(spread.eqn.params["broadcast_dimensions"])
+            before = (step if spread is None else spread).input_avals[operand if spread is None else 0].shape
+            self.added[entry.leaf] = Added(path, operand, entry, shape, dimensions, before)
+            self._other(entry, BIAS, "added elementwise")
+        elif step.primitive in _MULTIPLIED and not (step.primitive == "div" and operand):
+            self._other(entry, SCALE, "multiplied elementwise")
+        elif not (jnp.issubdtype(step.input_avals[operand].dtype, jnp.floating)):
+            self._other(entry, GENERIC, "it is no floating-point number where it is used")
+        elif entry.spread is not None:
+            self._other(entry, GENERIC, f"it is repeated before it enters through {step.primitive}")
+        else:
+            site = _SITES.get(step.primitive, _no_site)(step, operand, entry, path)
+            if isinstance(site, Site):
+                self.uses[entry.leaf].append(site)
+            else:
+                self._other(entry, GENERIC, site)
+
+    def _rematerialised(self, body: Program, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
+        return self.program(body, _named(body, found), path)
+
+    def _scan(self, step: Step, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
+        body, length = step.body, step.eqn.params["length"]
+        if body is None:
+            raise AssertionError("a scan has a body.")
+        consts, carried = scan_counts(step.eqn)
+        given: list[Entry | None] = []
+        for i, entry in enumerate(found):
+            name = body.arguments[i]
+            unchanged = not consts <= i < consts + carried or body.results[i - consts] == name
+            if entry is not None and not unchanged:
+                self._other(entry, GENERIC, "a scan changes it")
+            if entry is not None and entry.spread is not None and i >= consts + carried:
+                self._other(entry, GENERIC, "it is repeated before a scan goes through it")
+                entry = None
+            given.append(entry.inside(length, stacked=i >= consts + carried) if entry and unchanged else None)
+        results = self.program(body, _named(body, given), path)
+        for entry, result in zip(results[carried:], body.results[carried:], strict=True):
+            if entry is not None and isinstance(result, int):
+                self._other(entry, GENERIC, "a scan stacks it")
+        # What was carried unchanged is after the scan what it was before.
+        return [
+            found[consts + i] if body.results[i] == body.arguments[consts + i] else self._carried(results[i])
+            for i in range(carried)
+        ]
+
+    def _carried(self, entry: Entry | None) -> None:
+        if entry is not None:
+            self._other(entry, GENERIC, "a scan carries it on")
 
 
-def _uses(flat: Flat) -> dict[Name, list[_Use]]:
-    uses: dict[Any, list[_Use]] = collections.defaultdict(list)
-    for index, step in enumerate(flat.steps):
-        for operand, atom in enumerate(step.inputs):
-            if isinstance(atom, int):
-                uses[atom].append(_Use(index, operand))
-    for position, atom in enumerate(flat.results):
-        if isinstance(atom, int):
-            uses[atom].append(_Use(-1, position))
-    return uses
+def _named(body: Program, found: Sequence[Entry | None]) -> dict[Name, Entry]:
+    return {name: entry for name, entry in zip(body.arguments, found, strict=True) if entry is not None}
 
 
-def _shapes(flat: Flat) -> dict[Name, tuple[int, ...]]:
-    """Shapes of all values that are read."""
+def _common(step: Step, operand: int, entry: Entry, path: Path, activation: int) -> dict[str, Any]:
     return {
-        atom: aval.shape
-        for step in flat.steps
-        for atom, aval in zip(step.inputs, step.input_avals, strict=True)
-        if isinstance(atom, int)
+        "leaf": entry.leaf,
+        "views": entry.views,
+        "path": path,
+        "stacked": entry.stacked,
+        "operand": operand,
+        "operand_shape": step.input_avals[operand].shape,
+        "activation_shape": step.input_avals[activation].shape,
+        "output_shape": step.output_avals[0].shape,
+        "output_dtype": step.output_avals[0].dtype,
+        "lengths": entry.lengths,
     }
 
 
-def _sizes(step: Step) -> list[int]:
-    return [math.prod(aval.shape) for aval in (*step.input_avals, *step.output_avals)]
+def _floating(step: Step) -> bool:
+    return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (*step.input_avals, *step.output_avals))
 
 
-def _all_floating(avals: Sequence[Any]) -> bool:
-    return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
-
-
-def _is_view(step: Step) -> bool:
-    """Whether the step maps the entries of its only operand one to one, cast at most between floating dtypes."""
-    if step.primitive not in _VIEWS or len(step.inputs) != 1:
-        return False
-    before, after = _sizes(step)
-    return before == after and _all_floating([*step.input_avals, *step.output_avals])
-
-
-def _why_not_dense(step: Step, kernel: int) -> str:
-    """Why the product is not that of operand `kernel` with one vector, or "" if it is."""
-    contracted, batched = step.eqn.params["dimension_numbers"]
-    activation = 1 - kernel
-    shape = step.input_avals[activation].shape
-    if batched[kernel]:
-        return "it enters through a batch of products"
-    if not _all_floating(step.input_avals):
+def _dense(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+    if not _floating(step):
         return "it is not multiplied by floating-point numbers"
-    positions = math.prod(d for axis, d in enumerate(shape) if axis not in contracted[activation])
-    return "" if positions == 1 else f"it is shared by {positions} positions of an example"
+    numbers = step.eqn.params["dimension_numbers"]
+    return DenseSite(**_common(step, operand, entry, path, 1 - operand), numbers=numbers)
+
+
+def _convolution(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+    if operand != 1:
+        return "it is what a convolution's kernel moves over"
+    if step.eqn.params["batch_group_count"] != 1:
+        return "the convolution has batch groups"
+    if not _floating(step):
+        return "it is not multiplied by floating-point numbers"
+    return ConvolutionSite(**_common(step, operand, entry, path, 0), params=step.eqn.params)
+
+
+def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+    numbers, sizes = step.eqn.params["dimension_numbers"], step.eqn.params["slice_sizes"]
+    table, out = step.input_avals[0].shape, step.output_avals[0].shape
+    offsets = tuple(range(len(out) - len(table) + 1, len(out)))
+    whole = (
+        operand == 0
+        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(sizes) == (1, *table[1:])
+        and numbers.offset_dims == offsets
+        and step.input_avals[1].shape[-1:] == (1,)
+    )
+    if not whole:
+        return "a gather takes more or less than whole rows of it"
+    if any(entry.stacked):
+        return "each iteration of a scan looks up in a table of its own"
+    clips = step.eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
+    return EmbeddingSite(**_common(step, operand, entry, path, 1), clips=clips)
+
+
+def _no_site(step: Step, operand: int, entry: Entry, path: Path) -> str:
+    del operand, entry, path
+    return f"it enters through {step.primitive}"
+
+
+_SITES = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from curvax.structure.batch_axis import examples_independent
-from curvax.structure.flat import flat_example
-from curvax.structure.recognise import EXPLICIT, Finding, recognise
+from curvax.structure.capture import capture
+from curvax.structure.recognise import GENERIC, Finding
 from curvax.tree import PyTree
 
 
@@ -49,9 +49,9 @@ def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, input
     leaves = jax.tree_util.tree_leaves_with_path(params)
     independent, reason = examples_independent(predict_fn, params, inputs)
     if independent:
-        findings = recognise(flat_example(predict_fn, params, inputs), len(leaves)).findings
+        findings = capture(predict_fn, params, inputs).structure.findings
     else:
-        findings = (Finding(EXPLICIT, reason),) * len(leaves)
+        findings = (Finding(GENERIC, reason),) * len(leaves)
     return tuple(
         LeafStructure(jax.tree_util.keystr(path), finding.rule, finding.reason)
         for (path, _), finding in zip(leaves, findings, strict=True)

@@ -8,7 +8,7 @@ reverse-mode products. Where examples interact all rows are formed, by products 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +18,9 @@ from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.structure.batch_axis import examples_independent
-from curvax.structure.flat import Flat, flat_example, replay
-from curvax.structure.gram import Factors, RowGroups, gram
-from curvax.structure.recognise import Structure, recognise
+from curvax.structure.capture import capture
+from curvax.structure.gram import RowGroups, gram
+from curvax.structure.layers import Layer, layers
 from curvax.tree import PyTree
 
 DEFAULT_MAX_BYTES = 2 << 30
@@ -67,59 +67,20 @@ def _example_groups(
     predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, output: OutputCurvature
 ) -> RowGroups:
     """One group per example."""
-    rows, dtype = math.prod(output.row_shape[1:]), tree.scalar_dtype(params)
+    rows, captured = math.prod(output.row_shape[1:]), capture(predict, params, inputs)
     leaves = jax.tree.leaves(params)
-    flat = flat_example(predict, params, inputs)
-    structure = recognise(flat, len(leaves))
 
-    def make(index: jax.Array) -> Factors:
+    def make(index: jax.Array) -> list[Layer]:
         one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in jax.tree.leaves(inputs)]
-        explicit, zeros = [leaves[i] for i in structure.explicit], _zero_perturbations(flat, structure)
-        outputs, vjp, activations = jax.vjp(
-            lambda p, e: _perturbed(flat, structure, leaves, one, p, e), explicit, zeros, has_aux=True
-        )
         local = output.example(index)
-        basis = jnp.eye(rows, dtype=tree.wide_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
-        formed, cotangents = jax.vmap(lambda e: tree.widen(vjp(local.factor(e).astype(outputs.dtype))))(basis)
-        return Factors(formed, [a.astype(dtype) for a in activations], [d.astype(dtype) for d in cotangents])
 
-    return RowGroups(output.row_shape[0], rows, dtype, make)
+        def cotangents(outputs: jax.Array) -> jax.Array:
+            basis = jnp.eye(rows, dtype=tree.wide_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
+            return jax.vmap(local.factor)(basis)
 
+        return layers(captured, captured.example(leaves, one, cotangents))
 
-def _zero_perturbations(flat: Flat, structure: Structure) -> list[jax.Array]:
-    """One for the product of each dense layer."""
-    products = (flat.steps[layer.step].output_avals[0] for layer in structure.layers)
-    return [jnp.zeros(aval.shape, aval.dtype) for aval in products]
-
-
-def _perturbed(
-    flat: Flat,
-    structure: Structure,
-    leaves: Sequence[jax.Array],
-    inputs: Sequence[jax.Array],
-    explicit: Sequence[jax.Array],
-    perturbations: Sequence[jax.Array],
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Outputs and the activation vectors of the dense layers, a one appended for each bias.
-
-    The derivative with respect to a perturbation of h = a W is the cotangent of h.
-    """
-    replaced = list(leaves)
-    for i, leaf in zip(structure.explicit, explicit, strict=True):
-        replaced[i] = leaf
-    layers = structure.layers
-    (outputs,), records = replay(
-        flat,
-        [*replaced, *inputs],
-        {layer.step: e for layer, e in zip(layers, perturbations, strict=True)},
-        {layer.step: layer.activation for layer in layers},
-    )
-    return outputs, [_with_ones(records[layer.step], layer.biases) for layer in layers]
-
-
-def _with_ones(activation: jax.Array, count: int) -> jax.Array:
-    flat = jnp.ravel(activation)
-    return jnp.concatenate([flat, jnp.ones((count,), flat.dtype)])
+    return RowGroups(output.row_shape[0], rows, captured.dtype, make)
 
 
 def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> RowGroups:
@@ -127,9 +88,9 @@ def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.A
     total = math.prod(output.row_shape)
     dtype = jax.eval_shape(output.factor_transpose, _outputs_like(output)).dtype
 
-    def make(index: jax.Array) -> Factors:
+    def make(index: jax.Array) -> list[Layer]:
         basis = jnp.zeros((total,), dtype).at[index].set(1).reshape(output.row_shape)
-        return Factors([x[None] for x in jax.tree.leaves(pull(output.factor(basis)))], [], [])
+        return [Layer(None, x.reshape(1, 1, -1)) for x in jax.tree.leaves(pull(output.factor(basis)))]
 
     return RowGroups(total, 1, tree.scalar_dtype(params), make)
 

@@ -1,0 +1,142 @@
+"""Biases that a site takes along: leaves added to its output, whose rows are its cotangents summed over positions.
+
+With a one appended to every activation, (a, 1)^T d holds the gradients of weights and bias alike. That halves the work
+of their inner products, and is how Kronecker factors treat a bias.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curvax.structure.program import Name, Path, Program, Step
+from curvax.structure.sites import Bias, EmbeddingSite, Site
+from curvax.structure.views import Scale, Stacked, View, through, view_of
+
+if TYPE_CHECKING:
+    from curvax.structure.recognise import Added
+
+_SUMS = frozenset({"add", "add_any"})
+# Following entries of an output costs time and memory at planning.
+_MOST_ENTRIES = 1 << 22
+
+
+def with_biases(
+    program: Program, sites: Sequence[Site], added: Mapping[int, Added], biases: Iterable[int]
+) -> list[Site]:
+    """The sites with a bias each where there is one.
+
+    Args:
+      program: the model on one example.
+      sites: the sites.
+      added: where leaves are added.
+      biases: the leaves that are added at one place and used nowhere else.
+    """
+    free, found = set(biases), []
+    for site in sites:
+        matches = ((leaf, _match(program, site, added[leaf])) for leaf in sorted(free))
+        leaf, order = next(((leaf, order) for leaf, order in matches if order is not None), (None, None))
+        if leaf is not None and order is not None:
+            free.discard(leaf)
+            site = dataclasses.replace(site, bias=Bias(leaf, added[leaf].leaf_shape, order))
+        found.append(site)
+    return found
+
+
+def _match(program: Program, site: Site, added: Added) -> np.ndarray | None:
+    """(G m,) entry of the leaf for each output, if it is a bias of the site; else `None`."""
+    entry, path = added.entry, added.path
+    inside = path[:-1] == site.path[:-1] and entry.stacked == site.stacked and entry.lengths == site.lengths
+    if not inside or isinstance(site, EmbeddingSite) or math.prod(site.perturbation_shape) > _MOST_ENTRIES:
+        return None
+    body = _body(program, path[:-1])
+    chain = _chain(body, site.path[-1], path[-1], 1 - added.operand)
+    if chain is None or any(isinstance(_inner(view), Scale) for view in entry.views):
+        return None
+    return _order(site, chain, added, body.steps[path[-1]].output_avals[0].shape)
+
+
+def _inner(view: View) -> View:
+    return _inner(view.view) if isinstance(view, Stacked) else view
+
+
+def _body(program: Program, path: Path) -> Program:
+    for index in path:
+        body = program.steps[index].body
+        if body is None:
+            raise AssertionError("the path of a step inside another leads through bodies.")
+        program = body
+    return program
+
+
+def _chain(program: Program, start: int, end: int, operand: int) -> list[tuple[View, ...]] | None:
+    """Views and sums that lead from the output of one step to an operand of another, if nothing else reads on the way.
+
+    The cotangent of a sum is that of its terms.
+    """
+    uses, name = _uses(program), program.steps[start].outputs[0]
+    found: list[tuple[View, ...]] = []
+    while len(uses[name]) == 1:
+        index, position = uses[name][0]
+        if (index, position) == (end, operand):
+            return found
+        if index < 0:
+            return None
+        step = program.steps[index]
+        if step.primitive in _SUMS and step.input_avals[position].shape == step.output_avals[0].shape:
+            pass
+        else:
+            views = view_of(step.eqn, position)
+            if views is None or step.primitive in ("mul", "div", "neg", "slice", "dynamic_slice"):
+                return None
+            found.append(views)
+        name = step.outputs[0]
+    return None
+
+
+def _uses(program: Program) -> dict[Name, list[tuple[int, int]]]:
+    """Where each value is read: (step, operand), step -1 for the results."""
+    uses: dict[Any, list[tuple[int, int]]] = collections.defaultdict(list)
+    for index, step in enumerate(program.steps):
+        for operand, atom in enumerate(step.inputs):
+            if isinstance(atom, int):
+                uses[atom].append((index, operand))
+    for position, atom in enumerate(program.results):
+        if isinstance(atom, int):
+            uses[atom].append((-1, position))
+    return uses
+
+
+def _order(site: Site, chain: Sequence[tuple[View, ...]], added: Added, shape: tuple[int, ...]) -> np.ndarray | None:
+    """(G m,) entry of the leaf that is added at each output, the same at all positions; `None` if it is not so.
+
+    Found by sending the numbers of the leaf's entries the way that the entries go.
+    """
+    entry, size = added.entry, math.prod(added.leaf_shape)
+    numbers = through(entry.views, np.arange(size, dtype=np.int64).reshape(added.leaf_shape))
+    stack = numbers.ndim - len(added.before)
+    if added.dimensions is not None:
+        fresh = [stack + i for i in range(len(shape)) if i not in added.dimensions]
+        numbers = np.expand_dims(numbers, tuple(fresh))
+    # A sum repeats the entries along axes of length one by itself.
+    numbers = np.broadcast_to(numbers, (*numbers.shape[:stack], *shape))
+    # The site's output goes through the chain to the sum: which entry of the output stands where in the sum?
+    places = np.arange(math.prod(site.output_shape), dtype=np.int64).reshape(site.output_shape)
+    for views in chain:
+        places = through(views, places)
+    if places.shape != shape:
+        return None
+    at_output = np.empty((*numbers.shape[:stack], places.size), np.int64)
+    at_output[..., places.ravel()] = numbers.reshape(*numbers.shape[:stack], -1)
+    at_output = at_output.reshape(*numbers.shape[:stack], *site.output_shape)
+    repeated = [i for i, stacked in enumerate(site.stacked) if not stacked]
+    at_output = np.broadcast_to(np.expand_dims(at_output, tuple(repeated)), site.perturbation_shape)
+    arranged = site.cotangents(at_output)
+    order = arranged[0].ravel()
+    fits = np.all(arranged == arranged[:1]) and order.size == size and np.array_equal(np.sort(order), np.arange(size))
+    return order if fits else None

@@ -1,0 +1,359 @@
+"""Sites: the places where a parameter leaf is multiplied into a model, each with its two factors.
+
+At every site a block W of weights with G groups, n inputs and m outputs per group acts on T positions of an example,
+
+    h[t, g, :] = a[t, g, :] W[g],
+
+so that the gradient of W is sum_t a[t, g, :] d[t, g, :]^T with d the cotangent of h. A matrix product, a convolution
+(a holds the patches that the kernel meets) and a table lookup (a is one-hot) differ only in how a and h are laid out.
+Inside scans all of a site's arrays have one axis in front per scan: positions where the scan reuses the same weights,
+groups where it goes through stacked ones.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.structure.program import Path
+from curvax.structure.views import View, back, through
+
+DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """A leaf that is nothing but a bias of a site's output.
+
+    Attributes:
+      leaf: its index.
+      shape: its shape.
+      order: (G m,): which of its entries is added to which output.
+    """
+
+    leaf: int
+    shape: tuple[int, ...]
+    order: np.ndarray = dataclasses.field(compare=False)
+
+    def to_leaf(self, outputs: jax.Array) -> jax.Array:
+        """(G, m) as the leaf."""
+        return outputs.reshape(-1)[np.argsort(self.order)].reshape(self.shape)
+
+    def from_leaf(self, leaf: jax.Array) -> jax.Array:
+        """The leaf's entries in the order of the outputs, (G m,)."""
+        return leaf.reshape(-1)[self.order]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site(abc.ABC):
+    """One site.
+
+    Attributes:
+      leaf: index of the parameter leaf.
+      views: from the leaf to the operand, scans' axes in front.
+      path: the step that multiplies.
+      stacked: for each scan around it, outermost first, whether it goes through stacked weights.
+      operand: which operand of the step the weights are.
+      operand_shape, activation_shape, output_shape: of one iteration.
+      output_dtype: dtype of the step's output.
+      lengths: of the scans around it.
+      bias: the leaf that is nothing but a bias of this site's output, or `None`.
+    """
+
+    leaf: int
+    views: tuple[View, ...]
+    path: Path
+    stacked: tuple[bool, ...]
+    operand: int
+    operand_shape: tuple[int, ...]
+    activation_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    output_dtype: Any
+    lengths: tuple[int, ...]
+    bias: Bias | None = None
+
+    @property
+    @abc.abstractmethod
+    def rule(self) -> str:
+        """`DENSE`, `CONVOLUTION` or `EMBEDDING`."""
+
+    @property
+    @abc.abstractmethod
+    def activation(self) -> int:
+        """The operand of the step that the activations are made of."""
+
+    @property
+    @abc.abstractmethod
+    def block(self) -> tuple[int, int, int]:
+        """(groups, inputs, outputs)."""
+
+    @property
+    @abc.abstractmethod
+    def positions(self) -> int:
+        """T, positions per example."""
+
+    @abc.abstractmethod
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        """(T, G, n) from the recorded operand; for an embedding (T,) indices, n for an index that finds nothing."""
+
+    @abc.abstractmethod
+    def cotangents(self, d: Any) -> Any:
+        """(T, G, m) from the cotangent of the step's output; NumPy arrays stay such."""
+
+    @abc.abstractmethod
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        """(G, n, m) laid out as the operand, axes of stacked weights in front."""
+
+    @abc.abstractmethod
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        """The inverse of `to_operand`."""
+
+    @abc.abstractmethod
+    def same_layout(self, other: Any) -> bool:
+        """Whether a block of another site of this class, over the same operand, means the same entries."""
+
+    def to_leaf(self, block: jax.Array) -> jax.Array:
+        """A gradient of the block (G, n, m) as a gradient of the leaf."""
+        return back(self.views, self.to_operand(block))
+
+    def from_leaf(self, leaf: jax.Array) -> jax.Array:
+        """The part of the leaf that acts here, as a block (G, n, m): the adjoint of `to_leaf`."""
+        return self.from_operand(through(self.views, leaf))
+
+    @property
+    def perturbation_shape(self) -> tuple[int, ...]:
+        """Shape of the step's output over all iterations."""
+        return (*self.lengths, *self.output_shape)
+
+    def _levels(self) -> tuple[list[int], list[int]]:
+        """Axes of the scans: (positions, groups)."""
+        return (
+            [i for i, stacked in enumerate(self.stacked) if not stacked],
+            [i for i, stacked in enumerate(self.stacked) if stacked],
+        )
+
+    def _stack(self) -> tuple[int, ...]:
+        return tuple(length for length, stacked in zip(self.lengths, self.stacked, strict=True) if stacked)
+
+    def _arrange(self, x: Any, positions: Sequence[int], groups: Sequence[int], widths: Sequence[int]) -> Any:
+        """(T, G, width) from an array with the scans' axes in front; axes are those of one iteration."""
+        depth, (repeated, stacked) = len(self.lengths), self._levels()
+        t = [*repeated, *(depth + i for i in positions)]
+        g = [*stacked, *(depth + i for i in groups)]
+        w = [depth + i for i in widths]
+        sizes = [math.prod(x.shape[i] for i in axes) for axes in (t, g, w)]
+        return x.transpose((*t, *g, *w)).reshape(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSite(Site):
+    """A `dot_general`.
+
+    Attributes:
+      numbers: its dimension numbers.
+    """
+
+    numbers: Any = None
+
+    @property
+    def rule(self) -> str:
+        return DENSE
+
+    @property
+    def activation(self) -> int:
+        return 1 - self.operand
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        groups = math.prod(self._stack()) * math.prod(self.operand_shape[i] for i in self._batch(self.operand))
+        return (
+            groups,
+            math.prod(self.operand_shape[i] for i in self._contracted(self.operand)),
+            math.prod(self.operand_shape[i] for i in self._free(self.operand)),
+        )
+
+    @property
+    def positions(self) -> int:
+        repeated = math.prod(n for n, stacked in zip(self.lengths, self.stacked, strict=True) if not stacked)
+        return repeated * math.prod(self.activation_shape[i] for i in self._free(self.activation))
+
+    def _contracted(self, operand: int) -> tuple[int, ...]:
+        return tuple(self.numbers[0][operand])
+
+    def _batch(self, operand: int) -> tuple[int, ...]:
+        return tuple(self.numbers[1][operand])
+
+    def _free(self, operand: int) -> tuple[int, ...]:
+        shape = self.operand_shape if operand == self.operand else self.activation_shape
+        taken = (*self._contracted(operand), *self._batch(operand))
+        return tuple(i for i in range(len(shape)) if i not in taken)
+
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        side = self.activation
+        return self._arrange(recorded, self._free(side), self._batch(side), self._contracted(side))
+
+    def cotangents(self, d: Any) -> Any:
+        # A product's axes: the batch, then what is left of the first operand, then of the second.
+        batch, first = len(self._batch(0)), len(self._free(0))
+        frees = [range(batch, batch + first), range(batch + first, len(self.output_shape))]
+        return self._arrange(d, frees[self.activation], range(batch), frees[self.operand])
+
+    def same_layout(self, other: DenseSite) -> bool:
+        return self.operand_shape == other.operand_shape and self._axes() == other._axes() and self.block == other.block
+
+    def _axes(self) -> tuple[int, ...]:
+        depth = len(self._stack())
+        order = (*self._batch(self.operand), *self._contracted(self.operand), *self._free(self.operand))
+        return (*range(depth), *(depth + i for i in order))
+
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        full, axes = (*self._stack(), *self.operand_shape), self._axes()
+        return block.reshape([full[i] for i in axes]).transpose([int(i) for i in np.argsort(axes)])
+
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        return operand.transpose(self._axes()).reshape(self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionSite(Site):
+    """A `conv_general_dilated` whose kernel the weights are.
+
+    Attributes:
+      params: its parameters.
+    """
+
+    params: Any = dataclasses.field(default=None, compare=False)
+
+    @property
+    def rule(self) -> str:
+        return CONVOLUTION
+
+    @property
+    def activation(self) -> int:
+        return 0
+
+    @property
+    def _groups(self) -> int:
+        return self.params["feature_group_count"]
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return tuple(self.operand_shape[i] for i in self.params["dimension_numbers"].rhs_spec[2:])
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        out_axis, in_axis = self.params["dimension_numbers"].rhs_spec[:2]
+        inputs = self.operand_shape[in_axis] * math.prod(self._kernel)
+        return math.prod(self._stack()) * self._groups, inputs, self.operand_shape[out_axis] // self._groups
+
+    @property
+    def positions(self) -> int:
+        repeated = math.prod(n for n, stacked in zip(self.lengths, self.stacked, strict=True) if not stacked)
+        numbers = self.params["dimension_numbers"]
+        return repeated * math.prod(d for i, d in enumerate(self.output_shape) if i != numbers.out_spec[1])
+
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        """Patches, gathered by strided slices: for each axis of space one per entry of the kernel."""
+        numbers, depth = self.params["dimension_numbers"], len(self.lengths)
+        x = recorded.transpose((*range(depth), *(depth + i for i in numbers.lhs_spec)))
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * (depth + 2) + self._padding())
+        out = [self.output_shape[i] for i in numbers.out_spec[2:]]
+        for axis, size in enumerate(self._kernel):
+            # Taps gather at the end: (..., batch, channels, space..., taps...).
+            taps = [self._tap(x, depth + 2 + axis, axis, tap, out[axis]) for tap in range(size)]
+            x = jnp.stack(taps, axis=-1)
+        batch, channels = x.shape[depth : depth + 2]
+        x = x.reshape((*x.shape[:depth], batch, self._groups, channels // self._groups, *x.shape[depth + 2 :]))
+        space = len(out)
+        return self._arrange(x, [0, *range(3, 3 + space)], [1], [2, *range(3 + space, 3 + 2 * space)])
+
+    def _padding(self) -> list[tuple[int, int, int]]:
+        dilated = self.params["lhs_dilation"]
+        return [(low, high, d - 1) for (low, high), d in zip(self.params["padding"], dilated, strict=True)]
+
+    def _tap(self, x: jax.Array, axis: int, spatial: int, tap: int, count: int) -> jax.Array:
+        stride = self.params["window_strides"][spatial]
+        start = tap * self.params["rhs_dilation"][spatial]
+        return jax.lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
+
+    def cotangents(self, d: Any) -> Any:
+        spec, depth = self.params["dimension_numbers"].out_spec, len(self.lengths)
+        d = d.transpose((*range(depth), *(depth + i for i in spec)))
+        d = d.reshape((*d.shape[: depth + 1], self._groups, d.shape[depth + 1] // self._groups, *d.shape[depth + 2 :]))
+        return self._arrange(d, [0, *range(3, d.ndim - depth)], [1], [2])
+
+    def same_layout(self, other: ConvolutionSite) -> bool:
+        spec = self.params["dimension_numbers"].rhs_spec
+        return spec == other.params["dimension_numbers"].rhs_spec and self.block == other.block
+
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        spec, stack = self.params["dimension_numbers"].rhs_spec, self._stack()
+        _, _, m = self.block
+        inputs = self.operand_shape[spec[1]]
+        x = block.reshape((*stack, self._groups, inputs, *self._kernel, m))
+        depth, last = len(stack), x.ndim - 1
+        x = x.transpose((*range(depth), depth, last, *range(depth + 1, last)))
+        x = x.reshape((*stack, self._groups * m, inputs, *self._kernel))
+        return x.transpose((*range(depth), *(depth + int(i) for i in np.argsort(spec))))
+
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        spec, depth = self.params["dimension_numbers"].rhs_spec, len(self._stack())
+        x = operand.transpose((*range(depth), *(depth + i for i in spec)))
+        groups, n, m = self._groups, *self.block[1:]
+        x = x.reshape((*x.shape[:depth], groups, m, n))
+        return jnp.swapaxes(x, -1, -2).reshape(self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSite(Site):
+    """A `gather` of whole rows of a table.
+
+    Attributes:
+      clips: whether an index that does not fit is moved until it does; otherwise it finds nothing.
+    """
+
+    clips: bool = False
+
+    @property
+    def rule(self) -> str:
+        return EMBEDDING
+
+    @property
+    def activation(self) -> int:
+        return 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return math.prod(self._stack()), self.operand_shape[0], math.prod(self.operand_shape[1:])
+
+    @property
+    def positions(self) -> int:
+        repeated = math.prod(n for n, stacked in zip(self.lengths, self.stacked, strict=True) if not stacked)
+        return repeated * math.prod(self.activation_shape[:-1])
+
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        rows = self.operand_shape[0]
+        index = recorded.reshape(-1).astype(jnp.int32)
+        if self.clips:
+            return jnp.clip(index, 0, rows - 1)
+        return jnp.where((index >= 0) & (index < rows), index, rows)
+
+    def cotangents(self, d: Any) -> Any:
+        depth, index_axes = len(self.lengths), len(self.activation_shape) - 1
+        return self._arrange(d, range(index_axes), [], range(index_axes, d.ndim - depth))
+
+    def same_layout(self, other: EmbeddingSite) -> bool:
+        return self.operand_shape == other.operand_shape
+
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        return block.reshape((*self._stack(), *self.operand_shape))
+
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        return operand.reshape(self.block)

@@ -1,0 +1,223 @@
+"""Equations that only rearrange or scale the entries of an array: how they act, and their adjoints.
+
+On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast
+or scaled. The gradient of the leaf is that of the product's operand taken back through the adjoints of these maps, in
+reverse order. Casts between floating dtypes are left out: gradients stay in the wide dtype that they are made in.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+_RESHAPING = frozenset("reshape squeeze expand_dims broadcast_in_dim".split())
+_NOTHING = frozenset("convert_element_type copy copy_p name reduce_precision optimization_barrier".split())
+
+
+class View(abc.ABC):
+    """A linear map of arrays that moves, leaves out or scales entries."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Any) -> Any:
+        """The map, for NumPy and JAX arrays alike."""
+
+    @abc.abstractmethod
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        """Its adjoint."""
+
+    @property
+    def box(self) -> tuple[tuple[int, int, int], ...] | None:
+        """(start, limit, stride) per axis of the entries that it keeps; `None` for all of them."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape(View):
+    """A change of shape."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __call__(self, x: Any) -> Any:
+        return x.reshape(self.after)
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return x.reshape(self.before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(View):
+    """A permutation of axes."""
+
+    permutation: tuple[int, ...]
+
+    def __call__(self, x: Any) -> Any:
+        return x.transpose(self.permutation)
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return x.transpose(tuple(int(i) for i in np.argsort(self.permutation)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse(View):
+    """Axes run backwards."""
+
+    axes: tuple[int, ...]
+
+    def __call__(self, x: Any) -> Any:
+        return x[tuple(slice(None, None, -1) if i in self.axes else slice(None) for i in range(x.ndim))]
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return self(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice(View):
+    """A part of every axis."""
+
+    before: tuple[int, ...]
+    starts: tuple[int, ...]
+    limits: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, x: Any) -> Any:
+        return x[self._index]
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return jnp.zeros(self.before, x.dtype).at[self._index].set(x)
+
+    @property
+    def box(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple(zip(self.starts, self.limits, self.strides, strict=True))
+
+    @property
+    def _index(self) -> tuple[slice, ...]:
+        return tuple(slice(*bounds) for bounds in self.box)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(View):
+    """Multiplication with a number."""
+
+    factor: float
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.factor
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return x * jnp.asarray(self.factor, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(View):
+    """A view of every slice of the leading axis: what a view in the body of a scan is for all that it scans over."""
+
+    view: View
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            return np.stack([self.view(part) for part in x]) if len(x) else x
+        return jax.vmap(self.view)(x)
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return jax.vmap(self.view.adjoint)(x)
+
+
+def view_of(eqn: Any, operand: int) -> tuple[View, ...] | None:
+    """The views by which an equation's first output follows from its operand; `None` if it does otherwise."""
+    name, shape = eqn.primitive.name, eqn.invars[operand].aval.shape
+    out = eqn.outvars[0].aval
+    if len(eqn.outvars) != 1 or not all(_floating(aval) for aval in (eqn.invars[operand].aval, out)):
+        return None
+    if name in _NOTHING:
+        return ()
+    if name in _RESHAPING and math.prod(shape) == math.prod(out.shape):
+        return (Reshape(shape, out.shape),)
+    if name == "transpose":
+        return (Transpose(tuple(eqn.params["permutation"])),)
+    if name == "rev":
+        return (Reverse(tuple(eqn.params["dimensions"])),)
+    if name == "neg":
+        return (Scale(-1.0),)
+    if name in ("slice", "dynamic_slice"):
+        return _slice(eqn, operand)
+    if name in ("mul", "div"):
+        return _scale(eqn, operand)
+    return None
+
+
+def pieces(eqn: Any) -> list[tuple[View, ...]]:
+    """The views by which the outputs of a `split` follow from its operand."""
+    shape, axis, start, found = eqn.invars[0].aval.shape, eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        starts = tuple(start if i == axis else 0 for i in range(len(shape)))
+        limits = tuple(start + size if i == axis else d for i, d in enumerate(shape))
+        found.append((Slice(shape, starts, limits, (1,) * len(shape)),))
+        start += size
+    return found
+
+
+def through(views: Sequence[View], x: Any) -> Any:
+    """`x` after all views."""
+    for view in views:
+        x = view(x)
+    return x
+
+
+def back(views: Sequence[View], x: jax.Array) -> jax.Array:
+    """The adjoint of `through`."""
+    for view in reversed(views):
+        x = view.adjoint(x)
+    return x
+
+
+def disjoint(first: Sequence[View], second: Sequence[View]) -> bool:
+    """Whether two chains of views surely see different entries of one array: they start with slices that do not meet.
+
+    Slices that follow one another, as indexing writes them, are looked at one by one while the chains agree.
+    """
+    for a, b in zip(first, second, strict=False):
+        if a == b:
+            continue
+        if a.box is None or b.box is None:
+            return False
+        return any(low >= end or start >= limit for (start, end, _), (low, limit, _) in zip(a.box, b.box, strict=True))
+    return False
+
+
+def _floating(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _slice(eqn: Any, operand: int) -> tuple[View, ...] | None:
+    shape, out = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
+    if operand != 0:
+        return None
+    if eqn.primitive.name == "slice":
+        strides = eqn.params["strides"] or (1,) * len(shape)
+        starts, limits = tuple(eqn.params["start_indices"]), tuple(eqn.params["limit_indices"])
+        return (Slice(shape, starts, limits, tuple(strides)),)
+    if not all(isinstance(v, Literal) for v in eqn.invars[1:]):
+        return None
+    # As XLA does, a start that does not fit is moved until it does.
+    starts = tuple(min(max(int(v.val), 0), d - size) for v, d, size in zip(eqn.invars[1:], shape, out, strict=True))
+    limits = tuple(start + size for start, size in zip(starts, out, strict=True))
+    return (Slice(shape, starts, limits, (1,) * len(shape)),)
+
+
+def _scale(eqn: Any, operand: int) -> tuple[View, ...] | None:
+    other = eqn.invars[1 - operand]
+    if not isinstance(other, Literal) or (eqn.primitive.name == "div" and operand != 0):
+        return None
+    value = float(np.asarray(other.val))
+    if eqn.primitive.name == "div":
+        value = 1.0 / value if value else math.inf
+    return (Scale(value),) if math.isfinite(value) else None
