@@ -75,12 +75,14 @@ class Rows:
       pull: u -> J^T u.
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
+      diagonal: max_bytes -> the diagonal of C, a wide tree.
     """
 
     push: Callable[[PyTree], jax.Array]
     pull: Callable[[jax.Array], PyTree]
     output: OutputCurvature
     gram: GramProduct
+    diagonal: Callable[[int], PyTree]
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""

@@ -18,7 +18,7 @@ from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
 from curvax.structure.report import LeafStructure, report
-from curvax.structure.rows import row_gram
+from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
 
 
@@ -141,7 +141,10 @@ class GaussNewton(Curvature):
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
             return row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes, implementation=implementation)
 
-        return Rows(push, pull, output, gram)
+        def diagonal(max_bytes: int) -> PyTree:
+            return row_diagonal(predict, params, inputs, output, pull, max_bytes=max_bytes)
+
+        return Rows(push, pull, output, gram, diagonal)
 
     def _omega(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
         if evaluation.omega is not None:

@@ -15,7 +15,7 @@ from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import row_gram
+from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -270,7 +270,10 @@ class Microbatched(Curvature):
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
             return row_gram(None, params, None, rows.output, pull, max_bytes=max_bytes, implementation=implementation)
 
-        return dataclasses.replace(rows, gram=gram)
+        def diagonal(max_bytes: int) -> PyTree:
+            return row_diagonal(None, params, None, rows.output, pull, max_bytes=max_bytes)
+
+        return dataclasses.replace(rows, gram=gram, diagonal=diagonal)
 
     def _outputs(self, params: PyTree, pieces: _Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:

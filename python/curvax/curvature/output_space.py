@@ -92,6 +92,40 @@ class LossHessian(OutputCurvature):
 
 
 @dataclasses.dataclass(frozen=True)
+class Identity(OutputCurvature):
+    """Q = I, whose rows are those of the Jacobian itself.
+
+    Attributes:
+      outputs: the outputs, of which shape and dtype are read.
+    """
+
+    outputs: jax.Array
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.outputs.shape)
+
+    @property
+    def couples_examples(self) -> bool:
+        return False
+
+    def product(self, v: jax.Array) -> jax.Array:
+        return v
+
+    def factor(self, rows: jax.Array) -> jax.Array:
+        return rows
+
+    def factor_transpose(self, v: jax.Array) -> jax.Array:
+        return v
+
+    def gradient_in_rows(self) -> jax.Array | None:
+        return None
+
+    def example(self, index: jax.Array) -> Identity:
+        return Identity(_take(self.outputs, index))
+
+
+@dataclasses.dataclass(frozen=True)
 class GradientOuterProduct(OutputCurvature):
     """Q = sum_m r_m r_m^T per position, from residuals r with the square root of the weight already inside.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvax.structure.program import Name, Path, Program, Step
+from curvax.structure.program import Name, Path, Program
 from curvax.structure.sites import Bias, EmbeddingSite, Site
 from curvax.structure.views import Scale, Stacked, View, through, view_of
 

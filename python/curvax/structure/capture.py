@@ -116,17 +116,3 @@ def capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs:
     program = example_program(predict, params, inputs)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
     return Capture(program, recognise(program, shapes), tree.scalar_dtype(params))
-
-
-def widened_activations(site: Site, activations: jax.Array) -> jax.Array:
-    """(T, G, n), one-hot for an embedding, with a one appended for a bias."""
-    if isinstance(site, EmbeddingSite):
-        raise TypeError("an embedding's activations are indices: use `one_hot`.")
-    if site.bias is None:
-        return activations
-    return jnp.concatenate([activations, jnp.ones_like(activations[..., :1])], axis=-1)
-
-
-def one_hot(site: Site, indices: jax.Array, dtype: np.dtype) -> jax.Array:
-    """(T, 1, n) from the indices of an embedding; what finds nothing is zero."""
-    return jax.nn.one_hot(indices, site.block[1], dtype=dtype)[..., None, :]

@@ -10,15 +10,16 @@ in the same order (then their positions are one longer list) or no common ones; 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.structure.capture import Capture, Factors, one_hot, widened_activations
+from curvax.structure.capture import Capture, Factors
+from curvax.structure.formed import formed, one_hot, sites_by_leaf, with_one
 from curvax.structure.sites import EmbeddingSite, Site
 from curvax.structure.views import disjoint
 
@@ -39,33 +40,31 @@ class Layer:
 
 def layers(capture: Capture, factors: Factors) -> list[Layer]:
     """All parts of the rows of one example."""
-    by_leaf: dict[int, list[int]] = collections.defaultdict(list)
-    for index, site in enumerate(capture.structure.sites):
-        by_leaf[site.leaf].append(index)
     found = [Layer(None, _flat(rows)[None]) for rows in factors.explicit]
-    for indices in by_leaf.values():
+    for indices in sites_by_leaf(capture).values():
         sites = [capture.structure.sites[i] for i in indices]
-        activations = [
-            _activations(site, factors.activations[i], capture) for site, i in zip(sites, indices, strict=True)
-        ]
-        cotangents = [factors.cotangents[i] for i in indices]
-        found += _leaf(sites, activations, cotangents)
+        found += _leaf(sites, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
     return found
 
 
-def _activations(site: Site, recorded: jax.Array, capture: Capture) -> jax.Array:
-    if isinstance(site, EmbeddingSite):
-        return one_hot(site, recorded, capture.dtype)
-    return widened_activations(site, recorded)
-
-
 def _leaf(sites: Sequence[Site], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
-    if _same_entries(sites):
-        joined = jnp.concatenate(activations, axis=0), jnp.concatenate(cotangents, axis=1)
-        return [_pairs_or_formed(sites[0], *joined)]
-    if all(disjoint(a.views, b.views) for a, b in itertools.combinations(sites, 2)):
-        return [_pairs_or_formed(*one) for one in zip(sites, activations, cotangents, strict=True)]
-    return _formed(sites, activations, cotangents)
+    apart = all(disjoint(a.views, b.views) for a, b in itertools.combinations(sites, 2))
+    if not apart and not _same_entries(sites):
+        biases = [_flat(jnp.sum(d, axis=1)) for site, d in zip(sites, cotangents, strict=True) if site.bias is not None]
+        return [Layer(None, rows[None]) for rows in (_flat(formed(sites, activations, cotangents)), *biases)]
+    scaled = [_scaled(site, a, d.dtype) for site, a, d in zip(sites, activations, cotangents, strict=True)]
+    if apart:
+        return [_pairs_or_formed(*one) for one in zip(scaled, cotangents, strict=True)]
+    return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), jnp.concatenate(cotangents, axis=1))]
+
+
+def _scaled(site: Site, activations: jax.Array, dtype: Any) -> jax.Array:
+    """As the leaf's gradient has them: scaled as the leaf is on its way, then with a one for a bias, which is not."""
+    if isinstance(site, EmbeddingSite):
+        activations = one_hot(site, activations, dtype)
+    if site.factor != 1:
+        activations = activations * jnp.asarray(site.factor, dtype)
+    return with_one(site, activations)
 
 
 def _same_entries(sites: Sequence[Site]) -> bool:
@@ -81,25 +80,15 @@ def _same_entries(sites: Sequence[Site]) -> bool:
     )
 
 
-def _pairs_or_formed(site: Site, activations: jax.Array, cotangents: jax.Array) -> Layer:
+def _pairs_or_formed(activations: jax.Array, cotangents: jax.Array) -> Layer:
     """One group is left to the op, which forms rows itself where that is cheaper."""
     t, g, n = activations.shape
     r, m = cotangents.shape[0], cotangents.shape[-1]
-    # Per pair of examples and group; a square of positions against the width of the formed rows.
+    # Per pair of examples and group: a square of positions against the width of the formed rows.
     if g > 1 and t * t * (n + r * r * m) > r * r * n * m:
-        return Layer(None, _flat(jnp.einsum("tgn,rtgm->rgnm", activations, cotangents, precision="highest"))[None])
+        rows = jnp.einsum("tgn,rtgm->rgnm", activations, cotangents, precision=jax.lax.Precision.HIGHEST)
+        return Layer(None, _flat(rows)[None])
     return Layer(activations.transpose(1, 0, 2), cotangents.transpose(2, 0, 1, 3))
-
-
-def _formed(sites: Sequence[Site], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
-    total, found = None, []
-    for site, a, d in zip(sites, activations, cotangents, strict=True):
-        rows = jnp.einsum("tgn,rtgm->rgnm", a[..., : site.block[1]], d, precision="highest")
-        on_leaf = _flat(jax.vmap(site.to_leaf)(rows))
-        total = on_leaf if total is None else total + on_leaf
-        if site.bias is not None:
-            found.append(Layer(None, _flat(jnp.sum(d, axis=1))[None]))
-    return found if total is None else [*found, Layer(None, total[None])]
 
 
 def _flat(rows: jax.Array) -> jax.Array:

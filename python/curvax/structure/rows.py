@@ -19,6 +19,7 @@ from curvax.curvature.output_space import OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.structure.batch_axis import examples_independent
 from curvax.structure.capture import capture
+from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
 from curvax.tree import PyTree
@@ -61,6 +62,25 @@ def row_gram(
     if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
         return gram(_example_groups(predict, params, inputs, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
+
+
+def row_diagonal(
+    predict: Callable[[PyTree, Any], jax.Array] | None,
+    params: PyTree,
+    inputs: Any,
+    output: OutputCurvature,
+    pull: Callable[[jax.Array], PyTree],
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> PyTree:
+    """The diagonal of J^T S S^T J, the sum of the squared rows; arguments as in `row_gram`.
+
+    Returns:
+      A wide tree with the structure of `params`.
+    """
+    if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
+        return example_diagonal(predict, params, inputs, output, max_bytes)
+    return joint_diagonal(output, pull, max_bytes)
 
 
 def _example_groups(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.structure.program import Path
-from curvax.structure.views import View, back, through
+from curvax.structure.views import View, back, factor, squared, through
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
 
@@ -126,6 +126,15 @@ class Site(abc.ABC):
     def from_leaf(self, leaf: jax.Array) -> jax.Array:
         """The part of the leaf that acts here, as a block (G, n, m): the adjoint of `to_leaf`."""
         return self.from_operand(through(self.views, leaf))
+
+    def squared(self) -> Site:
+        """The site for squares of gradients: factors on the way to the leaf are squared, too."""
+        return dataclasses.replace(self, views=squared(self.views))
+
+    @property
+    def factor(self) -> float:
+        """What the leaf is multiplied with on its way; its gradient is as many times as long as the block's."""
+        return factor(self.views)
 
     @property
     def perturbation_shape(self) -> tuple[int, ...]:

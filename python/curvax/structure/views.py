@@ -179,6 +179,28 @@ def back(views: Sequence[View], x: jax.Array) -> jax.Array:
     return x
 
 
+def squared(views: Sequence[View]) -> tuple[View, ...]:
+    """The views of squared entries: factors are squared."""
+    return tuple(map(_squared, views))
+
+
+def _squared(view: View) -> View:
+    if isinstance(view, Scale):
+        return Scale(view.factor**2)
+    return Stacked(_squared(view.view)) if isinstance(view, Stacked) else view
+
+
+def factor(views: Sequence[View]) -> float:
+    """The product of all scales."""
+    return math.prod(_factor(view) for view in views)
+
+
+def _factor(view: View) -> float:
+    if isinstance(view, Stacked):
+        return _factor(view.view)
+    return view.factor if isinstance(view, Scale) else 1.0
+
+
 def disjoint(first: Sequence[View], second: Sequence[View]) -> bool:
     """Whether two chains of views surely see different entries of one array: they start with slices that do not meet.
 

@@ -1,0 +1,220 @@
+"""Exact quantities of a model's rows, for use by themselves: Gram matrix, diagonals, norms.
+
+All of them see a model through its structure (`curvax.structure.report`) and never hold the Jacobian. Where examples
+interact they form whole rows instead, which costs time and changes no answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.curvature.output_space import (
+    GeneralizedGaussNewton,
+    GradientOuterProduct,
+    Identity,
+    Metric,
+    ObservedFisher,
+)
+from curvax.kernels import Choice, Implementation
+from curvax.losses.base import Loss, check_loss
+from curvax.structure.batch_axis import examples_independent
+from curvax.structure.capture import capture
+from curvax.structure.rows import DEFAULT_MAX_BYTES, row_diagonal, row_gram
+from curvax.structure.squares import squared_norms
+from curvax.tree import PyTree
+
+Predict = Callable[[PyTree, Any], jax.Array]
+
+
+def jacobian_gram(
+    predict_fn: Predict,
+    params: PyTree,
+    inputs: Any,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    implementation: Implementation | Choice | None = None,
+) -> jax.Array:
+    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), every output apart.
+
+    Args:
+      predict_fn: (params, inputs) -> outputs (B, ...).
+      params: parameters, at least one.
+      inputs: inputs with a common leading example axis of length B.
+      max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
+        factors anew for each pair of blocks of examples that meet.
+      implementation: of the op `gram_accumulate`; `None` for the best supported one.
+
+    Returns:
+      (B, K, B, K) with K outputs per example, flattened; symmetric; in the widest dtype of the parameters and at least
+      float32, products at highest precision.
+
+    Raises:
+      ValueError: there are no parameters.
+    """
+    outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
+    kernel = row_gram(
+        predict_fn,
+        params,
+        inputs,
+        Identity(outputs),
+        _pull(vjp, outputs),
+        max_bytes=max_bytes,
+        implementation=implementation,
+    )
+    examples = outputs.shape[0]
+    k = math.prod(outputs.shape[1:])
+    return kernel.reshape(examples, k, examples, k)
+
+
+def ggn_diagonal(
+    predict_fn: Predict,
+    loss: Loss,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    samples: int | None = None,
+    key: jax.Array | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> PyTree:
+    """The diagonal of the generalized Gauss-Newton matrix of a loss: exact, or an unbiased Monte Carlo estimate.
+
+    The exact one costs a reverse pass per output of an example (Dangel, Kunstner and Hennig 2020), without forming
+    gradients of weights that meet an example once. The estimate has `samples` reverse passes instead, whatever the
+    number of outputs: the mean square of every example's gradient with targets drawn from the model. Since squares are
+    taken example by example its variance is that of `GaussNewtonBartlett` less the products between examples.
+
+    Args:
+      predict_fn: (params, inputs) -> outputs (B, ...).
+      loss: a loss of `curvax.losses`.
+      params: parameters.
+      inputs: inputs with a common leading example axis.
+      targets, weights: as the loss takes them.
+      samples: number of samples of all targets; `None` for the exact diagonal.
+      key: where samples come from; needed for the estimate alone.
+      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default.
+
+    Returns:
+      A wide tree with the structure of `params`.
+
+    Raises:
+      ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
+    """
+    at = _at(predict_fn, loss, params, inputs, targets, weights)
+    if samples is None:
+        return at.diagonal(GeneralizedGaussNewton(), max_bytes)
+    if key is None or samples < 1:
+        raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
+    root = jnp.sqrt(at.omega)
+
+    def residual(k: jax.Array) -> jax.Array:
+        return loss.gradient(at.outputs, loss.sample_targets(at.outputs, targets, k), root)
+
+    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, at.omega.dtype)
+    # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
+    flat = residuals.reshape(samples, at.outputs.shape[0], -1)
+    return row_diagonal(
+        _flattened(predict_fn), params, inputs, GradientOuterProduct(flat), at.pull, max_bytes=max_bytes
+    )
+
+
+def empirical_fisher_diagonal(
+    predict_fn: Predict,
+    loss: Loss,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> PyTree:
+    """The exact diagonal of the empirical Fisher: weighted squares of the gradients of every position's own loss.
+
+    It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
+    Arguments, result and errors as in `ggn_diagonal`.
+    """
+    return _at(predict_fn, loss, params, inputs, targets, weights).diagonal(ObservedFisher(), max_bytes)
+
+
+def per_example_gradient_norms(
+    predict_fn: Predict,
+    loss: Loss,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    weights: Any = None,
+) -> jax.Array:
+    """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
+
+    With `reduction="sum"` and no weights they are the norms of the examples' own gradients; with "mean" those divided
+    by the number of positions. Dense layers form no gradient of an example (Goodfellow 2015).
+
+    Args:
+      predict_fn: (params, inputs) -> outputs (B, ...), which must treat each example by itself.
+      loss: a loss of `curvax.losses`.
+      params: parameters.
+      inputs: inputs with a common leading example axis.
+      targets, weights: as the loss takes them.
+
+    Returns:
+      (B,) norms, in the widest dtype of the parameters and at least float32.
+
+    Raises:
+      ValueError: the examples interact, so that no example has a gradient of its own.
+    """
+    independent, reason = examples_independent(predict_fn, params, inputs)
+    if not independent or loss.couples_examples:
+        because = reason if not independent else "the loss couples them"
+        raise ValueError(f"examples have no gradients of their own ({because}): use a model and loss without that.")
+    at = _at(predict_fn, loss, params, inputs, targets, weights)
+    captured = capture(predict_fn, params, inputs)
+    residual = loss.gradient(at.outputs, targets, at.omega)
+    factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), residual[None])
+    return jnp.sqrt(squared_norms(captured, factors)[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """A model and loss at a point."""
+
+    predict: Predict
+    loss: Loss
+    params: PyTree
+    inputs: Any
+    targets: Any
+    outputs: jax.Array
+    omega: jax.Array
+    pull: Callable[[jax.Array], PyTree]
+
+    def diagonal(self, metric: Metric, max_bytes: int) -> PyTree:
+        """The diagonal of J^T Q J for the metric's Q."""
+        output = metric.bind(self.loss, self.outputs, self.targets, self.omega, None)
+        return row_diagonal(self.predict, self.params, self.inputs, output, self.pull, max_bytes=max_bytes)
+
+
+def _at(predict: Predict, loss: Loss, params: PyTree, inputs: Any, targets: Any, weights: Any) -> _Point:
+    check_loss(loss)
+    outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
+    loss.check(outputs, targets, weights)
+    omega = loss.effective_weights(outputs, weights)
+    return _Point(predict, loss, params, inputs, targets, outputs, omega, _pull(vjp, outputs))
+
+
+def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
+    return lambda u: tree.widen(vjp(u.reshape(outputs.shape).astype(outputs.dtype))[0])
+
+
+def _flattened(predict: Predict) -> Predict:
+    def flattened(params: PyTree, inputs: Any) -> jax.Array:
+        outputs = predict(params, inputs)
+        return outputs.reshape(outputs.shape[0], -1)
+
+    return flattened
