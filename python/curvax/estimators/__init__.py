@@ -7,6 +7,7 @@ from curvax.estimators.base import TraceEstimate as TraceEstimate
 from curvax.estimators.base import TraceEstimator as TraceEstimator
 from curvax.estimators.block_average import BlockAverage as BlockAverage
 from curvax.estimators.block_average import spatial_or_last_axis as spatial_or_last_axis
+from curvax.estimators.exact import ExactDiagonal as ExactDiagonal
 from curvax.estimators.gnb import GaussNewtonBartlett as GaussNewtonBartlett
 from curvax.estimators.hutchinson import Hutchinson as Hutchinson
 from curvax.estimators.hutchinson import HutchinsonTrace as HutchinsonTrace

@@ -32,6 +32,11 @@ class DiagonalEstimator(abc.ABC):
     def needs_sampling(self) -> bool:
         """Whether `diagonal` calls `linearization.sampled_gradient`."""
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether `diagonal` reads `linearization.rows`."""
+        return False
+
     @abc.abstractmethod
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
         """An estimate of diag(C), with the structure, shapes and (wide) dtypes of `linearization.params_like`."""

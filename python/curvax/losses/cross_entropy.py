@@ -35,9 +35,11 @@ class SoftmaxCrossEntropy(Loss):
     like the positions, or label rows y >= 0 shaped like the outputs (one-hot or soft, of any real dtype). Label rows
     need not sum to one: with the mass c = sum_k y_k
 
-        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(omega c) (diag sqrt(p) - p sqrt(p)^T),
+        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(omega c) diag(sqrt p) N,
 
-    and S S^T = omega H holds exactly, since sqrt(p) has norm one. Logits of minus infinity rule a class out: its
+    where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = omega H
+    holds exactly: H has rank K - 1, and there are no more rows than that. N is the Householder reflection that takes
+    sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros. Logits of minus infinity rule a class out: its
     probability, gradient and curvature are zero. An integer label outside 0 .. classes - 1 is legal at zero weight
     (padding with -1 or -100); elsewhere it makes loss and gradient NaN, so that it cannot pass unseen.
 
@@ -90,28 +92,33 @@ class SoftmaxCrossEntropy(Loss):
         chosen = choices.get(SOFTMAX_HVP.name)
         return self if chosen is None else dataclasses.replace(self, implementation=chosen)
 
+    def row_shape(self, outputs: Shaped) -> tuple[int, ...]:
+        """One row less than classes; see `Loss.row_shape`."""
+        return (*outputs.shape[:-1], max(outputs.shape[-1] - 1, 1))
+
     def factor(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, u: jax.Array) -> jax.Array:
-        """S u = sqrt(omega c) sqrt(p) (u - sqrt(p) (sqrt(p).u)); see `Loss.factor`."""
+        """S u = sqrt(omega c) sqrt(p) (N u); see `Loss.factor`."""
         log_p, _, mass, weight = self._prepare(outputs, targets, omega)
-        root_p, u = jnp.exp(0.5 * log_p), u.astype(log_p.dtype)
-        return weigh(root(weight * mass), root_p * (u - root_p * _dot(root_p, u)))
+        root_p = jnp.exp(0.5 * log_p)
+        return weigh(root(weight * mass), root_p * _complement(root_p, u.astype(log_p.dtype)))
 
     def factor_transpose(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
-        """S^T v = sqrt(omega c) sqrt(p) (v - p.v); see `Loss.factor_transpose`."""
+        """S^T v = sqrt(omega c) N^T (sqrt(p) v); see `Loss.factor_transpose`."""
         log_p, _, mass, weight = self._prepare(outputs, targets, omega)
-        v = v.astype(log_p.dtype)
-        return weigh(root(weight * mass), jnp.exp(0.5 * log_p) * (v - _dot(jnp.exp(log_p), v)))
+        root_p = jnp.exp(0.5 * log_p)
+        return weigh(root(weight * mass), _complement_transpose(root_p, root_p * v.astype(log_p.dtype)))
 
     def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
-        """The rows t = sqrt(omega) (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
+        """The rows t = sqrt(omega) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
 
-        S t is the gradient because sqrt(p).t is proportional to sum_k (c p_k - y_k) = 0. y / sqrt(p) is taken from
+        S t is the gradient because what N N^T takes away, sqrt(p) (c p - y) / sqrt(p) summed, is zero. y / sqrt(p) is taken from
         log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.
         """
         log_p, y, mass, weight = self._prepare(outputs, targets, omega)
         half = 0.5 * log_p
         root_mass = root(jnp.where(mass == 0, jnp.ones_like(mass), mass))
-        return weigh(root(weight) / root_mass, mass * jnp.exp(half) - times(y, exp_clipped(-half)))
+        rows = mass * jnp.exp(half) - times(y, exp_clipped(-half))
+        return weigh(root(weight) / root_mass, _complement_transpose(jnp.exp(half), rows))
 
     def sample_targets(self, outputs: jax.Array, targets: jax.Array, key: jax.Array) -> jax.Array:
         """Labels drawn from the softmax; see `Loss.sample_targets`.
@@ -185,6 +192,47 @@ def _mass(outputs: jax.Array, targets: jax.Array, dtype: Any) -> jax.Array:
     return jnp.sum(targets.astype(dtype), axis=-1)
 
 
+def _complement(q: jax.Array, u: jax.Array) -> jax.Array:
+    """N u (..., K) for u (..., K - 1) and the unit vector q >= 0.
+
+    With the entries of q arranged so that the largest comes first, N is the reflection I - w w^T / (1 + q_1) without
+    its first column, w = q + e_1 with w.w = 2 (1 + q_1). It takes q to -e_1, so its other columns are orthonormal to q.
+    Any other axis than the largest would mix rows of a confident wrong prediction, whose entries of `gradient_in_rows`
+    are huge, into all others, and lose these.
+    """
+    if q.shape[-1] == 1:
+        return jnp.zeros_like(u * q)
+    top = _largest(q)
+    q = _swap(q, top)
+    inside = _dot(q[..., 1:], u) / (1 + q[..., :1])
+    return _swap(jnp.concatenate([-(1 + q[..., :1]) * inside, u - q[..., 1:] * inside], axis=-1), top)
+
+
+def _complement_transpose(q: jax.Array, v: jax.Array) -> jax.Array:
+    """N^T v (..., K - 1) for v (..., K)."""
+    if q.shape[-1] == 1:
+        return jnp.zeros_like(v * q)
+    top = _largest(q)
+    q, v = _swap(q, top), _swap(v, top)
+    inside = v[..., :1] + _dot(q[..., 1:], v[..., 1:]) / (1 + q[..., :1])
+    return v[..., 1:] - q[..., 1:] * inside
+
+
+def _largest(q: jax.Array) -> jax.Array:
+    """A mask of the first largest entry."""
+    return _classes(q) == jnp.argmax(q, axis=-1, keepdims=True).astype(jnp.int32)
+
+
+def _swap(x: jax.Array, top: jax.Array) -> jax.Array:
+    """`x` with its first entry and the one that `top` marks exchanged."""
+    marked = jnp.sum(jnp.where(top, x, jnp.zeros_like(x)), axis=-1, keepdims=True)
+    return jnp.where(top, x[..., :1], jnp.where(_classes(x) == 0, marked, x))
+
+
+def _classes(x: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+
+
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     # A contraction, not a sum of products: XLA for CPUs (jaxlib 0.10.2) miscompiles p * (u - sum(p * u)) where a vmap
     # leaves p unbatched and the result has more than 2^15 elements.
@@ -193,8 +241,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _one_hot(labels: jax.Array, z: jax.Array) -> jax.Array:
     # A comparison, not a gather or scatter: it fuses into whatever reads it.
-    classes = jax.lax.broadcasted_iota(jnp.int32, (1,) * labels.ndim + z.shape[-1:], labels.ndim)
-    return (labels[..., None] == classes).astype(z.dtype)
+    return (labels[..., None] == _classes(z)).astype(z.dtype)
 
 
 def _uniform(z: jax.Array) -> jax.Array:

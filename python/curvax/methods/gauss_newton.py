@@ -17,7 +17,7 @@ from curvax.methods.options import (
 )
 from curvax.methods.registry import preset
 from curvax.solvers import Automatic, Cholesky, RowSpace, Solver
-from curvax.structure.rows import DEFAULT_MAX_BYTES
+from curvax.structure.memory import DEFAULT_MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

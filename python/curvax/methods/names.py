@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartlett, Hutchinson
+from curvax.estimators import BlockAverage, DiagonalEstimator, ExactDiagonal, GaussNewtonBartlett, Hutchinson
 from curvax.preconditioners import AdaHessianPower, Damped, EmaDiagonal, Identity, Jacobi, Preconditioner, SophiaFloor
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ def build_estimator(
         "hutchinson": Hutchinson,
         "gnb_ce": GaussNewtonBartlett,
         "gnb": GaussNewtonBartlett,
+        "exact": ExactDiagonal,
     }
     if estimator not in kinds:
         raise ValueError(f"there is no estimator {estimator!r}.{nearest(str(estimator), kinds)}")

@@ -132,13 +132,18 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
     curved = lane is not Lane.DIAGONAL
     # In the diagonal lane nothing but the refresh needs curvature: unless it runs every step it linearizes apart.
     refresh_apart = not refresh.never and (not shared or (not curved and not refresh.always))
-    refresh_needs = Needs(product=preconditioner.needs_product, sampling=preconditioner.needs_sampling, shared=shared)
+    refresh_needs = Needs(
+        product=preconditioner.needs_product,
+        rows=preconditioner.needs_rows,
+        sampling=preconditioner.needs_sampling,
+        shared=shared,
+    )
     predict_apart = not predict.never and not curved
     together = not refresh.never and not refresh_apart
     needs = Needs(
         gradient=True,
         product=(curved and lane is not Lane.ROW) or (together and preconditioner.needs_product),
-        rows=lane is Lane.ROW,
+        rows=lane is Lane.ROW or (together and preconditioner.needs_rows),
         sampling=together and preconditioner.needs_sampling,
         shared=shared,
     )
@@ -183,6 +188,11 @@ def _check(assembly: Assembly, solver: Solver) -> None:
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
         if each.lane is Lane.DIAGONAL and isinstance(preconditioner, Identity):
             raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
+    if preconditioner.needs_rows and not curvature.has_rows:
+        raise ValueError(
+            f"this estimator reads the factors of a Gauss-Newton matrix, and the {curvature.name} has none: "
+            "use a Gauss-Newton curvature, or Hutchinson."
+        )
     if preconditioner.needs_sampling and not curvature.has_sampling:
         raise ValueError(
             "this estimator samples targets from the model, and a plain loss_fn has none: "

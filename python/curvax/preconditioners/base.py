@@ -44,6 +44,11 @@ class Preconditioner(abc.ABC):
     def needs_sampling(self) -> bool:
         """Whether `refresh` calls `linearization.sampled_gradient`."""
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether `refresh` reads `linearization.rows`."""
+        return False
+
     @abc.abstractmethod
     def init(self, params_like: PyTree) -> Any:
         """The state before any refresh, for parameters (arrays or `jax.ShapeDtypeStruct`s) of any floating dtypes."""

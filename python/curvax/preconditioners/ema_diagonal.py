@@ -229,6 +229,11 @@ class EmaDiagonal(Preconditioner):
         """As the estimator."""
         return self.estimator.needs_sampling
 
+    @property
+    def needs_rows(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_rows
+
     def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The accumulation's and the estimator's."""
         return ((DIAGONAL_ACCUMULATE, Request.of(wide)), *self.estimator.kernels(wide))

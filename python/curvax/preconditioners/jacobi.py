@@ -67,6 +67,11 @@ class Jacobi(Preconditioner):
         """As the estimator."""
         return self.estimator.needs_sampling
 
+    @property
+    def needs_rows(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_rows
+
     def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The estimator's."""
         return self.estimator.kernels(wide)

@@ -9,7 +9,7 @@ import jax
 
 from curvax import tree
 from curvax.solvers.base import Lane, Solution, Solver, System
-from curvax.structure.rows import DEFAULT_MAX_BYTES
+from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
 
 

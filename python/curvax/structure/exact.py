@@ -26,7 +26,8 @@ from curvax.kernels import Choice, Implementation
 from curvax.losses.base import Loss, check_loss
 from curvax.structure.batch_axis import examples_independent
 from curvax.structure.capture import capture
-from curvax.structure.rows import DEFAULT_MAX_BYTES, row_diagonal, row_gram
+from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.rows import row_diagonal, row_gram
 from curvax.structure.squares import squared_norms
 from curvax.tree import PyTree
 

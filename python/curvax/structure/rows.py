@@ -22,10 +22,8 @@ from curvax.structure.capture import capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
+from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
-
-DEFAULT_MAX_BYTES = 2 << 30
-"""Memory for explicit rows: 2 GiB holds 1,280 rows of 400,000 float32 parameters at once."""
 
 
 def row_gram(
