@@ -5,13 +5,14 @@ Per system of size n that takes k iterations, with one right-hand side:
 | form | reads | writes | FLOPs |
 |---|---|---|---|
 | dense, native | n^2 once (the matrix stays in cache, or on the chip) + n | n | (2 n^2 + 14 n) k + 2 n^2 |
+| dense, pallas | n^2 once + n; n^2 once more where n is no multiple of 8 | n; n^2 to pad | (2 n^2 + 14 n) k + 4 n^2 |
 | dense, reference | n^2 per iteration of the slowest | 14 n per iteration of the slowest | the same, of the slowest |
 | product | what the product reads, per iteration of the slowest | the same | the product's + 14 n |
 
 Batching: `jax.vmap` over any operand is exact, and what is not mapped is not copied.
 Partitioning: systems are independent, so along the batch axes nothing is communicated: inside `jax.shard_map` each
-device solves its own. Outside, the reference is partitioned by XLA like any JAX code; the native handlers are not, so
-with several devices they are not taken there.
+device solves its own. Outside, the reference is partitioned by XLA like any JAX code; the native handlers and the
+Mosaic kernel are not, so with several devices they are not taken there.
 Differentiation: none; the op stays off the differentiated path.
 """
 
@@ -31,8 +32,8 @@ from curvax.kernels._batched import (
     common_dtype,
     widen_matrices,
 )
-from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
-from curvax.kernels.batched_cg import native, reference
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels.batched_cg import native, pallas, reference
 from curvax.kernels.batched_cg.reference import Product
 
 Scalar: TypeAlias = jax.Array | float
@@ -41,6 +42,7 @@ BATCHED_CG = Op(
     "batched_cg",
     (
         Variant("native", native.cannot, native.better_not, gain="each matrix stays in cache, or on the chip"),
+        Variant("pallas", pallas.cannot, unmeasured_on_gpu, gain="each matrix is read once and stays on the chip"),
         Variant("reference"),
     ),
 )
@@ -112,7 +114,10 @@ def batched_cg(
         select(BATCHED_CG_PRODUCT, implementation, Request.of(rhs))
         return reference.solve(_product(product), *reference.broadcast(batch, rhs, x0, rtol, maxiter, inverse))
     matrices = align(widen_matrices(jnp.asarray(matrices), dtype), 2, rank)
-    if select(BATCHED_CG, implementation, Request.of(matrices, rhs)).implementation == "native":
+    chosen = select(BATCHED_CG, implementation, Request.of(matrices, rhs)).implementation
+    if chosen == "pallas":
+        return pallas.solve(matrices, rhs, x0, rtol, maxiter, inverse)
+    if chosen == "native":
         return native.solve(matrices, rhs, x0, rtol, maxiter, inverse, batch)
     return reference.solve_dense(matrices, *reference.broadcast(batch, rhs, x0, rtol, maxiter, inverse))
 

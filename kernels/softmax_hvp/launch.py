@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.kernels import _mosaic
+from curvax.kernels._vary import varying_like
 from curvax.kernels.softmax_hvp.rows import EXCHANGED, PART, Exchange, Row
 from curvax.kernels.softmax_hvp.tiling import Tiling
 
@@ -39,7 +40,7 @@ def launch(
     scratch += [plgpu.SMEM((tiled.kept * tiled.chunk,), dtype) for dtype in kept]
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(_varying_like(each, operands[0]) for each in (*out, *shared)),
+        out_type=tuple(varying_like(each, operands[0]) for each in (*out, *shared)),
         scratch_types=scratch,
         grid=(tasks,),
         grid_names=(TASK,),
@@ -58,8 +59,3 @@ def row_of_block(tiled: Tiling, sources: list[Any], task: jax.Array, memory: Seq
     if tiled.copied:
         arrived, *memory = memory
     return Row(tiled, sources, list(memory), arrived, exchange)
-
-
-def _varying_like(out: jax.ShapeDtypeStruct, operand: jax.Array) -> jax.ShapeDtypeStruct:
-    """Inside `jax.shard_map` a result varies over the mesh axes over which the operands (all alike) do."""
-    return jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
