@@ -39,7 +39,9 @@ class SoftmaxCrossEntropy(Loss):
 
     where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = omega H
     holds exactly: H has rank K - 1, and there are no more rows than that. N is the Householder reflection that takes
-    sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros. Logits of minus infinity rule a class out: its
+    sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros.
+
+    Logits of minus infinity rule a class out: its
     probability, gradient and curvature are zero. An integer label outside 0 .. classes - 1 is legal at zero weight
     (padding with -1 or -100); elsewhere it makes loss and gradient NaN, so that it cannot pass unseen.
 
@@ -111,8 +113,8 @@ class SoftmaxCrossEntropy(Loss):
     def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The rows t = sqrt(omega) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
 
-        S t is the gradient because what N N^T takes away, sqrt(p) (c p - y) / sqrt(p) summed, is zero. y / sqrt(p) is taken from
-        log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.
+        S t is the gradient because what N N^T takes away, sqrt(p) (c p - y) / sqrt(p) summed, is zero. y / sqrt(p) is
+        taken from log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.
         """
         log_p, y, mass, weight = self._prepare(outputs, targets, omega)
         half = 0.5 * log_p
