@@ -14,6 +14,7 @@ Two questions are answered here and nowhere else:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 import warnings
@@ -270,8 +271,15 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
         if key in _warned:
             return
         _warned.add(key)
-    # 4: past this function, `resolve` and the planner, towards who asked for the backend.
-    warnings.warn(f'backend="{backend}": {op} {reason}', UserWarning, stacklevel=4)
+    warnings.warn(f'backend="{backend}": {op} {reason}', UserWarning, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """The `stacklevel`, for who calls this, of the nearest frame outside of curvax and JAX: who asked for a backend."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvax", "jax"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _platform() -> str:

@@ -20,14 +20,15 @@ struct BlockKernels {
   void (*gram)(const T* a, const T* b, int64_t n, double* products);
 };
 
-// The kernels for the widest level that this processor has, chosen once.
+// The kernels for the chosen level.
 template <typename T>
 const BlockKernels<T>& Kernels();
 
-// Instruction sets that code is compiled for.
+// Instruction sets that code is compiled for, narrowest first.
 enum class Level { kBaseline, kAvx2, kAvx512f };
 
-// The widest one that this processor has.
+// The widest one that this processor has and the environment variable CURVAX_SIMD, which names one, allows: so that all
+// of them can be tested on one machine, and machines of a cluster made to round alike. Throws if it names none.
 Level ChosenLevel();
 
 // "baseline", "avx2" or "avx512f".

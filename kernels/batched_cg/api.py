@@ -33,6 +33,7 @@ from curvax.kernels._batched import (
     widen_matrices,
 )
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import arrays
 from curvax.kernels.batched_cg import native, pallas, reference
 from curvax.kernels.batched_cg.reference import Product
 
@@ -95,14 +96,16 @@ def batched_cg(
       Unsupported: the named implementation cannot run here.
       TypeError: shapes or dtypes do not fit.
     """
+    rhs, x0, diagonal = arrays(rhs, x0, diagonal)
     vectors = {"rhs": rhs} | ({} if x0 is None else {"x0": x0}) | ({} if diagonal is None else {"diagonal": diagonal})
     _check_vectors(vectors)
-    product, matrices = (system, None) if callable(system) else (None, system)
+    product, matrices = (system, None) if callable(system) else (None, jnp.asarray(system))
     if matrices is not None:
         check_matrices("batched_cg", matrices, rhs)
     dtype = common_dtype(*vectors.values(), *(() if matrices is None else (matrices,)))
     rtol = jnp.asarray(rtol).astype(dtype)
-    maxiter = jnp.asarray(10 * rhs.shape[-1] if maxiter is None else maxiter).astype(jnp.int32)
+    maxiter = jnp.asarray(10 * rhs.shape[-1] if maxiter is None else maxiter)
+    maxiter = jnp.minimum(maxiter, jnp.iinfo(jnp.int32).max).astype(jnp.int32)  # 64 bits would wrap to a low limit
     own = {name: (array, 1) for name, array in vectors.items()} | {"rtol": (rtol, 0), "maxiter": (maxiter, 0)}
     batch = batch_shape("batched_cg", **own, **({} if matrices is None else {"matrices": (matrices, 2)}))
     rank = len(batch)

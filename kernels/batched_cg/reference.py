@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels._batched import BatchedSolution, unit_scale
+from curvax.kernels._vary import vary_alike
 from curvax.result import Result, code
 
 Product: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -97,6 +98,9 @@ def solve(
     result = jnp.where(rr <= rtol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
     result = jnp.where(jnp.isfinite(rr), result, code(Result.NON_FINITE))
     begin = _Iteration(jnp.zeros_like(b), r, p, _dot(r, p), jnp.zeros_like(rr), jnp.zeros_like(result), result)
+    # The products of an iteration vary over whatever mesh axes operands or product do, so the first iterate must too.
+    carried, structure = jax.tree.flatten(begin)
+    begin = jax.tree.unflatten(structure, vary_alike(carried, like=jax.tree.leaves(system)))
 
     def live(at: _Iteration) -> jax.Array:
         return (at.result == _RUNNING) & (at.count < maxiter)

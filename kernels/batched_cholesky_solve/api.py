@@ -29,6 +29,7 @@ from curvax.kernels._batched import (
     widen_matrices,
 )
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
+from curvax.kernels._operands import arrays
 from curvax.kernels.batched_cholesky_solve import native, reference
 
 BATCHED_CHOLESKY_SOLVE = Op(
@@ -73,6 +74,7 @@ def batched_cholesky_solve(
       TypeError: shapes or dtypes do not fit.
     """
     op = BATCHED_CHOLESKY_SOLVE.name
+    matrices, rhs = arrays(matrices, rhs)
     check_matrices(op, matrices, rhs)
     dtype = common_dtype(matrices, rhs)
     lam = jnp.asarray(0 if damping is None else damping).astype(dtype)

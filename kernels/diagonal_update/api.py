@@ -23,10 +23,14 @@ et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning" (2
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import floating, scalar
 from curvax.kernels.diagonal_update import native, reference
 from curvax.kernels.diagonal_update.rule import AccumulateRule, DiagonalEstimate, UpdateRule, UpdateScalars
 from curvax.tree import PyTree, wide_dtype
@@ -81,16 +85,23 @@ def diagonal_update(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: trees differ in structure or shapes, or one is not of the wide dtype.
+      TypeError: trees differ in structure or shapes, or one is not of the wide dtype; `sound` is no boolean scalar, or
+        one of `scalars` no real one.
       ValueError: `mean` does not go with `rule.beta1`.
     """
     if (mean is None) != (rule.beta1 == 0):
         raise ValueError(f"beta1 {rule.beta1:g} and mean do not go together: a mean is kept exactly if beta1 is not 0")
+    op = DIAGONAL_UPDATE.name
+    params, mean, average, gradient = floating(op, params=params, mean=mean, average=average, gradient=gradient)
     wide = [("average", average), ("gradient", gradient)] + ([] if mean is None else [("mean", mean)])
     for name, tree in wide:
-        _check_wide("diagonal_update", name, tree, params)
+        _check_wide(op, name, tree, params)
     decays = _flags(decay_mask, params)
     sound = jnp.asarray(sound)
+    if sound.ndim or sound.dtype != bool:
+        raise TypeError(f"{op}: sound is {sound.dtype}{sound.shape}: pass one boolean, such as `jnp.all(...)`")
+    names = [field.name for field in dataclasses.fields(scalars)]
+    scalars = UpdateScalars(**{name: scalar(op, name, getattr(scalars, name)) for name in names})
     operands = (rule, scalars, params, mean, average, gradient, sound, decays)
     if select(DIAGONAL_UPDATE, implementation, Request.of(params)).implementation == "native":
         return native.diagonal_update(*operands)
@@ -123,16 +134,20 @@ def diagonal_accumulate(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: trees differ in structure, shapes do not go together, or the average is not wide.
+      TypeError: trees differ in structure, shapes do not go together, a dtype is not floating, or the average not wide.
       ValueError: the estimate has another number of factors than its kind asks for.
     """
     wanted = 2 if estimate.kind in ("product", "magnitude") else 1
     if len(estimate.factors) != wanted:
         raise ValueError(f'an estimate of kind "{estimate.kind}" has {wanted} factors, not {len(estimate.factors)}')
-    _check_wide("diagonal_accumulate", "average", average, average)
+    op = DIAGONAL_ACCUMULATE.name
+    named = {f"factor {i} of the estimate": factor for i, factor in enumerate(estimate.factors)}
+    average, *factors = floating(op, average=average, **named)
+    estimate = DiagonalEstimate(tuple(factors), estimate.kind)
+    _check_wide(op, "average", average, average)
     for i, factor in enumerate(estimate.factors):
         _check_factor(i, factor, average, broadcasts=estimate.kind == "value")
-    correction = jnp.asarray(correction)
+    correction = scalar(op, "correction", correction)
     if select(DIAGONAL_ACCUMULATE, implementation, Request.of(average)).implementation == "native":
         return native.diagonal_accumulate(rule, average, estimate, correction)
     return reference.diagonal_accumulate(rule, average, estimate, correction)
@@ -171,4 +186,7 @@ def _flags(mask: PyTree | None, params: PyTree) -> tuple[bool, ...]:
     if mask is None:
         return (True,) * len(jax.tree.leaves(params))
     _check_structure("diagonal_update", "decay_mask", mask, params)
-    return tuple(bool(flag) for flag in jax.tree.leaves(mask))
+    flags = jax.tree.leaves(mask)
+    if any(np.ndim(flag) for flag in flags):
+        raise TypeError("diagonal_update: decay_mask has arrays for leaves: give each parameter one boolean")
+    return tuple(bool(flag) for flag in flags)

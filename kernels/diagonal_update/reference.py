@@ -15,7 +15,7 @@ from curvax.kernels.diagonal_update.rule import (
     UpdateRule,
     UpdateScalars,
 )
-from curvax.tree import PyTree, all_finite, scalar_dtype, size
+from curvax.tree import PyTree, all_finite, cast_like, scalar_dtype, size
 
 
 def diagonal_update(
@@ -71,12 +71,13 @@ def diagonal_accumulate(
     dtype = scalar_dtype(average)
 
     def mix(a: jax.Array, d: jax.Array) -> jax.Array:
-        d = d.astype(a.dtype)
         if rule.root_mean_square:
             return jnp.hypot(math.sqrt(rule.beta2) * a, math.sqrt(1 - rule.beta2) * d)
         return rule.beta2 * a + (1 - rule.beta2) * d
 
-    mixed = jax.tree.map(mix, average, estimate.value())
+    # Squares and products of narrow factors would lose digits, or overflow (float16: from 256 on).
+    wide = DiagonalEstimate(tuple(cast_like(factor, average) for factor in estimate.factors), estimate.kind)
+    mixed = jax.tree.map(mix, average, wide.value())
     total = sum((jnp.sum(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(mixed)), np.zeros((), dtype))
     # One entry that is not finite spoils the sum.
     scale = jnp.asarray(total / max(size(mixed), 1) * correction.astype(dtype))

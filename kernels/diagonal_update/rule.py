@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,11 @@ class DenominatorRule:
     kind: DenominatorKind
     slope: float = 1.0
     power: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the kind."""
+        if self.kind not in get_args(DenominatorKind):
+            raise ValueError(f"a denominator is one of {', '.join(get_args(DenominatorKind))}, got {self.kind!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,11 @@ class DiagonalEstimate:
 
     factors: tuple[PyTree, ...]
     kind: EstimateKind = dataclasses.field(default="value", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Checks the kind."""
+        if self.kind not in get_args(EstimateKind):
+            raise ValueError(f"an estimate is one of {', '.join(get_args(EstimateKind))}, got {self.kind!r}")
 
     def value(self) -> PyTree:
         """The estimate itself."""

@@ -37,6 +37,7 @@ import jax
 import numpy as np
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import arrays
 from curvax.kernels.gram_accumulate import reference, triton
 from curvax.kernels.gram_accumulate.factors import check_alike, form, formed_is_cheaper, rows
 
@@ -80,8 +81,9 @@ def gram_accumulate(
       TypeError: a dtype is not one of those.
       ValueError: shapes do not belong together.
     """
+    gram, activations, cotangents = arrays(gram, activations, cotangents)
     left = rows("", activations, cotangents)
-    right = None if against is None else rows("against: ", *against)
+    right = None if against is None else rows("against: ", *arrays(*against))
     columns = left if right is None else right
     check_alike(left, columns)
     _check_gram(gram, (left.total, columns.total), left.cotangents.dtype, columns.cotangents.dtype)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import jax
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
+from curvax.kernels._operands import floating
 from curvax.kernels.hutchinson_reduce import reference
 from curvax.tree import PyTree
 
@@ -47,9 +48,10 @@ def hutchinson_reduce(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: probes and products differ in structure or shapes, or lack the axis of probes.
+      TypeError: probes and products differ in structure or shapes, lack the axis of probes, or are not floating.
       ValueError: the leaves differ in their number of probes, or axes do not fit.
     """
+    probes, products = floating("hutchinson_reduce", probes=probes, products=products)
     _check(probes, products)
     leaves = jax.tree.leaves(probes)
     blocks = ((),) * len(leaves) if axes is None else tuple(
@@ -76,8 +78,8 @@ def _check(probes: PyTree, products: PyTree) -> None:
 
 
 def _paired(leaves: list[jax.Array], axes: tuple[tuple[int, ...], ...]) -> list[tuple[jax.Array, tuple[int, ...]]]:
-    if len(axes) != len(leaves):
-        raise ValueError(f"hutchinson_reduce: axes for {len(axes)} leaves and {len(leaves)} leaves: give axes for each")
+    if len(axes) != len(leaves) or any(isinstance(own, int) for own in axes):
+        raise ValueError(f"hutchinson_reduce: axes are {axes} for {len(leaves)} leaves: give a tuple of axes for each")
     for i, (leaf, own) in enumerate(zip(leaves, axes, strict=True)):
         rank = leaf.ndim - 1
         if any(not -rank <= axis < rank for axis in own) or len({axis % rank for axis in own if rank}) != len(own):

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import arrays, row_weights
 from curvax.kernels.linear_softmax_hvp import pallas, reference
 from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head
 from curvax.kernels.softmax_hvp import pallas as softmax_pallas
@@ -87,23 +88,22 @@ def linear_softmax_hvp(
     See Schraudolph (2002) for the product, and Wijmans et al., "Cut your losses in large-vocabulary language models"
     (2024), for losses over such a head in little memory.
     """
-    at, tangent = Head(hidden, head, bias), Head(d_hidden, d_head, d_bias)
+    at, tangent = Head(*arrays(hidden, head, bias)), Head(*arrays(d_hidden, d_head, d_bias))
     _check(at, tangent, max_bytes)
-    rows = hidden.shape[:-1]
-    wide = wide_dtype(hidden.dtype)
-    ones = jnp.ones((), wide) if weights is None else jnp.asarray(weights).astype(wide)
-    weight = jnp.broadcast_to(ones, rows).reshape(-1)
-    at, tangent = (each._replace(hidden=each.hidden.reshape(-1, hidden.shape[-1])) for each in (at, tangent))
+    shape, columns = at.hidden.shape, at.head.shape[1]
+    wide = wide_dtype(at.hidden.dtype)
+    weight = row_weights("linear_softmax_hvp", weights, shape[:-1]).astype(wide).reshape(-1)
+    at, tangent = (each._replace(hidden=each.hidden.reshape(weight.size, shape[-1])) for each in (at, tangent))
     if weight.size == 0:
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), at)
-        return Cotangents(zero.hidden.reshape(hidden.shape), zero.head, zero.bias)
-    blocks = Blocks.of(weight.size, head.shape[1], max_bytes)
-    logits = jax.ShapeDtypeStruct((blocks.rows, head.shape[1]), wide)
+        return Cotangents(zero.hidden.reshape(shape), zero.head, zero.bias)
+    blocks = Blocks.of(weight.size, columns, max_bytes)
+    logits = jax.ShapeDtypeStruct((blocks.rows, columns), wide)
     if select(LINEAR_SOFTMAX_HVP, implementation, Request.of(logits)).implementation == "pallas":
         found = pallas.linear_softmax_hvp(at, tangent, weight, blocks, precision)
     else:
         found = reference.linear_softmax_hvp(at, tangent, weight, blocks, precision)
-    return found._replace(hidden=found.hidden.reshape(hidden.shape))
+    return found._replace(hidden=found.hidden.reshape(shape))
 
 
 def _check(at: Head, tangent: Head, max_bytes: int) -> None:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import arrays, row_weights
 from curvax.kernels.sampled_softmax_residual import pallas, reference
 
 SAMPLED_SOFTMAX_RESIDUAL = Op(
@@ -64,8 +65,9 @@ def sampled_softmax_residual(
       Unsupported: the named implementation cannot run here.
       TypeError, ValueError: operands that do not fit.
     """
+    logits, uniforms = arrays(logits, uniforms)
     rows = _check(logits, uniforms)
-    weights = jnp.broadcast_to(jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights), rows)
+    weights = row_weights("sampled_softmax_residual", weights, rows)
     if select(SAMPLED_SOFTMAX_RESIDUAL, implementation, Request.of(logits)).implementation == "pallas":
         count = math.prod(rows)
         flat = (x.astype(jnp.float32).reshape(count) for x in (uniforms, weights))

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import arrays, row_weights
 from curvax.kernels.softmax_hvp import pallas, reference
 
 SOFTMAX_HVP = Op(
@@ -71,18 +72,15 @@ def softmax_hvp(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: an operand is not floating.
+      TypeError: an operand is not real, or logits or tangents are not floating.
       ValueError: shapes do not fit.
 
     See Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent" (2002), for the product,
     and Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for the single pass.
     """
-    logits, tangents = jnp.asarray(logits), jnp.asarray(tangents)
+    logits, tangents = arrays(logits, tangents)
     rows = _check(logits, tangents)
-    weights = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights)
-    if weights.ndim > len(rows) or any(n not in (1, m) for n, m in zip(weights.shape[::-1], rows[::-1], strict=False)):
-        raise ValueError(f"softmax_hvp: the weights have shape {weights.shape} with rows {rows}: give one per row")
-    weights = jnp.broadcast_to(weights, rows)
+    weights = row_weights("softmax_hvp", weights, rows)
     if select(SOFTMAX_HVP, implementation, Request.of(logits, tangents)).implementation == "pallas":
         columns, count = logits.shape[-1], math.prod(rows)
         flat = tangents.reshape(-1, count, columns)

@@ -25,9 +25,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._operands import floating, scalar
 from curvax.kernels.tree_cg import native, reference
 from curvax.tree import PyTree, scalar_dtype
 
@@ -42,7 +42,7 @@ OPS = (CG_UPDATE, CG_DIRECTION, DOTS)
 
 
 def cg_update(
-    alpha: jax.Array,
+    alpha: jax.Array | float,
     x: PyTree,
     p: PyTree,
     r: PyTree,
@@ -67,18 +67,18 @@ def cg_update(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: the vectors differ in structure, shapes or dtypes.
+      TypeError: the vectors differ in structure, shapes or dtypes, or are not floating, or a scalar is none.
     """
-    _check_alike("cg_update", x=x, p=p, r=r, q=q)
+    x, p, r, q = _alike("cg_update", x=x, p=p, r=r, q=q)
     dtype = scalar_dtype(x)
-    alpha, lam = jnp.asarray(alpha).astype(dtype), jnp.asarray(lam).astype(dtype)
+    alpha, lam = scalar("cg_update", "alpha", alpha).astype(dtype), scalar("cg_update", "lam", lam).astype(dtype)
     if select(CG_UPDATE, implementation, Request.of(x)).implementation == "native":
         return native.cg_update(alpha, lam, x, p, r, q)
     return reference.cg_update(alpha, lam, x, p, r, q)
 
 
 def cg_direction(
-    beta: jax.Array, z: PyTree, p: PyTree, *, implementation: Implementation | Choice | None = None
+    beta: jax.Array | float, z: PyTree, p: PyTree, *, implementation: Implementation | Choice | None = None
 ) -> PyTree:
     """The next search direction: z + beta p.
 
@@ -93,10 +93,10 @@ def cg_direction(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: the vectors differ in structure, shapes or dtypes.
+      TypeError: the vectors differ in structure, shapes or dtypes, or are not floating, or a scalar is none.
     """
-    _check_alike("cg_direction", z=z, p=p)
-    beta = jnp.asarray(beta).astype(scalar_dtype(p))
+    z, p = _alike("cg_direction", z=z, p=p)
+    beta = scalar("cg_direction", "beta", beta).astype(scalar_dtype(p))
     if select(CG_DIRECTION, implementation, Request.of(p)).implementation == "native":
         return native.cg_direction(beta, z, p)
     return reference.cg_direction(beta, z, p)
@@ -116,19 +116,21 @@ def dots(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: the vectors differ in structure, shapes or dtypes.
-      ValueError: there are no pairs.
+      TypeError: the vectors differ in structure, shapes or dtypes, or are not floating.
+      ValueError: there are no pairs, or not two vectors in each.
     """
-    if not pairs:
-        raise ValueError("dots needs at least one pair of vectors")
-    _check_alike("dots", **{f"pairs[{i}][{j}]": pair[j] for i, pair in enumerate(pairs) for j in (0, 1)})
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError("dots needs at least one pair of vectors: pass a list of tuples of two")
+    flat = _alike("dots", **{f"pairs[{i}][{j}]": pair[j] for i, pair in enumerate(pairs) for j in (0, 1)})
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
     if select(DOTS, implementation, Request.of(pairs[0][0])).implementation == "native":
         return native.dots(pairs)
     return reference.dots(pairs)
 
 
-def _check_alike(op: str, **vectors: PyTree) -> None:
-    """Raises TypeError unless all vectors have the structure, shapes and dtypes of the first."""
+def _alike(op: str, **vectors: PyTree) -> tuple[PyTree, ...]:
+    """The vectors with arrays for leaves; raises TypeError unless all have structure, shapes, dtypes of the first."""
+    vectors = dict(zip(vectors, floating(op, **vectors), strict=True))
     (first_name, first), *others = vectors.items()
     structure = jax.tree.structure(first)
     types = [_type(leaf) for leaf in jax.tree.leaves(first)]
@@ -141,6 +143,7 @@ def _check_alike(op: str, **vectors: PyTree) -> None:
                 raise TypeError(
                     f"{op}: leaf {i} of {name} is {_type(leaf)}, of {first_name} {expected}: pass vectors alike"
                 )
+    return tuple(vectors.values())
 
 
 def _type(leaf: jax.Array) -> str:

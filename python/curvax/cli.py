@@ -419,7 +419,7 @@ _CHECKS = (
 def _native(platform: ffi.Platform) -> _Finding:
     try:
         status = ffi.native_status(platform)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         return _Finding("native module", platform, "BROKEN", str(error))
     return _Finding("native module", platform, "works" if status.available else "absent", status.reason)
 
@@ -469,7 +469,3 @@ def _is_checkout(folder: Path) -> bool:
         and project.is_file()
         and 'name = "curvax"' in project.read_text(encoding="utf-8")
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

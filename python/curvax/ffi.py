@@ -42,7 +42,7 @@ _MODULES: Mapping[Platform, _Module] = {
     "cpu": _Module(
         "curvax._native_cpu",
         "cpu",
-        "is not installed (a pure Python install): reinstall curvax with CURVAX_NATIVE=ON",
+        "is not installed (a pure Python install): reinstall curvax with `-C cmake.define.CURVAX_NATIVE=ON`",
     ),
     "cuda": _Module(
         "curvax._native_cuda",
@@ -86,6 +86,7 @@ def native_status(platform: Platform = "cpu") -> Status:
 
     Raises:
       ImportError: the module is there but cannot be imported, which is a broken install and not an absent one.
+      RuntimeError: the environment variable CURVAX_SIMD names no instruction set.
     """
     with _lock:
         if platform not in _statuses:

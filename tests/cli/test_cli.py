@@ -188,5 +188,5 @@ def test_no_command_and_an_unknown_one(capsys):
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "curvax.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "curvax", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"curvax {curvax.__version__}\n")

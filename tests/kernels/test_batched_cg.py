@@ -254,6 +254,11 @@ class TestOutcomes:
         assert np.all(abs(scaled.iterations - plain.iterations) <= 1)
         assert np.all(scaled.result == Result.CONVERGED)
 
+    def test_a_limit_of_64_bits_does_not_wrap(self, implementation: Implementation, x64: None) -> None:
+        skip_unless_supported(implementation)
+        found = batched_cg(2 * jnp.eye(3), jnp.ones(3), maxiter=jnp.asarray(2**40), implementation=implementation)
+        np.testing.assert_allclose(found.value, 0.5)
+
     def test_singular_but_consistent(self, implementation: Implementation) -> None:
         """CG does not mind a null space that the right-hand side has no part in."""
         a = np.zeros((2, 6, 6))
@@ -384,7 +389,8 @@ class TestBatches:
         def own(a: jax.Array, b: jax.Array) -> BatchedSolution:
             return batched_cg(a, b, x0=jnp.zeros(9), diagonal=jnp.ones(9), implementation=chosen)
 
-        for in_specs in ((PartitionSpec(), along), (along, along))[: 1 if implementation == "pallas" else 2]:
+        specs = ((PartitionSpec(), along), (along, along), (along, PartitionSpec()))
+        for in_specs in specs[: 1 if implementation == "pallas" else 3]:
             sharded = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=in_specs, out_specs=along))
             got, want = sharded(a, b), jax.jit(own)(a, b)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
@@ -455,6 +461,14 @@ def test_native_refuses_several_devices_and_other_dtypes() -> None:
     f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
     assert "not partitioned" in (variant.cannot(Request("cpu", 2, (f32,), ((2, 3, 3),))) or "")
     assert "take float32, float64" in (variant.cannot(Request("cpu", 1, (f16,), ((2, 3, 3),))) or "")
+
+
+def test_lists_and_numpy_arrays_are_arrays() -> None:
+    matrices, rhs = np.diag([2.0, 4.0]), np.ones(2)
+    conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)
+    for of in conversions:
+        found = batched_cg(of(matrices), of(rhs), x0=of(0 * rhs), diagonal=of(rhs), rtol=1e-6)
+        np.testing.assert_allclose(found.value, [0.5, 0.25], rtol=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -190,6 +190,13 @@ def test_native_does_not_depend_on_threads(n: int) -> None:
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_lists_and_numpy_arrays_are_arrays() -> None:
+    matrices, rhs = np.diag([2.0, 4.0]), np.ones(2)
+    conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)
+    for of in conversions:
+        np.testing.assert_allclose(batched_cholesky_solve(of(matrices), of(rhs)).value, [0.5, 0.25], rtol=1e-6)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TypeError, match=r"batched_cholesky_solve: matrices must be \(\.\.\., n, n\)"):
         batched_cholesky_solve(jnp.ones((2, 3)), jnp.ones(3))

@@ -346,6 +346,18 @@ class TestAccumulate:
         flat = np.concatenate(magnitudes)
         np.testing.assert_allclose(scale, 1.7 * flat.mean() if flat.size else 0.0, rtol=1e-5)
 
+    @pytest.mark.parametrize("kind", ESTIMATES)
+    def test_narrow_factors_are_widened_first(self, kind: str, implementation: Implementation) -> None:
+        """300^2 is beyond float16, and one factor may be narrower than the other."""
+        skip_unless_supported(implementation)
+        a, b = [jnp.full(3, 300, jnp.float16)], [jnp.full(3, -300.5, jnp.float32)]
+        new, _, finite = diagonal_accumulate(
+            AccumulateRule(0.0), [jnp.ones(3)], estimate(kind, a, b), implementation=implementation
+        )
+        exact = value_by_hand(kind, np.full(3, 300.0), np.full(3, -300.5))
+        assert bool(finite)
+        np.testing.assert_allclose(new[0], exact, rtol=1e-6)
+
     @pytest.mark.parametrize("dtype", ["float64", "mixed"])
     def test_float64(self, dtype: str, implementation: Implementation, x64: None) -> None:
         skip_unless_supported(implementation)
@@ -436,6 +448,26 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"leaf 0 of factor 0 of the estimate has shape \(1,\), expected \(3,\)"):
             squares = [jnp.zeros(1), jnp.zeros((2, 2))]
             diagonal_accumulate(AccumulateRule(0.9), at.average, DiagonalEstimate((squares,), "square"))
+
+    def test_scalars_and_masks(self) -> None:
+        at, rule = problem(RULES["adahessian"], [(3,)]), RULES["adahessian"]
+        for wrong in (jnp.int32(1), jnp.ones(3, bool)):
+            with pytest.raises(TypeError, match="pass one boolean, such as"):
+                at.run(rule, "reference", sound=wrong)
+        with pytest.raises(TypeError, match=r"rate is float32\(3,\): pass a real scalar"):
+            vector = dataclasses.replace(SCALARS, rate=jnp.ones(3))
+            diagonal_update(rule, vector, at.params, at.mean, at.average, at.gradient)
+        with pytest.raises(TypeError, match="decay_mask has arrays for leaves"):
+            at.run(rule, "reference", decay_mask=[jnp.ones(3, bool)])
+        with pytest.raises(TypeError, match="leaf 0 of factor 0 of the estimate is int32"):
+            whole = DiagonalEstimate(([jnp.ones(3, jnp.int32)],))
+            diagonal_accumulate(AccumulateRule(0.9), at.average, whole)
+
+    def test_kinds_that_there_are_not(self) -> None:
+        with pytest.raises(ValueError, match="a denominator is one of floor, power, damped, got 'root'"):
+            DenominatorRule("root")  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="an estimate is one of value, square, product, magnitude, got 'cube'"):
+            DiagonalEstimate(([],), "cube")  # pyright: ignore[reportArgumentType]
 
     def test_what_the_native_handlers_refuse(self) -> None:
         on = Request.of([jnp.zeros(3)])

@@ -70,8 +70,12 @@ def test_a_backend_that_can_run_is_taken_though_auto_would_not() -> None:
 
 
 def test_a_fallback_warns_once_and_gives_the_reason() -> None:
-    with pytest.warns(UserWarning, match='backend="pallas": demo fell back: pallas cannot run demo: it needs a GPU'):
+    with pytest.warns(
+        UserWarning, match='backend="pallas": demo fell back: pallas cannot run demo: it needs a GPU'
+    ) as caught:
         choice = resolve(OP, "pallas", REQUEST)
+    # It points to who asked, not into curvax.
+    assert [warning.filename for warning in caught] == [__file__]
     assert choice.implementation == "reference"
     assert "it needs a GPU" in choice.reason
     with warnings.catch_warnings():

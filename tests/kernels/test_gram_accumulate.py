@@ -249,6 +249,8 @@ def test_errors(x64: None) -> None:
     for operands, kind, message in bad:
         with pytest.raises(kind, match=message):
             gram_accumulate(*operands)
+    listed = [operand.tolist() for operand in (gram, a, d)]
+    assert gram_accumulate(*listed).shape == (6, 6)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="have 4 entries per activation and those they meet 3"):
         gram_accumulate(gram, a, d, against=(a[:, :3], d))
     if jax.default_backend() == "cpu":

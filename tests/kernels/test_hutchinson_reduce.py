@@ -107,8 +107,12 @@ def test_errors() -> None:
     uneven = [z[0], jnp.ones((3, 4))]
     with pytest.raises(ValueError, match=r"leaves have \[2, 3\] probes"):
         hutchinson_reduce(uneven, uneven)
-    with pytest.raises(ValueError, match="axes for 1 leaves and 2 leaves"):
+    with pytest.raises(ValueError, match=r"axes are \(\(\),\) for 2 leaves"):
         hutchinson_reduce(z, z, ((),))
+    with pytest.raises(ValueError, match="give a tuple of axes for each"):
+        hutchinson_reduce(z, z, (0, 1))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="leaf 1 of products is int32: pass real floating-point numbers"):
+        hutchinson_reduce(z, [z[0], z[1].astype(jnp.int32)])
     for axes in ((2,), (-3,), (0, 0), (1, -1)):
         with pytest.raises(ValueError, match="are not distinct axes among its 2"):
             hutchinson_reduce(z, z, ((), axes))

@@ -202,6 +202,23 @@ class TestApi:
         assert got.hidden.shape == (2, 0, 3)
         assert np.all(np.asarray(got.head) == np.zeros((3, 9)))
 
+    def test_no_features(self) -> None:
+        """Logits of the bias alone: nothing flows to hidden and head."""
+        none, bias = jnp.ones((4, 0)), jnp.arange(3.0)
+        got = linear_softmax_hvp(none, none[:0].reshape(0, 3), none, jnp.ones((0, 3)), bias=bias, d_bias=bias)
+        assert got.hidden.shape == (4, 0) and got.head.shape == (0, 3)
+        p = np.exp(np.arange(3)) / np.exp(np.arange(3)).sum()
+        np.testing.assert_allclose(np.asarray(got.bias), 4 * p * (np.arange(3) - p @ np.arange(3)), rtol=1e-5)
+
+    def test_lists_and_numpy_arrays_are_arrays(self) -> None:
+        """Of 64 bits too, where JAX has 32."""
+        h, w = np.asarray([[1.0, 2.0]]), np.asarray([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+        want = linear_softmax_hvp(*map(jnp.asarray, (h, w, h, w)))
+        conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)
+        for of in conversions:
+            got = linear_softmax_hvp(of(h), of(w), of(h), of(w), weights=of(np.ones(1)))
+            jax.tree.map(np.testing.assert_array_equal, got, want)
+
     def test_users_are_not_given_the_interpreter(self) -> None:
         with pytest.raises(Unsupported, match=r"pallas cannot run linear_softmax_hvp: .* this is cpu"):
             linear_softmax_hvp(*(jnp.ones((200, 200)),) * 4, implementation="pallas")
@@ -235,6 +252,8 @@ class TestApi:
             linear_softmax_hvp(h, w, h, w, max_bytes=0)
         with pytest.raises(TypeError, match="hidden is of dtype int32"):
             linear_softmax_hvp(h.astype(jnp.int32), w, h, w)
+        with pytest.raises(ValueError, match=r"the weights have shape \(3,\) with rows \(4,\): give one per row"):
+            linear_softmax_hvp(h, w, h, w, weights=jnp.ones(3))
 
 
 @pytest.mark.parametrize(("rows", "columns", "max_bytes"), [(7, 300, 1), (1000, 50_257, 2**26), (64, 1000, 2**30)])

@@ -167,6 +167,14 @@ def test_api() -> None:
         sampled_softmax_residual(logits, uniforms[:5])
     with pytest.raises(TypeError, match="uniforms are of dtype int32"):
         sampled_softmax_residual(logits, uniforms.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"the weights have shape \(5,\) with rows \(6,\): give one per row"):
+        sampled_softmax_residual(logits, uniforms, jnp.ones(5))
+    with pytest.raises(TypeError, match="the weights are of dtype complex64: pass real numbers"):
+        sampled_softmax_residual(logits, uniforms, jnp.ones(6, jnp.complex64))
+    conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)  # Also of 64 bits, where JAX has 32.
+    for of in conversions:
+        rows = np.asarray(logits, np.float64), np.asarray(uniforms, np.float64)
+        check(sampled_softmax_residual(*map(of, rows)), logits, uniforms, np.ones(6))
     with pytest.raises(Unsupported, match=r"pallas cannot run sampled_softmax_residual: .* this is cpu"):
         sampled_softmax_residual(logits, uniforms, implementation="pallas")
 

@@ -372,3 +372,36 @@ def test_vectors_must_be_alike() -> None:
         cg_direction(jnp.float32(1), a, {"v": jnp.ones(3)})
     with pytest.raises(ValueError, match="at least one pair"):
         dots([])
+    with pytest.raises(ValueError, match="a list of tuples of two"):
+        dots([(a, a, a)])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestOperands:
+    def test_numpy_arrays_are_arrays(self, implementation: Implementation) -> None:
+        """Of 64 bits too, where JAX has 32."""
+        skip_unless_supported(implementation, "odd")
+        v = np.arange(3.0)
+        x, r, rr = cg_update(0.5, v, v, v, v, implementation=implementation)
+        np.testing.assert_array_equal(x, 1.5 * v)
+        np.testing.assert_array_equal(r, 0.5 * v)
+        assert rr == 1.25
+        np.testing.assert_array_equal(cg_direction(2.0, v, v, implementation=implementation), 3 * v)
+        assert dots([(v, v)], implementation=implementation)[0] == 5
+
+    @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+    def test_other_numbers_are_refused(self, dtype: str, implementation: Implementation) -> None:
+        v = {"w": jnp.ones(3, dtype)}
+        with pytest.raises(TypeError, match=rf"dots: leaf 0 of pairs\[0\]\[0\] is {dtype}: pass real floating"):
+            dots([(v, v)], implementation=implementation)
+        with pytest.raises(TypeError, match=f"cg_update: leaf 0 of x is {dtype}: pass real floating"):
+            cg_update(1.0, v, v, v, v, implementation=implementation)
+
+    def test_scalars_are_scalars(self, implementation: Implementation) -> None:
+        v = jnp.ones(3)
+        with pytest.raises(TypeError, match=r"cg_update: alpha is float32\(3,\): pass a real scalar"):
+            cg_update(v, v, v, v, v, implementation=implementation)
+        with pytest.raises(TypeError, match=r"cg_update: lam is float32\(3,\): pass a real scalar"):
+            cg_update(1.0, v, v, v, v, lam=v, implementation=implementation)
+        with pytest.raises(TypeError, match=r"cg_direction: beta is complex64\(\): pass a real scalar"):
+            cg_direction(1j, v, v, implementation=implementation)  # pyright: ignore[reportArgumentType]
