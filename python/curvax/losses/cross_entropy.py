@@ -41,9 +41,9 @@ class SoftmaxCrossEntropy(Loss):
     holds exactly: H has rank K - 1, and there are no more rows than that. N is the Householder reflection that takes
     sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros.
 
-    Logits of minus infinity rule a class out: its
-    probability, gradient and curvature are zero. An integer label outside 0 .. classes - 1 is legal at zero weight
-    (padding with -1 or -100); elsewhere it makes loss and gradient NaN, so that it cannot pass unseen.
+    Logits of minus infinity rule a class out: its probability, gradient and curvature are zero. An integer label
+    outside 0 .. classes - 1 is legal at zero weight (padding with -1 or -100); elsewhere it makes loss and gradient
+    NaN, so that it cannot pass unseen.
 
     Attributes:
       implementation: of the op `softmax_hvp` in `hessian_product`. With `None` (default) a method's plan chooses it by
