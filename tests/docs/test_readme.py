@@ -23,3 +23,11 @@ def test_every_preset_is_in_the_readme() -> None:
 
     text = README.read_text()
     assert [name for name in curvax.list_methods() if f"`{name}`" not in text] == []
+
+
+def test_the_structure_page_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = README.parent / "docs" / "structure.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(block, str(page), "exec"), {"__name__": "structure"})
+    said = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# [")]
+    assert len(said) == 3 and capsys.readouterr().out.splitlines() == said
