@@ -86,7 +86,7 @@ def _pairs_or_formed(activations: jax.Array, cotangents: jax.Array) -> Layer:
     r, m = cotangents.shape[0], cotangents.shape[-1]
     # Per pair of examples and group: a square of positions against the width of the formed rows.
     if g > 1 and t * t * (n + r * r * m) > r * r * n * m:
-        rows = jnp.einsum("tgn,rtgm->rgnm", activations, cotangents, precision=jax.lax.Precision.HIGHEST)
+        rows = jnp.einsum("tgn,rtgm->rgmn", activations, cotangents, precision=jax.lax.Precision.HIGHEST)
         return Layer(None, _flat(rows)[None])
     return Layer(activations.transpose(1, 0, 2), cotangents.transpose(2, 0, 1, 3))
 
