@@ -24,6 +24,8 @@ from integration.harness import (
     truth_of,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:the model's examples interact")
+
 MODEL = models.MLP_TANH
 CG = {"tol": 1e-12, "maxiter": 500}
 LANES = {"sgn_ce": CG, "egn_ce": {}, "ggn_direct_ce": {}, "sophia_g": {}}

@@ -30,6 +30,14 @@ def test_models_that_do_not_are_not(model: Any) -> None:
     assert not independent and reason
 
 
+def _matrices(x: jax.Array) -> jax.Array:
+    return x[:, :, None] * x[:, None] + jnp.eye(x.shape[1])
+
+
+def _pooled(row: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(jax.lax.reduce_window(jnp.square(row), -jnp.inf, jax.lax.max, (2,), (1,), "VALID")))
+
+
 INDEPENDENT: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "flattened and back": lambda w, x: ((x.reshape(-1) * 2.0).reshape(-1, 5)) @ w,
     "inner jit and remat": lambda w, x: jax.jit(jax.checkpoint(lambda y: jnp.sin(y @ w)))(x),
@@ -41,6 +49,35 @@ INDEPENDENT: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
         jnp.concatenate([jnp.pad(x, ((0, 0), (1, 1)))[:, :5], x], axis=1) @ jnp.ones((10, 2))
     ),
     "conditional on parameters": lambda w, x: jax.lax.cond(w[0, 0] > 0, jnp.sin, jnp.cos, x),
+    "split": lambda w, x: jnp.concatenate(jnp.split(x @ w, 5, axis=1)[::-1], axis=1),
+    "stacked and unstacked": lambda w, x: jnp.add(*jnp.unstack(jnp.stack([x, x @ w], axis=1), axis=1)),
+    "tiled features": lambda w, x: jnp.tile(x, (1, 2)) @ jnp.tile(w, (2, 1)) + jnp.tile(w[:1], (x.shape[0], 1)),
+    "associative scan": lambda w, x: jax.lax.associative_scan(jnp.multiply, x, axis=1) @ w,
+    "argsort and one-hot": lambda w, x: jax.nn.one_hot(jnp.argsort(x, axis=1), 5)[:, 0] @ w,
+    "top of the features": lambda w, x: jax.lax.top_k(x @ w, 2)[0],
+    "cumulative": lambda w, x: jax.lax.cumlogsumexp(jnp.cumprod(x @ w, axis=1), axis=1),
+    "spectrum": lambda w, x: (
+        jnp.abs(jnp.fft.rfft(x, axis=1)) + jnp.fft.irfft(jax.lax.complex(x, x), n=3, axis=1)[:, :1]
+    ),
+    "set and added at fixed places": lambda w, x: x.at[:, 1].set(0.0).at[:, 2:].add(1.0).at[:, 0].multiply(w[0, 0]),
+    "set at places of its own": lambda w, x: jax.vmap(lambda r: r.at[jnp.argmax(r)].set(0.0))(x) @ w,
+    "dynamic slices": lambda w, x: jax.lax.dynamic_update_slice_in_dim(x, x[:, :2] * 2.0, jnp.int32(w[0, 0]), 1),
+    "solve with one matrix": lambda w, x: jax.scipy.linalg.solve_triangular(w + jnp.eye(5), x.T, lower=True).T,
+    "solve with matrices": lambda w, x: jnp.linalg.solve(x[:, :, None] * x[:, None] + jnp.eye(5), x[..., None])[..., 0],
+    "decompositions": lambda w, x: (
+        jnp.linalg.cholesky(_matrices(x))[:, 0]
+        + jnp.linalg.eigh(_matrices(x))[0]
+        + jnp.linalg.qr(_matrices(x))[1][:, 0]
+    ),
+    "solve with Cholesky factors": lambda w, x: jax.vmap(
+        lambda m, r: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), r)
+    )(_matrices(x), x),
+    "barrier of weights and inputs": lambda w, x: jnp.matmul(*jax.lax.optimization_barrier((w, x))[::-1]),
+    "clipped": lambda w, x: jnp.clip(x @ w, -1.0, w[0, 0]) + jax.lax.erf_inv(x) + jnp.nan_to_num(x),
+    "fixed random features": lambda w, x: x @ jax.random.normal(jax.random.key(3), (5, 4)),
+    "max pooling and its derivative": lambda w, x: jax.vmap(jax.grad(_pooled))(x) @ w,
+    "derivative of its derivative": lambda w, x: jax.vmap(lambda r: jax.jvp(jax.grad(_pooled), (r,), (r,))[1])(x),
+    "convolution and its derivative": lambda w, x: jax.vmap(jax.grad(lambda r: jnp.sum(jnp.convolve(r, w[0]) ** 2)))(x),
 }
 MIXING: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "batch norm": lambda w, x: (x - x.mean(0)) @ w,
@@ -57,6 +94,23 @@ MIXING: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "constant per example": lambda w, x: (x * np.arange(x.shape[0], dtype=x.dtype)[:, None]) @ w,
     "divides by the batch size": lambda w, x: x @ w / x.shape[0],
     "batch last": lambda w, x: (x @ w).T,
+    "reshaped in another order": lambda w, x: jax.lax.reshape(x, x.shape, (1, 0)) @ w,
+    "tiled batch": lambda w, x: jnp.tile(x, (2, 1))[: x.shape[0]],
+    "iota over the batch": lambda w, x: x + jax.lax.broadcasted_iota(jnp.float32, x.shape, 0),
+    "set in the first example": lambda w, x: x.at[0].set(0.0),
+    "added to the first example": lambda w, x: x.at[0].add(x[1]),
+    "set from another": lambda w, x: x.at[:, 0].set(x[::-1, 0]),
+    "scattered over the batch": lambda w, x: jnp.zeros_like(x).at[jnp.int32(x[:, 0])].add(x),
+    "spectrum over the batch": lambda w, x: jnp.abs(jnp.fft.fft(x, axis=0)),
+    "slice written over the batch": lambda w, x: jax.lax.dynamic_update_slice_in_dim(x, x[:1] * 2.0, 1, 0),
+    "solve over the batch": lambda w, x: jnp.linalg.solve(x @ x.T + jnp.eye(x.shape[0]), x),
+    "triangular solve over the batch": lambda w, x: jax.scipy.linalg.solve_triangular(jnp.tril(x @ x.T), x),
+    "windows over the batch": lambda w, x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 1), (1, 1), "SAME"),
+    "associative scan over the batch": lambda w, x: jax.lax.associative_scan(jnp.add, x, axis=0),
+    "best of the batch": lambda w, x: jax.lax.top_k(x.T, 2)[0].T,
+    "stacked with its reverse": lambda w, x: jnp.stack([x, x[::-1]], axis=1)[:, 1],
+    "batch split in halves": lambda w, x: jnp.concatenate(jnp.split(x, 2)[::-1]),
+    "unstacked examples": lambda w, x: jnp.stack(jnp.unstack(x)[::-1]),
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import dense
-from oracle.models import ALL, MLP_TANH
+from oracle.models import ALL, MIXING, MLP_TANH
 
 from curvax.curvature import Evaluation, GaussNewton, Model, MonteCarloFisher, Needs, ObservedFisher
 from curvax.losses import SquaredError
@@ -22,6 +22,7 @@ def _rows(predict: Any, params: Any, batch: Any, metric: Any = None, key: Any = 
     return operator.linearize(params, Evaluation(batch, sample_key=key), Needs(rows=True)).rows
 
 
+@pytest.mark.filterwarnings("ignore:the model's examples interact")
 @pytest.mark.parametrize("model", ALL, ids=str)
 def test_squared_error_gram_is_the_jacobians(model: Any) -> None:
     with jax.enable_x64(True):
@@ -29,6 +30,13 @@ def test_squared_error_gram_is_the_jacobians(model: Any) -> None:
         gram = np.asarray(_rows(model.predict, params, batch).gram(1 << 30))
         _, jacobian = dense.outputs_and_jacobian(model.predict, params, batch["x"])
         np.testing.assert_allclose(gram, jacobian @ jacobian.T, rtol=1e-10, atol=1e-10 * np.abs(gram).max())
+
+
+def test_a_model_that_mixes_examples_is_warned_of() -> None:
+    model = MIXING[0]
+    params, batch = model.params(jnp.float32), {"x": model.inputs(jnp.float32), "y": model.targets(jnp.float32)}
+    with pytest.warns(UserWarning, match="examples interact .*over the batch: make predict_fn act on each example"):
+        jax.eval_shape(lambda p: _rows(model.predict, p, batch).gram(1 << 30), params)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2_000, 10_000, 1 << 30])

@@ -55,6 +55,9 @@ def _match(program: Program, site: Site, added: Added) -> np.ndarray | None:
     if not inside or isinstance(site, EmbeddingSite) or math.prod(site.perturbation_shape) > _MOST_ENTRIES:
         return None
     body = _body(program, path[:-1])
+    # In a difference one of the two has the other's gradient reversed.
+    if body.steps[path[-1]].primitive not in _SUMS:
+        return None
     chain = _chain(body, site.path[-1], path[-1], 1 - added.operand)
     if chain is None or any(isinstance(_inner(view), Scale) for view in entry.views):
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ from curvax.jaxprs import scan_counts
 from curvax.structure.biases import with_biases
 from curvax.structure.program import REMATERIALISED, SCAN, Atom, Name, Path, Program, Step
 from curvax.structure.sites import ConvolutionSite, DenseSite, EmbeddingSite, Site
-from curvax.structure.views import Stacked, View, pieces, view_of
+from curvax.structure.views import Stacked, View, pieces, summand, view_of
 
 BIAS, SCALE, NONE, GENERIC = "bias", "scale", "no rows", "explicit rows"
 
 _ADDED = frozenset("add add_any sub".split())
 _MULTIPLIED = frozenset("mul div".split())
+_PASSING = frozenset({"optimization_barrier"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
     """
     walk = _Walk(shapes)
     entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
-    walk.program(program, entries, ())
+    walk.program(program, entries, entries, ())
     findings, sites = [], []
     for leaf, shape in enumerate(shapes):
         finding, found = _judge(leaf, shape, walk.uses[leaf])
@@ -178,17 +179,29 @@ class _Walk:
         self.uses: dict[int, list[Site | Other]] = collections.defaultdict(list)
         self.added: dict[int, Added] = {}
 
-    def program(self, program: Program, entries: Mapping[Name, Entry], path: Path) -> list[Entry | None]:
-        """Follows `entries` through a program; returns what its results are. A result that is an entry is no use."""
-        known = dict(entries)
+    def program(
+        self, program: Program, entries: Mapping[Name, Entry], fixed: Iterable[Name], path: Path
+    ) -> list[Entry | None]:
+        """Follows `entries` through a program; returns what its results are. A result that is an entry is no use.
+
+        Args:
+          program: the program.
+          entries: the arguments that are entries.
+          fixed: the arguments that depend on parameters at most, and not on the inputs.
+          path: of the step that the program is the body of.
+        """
+        known, given = dict(entries), {*fixed, *program.constants}
 
         def read(atom: Atom) -> Entry | None:
             return known.get(atom) if isinstance(atom, int) else None
 
         for index, step in enumerate(program.steps):
             found = [read(atom) for atom in step.inputs]
+            free = [not isinstance(atom, int) or atom in given for atom in step.inputs]
+            if all(free):
+                given.update(step.outputs)
             if any(entry is not None for entry in found):
-                made = self._step(step, found, (*path, index))
+                made = self._step(step, found, free, (*path, index))
                 known.update({name: e for name, e in zip(step.outputs, made, strict=False) if e is not None})
         results = [read(atom) for atom in program.results]
         if not path:
@@ -200,17 +213,25 @@ class _Walk:
     def _other(self, entry: Entry, rule: str, reason: str) -> None:
         self.uses[entry.leaf].append(Other(rule, reason))
 
-    def _step(self, step: Step, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
+    def _step(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
+        """What the outputs are. `fixed` says of each operand whether it depends on parameters at most."""
+        if step.primitive in _PASSING:
+            return list(found)
+        if step.primitive == "stop_gradient":
+            return []
         if step.primitive == SCAN:
-            return self._scan(step, found, path)
+            return self._scan(step, found, fixed, path)
         if step.body is not None and step.primitive in REMATERIALISED:
-            return self._rematerialised(step.body, found, path)
+            return self.program(step.body, _named(step.body, found), _chosen(step.body, fixed), path)
         entries = [(i, entry) for i, entry in enumerate(found) if entry is not None]
         if len(entries) == 1 and entries[0][1].spread is None:
             operand, entry = entries[0]
             if step.primitive == "split":
                 return [entry.through(views) for views in pieces(step.eqn)]
             views = view_of(step.eqn, operand)
+            if views is None and step.primitive in _ADDED and all(fixed):
+                # The weights are a sum of the leaf and what is no input: their gradient is the leaf's.
+                views = summand(step.eqn, operand)
             if views is not None:
                 return [entry.through(views)]
         if step.primitive == "broadcast_in_dim" and entries[0][1].spread is None:
@@ -239,25 +260,25 @@ class _Walk:
             else:
                 self._other(entry, GENERIC, site)
 
-    def _rematerialised(self, body: Program, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
-        return self.program(body, _named(body, found), path)
-
-    def _scan(self, step: Step, found: Sequence[Entry | None], path: Path) -> list[Entry | None]:
+    def _scan(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
         body, length = step.body, step.eqn.params["length"]
         if body is None:
             raise AssertionError("a scan has a body.")
         consts, carried = scan_counts(step.eqn)
         given: list[Entry | None] = []
-        for i, entry in enumerate(found):
-            name = body.arguments[i]
-            unchanged = not consts <= i < consts + carried or body.results[i - consts] == name
+        steady = [
+            not consts <= i < consts + carried or body.results[i - consts] == name
+            for i, name in enumerate(body.arguments)
+        ]
+        for i, (entry, unchanged) in enumerate(zip(found, steady, strict=True)):
             if entry is not None and not unchanged:
                 self._other(entry, GENERIC, "a scan changes it")
             if entry is not None and entry.spread is not None and i >= consts + carried:
                 self._other(entry, GENERIC, "it is repeated before a scan goes through it")
                 entry = None
             given.append(entry.inside(length, stacked=i >= consts + carried) if entry and unchanged else None)
-        results = self.program(body, _named(body, given), path)
+        free = [a and b for a, b in zip(fixed, steady, strict=True)]
+        results = self.program(body, _named(body, given), _chosen(body, free), path)
         for entry, result in zip(results[carried:], body.results[carried:], strict=True):
             if entry is not None and isinstance(result, int):
                 self._other(entry, GENERIC, "a scan stacks it")
@@ -274,6 +295,10 @@ class _Walk:
 
 def _named(body: Program, found: Sequence[Entry | None]) -> dict[Name, Entry]:
     return {name: entry for name, entry in zip(body.arguments, found, strict=True) if entry is not None}
+
+
+def _chosen(body: Program, chosen: Sequence[bool]) -> list[Name]:
+    return [name for name, wanted in zip(body.arguments, chosen, strict=True) if wanted]
 
 
 def _common(step: Step, operand: int, entry: Entry, path: Path, activation: int) -> dict[str, Any]:
@@ -328,7 +353,8 @@ def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> Site | str
         return "a gather takes more or less than whole rows of it"
     if any(entry.stacked):
         return "each iteration of a scan looks up in a table of its own"
-    clips = step.eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
+    # What JAX's derivative does: it leaves out an index beyond the table unless the lookup was to clip it.
+    clips = step.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
     return EmbeddingSite(**_common(step, operand, entry, path, 1), clips=clips)
 
 

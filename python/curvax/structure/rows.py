@@ -8,6 +8,7 @@ reverse-mode products. Where examples interact all rows are formed, by products 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,13 @@ def row_gram(
 
     Raises:
       ValueError: there are no trainable parameters.
+
+    Warns:
+      UserWarning: the model's examples interact.
     """
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
+    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
         return gram(_example_groups(predict, params, inputs, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
@@ -76,9 +80,23 @@ def row_diagonal(
     Returns:
       A wide tree with the structure of `params`.
     """
-    if predict is not None and not output.couples_examples and examples_independent(predict, params, inputs)[0]:
+    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
         return example_diagonal(predict, params, inputs, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
+
+
+def _by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> bool:
+    """Whether the model acts on each example by itself; warns if not, for what that costs is seldom meant."""
+    independent, reason = examples_independent(predict, params, inputs)
+    if not independent:
+        # Python shows a warning with the same words once.
+        warnings.warn(
+            f"the model's examples interact ({reason}), and a row of its Jacobian takes a reverse pass over the batch:"
+            " make predict_fn act on each example by itself if it should (BatchNorm with running statistics).",
+            UserWarning,
+            stacklevel=2,
+        )
+    return independent
 
 
 def _example_groups(

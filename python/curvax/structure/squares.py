@@ -48,11 +48,12 @@ def _leaf(sites: Sequence[Site], a: Sequence[jax.Array], d: Sequence[jax.Array])
     if len(sites) == 1 and site.positions == 1:
         outputs = jnp.sum(jnp.square(d[0][:, :, 0]), axis=1)
         if isinstance(site, EmbeddingSite):
-            return site.to_leaf(_scattered(a[0][:, 0], outputs[:, 0], site.block[1])[None])
+            return _square_to_leaf(site, _scattered(a[0][:, 0], outputs[:, 0], site.block[1])[None])
         inputs = jnp.square(a[0][:, 0])
         return _square_to_leaf(site, jnp.einsum("bgn,bgm->gnm", inputs, outputs, precision=_HIGHEST))
     if len(sites) == 1 and isinstance(site, EmbeddingSite):
-        return site.to_leaf(jnp.sum(jax.vmap(lambda i, e: _lookups(i, e, site.block[1]))(a[0], d[0]), axis=0)[None])
+        sums = jnp.sum(jax.vmap(lambda i, e: _lookups(i, e, site.block[1]))(a[0], d[0]), axis=0)
+        return _square_to_leaf(site, sums[None])
 
     def example(total: jax.Array, factors: tuple[list[jax.Array], list[jax.Array]]) -> tuple[jax.Array, None]:
         return total + jnp.sum(jnp.square(formed(sites, *factors)), axis=0), None

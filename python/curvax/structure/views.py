@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 _RESHAPING = frozenset("reshape squeeze expand_dims broadcast_in_dim".split())
-_NOTHING = frozenset("convert_element_type copy copy_p name reduce_precision optimization_barrier".split())
+_NOTHING = frozenset("convert_element_type copy copy_p name reduce_precision pvary".split())
 
 
 class View(abc.ABC):
@@ -140,7 +140,11 @@ def view_of(eqn: Any, operand: int) -> tuple[View, ...] | None:
     if name in _NOTHING:
         return ()
     if name in _RESHAPING and math.prod(shape) == math.prod(out.shape):
-        return (Reshape(shape, out.shape),)
+        order = eqn.params.get("dimensions") if name == "reshape" else None
+        if order is None:
+            return (Reshape(shape, out.shape),)
+        # A reshape may permute the axes before.
+        return Transpose(tuple(order)), Reshape(tuple(shape[i] for i in order), out.shape)
     if name == "transpose":
         return (Transpose(tuple(eqn.params["permutation"])),)
     if name == "rev":
@@ -163,6 +167,13 @@ def pieces(eqn: Any) -> list[tuple[View, ...]]:
         found.append((Slice(shape, starts, limits, (1,) * len(shape)),))
         start += size
     return found
+
+
+def summand(eqn: Any, operand: int) -> tuple[View, ...] | None:
+    """The views by which a sum follows from one of its terms, up to a constant; `None` if it repeats the term."""
+    if eqn.invars[operand].aval.shape != eqn.outvars[0].aval.shape:
+        return None
+    return (Scale(-1.0),) if eqn.primitive.name == "sub" and operand else ()
 
 
 def through(views: Sequence[View], x: Any) -> Any:

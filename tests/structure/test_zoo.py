@@ -1,0 +1,161 @@
+"""Over a zoo of models: what each leaf is recognised as, and that everything made of the factors is right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import dense
+from oracle.compiling import quick_jit
+
+from curvax.losses import SquaredError
+from curvax.structure import (
+    empirical_fisher_diagonal,
+    ggn_diagonal,
+    jacobian_gram,
+    per_example_gradient_norms,
+    report,
+)
+from curvax.structure.capture import Capture, Factors, capture
+from curvax.structure.formed import formed, sites_by_leaf
+from curvax.structure.gram import RowGroups, gram
+from curvax.structure.layers import layers
+from curvax.structure.squares import squared_norms, squared_rows
+from structure.zoo import ZOO, Entry, paths
+
+pytestmark = pytest.mark.usefixtures("x64")
+IN_BLOCKS = ("mlp", "depthwise convolution", "tied table", "stacked layers on positions", "scaled twice", "cond")
+
+
+def _factors(captured: Capture, leaves: list[jax.Array], inputs: jax.Array, outputs: Any) -> Factors:
+    """Of the Jacobian's rows for a batch."""
+    count = int(np.prod(outputs.shape[1:]))
+    eye = jnp.eye(count, dtype=outputs.dtype).reshape(count, 1, *outputs.shape[1:])
+    return captured.batch(leaves, [inputs], jnp.broadcast_to(eye, (count, *outputs.shape)))
+
+
+def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[jax.Array]:
+    """Rows of one example, per leaf (R, *leaf)."""
+    found: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
+    for leaf, indices in sites_by_leaf(captured).items():
+        sites = [captured.structure.sites[i] for i in indices]
+        a, d = ([side[i] for i in indices] for side in (factors.activations, factors.cotangents))
+        found[leaf] = formed(sites, a, d)
+        for site, cotangents in zip(sites, d, strict=True):
+            if site.bias is not None:
+                found[site.bias.leaf] = jax.vmap(site.bias.to_leaf)(jnp.sum(cotangents, axis=1))
+    (count,) = {rows.shape[0] for rows in found.values()}
+    return [found.get(i, jnp.zeros((count, *leaf.shape), leaf.dtype)) for i, leaf in enumerate(leaves)]
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A model's structure, what was made of it, and the oracle's Jacobian."""
+
+    captured: Capture
+    made: dict[str, np.ndarray]
+    jacobian: np.ndarray
+
+
+@functools.cache
+def studied(entry: Entry) -> Studied:
+    """All of an entry, made once."""
+    return study(entry.predict, entry.params(), entry.batch())
+
+
+def study(predict: Callable[[Any, Any], jax.Array], params: Any, x: jax.Array) -> Studied:
+    """All of a model in one compilation, from one evaluation of its factors."""
+    outputs = jax.eval_shape(predict, params, x)
+    captured = capture(predict, params, x)
+
+    def everything(params: Any, x: jax.Array) -> dict[str, Any]:
+        leaves = jax.tree.leaves(params)
+        factors = _factors(captured, leaves, x, outputs)
+        examples, count = x.shape[0], outputs.size // x.shape[0]
+        each = jax.vmap(lambda f: layers(captured, f))(factors)
+        groups = RowGroups(examples, count, captured.dtype, lambda i: jax.tree.map(lambda layer: layer[i], each))
+        rows = jax.vmap(lambda f: _rows(captured, leaves, f))(factors)
+        return {
+            "rows": jnp.concatenate([r.reshape(examples, count, -1) for r in rows], axis=2),
+            "gram": gram(groups, 1 << 30),
+            "squares": squared_rows(captured, factors, [leaf.shape for leaf in leaves]),
+            "norms": squared_norms(captured, factors),
+        }
+
+    made = quick_jit(everything)(params, x)
+    jacobian = dense.outputs_and_jacobian(predict, params, x)[1]
+    return Studied(captured, {name: dense.vector(value) for name, value in made.items()}, jacobian)
+
+
+def close(got: Any, want: Any, tolerance: float) -> None:
+    """Within a tolerance relative to the largest entry."""
+    want = np.ravel(want)
+    np.testing.assert_allclose(np.ravel(got), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=str)
+class TestZoo:
+    """One model after another, so that each is computed once."""
+
+    def test_each_leaf_has_its_rule(self, entry: Entry) -> None:
+        params, x = entry.params(), entry.batch()
+        found = report(entry.predict, params, x)
+        rules = {path: leaf.rule for path, leaf in zip(paths(params), found, strict=True)}
+        assert rules == dict(entry.rules), [str(leaf) for leaf in found]
+
+    def test_its_factors_are_the_jacobian(self, entry: Entry) -> None:
+        jacobian = studied(entry).jacobian
+        assert np.isfinite(jacobian).all() and np.abs(jacobian).max() > 0
+        close(studied(entry).made["rows"], jacobian, entry.tolerance)
+
+    def test_its_gram_is_the_jacobians(self, entry: Entry) -> None:
+        jacobian = studied(entry).jacobian
+        close(studied(entry).made["gram"], jacobian @ jacobian.T, 4 * entry.tolerance)
+
+    def test_its_sums_of_squares_are_the_jacobians(self, entry: Entry) -> None:
+        squares = np.square(studied(entry).jacobian)
+        close(studied(entry).made["squares"], squares.sum(0), 4 * entry.tolerance)
+        close(studied(entry).made["norms"], squares.sum(1), 4 * entry.tolerance)
+
+    def test_taking_a_leaf_apart_and_back_are_adjoint(self, entry: Entry) -> None:
+        rng, leaves = np.random.default_rng(0), [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
+        for site in studied(entry).captured.structure.sites:
+            block, leaf = jnp.asarray(rng.standard_normal(site.block)), jnp.asarray(leaves[site.leaf])
+            there, back = site.from_leaf(leaf), site.to_leaf(block)
+            assert there.shape == site.block and back.shape == leaf.shape
+            close(np.vdot(there, block), np.vdot(leaf, back), 1e-12)
+            if site.bias is not None:
+                outputs = rng.standard_normal((site.block[0], site.block[2]))
+                bias = leaves[site.bias.leaf]
+                there, back = site.bias.from_leaf(jnp.asarray(bias)), site.bias.to_leaf(jnp.asarray(outputs))
+                close(np.vdot(there, outputs), np.vdot(bias, back), 1e-12)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.name in IN_BLOCKS], ids=str)
+def test_exact_quantities_in_little_memory(entry: Entry) -> None:
+    """Of half the sum of squares, whose residual is the output; positions count as examples in the Fisher."""
+    params, x, jacobian = entry.params(), entry.batch(), studied(entry).jacobian
+    outputs = np.asarray(entry.predict(params, x))
+    problem = (entry.predict, SquaredError(reduction="sum"), params, x, jnp.zeros(outputs.shape))
+    made = quick_jit(
+        lambda: (
+            jacobian_gram(entry.predict, params, x, max_bytes=1),
+            ggn_diagonal(*problem, max_bytes=1),
+            empirical_fisher_diagonal(*problem, max_bytes=1),
+            per_example_gradient_norms(*problem),
+        )
+    )()
+    found = [dense.vector(value) for value in made]
+    residual = outputs.ravel()[:, None] * jacobian
+    positions = residual.reshape(-1, outputs.shape[-1], jacobian.shape[1]).sum(1)
+    examples = residual.reshape(len(outputs), -1, jacobian.shape[1]).sum(1)
+    close(found[0], jacobian @ jacobian.T, 1e-10)
+    close(found[1], np.square(jacobian).sum(0), 1e-10)
+    close(found[2], np.square(positions).sum(0), 1e-10)
+    close(found[3], np.linalg.norm(examples, axis=1), 1e-10)
