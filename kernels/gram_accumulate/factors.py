@@ -96,8 +96,8 @@ def check_alike(left: Rows, right: Rows) -> None:
 
 
 # What scaling and adding one entry costs, in multiplications and additions of a matrix product: measured on 2 CPU cores
-# with 640 rows, 16 positions and widths 289 and 32, where both forms take as many floating-point operations and the kept
-# one took 1.2 times as long as one product of all formed rows.
+# with 640 rows, 16 positions and widths 289 and 32: both forms take as many floating-point operations, and the kept one
+# took 1.2 times as long as one product of all formed rows.
 _ENTRYWISE = 16
 
 
