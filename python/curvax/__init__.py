@@ -23,9 +23,11 @@ from curvax.methods import egn as egn
 from curvax.methods import egn_ce as egn_ce
 from curvax.methods import egn_mse as egn_mse
 from curvax.methods import egn_mse_cg as egn_mse_cg
+from curvax.methods import ekfac as ekfac
 from curvax.methods import gauss_newton as gauss_newton
 from curvax.methods import ggn_direct_ce as ggn_direct_ce
 from curvax.methods import ggn_direct_mse as ggn_direct_mse
+from curvax.methods import kfac as kfac
 from curvax.methods import list_methods as list_methods
 from curvax.methods import make as make
 from curvax.methods import newton_cg as newton_cg

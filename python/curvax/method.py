@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from curvax.curvature import Evaluation
 from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
+from curvax.preconditioners import BlockPreconditioner
 from curvax.tree import PyTree
 
 
@@ -36,15 +37,18 @@ class Method:
     def __repr__(self) -> str:
         return f"<curvax.Method, {self.plan.explain().splitlines()[0]}>"
 
-    def init(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
+    def init(self, params: PyTree, *, batch: Any | None = None, model_state: PyTree = None) -> MethodState:
         """The state before the first step.
 
         Args:
           params: the parameters; nothing of them but shapes and dtypes enters, save what the transform keeps.
+          batch: a batch (arrays or `jax.ShapeDtypeStruct`s), of which shapes alone enter. Needed by methods with a
+            state per layer (`kfac`, `ekfac`): parameters alone do not tell the layers. Others do without it.
           model_state: mutable model state (BatchNorm statistics), for models with `has_state`.
 
         Raises:
           TypeError: a leaf of the parameters is not a real array.
+          ValueError: nothing trains, or `batch` or `model_state` is missing.
         """
         trainable, _ = self.assembly.partition.split(params)
         if not jax.tree.leaves(trainable):
@@ -60,12 +64,27 @@ class Method:
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             damping=self.assembly.damping.init(),
-            preconditioner=self.assembly.preconditioner.init(like),
+            preconditioner=self._preconditioner(params, like, batch, model_state),
             solver=self.assembly.solver.init(like),
             transform=self.assembly.transform.init(wide),
             model_state=model_state,
             layout=Layout.of(trainable),
         )
+
+    def _preconditioner(self, params: PyTree, like: PyTree, batch: Any | None, model_state: PyTree) -> Any:
+        preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
+        if not isinstance(preconditioner, BlockPreconditioner):
+            return preconditioner.init(like)
+        if batch is None:
+            raise ValueError(
+                f"{type(preconditioner).__name__} keeps a state per layer, and layers are found from the shapes of a "
+                "batch: call init(params, batch=batch)."
+            )
+        trainable, frozen = self.assembly.partition.split(params)
+        keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
+        evaluation = self._evaluation(batch, frozen, model_state, keys)
+        curvature.check(trainable, evaluation)
+        return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
 
     def step(
         self,

@@ -30,13 +30,15 @@ from curvax.kernels._dispatch import Backend
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
 from curvax.methods.assemble import assemble
-from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
+from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import CG, Cholesky, Diagonal, RowSpace, Solver
 from curvax.telemetry import Telemetry
 from curvax.tree import PyTree
 
 
-def as_gradient_transformation(method: Method, *, model_state: PyTree = None) -> optax.GradientTransformationExtraArgs:
+def as_gradient_transformation(
+    method: Method, *, batch: Any | None = None, model_state: PyTree = None
+) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
     `update(updates, state, params, *, batch, rng=None, curvature_batch=None, full_params=None)` returns what
@@ -44,6 +46,7 @@ def as_gradient_transformation(method: Method, *, model_state: PyTree = None) ->
 
     Args:
       method: any method.
+      batch: the shapes of a batch, for methods whose `init` needs them (`kfac`, `ekfac`).
       model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
 
     Raises (in `update`):
@@ -51,7 +54,7 @@ def as_gradient_transformation(method: Method, *, model_state: PyTree = None) ->
     """
 
     def init(params: PyTree) -> MethodState:
-        return method.init(params, model_state=model_state)
+        return method.init(params, batch=batch, model_state=model_state)
 
     def update(
         updates: PyTree,
@@ -180,6 +183,44 @@ def scale_by_newton_cg(
         backend=backend,
     )
     return as_gradient_transformation(method)
+
+
+def scale_by_kfac(
+    predict_fn: Callable[..., Any],
+    loss: Loss,
+    batch: Any,
+    lam: ScalarLike = 1e-3,
+    *,
+    preconditioner: KFAC | EKFAC | None = None,
+    x_key: str = "x",
+    y_key: str = "y",
+    weight_key: str | None = None,
+    extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`.
+
+    Args:
+      predict_fn: `predict_fn(params, inputs) -> outputs`.
+      loss: loss in output space.
+      batch: a batch, or its shapes: `init` finds the layers with them.
+      lam: damping, 1e-3 by default.
+      preconditioner: `KFAC(...)` (the default, `KFAC()`) or `EKFAC(...)`, cadences included.
+      x_key, y_key, weight_key: keys of the batch.
+      extras: model state, aux, random key, frozen parameters.
+      microbatch_size: examples per accumulated piece.
+    """
+    method = assemble(
+        curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
+        solver=Diagonal(),
+        damping=Constant(lam),
+        preconditioner=preconditioner or KFAC(),
+        telemetry=Telemetry(()),
+        tx=optax.identity(),
+        microbatch_size=microbatch_size,
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return as_gradient_transformation(method, batch=shapes)
 
 
 def scale_by_sophia_g(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from curvax.curvature.output_space import OutputCurvature
+from curvax.curvature.output_space import Metric, OutputCurvature
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.structure.blocks import Blocks
+from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
@@ -47,6 +49,7 @@ class Needs:
       product: curvature products; `rows` implies it.
       rows: the factors J and S of C = J^T S S^T J (row lane).
       sampling: gradients with targets sampled from the model.
+      factors: activations and cotangents of the model's sites, for Kronecker-factored blocks.
       shared: one linearization serves all products. False repeats the forward pass in every product: only for the
         ablation `plan="off"`.
     """
@@ -55,6 +58,7 @@ class Needs:
     product: bool = False
     rows: bool = False
     sampling: bool = False
+    factors: bool = False
     shared: bool = True
 
 
@@ -63,6 +67,18 @@ class GramProduct(Protocol):
 
     def __call__(self, max_bytes: int, implementation: Implementation | Choice | None = None, /) -> jax.Array:
         """The (rows, rows) matrix, rows and factors in bounded memory, by an implementation of `gram_accumulate`."""
+        ...
+
+
+Measure: TypeAlias = Callable[[Examples], PyTree]
+"""A sum over examples, made from the factors of their rows."""
+
+
+class SiteFactors(Protocol):
+    """The factors of rows whose outer products make, or have as expectation, the curvature that a metric chooses."""
+
+    def __call__(self, metric: Metric, key: jax.Array, /) -> Callable[[Measure], PyTree]:
+        """measure -> what it measures on the whole batch, summed over the slices in which the batch is held."""
         ...
 
 
@@ -102,6 +118,7 @@ class Linearization:
       sampled_gradient: key -> sum_i sqrt(omega_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
+      site_factors: activations and cotangents at the model's sites, example by example, or `None`.
       model_state: the model's new state.
       aux: what the model returned beside its outputs.
     """
@@ -113,6 +130,7 @@ class Linearization:
     product: Callable[[PyTree], PyTree] | None = None
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: Rows | None = None
+    site_factors: SiteFactors | None = None
     model_state: PyTree = None
     aux: Any = None
 
@@ -144,6 +162,11 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def has_sampling(self) -> bool:
         """Whether targets can be sampled from the model."""
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether linearizations offer `site_factors`."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -193,6 +216,16 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         """How each parameter leaf enters the Gram matrix of the rows; nothing where there are no rows."""
+
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+        """The blocks of the parameters that Kronecker factors serve, from shapes alone.
+
+        Raises:
+          ValueError: the curvature has no factors, or the model or the loss mixes examples.
+        """
+        del params, evaluation
+        raise ValueError(f"Kronecker factors are those of a Gauss-Newton matrix, and the {self.name} has none: "
+                         "use a GaussNewton curvature.")  # fmt: skip
 
     @abc.abstractmethod
     def rows(

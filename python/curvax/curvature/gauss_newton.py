@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
+from curvax.curvature.base import Curvature, Evaluation, Linearization, Measure, Needs, Rows, SiteFactors
 from curvax.curvature.differentiate import LinearModel, linear_model
 from curvax.curvature.model import Model
 from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
+from curvax.structure.batch_axis import examples_independent
+from curvax.structure.blocks import Blocks, find_blocks
+from curvax.structure.capture import Capture, capture
+from curvax.structure.kronecker import masked
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
@@ -53,6 +57,10 @@ class GaussNewton(Curvature):
 
     @property
     def has_sampling(self) -> bool:
+        return True
+
+    @property
+    def has_factors(self) -> bool:
         return True
 
     @property
@@ -112,12 +120,50 @@ class GaussNewton(Curvature):
             product=rows.product if rows is not None else None,
             sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
             rows=rows if needs.rows else None,
+            site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
             model_state=at.rest[0],
             aux=at.rest[1],
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return report(lambda p, x: self._predict(p, x, evaluation), params, self.model.inputs(evaluation.batch))
+
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+        found = self._capture(params, evaluation)
+        return find_blocks(found.structure, [leaf.shape for leaf in jax.tree.leaves(params)], found.dtype)
+
+    def _capture(self, params: PyTree, evaluation: Evaluation) -> Capture:
+        if self.loss.couples_examples:
+            raise ValueError(
+                f"Kronecker factors are taken example by example, and {self.loss} couples examples: "
+                "use a loss without coupling, or another preconditioner."
+            )
+        inputs = self.model.inputs(evaluation.batch)
+
+        def predict(p: PyTree, x: Any) -> jax.Array:
+            return self._predict(p, x, evaluation)
+
+        independent, reason = examples_independent(predict, params, inputs)
+        if not independent:
+            raise ValueError(
+                f"Kronecker factors are taken example by example, and the model mixes examples ({reason}): "
+                "make it treat examples one by one, or use another preconditioner."
+            )
+        return capture(predict, params, inputs)
+
+    def _site_factors(
+        self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, omega: jax.Array
+    ) -> SiteFactors:
+        def site_factors(metric: Metric, key: jax.Array) -> Callable[[Measure], PyTree]:
+            targets, signs = jax.random.split(key)
+            output = metric.bind(self.loss, outputs, self.model.targets(evaluation.batch), omega, targets)
+            captured, inputs = self._capture(params, evaluation), self.model.inputs(evaluation.batch)
+            factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), output.cotangents(signs))
+            weights = jnp.sum(omega.reshape(omega.shape[0], -1), axis=1)
+            examples = masked(captured, factors, weights)
+            return lambda measure: measure(examples)
+
+        return site_factors
 
     def _predict(self, params: PyTree, inputs: Any, evaluation: Evaluation) -> jax.Array:
         return self.model.extras.call(self.model.predict_fn, params, inputs, evaluation)[0]

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
+from curvax.curvature.base import Curvature, Evaluation, Linearization, Measure, Needs, Rows, SiteFactors
+from curvax.curvature.output_space import Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
+from curvax.structure.blocks import Blocks
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
@@ -135,6 +137,10 @@ class Microbatched(Curvature):
         return self.inner.has_sampling
 
     @property
+    def has_factors(self) -> bool:
+        return self.inner.has_factors
+
+    @property
     def is_random(self) -> bool:
         return self.inner.is_random
 
@@ -196,12 +202,16 @@ class Microbatched(Curvature):
             product=rows.product if rows is not None else product,
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
+            site_factors=self._site_factors(params, pieces) if needs.factors else None,
             model_state=model_state,
             aux=aux,
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return self.inner.structure(params, evaluation)
+
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+        return self.inner.blocks(params, evaluation)
 
     def rows(
         self,
@@ -239,6 +249,22 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return sampled_gradient
+
+    def _site_factors(self, params: PyTree, pieces: _Pieces) -> SiteFactors:
+        def site_factors(metric: Metric, key: jax.Array) -> Callable[[Measure], PyTree]:
+            def total(measure: Measure) -> PyTree:
+                def visit(piece: Evaluation, index: jax.Array, _: Any) -> tuple[PyTree, PyTree, PyTree]:
+                    at = self.inner.linearize(params, piece, Needs(factors=True))
+                    if at.site_factors is None:
+                        raise AssertionError("a linearization asked for factors has them.")
+                    term = at.site_factors(metric, jax.random.fold_in(key, index))(measure)
+                    return term, at.model_state, ()
+
+                return pieces.sum(visit)[0]
+
+            return total
+
+        return site_factors
 
     def _rows(self, params: PyTree, evaluation: Evaluation, pieces: _Pieces) -> Rows:
         def rows_of(piece: Evaluation) -> tuple[Rows, PyTree]:

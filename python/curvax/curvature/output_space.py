@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,13 @@ class OutputCurvature(abc.ABC):
         """S^T v, outputs to rows."""
 
     @abc.abstractmethod
+    def cotangents(self, key: jax.Array) -> jax.Array:
+        """Output vectors u_r, (R, *outputs), with sum_r u_r u_r^T = Q within each example, exactly or in expectation.
+
+        What happens between examples is left open: to be used example by example, where R of them serve all.
+        """
+
+    @abc.abstractmethod
     def gradient_in_rows(self) -> jax.Array | None:
         """t with S t = gradient of the loss in output space, or `None` if it is not in the range of S."""
 
@@ -55,6 +63,15 @@ class OutputCurvature(abc.ABC):
 
 def _take(tree: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0), tree)
+
+
+def _columns(output: OutputCurvature) -> jax.Array:
+    """S of every example column by column: (columns of one example, *outputs)."""
+    examples, rest = output.row_shape[0], output.row_shape[1:]
+    columns = math.prod(rest)
+    like = jax.eval_shape(output.factor, jax.ShapeDtypeStruct(output.row_shape, jnp.float32))
+    basis = jnp.eye(columns, dtype=like.dtype).reshape(columns, 1, *rest)
+    return jax.vmap(output.factor)(jnp.broadcast_to(basis, (columns, examples, *rest)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +99,11 @@ class LossHessian(OutputCurvature):
 
     def factor_transpose(self, v: jax.Array) -> jax.Array:
         return self.loss.factor_transpose(self.outputs, self.targets, self.omega, v)
+
+    def cotangents(self, key: jax.Array) -> jax.Array:
+        """All columns of S of one example, the same numbers of all examples together: exact."""
+        del key
+        return _columns(self)
 
     def gradient_in_rows(self) -> jax.Array | None:
         return self.loss.gradient_in_rows(self.outputs, self.targets, self.omega)
@@ -118,6 +140,11 @@ class Identity(OutputCurvature):
     def factor_transpose(self, v: jax.Array) -> jax.Array:
         return v
 
+    def cotangents(self, key: jax.Array) -> jax.Array:
+        """The unit vectors."""
+        del key
+        return _columns(self)
+
     def gradient_in_rows(self) -> jax.Array | None:
         return None
 
@@ -132,10 +159,12 @@ class GradientOuterProduct(OutputCurvature):
     Attributes:
       residuals: (m, *outputs.shape).
       gradient_rows: t of shape `row_shape` if the gradient lies in the range of S (empirical Fisher), else `None`.
+      centred: the residuals of different positions are independent with mean zero (sampled targets).
     """
 
     residuals: jax.Array
     gradient_rows: jax.Array | None = None
+    centred: bool = False
 
     @property
     def _positions(self) -> tuple[int, ...]:
@@ -165,6 +194,17 @@ class GradientOuterProduct(OutputCurvature):
     def factor_transpose(self, v: jax.Array) -> jax.Array:
         columns = self._columns()
         return jnp.einsum("...km,...k->...m", columns, v.astype(columns.dtype).reshape(columns.shape[:-1]))
+
+    def cotangents(self, key: jax.Array) -> jax.Array:
+        """The residuals.
+
+        Those of several positions of one example would mix, so where their mean is not zero each position has a random
+        sign, and the products of two positions cancel in expectation.
+        """
+        if self.centred or len(self._positions) == 1:
+            return self.residuals
+        signs = jax.random.rademacher(key, (self.residuals.shape[0], *self._positions), self.residuals.dtype)
+        return self.residuals * signs[..., None]
 
     def gradient_in_rows(self) -> jax.Array | None:
         return self.gradient_rows
@@ -252,7 +292,7 @@ class MonteCarloFisher(Metric):
             return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(omega))
 
         residuals = jax.vmap(residual)(jax.random.split(key, self.n_samples))
-        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype))
+        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centred=True)
 
 
 @dataclasses.dataclass(frozen=True)

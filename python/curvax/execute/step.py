@@ -20,7 +20,7 @@ from curvax.execute.state import MethodState
 from curvax.kernels import Choice, gram_accumulate, tree_cg
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
 from curvax.plan import Assembly, Cadence, Entrywise, Plan, entrywise, flat_vectors, kernel_choices
-from curvax.preconditioners import Identity
+from curvax.preconditioners import BlockPreconditioner, Identity
 from curvax.solvers import Lane, Result, Solution, TreeSpace
 from curvax.solvers.base import code
 from curvax.telemetry import Metric
@@ -73,7 +73,7 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
     at, curved = _linearize(assembly, plan, params, problem)
     gradient = at.gradient if problem.gradient is None else tree.widen(problem.gradient)
     lam = assembly.damping.lam(state.damping)
-    preconditioner = _refresh(assembly, plan, params, problem, curved, state)
+    preconditioner = _refresh(assembly, plan, params, problem, curved, lam, state)
     step = entrywise(assembly)
     if isinstance(step, Entrywise) and problem.gradient is None:
         choice = chosen[DIAGONAL_UPDATE.name]
@@ -172,7 +172,13 @@ def _curvature_batch(problem: Problem) -> Evaluation:
 
 
 def _refresh(
-    assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, curved: Linearization, state: MethodState
+    assembly: Assembly,
+    plan: Plan,
+    params: PyTree,
+    problem: Problem,
+    curved: Linearization,
+    lam: jax.Array,
+    state: MethodState,
 ) -> Any:
     if plan.refresh.never:
         return state.preconditioner
@@ -183,7 +189,10 @@ def _refresh(
             at = assembly.curvature.linearize(params, _curvature_batch(problem), plan.refresh_needs)
         if problem.key is None:
             raise ValueError(f"{type(assembly.preconditioner).__name__} draws at random: pass a random key to step.")
-        return assembly.preconditioner.refresh(state.preconditioner, at, problem.key())
+        preconditioner = assembly.preconditioner
+        if isinstance(preconditioner, BlockPreconditioner):
+            return preconditioner.refresh(state.preconditioner, at, problem.key(), lam)
+        return preconditioner.refresh(state.preconditioner, at, problem.key())
 
     return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
 

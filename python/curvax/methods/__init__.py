@@ -15,6 +15,8 @@ from curvax.methods.gauss_newton import sgn as sgn
 from curvax.methods.gauss_newton import sgn_ce as sgn_ce
 from curvax.methods.gauss_newton import sgn_mse as sgn_mse
 from curvax.methods.gauss_newton import spring as spring
+from curvax.methods.kronecker import ekfac as ekfac
+from curvax.methods.kronecker import kfac as kfac
 from curvax.methods.newton import newton_cg as newton_cg
 from curvax.methods.newton import newton_direct as newton_direct
 from curvax.methods.registry import MethodInfo as MethodInfo

@@ -22,7 +22,16 @@ from curvax.plan.cost import Cost
 from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.plan import Candidate, PartCost, Plan
 from curvax.plan.requirements import Cadence, Part, Requirement
-from curvax.preconditioners import EmaDiagonal, Identity, Jacobi, NystromPreconditioner, Preconditioner
+from curvax.preconditioners import (
+    EKFAC,
+    KFAC,
+    BlockPreconditioner,
+    EmaDiagonal,
+    Identity,
+    Jacobi,
+    NystromPreconditioner,
+    Preconditioner,
+)
 from curvax.solvers import CG, Automatic, Cholesky, Lane, RowSpace, Solver
 from curvax.tree import PyTree
 
@@ -132,10 +141,12 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
     curved = lane is not Lane.DIAGONAL
     # In the diagonal lane nothing but the refresh needs curvature: unless it runs every step it linearizes apart.
     refresh_apart = not refresh.never and (not shared or (not curved and not refresh.always))
+    blocks = isinstance(preconditioner, BlockPreconditioner)
     refresh_needs = Needs(
         product=preconditioner.needs_product,
         rows=preconditioner.needs_rows,
         sampling=preconditioner.needs_sampling,
+        factors=blocks,
         shared=shared,
     )
     predict_apart = not predict.never and not curved
@@ -145,6 +156,7 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
         product=(curved and lane is not Lane.ROW) or (together and preconditioner.needs_product),
         rows=lane is Lane.ROW or (together and preconditioner.needs_rows),
         sampling=together and preconditioner.needs_sampling,
+        factors=together and blocks,
         shared=shared,
     )
     return Plan(
@@ -193,6 +205,9 @@ def _check(assembly: Assembly, solver: Solver) -> None:
             f"this estimator reads the factors of a Gauss-Newton matrix, and the {curvature.name} has none: "
             "use a Gauss-Newton curvature, or Hutchinson."
         )
+    if isinstance(preconditioner, BlockPreconditioner) and not curvature.has_factors:
+        raise ValueError(f"{type(preconditioner).__name__} takes Kronecker factors of a Gauss-Newton matrix, and the "
+                         f"{curvature.name} has none: use a GaussNewton curvature.")  # fmt: skip
     if preconditioner.needs_sampling and not curvature.has_sampling:
         raise ValueError(
             "this estimator samples targets from the model, and a plain loss_fn has none: "
@@ -211,6 +226,9 @@ def _requirements(
     if not refresh.never:
         where = " (own linearization, alive only then)" if refresh_apart else ""
         found.append(Requirement(Part.REFRESH, refresh, type(assembly.preconditioner).__name__ + where))
+        if isinstance(assembly.preconditioner, KFAC | EKFAC):
+            turned = Cadence((assembly.preconditioner.inverse_every,))
+            found.append(Requirement(Part.INVERSES, turned, type(assembly.preconditioner).__name__))
     found.append(Requirement(Part.SOLVE, _EVERY_STEP, solver.name))
     for part, wanted in ((Part.LOSS_AFTER, "evaluates"), (Part.PREDICTED, "predicts")):
         if not own.never:
@@ -248,6 +266,10 @@ def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluati
         notes.append(f"{frozen} parameter {'leaf is' if frozen == 1 else 'leaves are'} frozen")
     if lane is Lane.ROW:
         notes.extend(f"rows of {leaf}" for leaf in inner.structure(params, evaluation))
+    if isinstance(assembly.preconditioner, BlockPreconditioner):
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        held = _block_state(assembly.preconditioner, inner, params, evaluation).blocks
+        notes.extend(f"block of {line}" for line in held.describe(names))
     return tuple(notes)
 
 
@@ -263,6 +285,7 @@ class _Shapes:
     gram: Cost
     product: Cost
     residuals: int
+    factors: Cost
 
     @staticmethod
     def of(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> _Shapes:
@@ -294,6 +317,7 @@ class _Shapes:
             gram=_gram_cost(curvature, shapes, evaluation) if rows and rowwise else Cost(),
             product=_less(whole, forward) if not isinstance(curvature, Microbatched) else whole,
             residuals=costing.residual_bytes(inner.forward, shapes, evaluation),
+            factors=_factor_cost(assembly, shapes, evaluation),
         )
 
     @property
@@ -326,6 +350,29 @@ def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> 
         return rows.gram(1 << 62, _COUNTED) if rows is not None else 0
 
     return costing.trace(gram, shapes, evaluation)
+
+
+def _factor_cost(assembly: Assembly, shapes: PyTree, evaluation: Evaluation) -> Cost:
+    """Work of one refresh of factors, forward pass not counted; that of eigenvectors and inverses has no count."""
+    preconditioner, curvature = assembly.preconditioner, assembly.curvature
+    if not isinstance(preconditioner, BlockPreconditioner):
+        return Cost()
+    state = _block_state(preconditioner, curvature, shapes, evaluation)
+
+    def refresh(p: PyTree, e: Evaluation, s: Any) -> Any:
+        return preconditioner.refresh(s, curvature.linearize(p, e, Needs(factors=True)), jax.random.key(0))
+
+    def linearize(p: PyTree, e: Evaluation) -> jax.Array:
+        return curvature.linearize(p, e, Needs()).loss
+
+    return _less(costing.trace(refresh, shapes, evaluation, state), costing.trace(linearize, shapes, evaluation))
+
+
+def _block_state(
+    preconditioner: BlockPreconditioner, curvature: Curvature, params: PyTree, evaluation: Evaluation
+) -> Any:
+    """Shapes of the preconditioner's state."""
+    return jax.eval_shape(lambda: preconditioner.init_blocks(curvature.blocks(params, evaluation)))
 
 
 def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:
@@ -365,6 +412,8 @@ def _costs(assembly: Assembly, plan: Plan, s: _Shapes) -> tuple[PartCost, ...]:
     found = [PartCost(Part.GRADIENT, gradient, 1.0), PartCost(Part.SOLVE, solve, 1.0)]
     if not plan.refresh.never:
         once = s.gradient if assembly.preconditioner.needs_sampling else s.product
+        if isinstance(assembly.preconditioner, BlockPreconditioner):
+            once = s.factors
         cost = (once + s.linearize if plan.refresh_apart else once).times(_evaluations(assembly.preconditioner))
         rate = plan.refresh.rate if plan.mode is PlanMode.SHARED else 1.0
         found.append(PartCost(Part.REFRESH, dataclasses.replace(cost, memory=float(s.residuals + s.vector)), rate))

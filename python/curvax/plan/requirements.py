@@ -73,6 +73,7 @@ class Part(enum.Enum):
     PRODUCT = "curvature products"
     ROWS = "row factors"
     REFRESH = "refresh"
+    INVERSES = "inverses"
     SOLVE = "solve"
     LOSS_AFTER = "loss after the step"
     PREDICTED = "predicted decrease"

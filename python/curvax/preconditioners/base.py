@@ -15,6 +15,7 @@ from curvax.tree import PyTree
 
 if TYPE_CHECKING:
     from curvax.curvature import Linearization
+    from curvax.structure.blocks import Blocks
 
 State = TypeVar("State")
 
@@ -76,3 +77,35 @@ def accept_finite(state: State, refreshed: State) -> State:
     """`refreshed` if all of it is finite, else `state` with one more in its count `rejected`, leaf by leaf."""
     kept = dataclasses.replace(state, rejected=state.rejected + 1)  # type: ignore[type-var]
     return tree.where(tree.all_finite(refreshed), refreshed, kept)
+
+
+class BlockPreconditioner(Preconditioner):
+    """A preconditioner whose state follows the blocks of a model (`curvax.structure.blocks`).
+
+    Which blocks there are depends on how the parameters enter the model, which shapes of parameters alone do not tell:
+    the state is made by `init_blocks` from what `Curvature.blocks` finds with the shapes of one batch. `refresh` calls
+    `linearization.site_factors`.
+    """
+
+    @property
+    def needs_product(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def needs_sampling(self) -> bool:
+        """False: targets are sampled by `site_factors`."""
+        return False
+
+    def init(self, params_like: PyTree) -> Any:
+        """Raises: the blocks are not known here."""
+        raise ValueError(f"{type(self).__name__} keeps a state per block of the model: make it with init_blocks, as "
+                         "method.init(params, batch=batch) does.")  # fmt: skip
+
+    @abc.abstractmethod
+    def init_blocks(self, blocks: Blocks) -> Any:
+        """The state before any refresh; its `blocks` are those that it holds."""
+
+    @abc.abstractmethod
+    def refresh(self, state: Any, linearization: Linearization, key: jax.Array, lam: jax.Array | float = 0.0) -> Any:
+        """The state after another look at C; `lam` is the damping of the step, for inverses that hold it fixed."""

@@ -119,6 +119,11 @@ class Site(abc.ABC):
     def same_layout(self, other: Any) -> bool:
         """Whether a block of another site of this class, over the same operand, means the same entries."""
 
+    @property
+    @abc.abstractmethod
+    def entry_order(self) -> tuple[int, ...]:
+        """What `to_operand` depends on beside the shapes: equal orders lay blocks out alike."""
+
     def to_leaf(self, block: jax.Array) -> jax.Array:
         """A gradient of the block (G, n, m) as a gradient of the leaf."""
         return back(self.views, self.to_operand(block))
@@ -217,6 +222,10 @@ class DenseSite(Site):
     def same_layout(self, other: DenseSite) -> bool:
         return self.operand_shape == other.operand_shape and self._axes() == other._axes() and self.block == other.block
 
+    @property
+    def entry_order(self) -> tuple[int, ...]:
+        return self._axes()
+
     def _axes(self) -> tuple[int, ...]:
         depth = len(self._stack())
         order = (*self._batch(self.operand), *self._contracted(self.operand), *self._free(self.operand))
@@ -302,6 +311,10 @@ class ConvolutionSite(Site):
         spec = self.params["dimension_numbers"].rhs_spec
         return spec == other.params["dimension_numbers"].rhs_spec and self.block == other.block
 
+    @property
+    def entry_order(self) -> tuple[int, ...]:
+        return (*self.params["dimension_numbers"].rhs_spec, self._groups)
+
     def to_operand(self, block: jax.Array) -> jax.Array:
         spec, stack = self.params["dimension_numbers"].rhs_spec, self._stack()
         _, _, m = self.block
@@ -360,6 +373,10 @@ class EmbeddingSite(Site):
 
     def same_layout(self, other: EmbeddingSite) -> bool:
         return self.operand_shape == other.operand_shape
+
+    @property
+    def entry_order(self) -> tuple[int, ...]:
+        return ()
 
     def to_operand(self, block: jax.Array) -> jax.Array:
         return block.reshape((*self._stack(), *self.operand_shape))

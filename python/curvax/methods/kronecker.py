@@ -1,0 +1,130 @@
+"""Kronecker-factored presets: K-FAC and EKFAC."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from curvax.curvature import GaussNewton, Metric, MonteCarloFisher
+from curvax.damping import Damping
+from curvax.losses import Loss
+from curvax.method import Method
+from curvax.methods.options import DampingOptions, ModelOptions, SolveRecordOptions, TransformOptions
+from curvax.methods.registry import preset
+from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
+from curvax.solvers import Diagonal
+from curvax.structure.kronecker import WeightSharing
+from curvax.transform import ScalarOrSchedule
+
+_TRUST_REGION = {"every_k": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions):
+    """Keywords that `kfac` and `ekfac` share.
+
+    Attributes:
+      loss: loss in output space.
+      fisher: whose rows the cotangents are: sampled targets (one per position by default), `ObservedFisher()`, or
+        `GeneralizedGaussNewton()` for all columns of the loss Hessian's root.
+      sharing: `WeightSharing.EXPAND` (default) takes positions with shared weights as examples, `REDUCE` as one.
+      factor_decay: weight of the past in the averages of factors; 0.95.
+      factor_every: steps between refreshes of the factors; 1.
+      inverse_every: steps between refreshes of the inverses, a multiple of `factor_every`; 10.
+      max_width: leaves with a factor of more rows keep a diagonal; 8192.
+      lam_policy: a trust region by default: the first damping need not be tuned.
+      lam0: first damping; 0.1, safe while the factors are those of a few batches: 1e-2 and less made first steps that
+        took a long time to mend on small classifiers.
+      lam_kwargs: further fields of the policy. The trust region of these presets looks at every 5th step and changes
+        lam by (19/20)^5, as in the K-FAC paper: with batches that differ, quicker changes end at a lam that is too low.
+      beta1: decay of the mean of gradients that the inverse is applied to; 0.9. Momentum behind the inverse
+        (`direction_momentum`) is kept through rejected steps, whatever lam becomes, and so can stall a trust region.
+      learning_rate: 0.1; a full step follows the noise of its batch.
+      record_cg_stats: False: there is no iteration to report.
+    """
+
+    loss: Loss
+    fisher: Metric = MonteCarloFisher()
+    sharing: WeightSharing = WeightSharing.EXPAND
+    factor_decay: float = 0.95
+    factor_every: int = 1
+    inverse_every: int = 10
+    max_width: int = 8192
+    lam_policy: object = "trust_region"
+    lam0: object = 0.1
+    beta1: float = 0.9
+    learning_rate: ScalarOrSchedule = 0.1
+    record_cg_stats: bool = False
+
+    @property
+    def damping(self) -> Damping:
+        if self.lam_policy != "trust_region":
+            return super().damping
+        fields = {**_TRUST_REGION, **(self.lam_kwargs or {})}
+        return DampingOptions(lam_policy="trust_region", lam0=self.lam0, lam_kwargs=fields).damping  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KFACOptions(KroneckerOptions):
+    """Keywords of `kfac`.
+
+    Attributes:
+      inverse: `EigenInverse()` (default) damps the Kronecker product exactly, with the lam of each step;
+        `CholeskyInverse()` damps each factor at its refresh, and costs less.
+    """
+
+    inverse: FactorInverse = EigenInverse()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EKFACOptions(KroneckerOptions):
+    """Keywords of `ekfac`."""
+
+
+@preset("K-FAC: Kronecker-factored Gauss-Newton, one block per layer.", KFACOptions)
+def kfac(options: KFACOptions) -> Method:
+    """K-FAC (Martens and Grosse 2015) with a trust region and momentum.
+
+    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    """
+    return _build(
+        options,
+        KFAC(
+            options.fisher,
+            options.sharing,
+            options.factor_decay,
+            options.factor_every,
+            options.inverse_every,
+            options.max_width,
+            options.inverse,
+        ),
+    )
+
+
+@preset("EKFAC: K-FAC's eigenvectors with measured curvature along them.", EKFACOptions)
+def ekfac(options: EKFACOptions) -> Method:
+    """EKFAC (George et al. 2018) with a trust region and momentum.
+
+    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    """
+    return _build(
+        options,
+        EKFAC(
+            options.fisher,
+            options.sharing,
+            options.factor_decay,
+            options.factor_every,
+            options.inverse_every,
+            options.max_width,
+        ),
+    )
+
+
+def _build(options: KroneckerOptions, preconditioner: KFAC | EKFAC) -> Method:
+    return options.build(
+        GaussNewton(options.model, options.loss),
+        Diagonal(options.beta1),
+        damping=options.damping,
+        preconditioner=preconditioner,
+        transform=options.transform,
+        telemetry=options.telemetry,
+    )

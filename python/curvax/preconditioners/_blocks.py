@@ -1,0 +1,185 @@
+"""What the block preconditioners share: averages of factors, their cadence, and the walk over the blocks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from curvax.estimators.base import check_count
+from curvax.loops import for_loop_body
+from curvax.preconditioners._diagonal import divide
+from curvax.structure.blocks import Blocks
+from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums
+from curvax.tree import PyTree
+
+if TYPE_CHECKING:
+    from curvax.curvature import Linearization, Metric
+    from curvax.curvature.base import Measure
+
+T = TypeVar("T")
+
+MAX_WIDTH = 8192
+"""Rows of the largest factor that is kept as a matrix."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorAverages:
+    """Running averages of factors, before bias correction; or, corrected, the factors themselves.
+
+    Attributes:
+      inputs: A per Kronecker block, (G, n, n), of an embedding (G, n).
+      outputs: B per Kronecker block, (G, m, m).
+      diagonal: per diagonal block, leaf-shaped.
+      count: refreshes in the average (int32).
+    """
+
+    inputs: list[jax.Array]
+    outputs: list[jax.Array]
+    diagonal: list[jax.Array]
+    count: jax.Array
+
+    @staticmethod
+    def zeros(blocks: Blocks) -> FactorAverages:
+        """No curvature seen."""
+        return FactorAverages(
+            [jnp.zeros(b.input_shape, blocks.dtype) for b in blocks.kronecker],
+            [jnp.zeros(b.output_shape, blocks.dtype) for b in blocks.kronecker],
+            [jnp.zeros(b.shape, blocks.dtype) for b in blocks.diagonal],
+            jnp.zeros((), jnp.int32),
+        )
+
+    def with_batch(self, sums: FactorSums, decay: float) -> FactorAverages:
+        """The averages with the factors of one more batch."""
+        mine = (self.inputs, self.outputs, self.diagonal)
+        averaged = averages(mine, (sums.means(), sums.outputs, sums.diagonal), decay)
+        return FactorAverages(averaged[0], averaged[1], averaged[2], self.count + 1)
+
+    def corrected(self, decay: float) -> FactorAverages:
+        """The factors: weighted means over the refreshes."""
+        factor = correction(self.count, decay)
+        scaled = jax.tree.map(lambda x: x * factor.astype(x.dtype), (self.inputs, self.outputs, self.diagonal))
+        return FactorAverages(scaled[0], scaled[1], scaled[2], self.count)
+
+    def mean_curvature(self, blocks: Blocks) -> jax.Array:
+        """Mean of the diagonal that the factors stand for, tr A tr B per block, over all entries."""
+        total = sum((jnp.sum(d) for d in self.diagonal), start=jnp.zeros((), blocks.dtype))
+        for a, b in zip(self.inputs, self.outputs, strict=True):
+            total = total + jnp.sum(trace(a) * trace(b))
+        return total / max(sum(map(math.prod, blocks.shapes)), 1)
+
+
+def averages(old: PyTree, new: PyTree, decay: float) -> PyTree:
+    """Decay old + (1 - decay) new, leaf by leaf."""
+    return jax.tree.map(lambda x, y: decay * x + (1 - decay) * y.astype(x.dtype), old, new)
+
+
+def correction(count: jax.Array, decay: float) -> jax.Array:
+    """What an average of `count` terms that started at zero is multiplied by to be a mean; 1 before any."""
+    dtype = jnp.result_type(float)
+    if decay == 0:
+        return jnp.ones((), dtype)
+    gathered = -jnp.expm1(math.log(decay) * jnp.maximum(count, 1).astype(dtype))
+    return jnp.where(count > 0, 1 / gathered, jnp.ones_like(gathered))
+
+
+def trace(matrices: jax.Array) -> jax.Array:
+    """Traces (G,) of (G, n, n), or of diagonals (G, n)."""
+    return jnp.sum(matrices if matrices.ndim == 2 else jnp.diagonal(matrices, axis1=-2, axis2=-1), axis=-1)
+
+
+def measured(
+    blocks: Blocks, linearization: Linearization, metric: Metric, key: jax.Array, sharing: WeightSharing
+) -> tuple[FactorSums, Callable[[Measure], PyTree]]:
+    """The sums of one batch, and the function that takes further measures of the same rows."""
+    if linearization.site_factors is None:
+        raise ValueError("Kronecker factors need the model's sites; linearize with `Needs(factors=True)`.")
+    total = linearization.site_factors(metric, key)
+    return total(lambda examples: factor_sums(blocks, examples, sharing)), total
+
+
+def when_due(due: jax.Array, always: bool, work: Callable[[], T], otherwise: Callable[[], T]) -> T:
+    """`work()` in the refreshes that are due."""
+    return work() if always else jax.lax.cond(due, for_loop_body(work), otherwise)
+
+
+def by_size(
+    function: Callable[[jax.Array], Sequence[jax.Array]], matrices: Sequence[jax.Array]
+) -> list[tuple[jax.Array, ...]]:
+    """`function` on stacks of square matrices, (G, n, n), one call per size n.
+
+    One call after another, each waiting for the one before: two batched LAPACK calls at once can block each other for
+    good on the CPU, where each waits for its share of one small thread pool.
+    """
+    sizes: dict[int, list[int]] = collections.defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        sizes[matrix.shape[-1]].append(index)
+    found: dict[int, tuple[jax.Array, ...]] = {}
+    before: jax.Array | None = None
+    for indices in sizes.values():
+        stacked = jnp.concatenate([matrices[i] for i in indices])
+        if before is not None:
+            stacked = stacked + before
+        results = function(stacked)
+        cuts = [sum(matrices[i].shape[0] for i in indices[:k]) for k in range(1, len(indices))]
+        parts = [jnp.split(x, cuts) for x in results]
+        found |= {i: tuple(part[k] for part in parts) for k, i in enumerate(indices)}
+        # Zero times a result: a sum that XLA cannot drop, since the result might not be finite.
+        before = jnp.zeros((), stacked.dtype) * jnp.sum(results[0].ravel()[:1])
+    return [found[i] for i in range(len(matrices))]
+
+
+def apply_blocks(
+    blocks: Blocks,
+    v: PyTree,
+    lam: jax.Array,
+    scale: jax.Array,
+    diagonal: Sequence[jax.Array],
+    inverse: Callable[[int, jax.Array], jax.Array],
+) -> PyTree:
+    """P^-1 v, block by block.
+
+    Args:
+      blocks: the blocks.
+      v: the vector.
+      lam: damping.
+      scale: mean curvature, in place of a curvature that is zero while there is no damping.
+      diagonal: curvature of the diagonal blocks.
+      inverse: (index of a Kronecker block, its entries (G, n, m)) -> the same of P^-1 v.
+    """
+    leaves, structure = jax.tree.flatten(v)
+    wide = [x.astype(blocks.dtype) for x in leaves]
+    found: list[jax.Array | None] = [None] * len(wide)
+    rest = {leaf: wide[leaf] for leaf in blocks.partial()}
+    for index, block in enumerate(blocks.kronecker):
+        entries = block.take(wide)
+        for leaf, part in block.put(inverse(index, entries)):
+            before = found[leaf]
+            found[leaf] = part if before is None else before + part
+        if block.leaf in rest:
+            rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
+    for block, d in zip(blocks.diagonal, diagonal, strict=True):
+        found[block.leaf] = divide(wide[block.leaf], d + lam, scale)
+    for leaf, idle in rest.items():
+        # No output depends on these entries: their curvature is zero.
+        other = divide(idle, jnp.broadcast_to(lam, idle.shape), scale)
+        before = found[leaf]
+        found[leaf] = other if before is None else before + other
+    kept = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, found, strict=True)]
+    return jax.tree.unflatten(structure, kept)
+
+
+def check_cadences(decay: float, every: int, inverse_every: int) -> None:
+    """Raises for settings that do not fit."""
+    check_count("every", every)
+    check_count("inverse_every", inverse_every)
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}.")
+    if inverse_every % every:
+        raise ValueError(f"inverse_every must be a multiple of every ({every}), got {inverse_every}.")

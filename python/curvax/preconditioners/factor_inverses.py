@@ -1,0 +1,229 @@
+"""How the inverse of a damped A kron B is held: by eigenvectors, or by inverses of damped factors.
+
+Factored damping (Martens and Grosse 2015, section 6.3) splits lam over the factors,
+
+    A kron B + lam I  ~  (A + pi sqrt(lam) I) kron (B + sqrt(lam) / pi I),   pi = sqrt((tr A / n) / (tr B / m)),
+
+which adds pi sqrt(lam) I kron B + sqrt(lam) / pi A kron I that was not asked for; this pi makes its trace norm least.
+With eigenvectors the damping of A kron B is exact, and follows lam without a new factorisation.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.preconditioners._blocks import by_size, trace
+from curvax.structure.blocks import Blocks, KroneckerBlock
+
+
+class FactorInverse(abc.ABC):
+    """A form of the inverse of A kron B + lam I, per block."""
+
+    @abc.abstractmethod
+    def init(self, block: KroneckerBlock, dtype: Any) -> Any:
+        """What is held of a block before any refresh."""
+
+    @abc.abstractmethod
+    def compute(
+        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+    ) -> list[Any]:
+        """What is held of all blocks, from factors A and B, at damping `lam`."""
+
+    @abc.abstractmethod
+    def apply(self, held: Any, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+        """The inverse on the entries (G, n, m) of a block, at damping `lam`.
+
+        Args:
+          held: as of `compute`.
+          lam: damping.
+          scale: mean curvature, in place of one that is zero while there is no damping.
+          v: the entries.
+        """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Eigen:
+    """Eigenvalues and eigenvectors of A and B.
+
+    Attributes:
+      input_values: (G, n).
+      input_vectors: (G, n, n), or `None` where A is a diagonal.
+      output_values, output_vectors: (G, m), (G, m, m).
+    """
+
+    input_values: jax.Array
+    input_vectors: jax.Array | None
+    output_values: jax.Array
+    output_vectors: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EigenInverse(FactorInverse):
+    """By eigenvectors: (A kron B + lam I)^-1 exactly, at the lam of each use.
+
+    Attributes:
+      factored: damp the factors as `CholeskyInverse` does, in place of their product. False by default: factored
+        damping is what one settles for where only inverses of the factors are at hand.
+    """
+
+    factored: bool = False
+
+    def init(self, block: KroneckerBlock, dtype: Any) -> Eigen:
+        """No curvature: zero values in the basis of the entries."""
+        groups, n, m = block.shape
+        vectors = None if block.embedding else identities(groups, n, dtype)
+        return Eigen(
+            jnp.zeros((groups, n), dtype), vectors, jnp.zeros((groups, m), dtype), identities(groups, m, dtype)
+        )
+
+    def compute(
+        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+    ) -> list[Eigen]:
+        """Eigendecompositions, one batched call per size."""
+        del blocks, lam
+        return eigen(inputs, outputs)
+
+    def apply(self, held: Eigen, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+        """Into the eigenbasis, divided by its damped values, and back."""
+        a, b = jnp.maximum(held.input_values, 0)[..., :, None], jnp.maximum(held.output_values, 0)[..., None, :]
+        if self.factored:
+            on_inputs, on_outputs = split_damping(jnp.mean(a, (-1, -2)), jnp.mean(b, (-1, -2)), lam)
+            denominators = (a + on_inputs[:, None, None]) * (b + on_outputs[:, None, None])
+        else:
+            denominators = damp(a * b, lam)
+        inside = into_basis(held.input_vectors, held.output_vectors, v)
+        return out_of_basis(held.input_vectors, held.output_vectors, divided(inside, denominators, scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inverses:
+    """Inverses of the damped factors: (G, n, n), where A is a diagonal (G, n), and (G, m, m)."""
+
+    inputs: jax.Array
+    outputs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CholeskyInverse(FactorInverse):
+    """By inverses of the damped factors, made by Cholesky: several times cheaper than eigenvectors.
+
+    Damping is factored, at the lam of the refresh that made the inverses. A factor that is singular to rounding is
+    damped by rounding at least.
+    """
+
+    def init(self, block: KroneckerBlock, dtype: Any) -> Inverses:
+        """The identity."""
+        groups, n, m = block.shape
+        inputs = jnp.ones((groups, n), dtype) if block.embedding else identities(groups, n, dtype)
+        return Inverses(inputs, identities(groups, m, dtype))
+
+    def compute(
+        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+    ) -> list[Inverses]:
+        """Cholesky factorisations, one batched call per size."""
+        damped: list[jax.Array] = []
+        for block, a, b in zip(blocks.kronecker, inputs, outputs, strict=True):
+            _, n, m = block.shape
+            on_inputs, on_outputs = split_damping(trace(a) / n, trace(b) / m, lam)
+            damped += [_damped(a, on_inputs), _damped(b, on_outputs)]
+        dense = [x for x in damped if x.ndim == 3]
+        inverted = iter(x for (x,) in by_size(lambda x: (_inverse(x),), dense))
+        found = [next(inverted) if x.ndim == 3 else 1 / x for x in damped]
+        return [Inverses(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
+
+    def apply(self, held: Inverses, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+        """A^-1 V B^-1."""
+        del lam, scale
+        left = held.inputs[..., None] * v if held.inputs.ndim == 2 else matmul(held.inputs, v)
+        return matmul(left, held.outputs)
+
+
+def eigen(inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[Eigen]:
+    """Eigendecompositions of all factors, one batched call per size."""
+    dense = [x for pair in zip(inputs, outputs, strict=True) for x in pair if x.ndim == 3]
+    pairs = iter(by_size(_eigh, dense))
+    found = []
+    for a, _ in zip(inputs, outputs, strict=True):
+        values, vectors = next(pairs) if a.ndim == 3 else (a, None)
+        found.append(Eigen(values, vectors, *next(pairs)))
+    return found
+
+
+def into_basis(u: jax.Array | None, v: jax.Array, x: jax.Array) -> jax.Array:
+    """U^T x V; `None` for the identity."""
+    return matmul(x if u is None else matmul(jnp.swapaxes(u, -1, -2), x), v)
+
+
+def out_of_basis(u: jax.Array | None, v: jax.Array, x: jax.Array) -> jax.Array:
+    """U x V^T."""
+    return matmul(x if u is None else matmul(u, x), jnp.swapaxes(v, -1, -2))
+
+
+def damp(curvature: jax.Array, lam: jax.Array) -> jax.Array:
+    """Eigenvalues (G, n, m) plus lam; what is below rounding, relative to the largest, is raised to it."""
+    level = rounding(curvature.dtype) * jnp.max(curvature, axis=(-1, -2), keepdims=True, initial=0)
+    return jnp.maximum(curvature, level) + lam
+
+
+def divided(x: jax.Array, denominators: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / denominators; one of 0 becomes `scale`, and 1 if that is 0 too."""
+    safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    return x / jnp.where(denominators > 0, denominators, safe)
+
+
+def split_damping(input_mean: jax.Array, output_mean: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """pi sqrt(lam) and sqrt(lam) / pi from the mean eigenvalues of A and B; pi is 1 where one of them is 0.
+
+    A lam below rounding, relative to the mean curvature, counts as rounding.
+    """
+    known = (input_mean > 0) & (output_mean > 0)
+    one = jnp.ones_like(input_mean)
+    pi = jnp.sqrt(jnp.where(known, input_mean, one) / jnp.where(known, output_mean, one))
+    root = jnp.sqrt(jnp.maximum(lam, rounding(input_mean.dtype) * input_mean * output_mean))
+    return pi * root, root / pi
+
+
+def rounding(dtype: Any) -> float:
+    """What an eigenvalue is known to, relative to the largest."""
+    return 10 * float(jnp.finfo(dtype).eps)
+
+
+def identities(groups: int, n: int, dtype: Any) -> jax.Array:
+    """(groups, n, n)."""
+    return jnp.tile(jnp.eye(n, dtype=dtype), (groups, 1, 1))
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Batched product in the full precision of the inputs."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=False)
+    return values, vectors
+
+
+def _damped(factor: jax.Array, damping: jax.Array) -> jax.Array:
+    """The factor plus a multiple of the identity that leaves it positive definite: 1 if there is nothing else."""
+    least = float(jnp.finfo(factor.dtype).eps) * trace(factor)
+    total = jnp.maximum(damping, least)
+    total = jnp.where(total > 0, total, jnp.ones_like(total))
+    if factor.ndim == 2:
+        return factor + total[:, None]
+    return factor + total[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+
+
+def _inverse(matrices: jax.Array) -> jax.Array:
+    """L^-T L^-1, symmetric up to rounding by construction."""
+    lower = jnp.linalg.cholesky(matrices, symmetrize_input=False)
+    identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
+    root = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return matmul(jnp.swapaxes(root, -1, -2), root)
