@@ -22,7 +22,7 @@ import numpy as np
 
 from curvax.structure.recognise import NONE, Structure
 from curvax.structure.sites import Bias, EmbeddingSite, Site
-from curvax.structure.views import Scale, Stacked, View, disjoint
+from curvax.structure.views import disjoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class KroneckerBlock:
     @property
     def scale(self) -> float:
         """The number that the leaf is multiplied with on its way to the site; the activations take it over."""
-        return _scale(self.site.views)
+        return self.site.factor
 
     def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The block's entries (G, n, m) of a vector given by its leaves."""
@@ -231,7 +231,7 @@ def _why(structure: Structure, leaf: int) -> str:
 
 
 def _of_leaf(leaf: int, indices: Sequence[int], sites: Sequence[Site]) -> list[KroneckerBlock]:
-    if any(_scale(site.views) == 0 for site in sites):
+    if any(site.factor == 0 for site in sites):
         return []
     first = sites[0]
     if len(sites) == 1:
@@ -245,13 +245,3 @@ def _of_leaf(leaf: int, indices: Sequence[int], sites: Sequence[Site]) -> list[K
 
 def _unscaled(x: jax.Array, scale: float) -> jax.Array:
     return x if scale == 1 else x * jnp.asarray(1 / scale, x.dtype)
-
-
-def _scale(views: Sequence[View]) -> float:
-    return math.prod(_factor(view) for view in views)
-
-
-def _factor(view: View) -> float:
-    if isinstance(view, Stacked):
-        return _factor(view.view)
-    return view.factor if isinstance(view, Scale) else 1.0
