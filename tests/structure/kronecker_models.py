@@ -49,6 +49,7 @@ class Problem:
 
         def run(params: PyTree) -> Any:
             at = self.curvature.linearize(params, self.evaluation, Needs(factors=True))
+            assert at.site_factors is not None
             return at.site_factors(metric, jax.random.key(seed))(measure)
 
         return quick_jit(run)(self.params)
@@ -62,9 +63,10 @@ class Problem:
         blocks = self.blocks
 
         def run(params: PyTree, keys: jax.Array) -> FactorSums:
-            at = self.curvature.linearize(params, self.evaluation, Needs(factors=True))
+            site_factors = self.curvature.linearize(params, self.evaluation, Needs(factors=True)).site_factors
+            assert site_factors is not None
             return jax.vmap(
-                lambda k: at.site_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND))
+                lambda k: site_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND))
             )(keys)
 
         return quick_jit(run)(self.params, jax.random.split(jax.random.key(0), count))

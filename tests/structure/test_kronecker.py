@@ -48,7 +48,8 @@ def regression(predict, params, *inputs, outputs=(3,), examples=5, **rest):
 def assert_blocks_exact(problem, sharing=EXPAND, kind="mse"):
     """All A kron B together are the blocks of the dense GGN."""
     blocks = problem.blocks
-    found = kronecker_matrix(blocks, *problem.factors(sharing), problem.params)
+    inputs, outputs = problem.factors(sharing)
+    found = kronecker_matrix(blocks, inputs, outputs, problem.params)
     expected = block_diagonal(problem.truth(kind).ggn, blocks, problem.params)
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
@@ -419,6 +420,7 @@ def test_microbatches_add_up(size):
     split = Microbatched(problem.curvature, size)
     assert split.blocks(problem.params, problem.evaluation) == blocks
     at = split.linearize(problem.params, problem.evaluation, Needs(factors=True))
+    assert at.site_factors is not None
     found = at.site_factors(GeneralizedGaussNewton(), jax.random.key(0))(
         lambda examples: factor_sums(blocks, examples, EXPAND)
     )
