@@ -5,6 +5,7 @@
 
 #include "cpu/batched_handlers.h"
 #include "cpu/diagonal.h"
+#include "cpu/gram.h"
 #include "cpu/simd.h"
 #include "cpu/tree_cg.h"
 #include "xla/ffi/api/c_api.h"
@@ -14,7 +15,7 @@ namespace nb = nanobind;
 namespace {
 
 // Counts changes of what the handlers take and give: python/curvax/ffi.py refuses a build of another number.
-constexpr int kOperands = 3;
+constexpr int kOperands = 4;
 
 nb::capsule Encapsulate(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
@@ -25,6 +26,7 @@ nb::dict Handlers() {
   handlers["curvax_dots"] = Encapsulate(curvax::DotsHandler);
   handlers["curvax_batched_cg"] = Encapsulate(curvax::BatchedCgHandler);
   handlers["curvax_batched_cholesky_solve"] = Encapsulate(curvax::BatchedCholeskySolveHandler);
+  handlers["curvax_gram_accumulate"] = Encapsulate(curvax::GramAccumulateHandler);
   handlers["curvax_diagonal_update"] = Encapsulate(curvax::DiagonalUpdateHandler);
   handlers["curvax_diagonal_accumulate"] = Encapsulate(curvax::DiagonalAccumulateHandler);
   return handlers;

@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "common/batched_operands.h"
 #include "cpu/batched.h"
+#include "cpu/large_cholesky.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
@@ -38,22 +38,6 @@ void ForEachRun(ffi::ThreadPool& pool, int64_t threads, int64_t systems, int64_t
   ParallelFor(pool, threads, (systems + run - 1) / run,
               [&](int64_t piece) { body(piece * run, std::min(systems, (piece + 1) * run)); });
 }
-
-struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-};
-
-// Uninitialised elements on a boundary of 64 bytes.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t elements)
-      : memory_(static_cast<T*>(::operator new(std::max<int64_t>(1, elements) * sizeof(T), std::align_val_t(64)))) {}
-  T* data() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<T, AlignedDelete> memory_;
-};
 
 // The matrix of a system with rows of whole vectors: the operand itself where its rows are, else a copy in `packed`.
 // Systems in turn that share a matrix share the copy.
@@ -198,7 +182,48 @@ ffi::Error BatchedCg(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
 // ---------------------------------------------------------------------------------------- batched_cholesky_solve
 
 template <typename T>
+void WriteEnd(const CholeskyCall& call, int64_t system, const CholeskyEnd<T>& end) {
+  Data<int32_t>(call.result)[system] = end.result;
+  Data<int32_t>(call.iterations)[system] = 0;
+  Data<T>(call.residual)[system] = end.residual;
+}
+
+// Systems begin .. end - 1, each in blocks on `threads` threads.
+template <typename T>
+void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, int64_t begin, int64_t end) {
+  const int64_t n = call.n;
+  Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
+  Matrices<T> widened(call, packed.data());
+  LargeCholesky<T> solver(pool, threads, n);
+  int64_t held = -1;
+  T damping = 0;
+  for (int64_t system = begin; system < end; ++system) {
+    const int64_t entry = call.matrices.broadcast.At(system);
+    const T own = *call.damping.Of<T>(system);
+    if (entry != held || own != damping) {
+      if (call.narrow)
+        solver.Factorise(widened.Of(system), Padded<T>(n), own);
+      else
+        solver.Factorise(call.matrices.Of<T>(system), n, own);
+    }
+    held = entry;
+    damping = own;
+    WriteEnd<T>(call, system, solver.Solve(call.rhs.Of<T>(system), Data<T>(call.value) + system * n));
+  }
+}
+
+// All threads share one system after the other where there are fewer systems than threads.
+template <typename T>
+void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) {
+  if (threads <= 0) threads = std::max<int64_t>(1, pool.num_threads());
+  if (call.systems < threads) return RunLarge<T>(pool, threads, call, 0, call.systems);
+  ForEachRun(pool, threads, call.systems, call.n * call.n * call.n / 6,
+             [&](int64_t begin, int64_t end) { RunLarge<T>(pool, 1, call, begin, end); });
+}
+
+template <typename T>
 void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) {
+  if (call.n >= KernelsOfPanels<T>().unknowns) return RunLarge<T>(pool, threads, call);
   const SystemKernels<T>& kernels = KernelsOfSystems<T>();
   const int64_t n = call.n, padded = Padded<T>(n);
   ForEachRun(pool, threads, call.systems, n * padded * (n / 6 + 4), [&](int64_t begin, int64_t end) {
@@ -216,11 +241,8 @@ void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& cal
       if (entry != held || problem.damping != damping) sound = kernels.factorise(problem);
       held = entry;
       damping = problem.damping;
-      const CholeskyEnd<T> done =
-          kernels.solve(problem, sound, call.rhs.Of<T>(system), Data<T>(call.value) + system * n);
-      Data<int32_t>(call.result)[system] = done.result;
-      Data<int32_t>(call.iterations)[system] = 0;
-      Data<T>(call.residual)[system] = done.residual;
+      const T* rhs = call.rhs.Of<T>(system);
+      WriteEnd<T>(call, system, kernels.solve(problem, sound, rhs, Data<T>(call.value) + system * n));
     }
   });
 }

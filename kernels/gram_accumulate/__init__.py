@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from curvax.kernels.gram_accumulate.api import GRAM_ACCUMULATE, OPS, gram_accumulate
+from curvax.kernels.gram_accumulate.api import GRAM_ACCUMULATE, OPS, gram_accumulate, gram_of_layers
 
-__all__ = ["GRAM_ACCUMULATE", "OPS", "gram_accumulate"]
+__all__ = ["GRAM_ACCUMULATE", "OPS", "gram_accumulate", "gram_of_layers"]

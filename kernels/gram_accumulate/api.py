@@ -17,34 +17,41 @@ B groups of R rows, N = B R, T positions, widths I (in) and O (out), F bytes per
 | rows formed first | N^2 I O + 2 N T I O | N^2 F + (B T I + N T O + 2 N I O) F |
 | explicit rows (no activations) of width O | N^2 O | N^2 F + N O F |
 
-The reference holds a panel of the product (a quarter of the rows) beside `gram`. The Triton kernel makes each tile of
-both products on chip and multiplies them there: neither goes to memory. It takes float32 operands apart into two TF32
-parts each, x = h + l with |l| <= 2^-11 |x| and a rest below 2^-22 |x|, and leaves out l l' alone of the four products:
-each product of two entries is off by at most 3 x 2^-22 of its magnitude, six times float32's own rounding, besides the
-float32 rounding of the sum (three sums per entry, each of at most 2^-23 per term).
+The reference holds a panel of the product (a quarter of the rows) beside `gram`. The C++ handler for CPUs packs the
+factors once and then makes each tile of both products in cache. Its sums are taken in the dtype of `gram`, 256 products
+at a time: each is off by at most 256 + width / 256 roundings of the sum of magnitudes. The Triton kernel makes each
+tile of both products on chip and multiplies them there: neither goes to memory. It takes float32 operands apart into
+two TF32 parts each, x = h + l with |l| <= 2^-11 |x| and a rest below 2^-22 |x|, and leaves out l l' alone of the four
+products: each product of two entries is off by at most 3 x 2^-22 of its magnitude, six times float32's own rounding,
+besides the float32 rounding of the sum (three sums per entry, each of at most 2^-23 per term).
 bfloat16 and float16 operands are exact in it.
 
-Batching: `jax.vmap` over any operand; the Triton kernel takes the batch as one more axis of its grid.
+Batching: `jax.vmap` over any operand; the Triton kernel takes the batch as one more axis of its grid, the C++ handler
+one member after the other.
 Partitioning: inside `jax.shard_map` with all axes manual each device adds its own rows or, with `against`, its rows
-against gathered ones. Outside, the reference is partitioned by XLA; the Triton kernel is not and with several devices
-is refused.
-Differentiation: none through the Triton kernel; the op stays off the differentiated path.
+against gathered ones. Outside, the reference is partitioned by XLA; kernel and handler are not and with several devices
+are refused.
+Differentiation: none through kernel or handler; the op stays off the differentiated path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
 from curvax.kernels._operands import arrays
-from curvax.kernels.gram_accumulate import reference, triton
-from curvax.kernels.gram_accumulate.factors import check_alike, form, formed_is_cheaper, rows
+from curvax.kernels.gram_accumulate import native, reference, triton
+from curvax.kernels.gram_accumulate.factors import BlockRows, block_rows, check_alike, form, formed_is_cheaper, rows
 
 GRAM_ACCUMULATE = Op(
     "gram_accumulate",
     (
         Variant("triton", triton.cannot, unmeasured_on_gpu, gain="lower-triangular tiles on tensor cores, one launch"),
+        Variant("native", native.cannot, native.better_not, gain="lower-triangular tiles, both products made in cache"),
         Variant("reference"),
     ),
 )
@@ -92,12 +99,80 @@ def gram_accumulate(
     if formed_is_cheaper(left, columns, triangle=right is None):
         left, right = form(left, gram.dtype), None if right is None else form(right, gram.dtype)
     request = Request.of(gram, left, right)
-    if select(GRAM_ACCUMULATE, implementation, request).implementation == "triton":
-        return triton.accumulate(gram, left, right, request.capability)
+    match select(GRAM_ACCUMULATE, implementation, request).implementation:
+        case "triton":
+            return triton.accumulate(gram, left, right, request.capability)
+        case "native":
+            return native.accumulate(gram, left, right)
     return reference.accumulate(gram, left, right)
 
 
-def _check_gram(gram: jax.Array, shape: tuple[int, int], *dtypes: np.dtype) -> None:
+def gram_of_layers(
+    layers: Sequence[tuple[jax.Array | None, jax.Array]],
+    dtype: np.dtype,
+    *,
+    implementation: Implementation | Choice | None = None,
+) -> jax.Array:
+    """The whole symmetric matrix of inner products of the rows of all layers, at least one.
+
+    What `gram_accumulate` makes of zeros layer by layer, mirrored; the native form takes each tile of the result
+    through all layers while it is in cache.
+
+    Args:
+      layers: activations (groups, blocks, positions, in) and cotangents (groups, blocks, rows, positions, out) of each;
+        None and (groups, blocks, rows, width) for explicit rows. Rows of different blocks do not meet.
+      dtype: of the result, float32 or float64; the layers' dtypes as for `gram_accumulate`.
+      implementation: None for the best supported one.
+
+    Returns:
+      (N, N) with N = groups x rows.
+
+    Raises:
+      Unsupported: the named implementation cannot run here.
+      TypeError: a dtype is not one of those.
+      ValueError: shapes do not belong together.
+    """
+    found = [block_rows(*arrays(*layer)) for layer in layers]
+    if not found:
+        raise ValueError("gram_accumulate: there are no layers: pass at least one")
+    total = found[0].total
+    gram = jax.ShapeDtypeStruct((total, total), np.dtype(dtype))
+    for layer in found:
+        _check_alike(layer, found[0])
+        _check_gram(gram, (layer.total, layer.total), layer.cotangents.dtype)
+    found = [layer for layer in found if all(x.size for x in jax.tree.leaves(layer))]
+    if not found:
+        return jnp.zeros(gram.shape, gram.dtype)
+    found = [_cheaper(layer, gram.dtype) for layer in found]
+    request = Request.of(gram, found)
+    match select(GRAM_ACCUMULATE, implementation, request).implementation:
+        case "triton":
+            return triton.gram_of_layers(found, gram.dtype, request.capability)
+        case "native":
+            return native.gram_of_layers(found, gram.dtype)
+    return reference.gram_of_layers(found, gram.dtype)
+
+
+def _cheaper(layer: BlockRows, dtype: np.dtype) -> BlockRows:
+    """The layer with its rows formed where that is cheaper."""
+    one = jax.eval_shape(lambda: layer.first)
+    if not formed_is_cheaper(one, one, triangle=True):
+        return layer
+    made = jax.vmap(lambda rows: form(rows, dtype), in_axes=1, out_axes=1)(layer.as_rows)
+    return BlockRows(made.activations, made.cotangents)
+
+
+def _check_alike(layer: BlockRows, first: BlockRows) -> None:
+    groups, of_group = (layer.cotangents.shape[axis] for axis in (0, 2))
+    expected = tuple(first.cotangents.shape[axis] for axis in (0, 2))
+    if (groups, of_group) != expected:
+        raise ValueError(
+            f"gram_accumulate: a layer has (groups, rows) {(groups, of_group)} and the first {expected}: "
+            "they must be equal"
+        )
+
+
+def _check_gram(gram: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, int], *dtypes: np.dtype) -> None:
     if gram.shape != shape:
         raise ValueError(f"gram_accumulate: gram has shape {gram.shape}, and rows by rows are {shape}")
     if str(gram.dtype) not in ("float32", "float64"):

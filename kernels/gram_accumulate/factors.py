@@ -55,11 +55,73 @@ class Rows:
         return self.cotangents.shape[3]
 
 
-def rows(name: str, activations: jax.Array | None, cotangents: jax.Array) -> Rows:
-    """The operands `<name>activations` and `<name>cotangents` of a call, checked, with a position axis."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockRows:
+    """Rows of a layer of several blocks (groups of a convolution, say): of different blocks they do not meet.
+
+    Attributes:
+      activations: (groups, blocks, positions, in), or None.
+      cotangents: (groups, blocks, rows, positions, out).
+    """
+
+    activations: jax.Array | None
+    cotangents: jax.Array
+
+    @staticmethod
+    def of(rows: Rows) -> BlockRows:
+        """The rows as one block."""
+        activations = None if rows.activations is None else rows.activations[:, None]
+        return BlockRows(activations, rows.cotangents[:, None])
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.cotangents.shape[0] * self.cotangents.shape[2]
+
+    @property
+    def first(self) -> Rows:
+        """Those of the first block."""
+        return Rows(None if self.activations is None else self.activations[:, 0], self.cotangents[:, 0])
+
+    @property
+    def as_rows(self) -> Rows:
+        """Those of each block, with the blocks on axis 1."""
+        return Rows(self.activations, self.cotangents)
+
+    def by_block(self) -> Rows:
+        """Those of each block, with the blocks in front."""
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), self.as_rows)
+
+
+def block_rows(activations: jax.Array | None, cotangents: jax.Array) -> BlockRows:
+    """The operands of a layer, checked, with all axes."""
+    _check_dtypes("", activations, cotangents)
+    if activations is None:
+        if cotangents.ndim != 4:
+            raise ValueError(
+                "gram_accumulate: cotangents without activations are explicit rows (groups, blocks, rows, width), "
+                f"got shape {cotangents.shape}"
+            )
+        return BlockRows(None, cotangents[:, :, :, None, :])
+    of_cotangents = tuple(cotangents.shape[axis] for axis in (0, 1, 3)) if cotangents.ndim == 5 else None
+    if activations.ndim != 4 or activations.shape[:3] != of_cotangents:
+        raise ValueError(
+            "gram_accumulate: activations must be (groups, blocks, positions, in) beside cotangents (groups, blocks, "
+            f"rows, positions, out), got {activations.shape} and {cotangents.shape}"
+        )
+    return BlockRows(activations, cotangents)
+
+
+def _check_dtypes(name: str, activations: jax.Array | None, cotangents: jax.Array) -> None:
     for what, array in (("activations", activations), ("cotangents", cotangents)):
         if array is not None and str(array.dtype) not in ROW_DTYPES:
             raise TypeError(f"gram_accumulate: {name}{what} are {array.dtype}: pass one of {', '.join(ROW_DTYPES)}")
+
+
+def rows(name: str, activations: jax.Array | None, cotangents: jax.Array) -> Rows:
+    """The operands `<name>activations` and `<name>cotangents` of a call, checked, with a position axis."""
+    _check_dtypes(name, activations, cotangents)
     if activations is None:
         if cotangents.ndim != 3:
             raise ValueError(

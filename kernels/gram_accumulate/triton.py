@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from curvax.kernels._dispatch import Request
 from curvax.kernels._vary import vary_alike
 from curvax.kernels.gram_accumulate import reference
-from curvax.kernels.gram_accumulate.factors import Rows
+from curvax.kernels.gram_accumulate.factors import BlockRows, Rows
+from curvax.kernels.gram_accumulate.whole import layer_by_layer
 
 # tl.dot takes no less than 16 rows.
 _LEAST_DOT = 16
@@ -112,6 +113,11 @@ def accumulate(gram: jax.Array, left: Rows, right: Rows | None, capability: tupl
         return reference.accumulate(first, rows, None if triangle else others)
 
     return jax.lax.platform_dependent(*vary_alike(leaves), cuda=by_triton, default=by_reference)
+
+
+def gram_of_layers(layers: Sequence[BlockRows], dtype: np.dtype, capability: tuple[int, int] | None) -> jax.Array:
+    """See `api.gram_of_layers`: a launch per layer and block."""
+    return layer_by_layer(layers, dtype, lambda gram, rows: accumulate(gram, rows, None, capability))
 
 
 def _call(axes: int, triangle: bool, capability: tuple[int, int] | None, structure: Any) -> Callable[..., jax.Array]:

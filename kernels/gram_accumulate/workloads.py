@@ -48,6 +48,7 @@ class Workload:
 WORKLOADS = (
     Workload("batch 128 x 10, 785 to 256", 128, 10, 785, 256, note="first layer of an MLP on MNIST, bias included"),
     Workload("batch 128 x 1, 785 to 256", 128, 1, 785, 256, note="the same with one output"),
+    Workload("batch 128 x 9, 785 to 256", 128, 9, 785, 256, note="the same with softmax rows, one less than classes"),
     Workload("batch 32 x 10, 785 to 256", 32, 10, 785, 256, note="the same with a small batch"),
     Workload("batch 64 x 4, 4 positions of 256 to 256", 64, 4, 256, 256, positions=4, note="a layer over 4 tokens"),
     Workload("batch 2048 x 1, 1024 to 1024", 2048, 1, 1024, 1024, note="regression with a large batch"),

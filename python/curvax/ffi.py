@@ -52,7 +52,7 @@ _MODULES: Mapping[Platform, _Module] = {
 }
 
 # What the handlers take and give, as csrc/module_cpu.cc and csrc/module_cuda.cc count its changes.
-_OPERANDS: Mapping[Platform, int] = {"cpu": 3, "cuda": 2}
+_OPERANDS: Mapping[Platform, int] = {"cpu": 4, "cuda": 2}
 _lock = threading.Lock()
 _statuses: dict[Platform, Status] = {}
 

@@ -25,10 +25,12 @@ THREADS = "thread"
 
 
 # What a program needs beside its own source: sources under csrc/, and sanitizers other than MEMORY.
+PANELS = ("batched", "batched_handlers", "gram", "large_cholesky", "panels")
 SOURCES = {
     "test_diagonal_handlers": ("cpu/diagonal.cc", "cpu/diagonal_simd.cc", "cpu/simd.cc"),
     "test_handlers": ("cpu/tree_cg.cc", "cpu/simd.cc"),
-    "test_threads": ("cpu/tree_cg.cc", "cpu/simd.cc"),
+    "test_panels": (*(f"cpu/{name}.cc" for name in PANELS), "cpu/simd.cc"),
+    "test_threads": (*(f"cpu/{name}.cc" for name in PANELS), "cpu/tree_cg.cc", "cpu/simd.cc"),
 }
 SANITIZERS = {"test_threads": THREADS}
 PROGRAMS = sorted(path.stem for path in HERE.glob("test_*.cc"))

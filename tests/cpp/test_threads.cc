@@ -9,6 +9,8 @@
 
 #include "call_frame.h"
 #include "check.h"
+#include "cpu/batched_handlers.h"
+#include "cpu/gram.h"
 #include "cpu/parallel.h"
 #include "cpu/tree_cg.h"
 
@@ -93,11 +95,39 @@ void TestHandlers() {
   for (const Update& call : calls) CHECK(call.Same(one), "handlers disturb each other");
 }
 
+// One large system, whose block columns wait for each other, and a Gram matrix in tiles.
+void TestBlocks() {
+  const int64_t n = 300;
+  const Buffer matrix = Filled({1, n, n}, 0), rhs = Filled({1, n}, 1), damping = Filled({1}, 2 * n);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) matrix.as<float>()[j * n + i] = matrix.as<float>()[i * n + j];
+  const Buffer activations = Filled({40, 1, 1, 3}, 0), cotangents = Filled({40, 1, 5, 1, 4}, 1);
+  std::vector<Buffer> values, grams;
+  for (int64_t threads : {1, 2, 4}) {
+    values.push_back(Filled({1, n}, 0));
+    const std::vector<Buffer> results = {values.back(), Buffer(DataType::S32, {1}), Buffer(DataType::S32, {1}),
+                                         Filled({1}, 0)};
+    CHECK(!Call(BatchedCholeskySolveHandler, {matrix, rhs, damping}, results, threads, 4), "a large system");
+    grams.push_back(Filled({200, 200}, 0));
+    CHECK(!Call(GramAccumulateHandler, {activations, cotangents}, {grams.back()},
+                {{"scaled", {1}, call_frame::Attribute::kIntegers},
+                 {"start", {0}},
+                 {"against", {0}},
+                 {"mirror", {1}},
+                 {"threads", {threads}}},
+                4),
+          "a Gram matrix");
+    CHECK(std::memcmp(values[0].data, values.back().data, 4 * n) == 0, "a system depends on the threads");
+    CHECK(std::memcmp(grams[0].data, grams.back().data, 4 * 200 * 200) == 0, "a matrix depends on the threads");
+  }
+}
+
 }  // namespace
 }  // namespace curvax
 
 int main() {
   curvax::TestParallelFor();
   curvax::TestHandlers();
+  curvax::TestBlocks();
   std::puts("ok");
 }

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,10 +27,11 @@ jax.config.update("jax_enable_x64", True)
 
 # What every refusal says after the op's name: a count, a shape or a dtype, and what would fit.
 SENTENCE = re.compile(
-    r"curvax (cg_update|cg_direction|dots): ("
+    r"curvax (cg_update|cg_direction|dots|gram_accumulate|batched_cholesky_solve): ("
     r"got \d+ (operands|results).*, expected .*"
     r"|(operand|result) \d+ has (shape \(.*\)|dtype \w+), expected .*"
     r"|dtype \w+ is not supported; use F32 or F64"
+    r"|result 0 is a scalar, expected \(\.\.\., n\)"
     r"|leaf \d+ of shape \(.*\) does not begin with the batch axes \(.*\) of the scalar)"
 )
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 1e18)
@@ -41,12 +42,17 @@ Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Call:
-    """A foreign call and its answer: per result the float64 value and the sum of the magnitudes that make it up."""
+    """A foreign call and its answer: per result the float64 value and the sum of the magnitudes that make it up.
+
+    Of a result that is `lower` only the lower triangle is said.
+    """
 
     target: str
     operands: list[np.ndarray]
     results: list[jax.ShapeDtypeStruct]
     answer: Callable[[list[np.ndarray]], list[Answer]]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    lower: bool = False
 
 
 def total(terms: list[np.ndarray]) -> Answer:
@@ -64,6 +70,19 @@ def product(batch: tuple[int, ...], a: list[np.ndarray], b: list[np.ndarray]) ->
 
 def wide(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float64)
+
+
+def meet(a: Any, d: Any, b: Any, e: Any) -> np.ndarray:
+    """Inner products of the rows of (a, d) with those of (b, e), a pair of axes for examples and one for rows."""
+    inner = np.einsum("...xgrto,...ygsuo->...gtuxrys", wide(d), wide(e))
+    if a is not None:
+        inner *= np.einsum("...xgti,...ygui->...gtuxy", wide(a), wide(b))[..., :, None, :, None]
+    return inner.sum((-7, -6, -5))
+
+
+def mirrored(lower: np.ndarray) -> np.ndarray:
+    """What stands below the diagonal, above it."""
+    return np.swapaxes(np.tril(lower, -1), -1, -2)
 
 
 class Maker:
@@ -85,6 +104,87 @@ class Maker:
         return values
 
     def call(self) -> Call:
+        return (self.vectors, self.gram, self.systems)[self.rng.choice(3, p=(0.6, 0.25, 0.15))]()
+
+    def gram(self) -> Call:
+        """Layers of factors, of one side or two, with or without what they are added to."""
+        dtype = (np.float32, np.float64)[self.rng.integers(2)]
+        batch = ((), (2,), (0,))[self.rng.choice(3, p=(0.7, 0.2, 0.1))]
+        examples, others = self.rng.choice([0, 1, 3, 30, 70], 2)
+        per = int(self.rng.choice([1, 2, 9]))
+        start, against, mirror = self.rng.integers(0, 2, 3)
+        others = int(others if against else examples)
+        operands: list[np.ndarray] = []
+        made, scaled = [], []
+        shape = (*batch, int(examples) * per, others * per)
+        if start:
+            operands.append(self.array(shape, dtype))
+        for _ in range(self.rng.integers(1, 4)):
+            blocks, positions = (int(n) for n in self.rng.integers(1, 3, 2))
+            into, out = (int(n) for n in self.rng.choice([0, 1, 5, 300], 2, p=(0.1, 0.4, 0.4, 0.1)))
+            scaled.append(int(self.rng.integers(2)))
+            sides = []
+            for count in (int(examples), others)[: 1 + against]:
+                a = self.array((*batch, count, blocks, positions, into), dtype) if scaled[-1] else None
+                d = self.array((*batch, count, blocks, per, positions, out), dtype)
+                operands += [d] if a is None else [a, d]
+                sides.append((a, d))
+            made.append(sides)
+        given = list(operands)
+
+        def answer(results: list[np.ndarray]) -> list[Answer]:
+            del results
+            terms = [wide(given[0]) if start else np.zeros(shape)]
+            sizes = [abs(terms[0])]
+            for sides in made:
+                (a, d), (b, e) = sides[0], sides[-1]
+                terms.append(meet(a, d, b, e).reshape(shape))
+                sizes.append(meet(*(None if x is None else abs(x) for x in (a, d, b, e))).reshape(shape))
+            total, size = np.sum(terms, axis=0), np.sum(sizes, axis=0)
+            if not against:
+                total, size = np.tril(total), np.tril(size)
+            if mirror and not against:
+                total, size = total + mirrored(total), size + mirrored(size)
+            return [(total, size)]
+
+        attributes = {
+            "scaled": np.asarray(scaled, np.int64),
+            **{k: np.int64(v) for k, v in (("start", start), ("against", against), ("mirror", mirror))},
+        }
+        lower = not against and not mirror
+        return Call("curvax_gram_accumulate", operands, [jax.ShapeDtypeStruct(shape, dtype)], answer, attributes, lower)
+
+    def systems(self) -> Call:
+        """Systems that are nearly diagonal, the matrices shared or not."""
+        dtype = (np.float32, np.float64)[self.rng.integers(2)]
+        batch = ((), (3,), (2, 2), (0,))[self.rng.integers(4)]
+        own = batch if self.rng.random() < 0.5 else (1,) * len(batch)
+        n = int(self.rng.choice([0, 1, 5, 33, 130, 270]))
+        half = self.rng.standard_normal((*own, n, n))
+        matrices = np.asarray(half + np.swapaxes(half, -1, -2) + 6 * math.sqrt(n + 1) * np.eye(n), dtype)
+        rhs = self.array((*batch, n), dtype)
+        damping = np.full((1,) * len(batch), self.rng.random(), dtype)
+        results = [
+            jax.ShapeDtypeStruct((*batch, n), dtype),
+            *[jax.ShapeDtypeStruct(batch, np.int32)] * 2,
+            jax.ShapeDtypeStruct(batch, dtype),
+        ]
+
+        def answer(results: list[np.ndarray]) -> list[Answer]:
+            a = wide(matrices) + wide(damping)[..., None, None] * np.eye(n)
+            finite = np.all(np.isfinite(wide(rhs)), axis=-1)
+            x = np.linalg.solve(
+                np.broadcast_to(a, (*batch, n, n)), np.where(finite[..., None], wide(rhs), 0)[..., None]
+            )
+            x = np.where(finite[..., None], x[..., 0], np.nan)
+            size = np.broadcast_to(np.linalg.norm(x, axis=-1, keepdims=True), x.shape)
+            code = np.where(finite, 0.0, 4.0)
+            return [(x, size), (code, code), (0 * code, 0 * code), (wide(results[3]), code)]
+
+        return Call("curvax_batched_cholesky_solve", [matrices, rhs, damping], results, answer)
+
+    def vectors(self) -> Call:
+        """The vector work of conjugate gradients."""
         dtype = (np.float32, np.float64)[self.rng.integers(2)]
         batch = ((), (3,), (2, 2), (0,))[self.rng.choice(4, p=(0.6, 0.2, 0.15, 0.05))]
         shapes = [batch + shape for shape in self.shapes()]
@@ -165,6 +265,8 @@ def close(got: np.ndarray, answer: Answer) -> bool:
     Where something overflows on the way, a sum may end as an infinity, as no number or as a number: nothing is asked.
     """
     want, magnitude = answer
+    if got.dtype == np.int32:
+        return bool(np.all(got == want))
     info = np.finfo(got.dtype)
     with np.errstate(all="ignore"):
         near = abs(got - want) <= 64 * float(info.eps) * magnitude + 1e6 * float(info.tiny)
@@ -176,9 +278,10 @@ def run(call: Call) -> list[np.ndarray] | None:
     """The results of a call; None if it was refused."""
     try:
         results = jax.ffi.ffi_call(call.target, call.results)(
-            *map(jax.numpy.asarray, call.operands), threads=np.int64(0)
+            *map(jax.numpy.asarray, call.operands), threads=np.int64(0), **call.attributes
         )
-        return [np.asarray(result) for result in jax.block_until_ready(results)]
+        found = [np.asarray(result) for result in jax.block_until_ready(results)]
+        return [np.tril(result) for result in found] if call.lower else found
     except jax.errors.JaxRuntimeError as error:
         if not SENTENCE.search(str(error)):
             raise AssertionError(f"not a sentence: {error}") from error

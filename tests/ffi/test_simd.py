@@ -12,9 +12,11 @@ import pytest
 from curvax import ffi
 
 TESTS = Path(__file__).resolve().parents[1]
-FILES = ("batched_cg", "batched_cholesky_solve", "diagonal_update", "tree_cg")
+FILES = ("batched_cg", "batched_cholesky_solve", "diagonal_update", "gram_accumulate", "tree_cg")
 # The values of every native op at small and odd sizes: what needs large ones is not about instructions.
-SELECTED = "native and (test_solutions or test_outcomes or test_rules_and_dtypes or (odd and Values))"
+TESTS_OF_VALUES = ("test_solutions", "test_outcomes", "test_rules_and_dtypes", "odd and Values")
+TILES = "test_lower_triangle and float and tile"
+SELECTED = f"native and ({' or '.join(f'({name})' for name in (*TESTS_OF_VALUES, TILES))})"
 
 
 def run(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -25,6 +25,9 @@ from curvax.kernels import Implementation
 from curvax.kernels.batched_cholesky_solve import BatchedSolution, batched_cholesky_solve, native
 from curvax.solvers import Result
 
+# Systems and how many: of block columns on the CPU, with few systems all threads on each.
+LARGE = ((7, 5), (255, 1), (257, 3), (257, 0), (1000, 1))
+
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -49,7 +52,7 @@ def solve(
 
 
 @over_implementations
-@pytest.mark.parametrize(("n", "batch"), [*((n, 5) for n in SIZES), (33, 0), (33, 1)])
+@pytest.mark.parametrize(("n", "batch"), [*((n, 5) for n in SIZES), (33, 0), (33, 1), *LARGE])
 def test_solutions(n: int, batch: int, implementation: Implementation, dtype: Any) -> None:
     a, b = positive((batch,), n), vectors(batch, n)
     found = solve(implementation, a, b, dtype=dtype)
@@ -67,7 +70,7 @@ def test_solutions(n: int, batch: int, implementation: Implementation, dtype: An
 
 
 @over_implementations
-@pytest.mark.parametrize("n", [1, 5, 33, 100])
+@pytest.mark.parametrize("n", [1, 5, 33, 100, 300])
 def test_outcomes(n: int, implementation: Implementation, dtype: Any) -> None:
     """Systems of every kind in one batch; none touches another."""
     good = positive((), n, 50.0)
@@ -144,6 +147,14 @@ class TestBatches:
         found = solve(implementation, a, b)
         np.testing.assert_allclose(found.value, exact(a, b), rtol=1e-4, atol=1e-4)
 
+    def test_large_systems_that_share_a_matrix(self, implementation: Implementation, dtype: Any) -> None:
+        """The right-hand sides of one matrix, and of the same with another damping."""
+        a, b = positive((), 270, 10.0), vectors(2, 3, 270)
+        lam = np.asarray([[0.0], [0.5]], dtype)
+        found = solve(implementation, a, b, dtype=dtype, damping=lam)
+        want = exact(a + lam[..., None, None].astype(np.float64) * np.eye(270), b)
+        np.testing.assert_allclose(found.value, want, rtol=0, atol=200 * eps(dtype) * np.max(abs(want)))
+
     def test_vmap(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation)
         a, b = jnp.asarray(positive((3, 2), 9, 10.0), jnp.float32), jnp.asarray(vectors(3, 2, 9), jnp.float32)
@@ -168,9 +179,10 @@ class TestBatches:
         sharded = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(along, along), out_specs=along))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), sharded(a, b), jax.jit(own)(a, b))
 
-    def test_bfloat16_matrices_are_widened(self, implementation: Implementation) -> None:
+    @pytest.mark.parametrize("n", [16, 261])
+    def test_bfloat16_matrices_are_widened(self, n: int, implementation: Implementation) -> None:
         skip_unless_supported(implementation)
-        a, b = jnp.asarray(positive((3,), 16, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, 16), jnp.float32)
+        a, b = jnp.asarray(positive((3,), n, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, n), jnp.float32)
         found = batched_cholesky_solve(a, b, implementation=implementation)
         assert found.value.dtype == jnp.float32
         np.testing.assert_allclose(found.value, exact(np.asarray(a, np.float64), np.asarray(b)), rtol=1e-3, atol=1e-3)
@@ -180,13 +192,13 @@ class TestBatches:
         assert np.all(found.result == Result.CONVERGED)
 
 
-@pytest.mark.parametrize("n", [7, 64])
-def test_native_does_not_depend_on_threads(n: int) -> None:
+@pytest.mark.parametrize(("n", "count"), [(7, 37), (64, 37), (300, 1), (300, 5)])
+def test_native_does_not_depend_on_threads(n: int, count: int) -> None:
     skip_unless_supported("native")
-    a, b = jnp.asarray(positive((37,), n), jnp.float32), jnp.asarray(vectors(37, n), jnp.float32)
-    want = native.solve(a, b, jnp.zeros((1,)), (37,), threads=1)
+    a, b = jnp.asarray(positive((count,), n), jnp.float32), jnp.asarray(vectors(count, n), jnp.float32)
+    want = native.solve(a, b, jnp.zeros((1,)), (count,), threads=1)
     for threads in (0, 2, 3, 8):
-        got = native.solve(a, b, jnp.zeros((1,)), (37,), threads=threads)
+        got = native.solve(a, b, jnp.zeros((1,)), (count,), threads=threads)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from curvax.kernels import Implementation, Request, Unsupported
-from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE, api, gram_accumulate
-from curvax.kernels.gram_accumulate.factors import formed_is_cheaper, rows
+from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE, gram_accumulate, gram_of_layers, native
+from curvax.kernels.gram_accumulate.factors import Rows, formed_is_cheaper, rows
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "triton")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "triton", "native")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,10 @@ CASES = {
     "positions_kept": Case(11, 2, 40, 6, positions=3),
     "positions_formed": Case(5, 2, 4, 6, positions=9),
     "one_position": Case(5, 2, 4, 6, positions=1),
+    "one_less_than_a_tile": Case(255, 1, 3, 5),
+    "one_more_than_a_tile": Case(257, 1, 5, 3),
+    "examples_across_tiles": Case(111, 9, 13, 8),
+    "several_sums": Case(10, 3, 600, 513),
     "no_groups": Case(0, 3, 4, 5),
     "no_entries": Case(3, 2, 0, 5),
     "no_cotangent_entries": Case(3, 2, 4, 0),
@@ -99,12 +103,12 @@ def skip_unless_supported(implementation: Implementation, *operands: Any) -> Non
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["float32", "float64", "bfloat16"])
+@pytest.fixture(params=["float32", "float64", "bfloat16", "float16"])
 def dtypes(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Of the sum and of the rows."""
     if request.param == "float64":
         request.getfixturevalue("x64")
-    return jnp.dtype("float32" if request.param == "bfloat16" else request.param), jnp.dtype(request.param)
+    return jnp.dtype("float32" if request.param.endswith("16") else request.param), jnp.dtype(request.param)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -142,6 +146,89 @@ class TestValues:
         rows, size = np.concatenate([x, y], 1), np.concatenate([x_size, y_size], 1)
         error = np.tril(np.abs(np.asarray(both(gram), np.float64) - rows @ rows.T))
         assert np.all(error <= 64 * float(jnp.finfo(jnp.float32).eps) * (size @ size.T))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A layer of several blocks; `into` None for explicit rows."""
+
+    blocks: int
+    into: int | None
+    out: int
+    positions: int = 1
+
+    def make(self, seed: int, dtype: Any, groups: int, per_group: int) -> tuple[Any, Any]:
+        rng = np.random.default_rng(seed)
+        at = () if self.into is None else (self.positions,)
+        d = jnp.asarray(rng.standard_normal((groups, self.blocks, per_group, *at, self.out)), dtype)
+        if self.into is None:
+            return None, d
+        return jnp.asarray(rng.standard_normal((groups, self.blocks, self.positions, self.into)), dtype), d
+
+
+LAYERS = {
+    "one": [Blocks(1, 5, 4)],
+    "dense": [Blocks(1, 40, 33), Blocks(1, 34, 3), Blocks(1, None, 7)],
+    "blocks": [Blocks(3, 4, 5, positions=2), Blocks(2, None, 6), Blocks(1, 3, 8, positions=2)],
+    "formed": [Blocks(1, 2, 3, positions=9), Blocks(2, 2, 3, positions=9)],
+    "empty": [Blocks(1, 0, 3), Blocks(1, 4, 3), Blocks(1, None, 0)],
+    "nothing": [Blocks(1, 0, 3)],
+}
+
+
+def rows_of_layers(layers: Any) -> tuple[np.ndarray, np.ndarray]:
+    """As `explicit`, the entries of all blocks and layers side by side."""
+    found = []
+    for a, d in layers:
+        for block in range(d.shape[1]):
+            found.append(explicit(None if a is None else a[:, block], d[:, block]))
+    rows, sizes = zip(*found, strict=True)
+    return np.concatenate(rows, 1), np.concatenate(sizes, 1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestWhole:
+    @pytest.mark.parametrize(("groups", "per_group"), [(1, 1), (23, 3), (70, 4)])
+    @pytest.mark.parametrize("case", LAYERS)
+    def test_values(
+        self, case: str, groups: int, per_group: int, implementation: Implementation, dtypes: tuple[Any, Any]
+    ) -> None:
+        layers = [layer.make(seed, dtypes[1], groups, per_group) for seed, layer in enumerate(LAYERS[case])]
+        skip_unless_supported(implementation, jnp.zeros((2, 2), dtypes[0]), layers)
+        call = partial(gram_of_layers, dtype=dtypes[0], implementation=implementation)
+        got = np.asarray(jax.jit(call)(layers))
+        rows, size = rows_of_layers(layers)
+        assert got.shape == (groups * per_group,) * 2 and got.dtype == dtypes[0]
+        assert np.all(abs(got - rows @ rows.T) <= 64 * float(jnp.finfo(dtypes[0]).eps) * (size @ size.T))
+        np.testing.assert_array_equal(got, got.T)
+
+    def test_vmap(self, implementation: Implementation) -> None:
+        many = [
+            [layer.make(seed + 9 * s, jnp.float32, 5, 2) for seed, layer in enumerate(LAYERS["dense"])] for s in (0, 1)
+        ]
+        skip_unless_supported(implementation, jnp.zeros((2, 2), jnp.float32))
+        call = jax.jit(partial(gram_of_layers, dtype=np.dtype(np.float32), implementation=implementation))
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
+        got = jax.jit(jax.vmap(call))(stacked)
+        for i in (0, 1):
+            np.testing.assert_allclose(got[i], call(many[i]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["odd", "several_tiles", "positions_kept", "examples_across_tiles"])
+def test_native_does_not_depend_on_threads(case: str) -> None:
+    gram = CASES[case].gram(2, jnp.float32)
+    skip_unless_supported("native", gram)
+    left, right = (rows("", *CASES[case].make(seed, jnp.float32)) for seed in (1, 2))
+
+    def call(right: Rows | None, threads: int) -> np.ndarray:
+        return np.asarray(native.accumulate(gram, left, right, threads=threads))
+
+    for other in (None, right):
+        # Tiles are cut by the number of threads, sums are not.
+        want = call(other, 1)
+        for threads in (2, 3, 8):
+            got = call(other, threads)
+            np.testing.assert_array_equal(*((want, got) if other is not None else (np.tril(want), np.tril(got))))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -221,12 +308,15 @@ def test_reference_takes_half_the_products() -> None:
 
 
 def test_probe_names_what_stands_in_the_way() -> None:
-    cannot = api.GRAM_ACCUMULATE.variants[0].cannot
+    cannot = GRAM_ACCUMULATE.variants[0].cannot
     f32, f64 = (np.dtype(np.float32),), (np.dtype(np.float64),)
     assert "NVIDIA GPUs, and this is cpu" in str(cannot(Request("cpu", 1, f32, ())))
     assert "this device's is 7.5" in str(cannot(Request("gpu", 1, f32, (), (7, 5))))
     assert "these operands are float64" in str(cannot(Request("gpu", 1, f64, (), (9, 0))))
     assert "there are 4 devices" in str(cannot(Request("gpu", 4, f32, (), (9, 0))))
+    assert "runs on cpu, and this is gpu" in str(native.cannot(Request("gpu", 1, f32, (), (9, 0))))
+    assert "there are 4 devices" in str(native.cannot(Request("cpu", 4, f32, ())))
+    assert "below 8 rows, and these are 7" in str(native.better_not(Request("cpu", 1, f32, ((7, 7),))))
 
 
 def test_cross_lowering_takes_the_reference() -> None:
@@ -253,6 +343,15 @@ def test_errors(x64: None) -> None:
     assert gram_accumulate(*listed).shape == (6, 6)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="have 4 entries per activation and those they meet 3"):
         gram_accumulate(gram, a, d, against=(a[:, :3], d))
+    layers: list[tuple[Any, str]] = [
+        ([], "there are no layers: pass at least one"),
+        ([(None, d)], r"explicit rows \(groups, blocks, rows, width\), got shape \(2, 3, 5\)"),
+        ([(a, d)], r"activations must be \(groups, blocks, positions, in\) beside cotangents"),
+        ([(None, d[:, None]), (None, d[:, None, :1])], r"a layer has \(groups, rows\) \(2, 1\) and the first \(2, 3\)"),
+    ]
+    for made, message in layers:
+        with pytest.raises(ValueError, match=message):
+            gram_of_layers(made, np.dtype(np.float32))
     if jax.default_backend() == "cpu":
         with pytest.raises(Unsupported, match="triton cannot run gram_accumulate: the Triton kernel runs on NVIDIA"):
             gram_accumulate(gram, a, d, implementation="triton")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import curvax
+from curvax.ffi import native_status
 from curvax.kernels import Unsupported, clear_report, report
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.plan import Cadence, Part
@@ -112,7 +113,13 @@ def test_row_lane_names_its_kernel_and_honours_the_backend() -> None:
         method = curvax.egn_ce(predict_fn=mlp, backend=backend)
         return method.plan_for(shapes(8, 8, 3), batch(16, 8))
 
-    assert {choice.op: choice.implementation for choice in plan("auto").choices}["gram_accumulate"] == "reference"
+    best = "native" if native_status().available else "reference"
+    for backend, expected in (("auto", best), ("reference", "reference")):
+        planned = plan(backend)
+        chosen = {choice.op: choice.implementation for choice in planned.choices}
+        for op in ("gram_accumulate", "batched_cholesky_solve"):
+            assert chosen[op] == expected
+            assert op in planned.explain()
     with curvax.strict_backend(), pytest.raises(Unsupported, match="triton"):
         plan("triton")
     # Counting the plan's FLOPs is no use of an op that the report should show as asked for.

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from bench import run
 from bench.suites.kernels.batched_cg import systems
@@ -15,11 +17,14 @@ from curvax.kernels.batched_cg.workloads import WORKLOADS, Workload
 
 CHO_SOLVE = "jax.scipy cho_solve"
 _FLOAT = 4
+# Single systems as the row lane has them: rows of a Gauss-Newton step.
+LARGE = (640, 1152, 1280, 2560)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """The sizes of the CG workloads; the condition does not matter here."""
-    works = {(work.systems, work.n): work for work in reversed(WORKLOADS)}
+    """The sizes of the CG workloads and single large ones; the condition does not matter here."""
+    large = tuple(Workload(1, n, 100, "a row system") for n in LARGE)
+    works = {(work.systems, work.n): work for work in reversed(WORKLOADS + large)}
     for work in list(reversed(works.values()))[: 1 if quick else None]:
         yield Case(
             f"batched_cholesky_solve, {work.systems} x {work.n}",
@@ -32,7 +37,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _candidates(work: Workload) -> list[run.Candidate]:
-    matrices, rhs = systems(work)
+    matrices, rhs = _row_system(work.n) if work.n in LARGE else systems(work)
 
     @jax.jit
     def peer(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -46,3 +51,11 @@ def _candidates(work: Workload) -> list[run.Candidate]:
         step = lambda _, solve=solve: solve(matrices, rhs).value  # noqa: E731
         found.append(run.Candidate(name, step, lambda: rhs, baseline=CHO_SOLVE, goal=goal))
     return found
+
+
+def _row_system(n: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    half = jnp.asarray(rng.standard_normal((1, n, n)) / np.sqrt(n), jnp.float32)
+    return half @ half.swapaxes(-1, -2) + jnp.eye(n, dtype=jnp.float32), jnp.asarray(
+        rng.standard_normal((1, n)), jnp.float32
+    )

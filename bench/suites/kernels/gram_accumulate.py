@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from bench import run
 from bench.suites.kernels.case import REFERENCE, Case, implementations
-from curvax.kernels.gram_accumulate import OPS, gram_accumulate
+from curvax.kernels.gram_accumulate import OPS, gram_accumulate, gram_of_layers
 from curvax.kernels.gram_accumulate.workloads import WORKLOADS, Workload
 
 WHOLE = "both product matrices, whole"
@@ -36,6 +37,37 @@ def cases(quick: bool) -> Iterator[Case]:
             work.bytes,
             work.flops,
         )
+
+    if not quick:
+        flops = float(sum(_NETWORK_ROWS**2 * out + _EXAMPLES**2 * into for into, out in _NETWORK))
+        size = 4.0 * (_NETWORK_ROWS**2 + sum(_NETWORK_ROWS * out + _EXAMPLES * into for into, out in _NETWORK))
+        yield Case("gram_of_layers, 784-256-256-10 batch 128 x 9", f"{_NETWORK_ROWS} rows", _network, 1, size, flops)
+
+
+# Widths of the layers, biases included, and softmax rows of a batch.
+_NETWORK = ((785, 256), (257, 256), (257, 10))
+_EXAMPLES, _PER_EXAMPLE = 128, 9
+_NETWORK_ROWS = _EXAMPLES * _PER_EXAMPLE
+
+
+def _network() -> list[run.Candidate]:
+    """The whole symmetric matrix of a small network's rows."""
+    rng = np.random.default_rng(0)
+    layers = [
+        (
+            jnp.asarray(rng.normal(size=(_EXAMPLES, 1, 1, into)), jnp.float32),
+            jnp.asarray(rng.normal(size=(_EXAMPLES, 1, _PER_EXAMPLE, 1, out)), jnp.float32),
+        )
+        for into, out in _NETWORK
+    ]
+    gram = jax.ShapeDtypeStruct((_NETWORK_ROWS, _NETWORK_ROWS), jnp.float32)
+    found = []
+    for name in implementations(OPS, gram):
+        call = jax.jit(partial(gram_of_layers, dtype=gram.dtype, implementation=name))
+        step = lambda _, call=call: call(layers)  # noqa: E731
+        baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 0.6)
+        found.append(run.Candidate(name, step, lambda: layers[0][0], baseline=baseline, goal=goal))
+    return found
 
 
 def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:

@@ -31,6 +31,7 @@ class Task:
       space: vector arithmetic of parameter space.
       raveled: solve on one raveled vector in place of the tree.
       gram: implementation of `gram_accumulate` in the row lane; `None` takes the best supported one.
+      factorise: the same of `batched_cholesky_solve`, for solvers of a dense matrix.
     """
 
     at: Linearization
@@ -41,6 +42,7 @@ class Task:
     space: TreeSpace
     raveled: bool = False
     gram: Implementation | Choice | None = None
+    factorise: Implementation | Choice | None = None
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
@@ -68,7 +70,8 @@ def _parameter_system(task: Task) -> System:
     def no_product(v: PyTree) -> PyTree:
         raise ValueError("the diagonal lane has no curvature products.")
 
-    return System(for_loop_body(task.at.product or no_product), task.space, task.precondition)
+    product = for_loop_body(task.at.product or no_product)
+    return System(product, task.space, task.precondition, factorise=task.factorise)
 
 
 def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:
@@ -158,7 +161,7 @@ def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solu
         return rows.output.factor_transpose(rows.push(rows.pull(rows.output.factor(w))))
 
     gram = rows.gram(solver.max_bytes, task.gram)
-    system = System(product, matrix=lambda: gram)
+    system = System(product, matrix=lambda: gram, factorise=task.factorise)
 
     def solve_rows(rhs: jax.Array) -> Solution:
         return solver.solve(system, rhs, (), task.lam)

@@ -17,7 +17,7 @@ from curvax.execute.branch import when
 from curvax.execute.directions import Task, restarted, solve
 from curvax.execute.entrywise import move
 from curvax.execute.state import MethodState
-from curvax.kernels import Choice, gram_accumulate, tree_cg
+from curvax.kernels import Choice, batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
 from curvax.plan import Assembly, Cadence, Entrywise, Plan, entrywise, flat_vectors, kernel_choices
 from curvax.preconditioners import BlockPreconditioner, Identity
@@ -222,6 +222,7 @@ def _solve(
         ),
         raveled=flat_vectors(choices, gradient) is not None,
         gram=chosen.get(gram_accumulate.GRAM_ACCUMULATE.name),
+        factorise=chosen.get(batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE.name),
     )
     own = state.solver if plan.solver_index is None else state.solver[plan.solver_index]
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)

@@ -13,7 +13,7 @@ from curvax import tree
 from curvax.curvature import Curvature, Evaluation, Microbatched, Needs
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
 from curvax.jaxprs import uses_custom_vjp
-from curvax.kernels import gram_accumulate, tree_cg
+from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.kernels._dispatch import Choice, Op, Request, resolve
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
 from curvax.plan import cost as costing
@@ -83,16 +83,30 @@ def kernel_choices(assembly: Assembly, plan: Plan, params: PyTree, evaluation: E
     wanted: list[tuple[Op, Request]] = []
     if isinstance(plan.solver, CG):
         wanted += [(op, Request.of(wide)) for op in tree_cg.OPS]
-    if isinstance(plan.solver, RowSpace) and not isinstance(plan.solver.solver, CG):
-        # Of the matrix that the op adds to only the dtype is known without a batch.
-        gram = jax.ShapeDtypeStruct((0, 0), tree.scalar_dtype(params))
-        wanted += [(op, Request.of(gram)) for op in gram_accumulate.OPS]
+    matrix = _matrix(assembly, plan, params, evaluation)
+    if matrix is not None and isinstance(plan.solver, RowSpace):
+        wanted += [(op, Request.of(matrix)) for op in gram_accumulate.OPS]
+    inner = plan.solver.solver if isinstance(plan.solver, RowSpace) else plan.solver
+    if matrix is not None and isinstance(inner, Cholesky):
+        rhs = jax.ShapeDtypeStruct(matrix.shape[:1], matrix.dtype)
+        wanted += [(op, Request.of(matrix, rhs)) for op in batched_cholesky_solve.OPS]
     if _has_products(plan):
         wanted += assembly.curvature.kernels(params, evaluation)
     wanted += assembly.preconditioner.kernels(wide)
     if isinstance(entrywise(assembly), Entrywise):
         wanted.append((DIAGONAL_UPDATE, Request.of(params)))
     return tuple(resolve(op, assembly.backend, request) for op, request in wanted)
+
+
+def _matrix(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluation) -> jax.ShapeDtypeStruct | None:
+    """The dense matrix that the solver takes, if it takes one."""
+    dtype = tree.scalar_dtype(params)
+    if isinstance(plan.solver, RowSpace) and not isinstance(plan.solver.solver, CG):
+        rows = _rows(assembly.curvature, jax.eval_shape(lambda: params), evaluation)
+        return jax.ShapeDtypeStruct((rows, rows), dtype)
+    if isinstance(plan.solver, Cholesky):
+        return jax.ShapeDtypeStruct((tree.size(params), tree.size(params)), dtype)
+    return None
 
 
 def _has_products(plan: Plan) -> bool:

@@ -79,12 +79,15 @@ class System:
       space: vector arithmetic of s.
       precondition: v -> P^-1 v for a symmetric positive definite P near C + lam I, or `None`.
       matrix: () -> C as a dense matrix over raveled vectors, or `None` to build it from products.
+      factorise: implementation of `batched_cholesky_solve` for solvers of the dense matrix; `None` takes the best
+        supported one.
     """
 
     product: Callable[[PyTree], PyTree]
     space: Space = TreeSpace()
     precondition: Callable[[PyTree], PyTree] | None = None
     matrix: Callable[[], jax.Array] | None = None
+    factorise: Implementation | Choice | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.kernels import Choice, Implementation
-from curvax.kernels.gram_accumulate import gram_accumulate
+from curvax.kernels.gram_accumulate import gram_accumulate, gram_of_layers
+from curvax.kernels.gram_accumulate.whole import mirror
 from curvax.structure.layers import Layer
 
 
@@ -56,24 +57,22 @@ def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choic
     group_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in one)
     if rows.groups * group_bytes <= max_bytes:
         factors = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
-        return _mirror(_meet(jnp.zeros((rows.total, rows.total), rows.dtype), factors, None, implementation))
+        return gram_of_layers(
+            [(x.activations, x.cotangents) for x in factors], rows.dtype, implementation=implementation
+        )
     # Two blocks are alive while they meet.
     return _gram_by_blocks(rows, min(rows.groups, max(1, max_bytes // (2 * group_bytes))), implementation)
 
 
 def _meet(
-    gram: jax.Array,
-    left: Sequence[Layer],
-    right: Sequence[Layer] | None,
-    implementation: Implementation | Choice | None,
+    gram: jax.Array, left: Sequence[Layer], right: Sequence[Layer], implementation: Implementation | Choice | None
 ) -> jax.Array:
-    """`gram` plus the inner products of the rows of `left` with those of `right`, or (lower triangle) their own."""
-    for layer, other in zip(left, left if right is None else right, strict=True):
+    """`gram` plus the inner products of the rows of `left` with those of `right`."""
+    for layer, other in zip(left, right, strict=True):
         mine, theirs = _by_group(layer), _by_group(other)
 
         def add(gram: jax.Array, pair: tuple[_Operands, _Operands]) -> tuple[jax.Array, None]:
-            against = None if right is None else pair[1]
-            return gram_accumulate(gram, *pair[0], against=against, implementation=implementation), None
+            return gram_accumulate(gram, *pair[0], against=pair[1], implementation=implementation), None
 
         if mine[1].shape[0] == 1:
             gram, _ = add(gram, jax.tree.map(lambda x: x[0], (mine, theirs)))
@@ -95,12 +94,6 @@ def _by_group(layer: Layer) -> _Operands:
     return activations, cotangents
 
 
-def _mirror(lower: jax.Array) -> jax.Array:
-    """The symmetric matrix whose lower triangle is that of `lower`."""
-    strict = jnp.tril(lower, -1)
-    return jnp.tril(lower) + strict.T
-
-
 def _gram_by_blocks(rows: RowGroups, at_once: int, implementation: Implementation | Choice | None) -> jax.Array:
     """Lower triangle by blocks of rows that are made anew wherever they meet."""
     count = -(-rows.groups // at_once)
@@ -120,4 +113,4 @@ def _gram_by_blocks(rows: RowGroups, at_once: int, implementation: Implementatio
 
     empty = jnp.zeros((count * side, count * side), rows.dtype)
     gram = jax.lax.fori_loop(jnp.zeros((), jnp.int32), jnp.asarray(count, jnp.int32), row_of_blocks, empty)
-    return _mirror(gram[: rows.total, : rows.total])
+    return mirror(gram[: rows.total, : rows.total])
