@@ -59,6 +59,18 @@ def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[S
     return lambda c: step(c[0], batch, c[1], key), carry
 
 
+def compiled_stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[Step, Callable[[], Any], int]:
+    """As `stepper`, compiled once ahead of time; and the bytes that the step allocates beyond arguments and results."""
+    key, params = key_for(method), work.params()
+    step = jitted(method).lower(params, batch, jax.jit(method.init)(params), key).compile()
+
+    def carry() -> tuple[PyTree, Any, Any]:
+        fresh = work.params()
+        return fresh, jax.jit(method.init)(fresh), {}
+
+    return lambda c: step(c[0], batch, c[1], key), carry, temp_bytes(step)
+
+
 def temporary_bytes(method: Any, work: Workload, batch: dict[str, jax.Array]) -> int:
     """Bytes that the compiled step allocates beyond its arguments and results."""
     params = work.params()
@@ -67,7 +79,12 @@ def temporary_bytes(method: Any, work: Workload, batch: dict[str, jax.Array]) ->
 
 def compiled_temporary_bytes(function: Any, *arguments: Any) -> int:
     """Bytes that a jitted function allocates beyond its arguments and results, as the compiler counts them."""
-    analysis = function.lower(*arguments).compile().memory_analysis()
+    return temp_bytes(function.lower(*arguments).compile())
+
+
+def temp_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled function allocates beyond its arguments and results, as the compiler counts them."""
+    analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError("this backend has no memory analysis: run the plan suite on CPU or GPU.")
     return int(analysis.temp_size_in_bytes)

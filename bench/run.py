@@ -29,6 +29,8 @@ class Candidate:
       calls: calls per round; the time of a round is divided by it. Ten for a step with work every tenth call.
       baseline: name of the candidate that the ratio refers to, or `None`.
       goal: largest ratio aimed at, or `None`.
+      untimed: calls before the timed ones of a round: beside candidates of seconds and gigabytes, whose pages and cache
+        lines the next one pays for, one or two.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Candidate:
     calls: int = 1
     baseline: str | None = None
     goal: float | None = None
+    untimed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,9 @@ def _warm(candidate: Candidate) -> Any:
 
 
 def _once(candidate: Candidate, carry: Any) -> tuple[Any, float]:
+    for _ in range(candidate.untimed):
+        carry = candidate.step(carry)
+    jax.block_until_ready(carry)
     begin = time.perf_counter()
     for _ in range(candidate.calls):
         carry = candidate.step(carry)

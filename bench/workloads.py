@@ -1,4 +1,4 @@
-"""Models and batches, the same for every library, deterministic, float32."""
+"""Models and batches, the same for every library, deterministic, float32 but for the PINN."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Workload:
       predict: (params, inputs) -> outputs.
       input_shape: of one example.
       outputs: outputs per example.
+      dtype: of parameters and inputs; float64 needs `jax.enable_x64`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Workload:
     predict: Callable[[PyTree, jax.Array], jax.Array]
     input_shape: tuple[int, ...]
     outputs: int
+    dtype: str = "float32"
 
     @property
     def size(self) -> int:
@@ -44,16 +46,16 @@ class Workload:
         leaves = [
             rng.normal(size=s) * math.sqrt(2 / math.prod(s[:-1])) if len(s) > 1 else np.zeros(s) for s in self.shapes
         ]
-        arrays = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
+        arrays = [jnp.asarray(leaf, self.dtype) for leaf in leaves]
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def batch(self, size: int, *, labels: bool = True) -> dict[str, jax.Array]:
         """Inputs "x" and "y": integer labels, or real targets."""
         rng = np.random.default_rng(1)
-        x = jnp.asarray(rng.normal(size=(size, *self.input_shape)), jnp.float32)
+        x = jnp.asarray(rng.normal(size=(size, *self.input_shape)), self.dtype)
         if labels:
             return {"x": x, "y": jnp.asarray(rng.integers(0, self.outputs, size), jnp.int32)}
-        return {"x": x, "y": jnp.asarray(rng.normal(size=(size, self.outputs)), jnp.float32)}
+        return {"x": x, "y": jnp.asarray(rng.normal(size=(size, self.outputs)), self.dtype)}
 
     def cross_entropy(self, params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
         """Mean cross entropy, as a user writes it."""
@@ -80,14 +82,45 @@ def _layers(*widths: int) -> tuple[tuple[int, ...], ...]:
     return tuple(shape for a, b in itertools.pairwise(widths) for shape in ((a, b), (b,)))
 
 
-MLP = Workload("mlp 784-256-256-10", _layers(784, 256, 256, 10), _dense, (784,), 10)
-REGRESSION = Workload("mlp 784-256-256-1", _layers(784, 256, 256, 1), _dense, (784,), 1)
+def _residual(params: PyTree, points: jax.Array) -> jax.Array:
+    """The residual of u'' = -f at each point, (B, 1): second derivatives by forward over reverse mode."""
+
+    def u(x: jax.Array) -> jax.Array:
+        return _dense(params, x)[0]
+
+    def residual(x: jax.Array) -> jax.Array:
+        basis = jnp.eye(x.shape[0], dtype=x.dtype)
+        columns = [jax.jvp(jax.grad(u), (x,), (e,))[1] for e in basis]
+        laplacian = sum(column[i] for i, column in enumerate(columns))
+        return (laplacian + jnp.prod(jnp.sin(math.pi * x)))[None]
+
+    return jax.vmap(residual)(points)
+
+
+def mlp(width: int, outputs: int, inputs: int = 784) -> Workload:
+    """A network with two hidden layers of one width."""
+    widths = (inputs, width, width, outputs)
+    return Workload(f"mlp {'-'.join(map(str, widths))}", _layers(*widths), _dense, (inputs,), outputs)
+
+
+def cnn(width: int, outputs: int) -> Workload:
+    """A network of three convolutions with stride 2."""
+    shapes = (
+        *((3, 3, 1, width // 2), (width // 2,), (3, 3, width // 2, width), (width,), (3, 3, width, width), (width,)),
+        *((4 * 4 * width, outputs), (outputs,)),
+    )
+    return Workload(f"cnn {width // 2}-{width}-{width}-{outputs}", shapes, _convolutional, (28, 28, 1), outputs)
+
+
+def pinn(width: int, depth: int = 5) -> Workload:
+    """Poisson's equation on the plane: `depth` hidden layers of one width, one residual per point."""
+    shapes = _layers(2, *[width] * depth, 1)
+    return Workload(f"pinn {depth}x{width}, float64", shapes, _residual, (2,), 1, "float64")
+
+
+MLP = mlp(256, 10)
+REGRESSION = mlp(256, 1)
 SMALL = Workload("mlp 8-16-5", _layers(8, 16, 5), _dense, (8,), 5)
 WIDE = Workload("mlp 784-1024-512-10", _layers(784, 1024, 512, 10), _dense, (784,), 10)
-CNN = Workload(
-    "cnn 16-32-32-10",
-    ((3, 3, 1, 16), (16,), (3, 3, 16, 32), (32,), (3, 3, 32, 32), (32,), (4 * 4 * 32, 10), (10,)),
-    _convolutional,
-    (28, 28, 1),
-    10,
-)
+CNN = cnn(32, 10)
+PINN = pinn(64)

@@ -147,7 +147,8 @@ class Method:
         if curvature_batch is not None:
             apart = self._evaluation(curvature_batch, frozen, state.model_state, keys)
             self.assembly.curvature.check(trainable, apart)
-        plan = choose_solver(self.assembly, trainable, apart or evaluation)
+        own = apart is None and gradient is None
+        plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
 
     def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:

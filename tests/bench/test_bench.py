@@ -12,13 +12,17 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench import run, schema
-from bench.suites import kernels, plan, steps
+from bench.generic import without_structure
+from bench.suites import kernels, lanes, plan, steps, structure
+from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
 
+import curvax
 
-@pytest.mark.parametrize("suite", [steps, plan, kernels], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+
+@pytest.mark.parametrize("suite", [steps, plan, kernels, structure], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
 def test_quick_run_gives_rows(suite, tmp_path):
-    only = {"kernels": "dots, leaf_270k"}.get(suite.SUITE, "")
+    only = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal"}.get(suite.SUITE, "")
     # python-somax relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         rows = [row for case in suite.run_suite(quick=True, only=only) for row in case]
@@ -40,3 +44,28 @@ def test_ratio_is_paired():
     base = run.Timing(once, np.asarray([1.0, 2.0, 4.0]))
     twice = run.Timing(once, base.seconds * 2)
     assert run.ratio(twice, base) == 2.0
+
+
+def test_lanes_cover_a_grid_and_every_candidate():
+    cases = list(lanes.cases())
+    assert len({(case.name, case.batch) for case in cases}) == len(cases) >= 40
+    offered = lanes.automatic(SMALL, curvax.losses.SoftmaxCrossEntropy()).assembly.solver.candidates
+    assert {lanes.provider(solver) for solver in offered} >= set(lanes.methods(SMALL, "cross entropy"))
+
+
+def test_growth_is_the_slope_in_logarithms():
+    rows = [
+        schema.Row("s", "egn_ce, mlp 784-8-8-3", "curvax", "ms/step", f"batch {b}", 0, 0.5 * b**2, 1)
+        for b in (8, 16, 64)
+    ]
+    ((found,),) = growth.tables("s", rows)
+    assert found.p50 == pytest.approx(2.0) and found.x == "batch 8 to 64"
+
+
+def test_generic_route_is_the_same_method():
+    batch, params = SMALL.batch(6), SMALL.params()
+    method = curvax.egn_ce(predict_fn=SMALL.predict, lam0=0.1)
+    ours, _, _ = jax.jit(method.step)(params, batch, method.init(params))
+    generic = without_structure(method)
+    theirs, _, _ = jax.jit(generic.step)(params, batch, generic.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)

@@ -73,15 +73,6 @@ def automatic(**options: Any) -> curvax.Method:
     return curvax.gauss_newton(predict_fn=mlp, loss=SoftmaxCrossEntropy(), **options)
 
 
-def test_planner_takes_cg_where_rows_are_many_and_rows_where_they_are_few() -> None:
-    wide = automatic().plan_for(shapes(64, 64, 10), batch(1024, 64))
-    assert isinstance(wide.solver, CG)
-    few = automatic(maxiter=100).plan_for(shapes(64, 256, 256, 3), batch(2, 64))
-    assert isinstance(few.solver, RowSpace)
-    tiny = automatic(maxiter=500).plan_for(shapes(2, 2), batch(512, 2))
-    assert isinstance(tiny.solver, Cholesky)
-
-
 def test_automatic_step_equals_the_candidate_it_chose() -> None:
     key = jax.random.key(0)
     params = [jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(shapes(4, 6, 3))]

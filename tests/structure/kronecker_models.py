@@ -65,9 +65,9 @@ class Problem:
         def run(params: PyTree, keys: jax.Array) -> FactorSums:
             site_factors = self.curvature.linearize(params, self.evaluation, Needs(factors=True)).site_factors
             assert site_factors is not None
-            return jax.vmap(
-                lambda k: site_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND))
-            )(keys)
+            return jax.vmap(lambda k: site_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND)))(
+                keys
+            )
 
         return quick_jit(run)(self.params, jax.random.split(jax.random.key(0), count))
 

@@ -173,8 +173,13 @@ def ggn_direct_mse(options: GaussNewtonOptions) -> Method:
 
 @preset("Gauss-Newton, solver and lane chosen by the planner: start here.", AutomaticOptions)
 def gauss_newton(options: AutomaticOptions) -> Method:
-    """Damped Gauss-Newton with a trust region; the planner picks CG, row-space Cholesky or dense Cholesky by cost."""
-    candidates = (options.cg, RowSpace(Cholesky(), max_bytes=options.max_bytes), Cholesky())
+    """Damped Gauss-Newton with a trust region; the planner picks the solver that it predicts to be fastest.
+
+    Exact in row space or parameter space, or CG in either: both make the same iterates, row space with vectors of batch
+    x outputs but only where gradient and curvature are of one batch.
+    """
+    rowwise = (RowSpace(Cholesky(), max_bytes=options.max_bytes), RowSpace(options.cg))
+    candidates = (options.cg, *rowwise, Cholesky())
     return _build(options, options.loss, Automatic(candidates), options.metric)
 
 

@@ -3,7 +3,8 @@
 XLA's own analysis counts the body of a while loop once; here a scan counts as often as it runs. Matrix products and
 convolutions are counted exactly, every other equation as one operation per element of its result. Bytes count operands
 and results of matrix products and convolutions and the results of everything else, as if XLA fused each elementwise
-chain into its consumer's single pass.
+chain into its consumer's single pass. Launches count what XLA does not fuse: contractions and convolutions, each with
+one fused loop behind it, reductions and other equations that are not elementwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from jax.extend.core import Jaxpr
 from curvax.jaxprs import subjaxprs
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
+# Updated in place: the part alone moves, read and written.
+_IN_PLACE = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
+_UNFUSED = frozenset(
+    """reduce_sum reduce_max reduce_min reduce_prod argmax argmin sort gather scatter scatter-add scatter_add cumsum
+    cholesky triangular_solve eigh dynamic_update_slice concatenate""".split()
+)
+# A contraction, and the loop that is fused from what follows it.
+_CONTRACTION_LAUNCHES = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +38,37 @@ class Cost:
       flops: floating-point operations.
       bytes: bytes moved to and from memory.
       memory: bytes alive at once beyond the arguments; of a counted trace, its largest value.
+      launches: operations that run one by one.
+      factorisation, convolution: how many of the floating-point operations dense factorisations and convolutions do.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     memory: float = 0.0
+    launches: float = 0.0
+    factorisation: float = 0.0
+    convolution: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, max(self.memory, other.memory))
+        return self._with(other, lambda a, b: a + b, max(self.memory, other.memory))
+
+    def __sub__(self, other: Cost) -> Cost:
+        """The work without a part of it."""
+        return self._with(other, lambda a, b: max(a - b, 0.0), self.memory)
 
     def times(self, count: float) -> Cost:
         """The work `count` times over, one after another."""
-        return Cost(self.flops * count, self.bytes * count, self.memory)
+        return self._with(self, lambda a, _: a * count, self.memory)
+
+    def _with(self, other: Cost, rule: Callable[[float, float], float], memory: float) -> Cost:
+        return Cost(
+            flops=rule(self.flops, other.flops),
+            bytes=rule(self.bytes, other.bytes),
+            memory=memory,
+            launches=rule(self.launches, other.launches),
+            factorisation=rule(self.factorisation, other.factorisation),
+            convolution=rule(self.convolution, other.convolution),
+        )
 
 
 def nbytes(tree: Any) -> int:
@@ -82,13 +110,21 @@ def _equation_cost(eqn: Any) -> Cost:
         sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype"))
     )
     if name == "dot_general":
-        return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results, results)
+        return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results, results, _CONTRACTION_LAUNCHES)
     if name == "conv_general_dilated":
-        return Cost(_conv_flops(eqn), _operand_bytes(eqn) + results, results)
+        flops = _conv_flops(eqn)
+        moved = _operand_bytes(eqn) + results
+        return Cost(flops, moved, results, _CONTRACTION_LAUNCHES, convolution=flops)
+    if name == "transpose" and len(eqn.params["permutation"]) > 2:
+        # Matrix products take a transposed matrix as it is; other rearrangements are copies.
+        return Cost(0.0, 2.0 * results, results, 1.0)
     if name in _FREE:
         return Cost(memory=results)
+    if name in _IN_PLACE:
+        part = eqn.invars[_IN_PLACE[name]].aval
+        return Cost(0.0, 2.0 * math.prod(part.shape) * part.dtype.itemsize, results, 1.0)
     entries = sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
-    return Cost(float(entries), float(results), results)
+    return Cost(float(entries), float(results), results, 1.0 if name in _UNFUSED else 0.0)
 
 
 def _sum(jaxprs: Any) -> Cost:

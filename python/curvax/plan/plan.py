@@ -14,7 +14,15 @@ from curvax.solvers import Lane, Solver
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A solver that could serve the method, and what it is predicted to cost per step."""
+    """A solver that could serve the method, and what it is predicted to cost per step.
+
+    Attributes:
+      index: among the automatic solver's candidates.
+      solver: the solver.
+      cost: of the gradient and the solve.
+      seconds: what these take on the machine that `curvax.plan.machine` knows.
+      reason: the sizes that the cost follows from.
+    """
 
     index: int
     solver: Solver
@@ -105,7 +113,8 @@ class Plan:
     def _candidate_line(self, candidate: Candidate) -> str:
         mark = "->" if candidate.index == self.solver_index else "  "
         return (
-            f"{mark} {candidate.solver.name:<58}{_si(candidate.cost.flops, 'FLOP'):>12}"
+            f"{mark} {candidate.solver.name:<58}{_time(candidate.seconds):>10}"
+            f"{_si(candidate.cost.flops, 'FLOP'):>12}"
             f"{_bytes(candidate.cost.memory):>11}  {candidate.reason}"
         )
 
@@ -140,6 +149,13 @@ def _si(value: float, unit: str) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
+
+
+def _time(seconds: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _bytes(value: float) -> str:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Curvature, Evaluation, Microbatched, Needs
+from curvax.curvature import Evaluation, Microbatched, Needs
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
 from curvax.jaxprs import uses_custom_vjp
 from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.kernels._dispatch import Choice, Op, Request, resolve
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
-from curvax.plan import cost as costing
 from curvax.plan.assembly import Assembly, PlanMode
-from curvax.plan.cost import Cost
 from curvax.plan.entrywise import Entrywise, entrywise
+from curvax.plan.machine import machine
 from curvax.plan.plan import Candidate, PartCost, Plan
+from curvax.plan.predict import Shapes, block_state, candidate, solve_cost
 from curvax.plan.requirements import Cadence, Part, Requirement
 from curvax.preconditioners import (
     EKFAC,
@@ -32,16 +29,10 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     Preconditioner,
 )
-from curvax.solvers import CG, Automatic, Cholesky, Lane, RowSpace, Solver
+from curvax.solvers import CG, Automatic, Lane, RowSpace, Solver
 from curvax.tree import PyTree
 
-# What a byte moved costs in FLOPs: CPUs and GPUs do some tens of operations in the time of a float32 load.
-_FLOPS_PER_BYTE = 8.0
-# Triangular factorisation and substitution reach a fraction of the speed of matrix products (1,280 rows: an eighth).
-_CHOLESKY_SLOWDOWN = 8.0
 _EVERY_STEP = Cadence((1,))
-# FLOPs are counted in plain JAX, whatever runs.
-_COUNTED = Choice(gram_accumulate.GRAM_ACCUMULATE.name, "reference", "counted for the plan, not run")
 # Mean elements per leaf up to which `flat_vectors` ravels.
 _RAVELED_LEAF = 2**20
 
@@ -60,9 +51,9 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
     """The plan for the shapes of trainable parameters and batch: chooses automatic solvers, adds cost and notes."""
     candidates: tuple[Candidate, ...] = ()
     solver, index = assembly.solver, None
-    shapes = _Shapes.of(assembly, params, evaluation)
+    shapes = Shapes.of(assembly, params, evaluation)
     if isinstance(solver, Automatic):
-        candidates = tuple(_candidate(i, c, shapes) for i, c in enumerate(solver.candidates))
+        candidates = _candidates(solver, shapes, own_gradient=True)
         best = min(candidates, key=lambda c: c.seconds)
         solver, index = best.solver, best.index
     plan = _plan(assembly, solver, solver.lane, index)
@@ -73,7 +64,12 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         candidates=candidates,
         choices=choices,
         costs=_costs(assembly, plan, shapes),
-        notes=(*plan.notes, *([raveled] if raveled else []), *_shape_notes(assembly, plan.lane, params, evaluation)),
+        notes=(
+            *plan.notes,
+            *([raveled] if raveled else []),
+            *_prediction_notes(candidates),
+            *_shape_notes(assembly, plan.lane, params, evaluation),
+        ),
     )
 
 
@@ -134,14 +130,30 @@ def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
     return f"the {leaves} leaves are raveled for CG's vector work: launches would cost more than the two extra passes"
 
 
-def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Plan:
-    """The plan that execution follows: automatic choices made, no cost counted beyond what they need."""
+def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *, own_gradient: bool = True) -> Plan:
+    """The plan that execution follows: automatic choices made, no cost counted beyond what they need.
+
+    Args:
+      assembly, params, evaluation: modules, trainable parameters, the batch of the curvature.
+      own_gradient: whether the gradient is that of the curvature's batch, as CG in row space must have it.
+    """
     solver = assembly.solver
     if not isinstance(solver, Automatic):
         return _plan(assembly, solver, solver.lane, None)
-    shapes = _Shapes.of(assembly, params, evaluation)
-    best = min((_candidate(i, c, shapes) for i, c in enumerate(solver.candidates)), key=lambda c: c.seconds)
+    shapes = Shapes.of(assembly, params, evaluation)
+    best = min(_candidates(solver, shapes, own_gradient), key=lambda c: c.seconds)
     return _plan(assembly, best.solver, best.solver.lane, best.index)
+
+
+def _candidates(solver: Automatic, shapes: Shapes, own_gradient: bool) -> tuple[Candidate, ...]:
+    """The solvers that can serve, with their predicted cost; all of them if none can, so that one says why."""
+    known = list(enumerate(solver.candidates))
+    able = [(i, c) for i, c in known if own_gradient or not _needs_own_gradient(c)]
+    return tuple(candidate(i, c, shapes, machine()) for i, c in able or known)
+
+
+def _needs_own_gradient(solver: Solver) -> bool:
+    return isinstance(solver, RowSpace) and isinstance(solver.solver, CG)
 
 
 def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None) -> Plan:
@@ -268,6 +280,14 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _prediction_notes(candidates: tuple[Candidate, ...]) -> list[str]:
+    return (
+        [f"candidates' times are predicted for a {machine()}; CG is taken to use all its iterations"]
+        if candidates
+        else []
+    )
+
+
 def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
     notes = []
     if lane is Lane.DIAGONAL and isinstance(reason := entrywise(assembly), str):
@@ -282,146 +302,13 @@ def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluati
         notes.extend(f"rows of {leaf}" for leaf in inner.structure(params, evaluation))
     if isinstance(assembly.preconditioner, BlockPreconditioner):
         names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        held = _block_state(assembly.preconditioner, inner, params, evaluation).blocks
+        held = block_state(assembly.preconditioner, inner, params, evaluation).blocks
         notes.extend(f"block of {line}" for line in held.describe(names))
     return tuple(notes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """Counted work of the pieces that every candidate is made of."""
-
-    parameters: int
-    itemsize: int
-    rows: int
-    linearize: Cost
-    gradient: Cost
-    gram: Cost
-    product: Cost
-    residuals: int
-    factors: Cost
-
-    @staticmethod
-    def of(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> _Shapes:
-        curvature = assembly.curvature
-        inner = curvature.inner if isinstance(curvature, Microbatched) else curvature
-        shapes = jax.eval_shape(lambda: params)
-        wide = jax.eval_shape(tree.widen, shapes)
-
-        def linearize(p: PyTree, e: Evaluation) -> jax.Array:
-            return curvature.linearize(p, e, Needs()).loss
-
-        def gradient(p: PyTree, e: Evaluation) -> PyTree:
-            return curvature.linearize(p, e, Needs(gradient=True)).gradient
-
-        def product(p: PyTree, e: Evaluation, v: PyTree) -> PyTree:
-            found = curvature.linearize(p, e, Needs(product=True)).product
-            return found(v) if found is not None else v
-
-        forward, whole = costing.trace(linearize, shapes, evaluation), costing.trace(product, shapes, evaluation, wide)
-        rows = _rows(curvature, shapes, evaluation)
-        solvers = assembly.solver.candidates if isinstance(assembly.solver, Automatic) else (assembly.solver,)
-        rowwise = any(isinstance(s, RowSpace) and isinstance(s.solver, Cholesky) for s in solvers)
-        return _Shapes(
-            parameters=tree.size(shapes),
-            itemsize=jnp.dtype(tree.scalar_dtype(shapes)).itemsize,
-            rows=rows,
-            linearize=forward,
-            gradient=costing.trace(gradient, shapes, evaluation),
-            gram=_gram_cost(curvature, shapes, evaluation) if rows and rowwise else Cost(),
-            product=_less(whole, forward) if not isinstance(curvature, Microbatched) else whole,
-            residuals=costing.residual_bytes(inner.forward, shapes, evaluation),
-            factors=_factor_cost(assembly, shapes, evaluation),
-        )
-
-    @property
-    def vector(self) -> int:
-        """Bytes of one wide parameter vector."""
-        return self.parameters * self.itemsize
-
-
-def _less(whole: Cost, part: Cost) -> Cost:
-    return Cost(max(whole.flops - part.flops, 0.0), max(whole.bytes - part.bytes, 0.0), whole.memory)
-
-
-def _rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
-    if not curvature.has_rows:
-        return 0
-
-    def row_vector(p: PyTree, e: Evaluation) -> Any:
-        rows = curvature.linearize(p, e, Needs(rows=True)).rows
-        return jnp.zeros(rows.output.row_shape if rows is not None else (0,))
-
-    return math.prod(jax.eval_shape(row_vector, shapes, evaluation).shape)
-
-
-def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> Cost:
-    """Work of the Gram matrix, counted on its own trace, so with whatever structure the model turns out to have."""
-
-    def gram(p: PyTree, e: Evaluation) -> Any:
-        rows = curvature.linearize(p, e, Needs(rows=True)).rows
-        # Without a memory bound there are no blocks, whose loops have no countable length.
-        return rows.gram(1 << 62, _COUNTED) if rows is not None else 0
-
-    return costing.trace(gram, shapes, evaluation)
-
-
-def _factor_cost(assembly: Assembly, shapes: PyTree, evaluation: Evaluation) -> Cost:
-    """Work of one refresh of factors, forward pass not counted; that of eigenvectors and inverses has no count."""
-    preconditioner, curvature = assembly.preconditioner, assembly.curvature
-    if not isinstance(preconditioner, BlockPreconditioner):
-        return Cost()
-    state = _block_state(preconditioner, curvature, shapes, evaluation)
-
-    def refresh(p: PyTree, e: Evaluation, s: Any) -> Any:
-        return preconditioner.refresh(s, curvature.linearize(p, e, Needs(factors=True)), jax.random.key(0))
-
-    def linearize(p: PyTree, e: Evaluation) -> jax.Array:
-        return curvature.linearize(p, e, Needs()).loss
-
-    return _less(costing.trace(refresh, shapes, evaluation, state), costing.trace(linearize, shapes, evaluation))
-
-
-def _block_state(
-    preconditioner: BlockPreconditioner, curvature: Curvature, params: PyTree, evaluation: Evaluation
-) -> Any:
-    """Shapes of the preconditioner's state."""
-    return jax.eval_shape(lambda: preconditioner.init_blocks(curvature.blocks(params, evaluation)))
-
-
-def _candidate(index: int, solver: Solver, shapes: _Shapes) -> Candidate:
-    cost, reason = _solve_cost(solver, shapes)
-    total = shapes.gradient + cost
-    seconds = total.flops + _FLOPS_PER_BYTE * total.bytes
-    return Candidate(index, solver, total, seconds, reason)
-
-
-def _solve_cost(solver: Solver, s: _Shapes) -> tuple[Cost, str]:
-    """Predicted work of one solve and the sizes it follows from."""
-    if isinstance(solver, RowSpace) and isinstance(solver.solver, Cholesky):
-        # The Gram matrix as structure found it, factorisation and refinement, J and J^T.
-        factor = Cost(_CHOLESKY_SLOWDOWN * s.rows**3 / 3, 6.0 * s.itemsize * s.rows**2)
-        memory = s.residuals + min(s.gram.memory, solver.max_bytes) + 3.0 * s.itemsize * s.rows**2
-        total = s.gram + factor + s.product
-        return dataclasses.replace(total, memory=memory), f"{s.rows} rows, {s.parameters} parameters"
-    if isinstance(solver, RowSpace):
-        vectors = Cost(20.0 * s.rows, 20.0 * s.itemsize * s.rows).times(solver.products)
-        total = s.product.times(solver.products) + vectors
-        return dataclasses.replace(total, memory=s.residuals + 8.0 * s.itemsize * s.rows), f"{s.rows} rows"
-    if isinstance(solver, Cholesky):
-        factor = Cost(_CHOLESKY_SLOWDOWN * s.parameters**3 / 3, 4.0 * s.itemsize * s.parameters**2)
-        total = s.product.times(s.parameters) + factor
-        memory = s.residuals + 3.0 * s.itemsize * s.parameters**2
-        return dataclasses.replace(total, memory=memory), f"{s.parameters} parameters"
-    if solver.lane is Lane.DIAGONAL:
-        return Cost(6.0 * s.parameters, 5.0 * s.vector, 2.0 * s.vector), "one pass over the parameters"
-    vectors = Cost(12.0 * s.parameters, 10.0 * s.vector).times(solver.products)
-    total = s.product.times(solver.products) + vectors
-    return dataclasses.replace(total, memory=s.residuals + 6.0 * s.vector), f"{solver.products} products at most"
-
-
-def _costs(assembly: Assembly, plan: Plan, s: _Shapes) -> tuple[PartCost, ...]:
-    solve, _ = _solve_cost(plan.solver, s)
+def _costs(assembly: Assembly, plan: Plan, s: Shapes) -> tuple[PartCost, ...]:
+    solve, _ = solve_cost(plan.solver, s)
     gradient = dataclasses.replace(s.gradient, memory=float(s.residuals + s.vector))
     found = [PartCost(Part.GRADIENT, gradient, 1.0), PartCost(Part.SOLVE, solve, 1.0)]
     if not plan.refresh.never:

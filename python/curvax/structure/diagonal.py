@@ -11,16 +11,14 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
-from curvax.structure.capture import Capture, Factors, capture
+from curvax.structure.capture import Capture, Factors
 from curvax.structure.squares import formed_bytes, squared_rows
 from curvax.tree import PyTree
 
 
-def example_diagonal(
-    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, output: OutputCurvature, max_bytes: int
-) -> PyTree:
+def example_diagonal(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature, max_bytes: int) -> PyTree:
     """The diagonal, from the factors of some examples at a time, or some rows of an example if these are too many."""
-    captured, leaves = capture(predict, params, inputs), jax.tree.leaves(params)
+    leaves = jax.tree.leaves(params)
     shapes = [tuple(leaf.shape) for leaf in leaves]
     examples, rows = output.row_shape[0], math.prod(output.row_shape[1:])
 

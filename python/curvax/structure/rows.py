@@ -19,7 +19,7 @@ from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.structure.batch_axis import examples_independent
-from curvax.structure.capture import capture
+from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
@@ -62,7 +62,8 @@ def row_gram(
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        return gram(_example_groups(predict, params, inputs, output), max_bytes, implementation)
+        captured = capture(predict, params, inputs)
+        return gram(example_groups(captured, params, inputs, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
 
@@ -81,7 +82,7 @@ def row_diagonal(
       A wide tree with the structure of `params`.
     """
     if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        return example_diagonal(predict, params, inputs, output, max_bytes)
+        return example_diagonal(capture(predict, params, inputs), params, inputs, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
 
 
@@ -99,11 +100,9 @@ def _by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inp
     return independent
 
 
-def _example_groups(
-    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, output: OutputCurvature
-) -> RowGroups:
-    """One group per example."""
-    rows, captured = math.prod(output.row_shape[1:]), capture(predict, params, inputs)
+def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
+    """One group per example, of a model whose examples do not interact."""
+    rows = math.prod(output.row_shape[1:])
     leaves = jax.tree.leaves(params)
 
     def make(index: jax.Array) -> list[Layer]:

@@ -1,0 +1,138 @@
+"""The tables of `bench/README.md` for structure and lanes, from their rows.
+
+python -m bench.markdown structure|lanes [FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from bench import schema
+from bench.libraries import CURVAX, SOMAX
+from bench.schema import Row
+from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
+from bench.suites.structure.exact import GENERIC
+from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
+from bench.suites.structure.quantities import GRADIENT
+
+_Group = tuple[str, str]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the tables of a suite."""
+    parser = argparse.ArgumentParser(prog="python -m bench.markdown", description=__doc__)
+    parser.add_argument("suite", choices=("structure", "lanes"))
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=schema.RESULTS)
+    chosen = parser.parse_args(arguments)
+    rows = schema.read(chosen.folder / f"{chosen.suite}.jsonl")
+    first = rows[0]
+    print(f"{first.date}, commit {first.commit}, {first.device}; {first.versions}.\n")
+    print("\n".join(structure(rows) if chosen.suite == "structure" else lanes(rows)))
+
+
+def structure(rows: Sequence[Row]) -> Iterator[str]:
+    """Steps beside python-somax and the generic route, lanes, quantities over a gradient, exponents, goals."""
+    grouped = groups([r for r in rows if not r.metric.startswith("exponent")])
+    yield from _steps({k: v for k, v in grouped.items() if any(r.provider == GENERIC for r in v)})
+    yield from _lanes({k: v for k, v in grouped.items() if k[0].startswith("lanes, ")})
+    yield from _quantities({k: v for k, v in grouped.items() if any(r.provider == GRADIENT for r in v)})
+    yield from _exponents([r for r in rows if r.metric.startswith("exponent")])
+    yield from _goals(rows)
+
+
+def lanes(rows: Sequence[Row]) -> Iterator[str]:
+    """Every lane's time and prediction, and the planner's pick."""
+    yield "| model | x | param CG | row CG | row Cholesky | picked | over the best |"
+    yield "|---|---|---|---|---|---|---|"
+    for (case, x), found in groups(rows).items():
+        pick = next((r for r in found if r.metric == PICKED), None)
+        if pick is not None:
+            times = [_with_prediction(found, p) for p in (PARAM_CG, ROW_CG, ROW_CHOLESKY)]
+            yield f"| {case} | {x} | {' | '.join(times)} | {pick.provider} | {pick.p50:.2f} |"
+    yield ""
+    yield from (f"{r.case}: {r.p50:.3f} ({r.x})" for r in rows if r.metric == "share")
+
+
+def groups(rows: Sequence[Row]) -> dict[_Group, list[Row]]:
+    """Rows by case and x, in order."""
+    found: dict[_Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.x), []).append(row)
+    return found
+
+
+def value(rows: Sequence[Row], provider: str, metric: str) -> float | None:
+    """The median of a provider's metric, if it was measured."""
+    return next((r.p50 for r in rows if (r.provider, r.metric) == (provider, metric)), None)
+
+
+def _steps(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+    yield "| step | x | python-somax, ms | every leaf by reverse mode, ms | curvax, ms | somax / curvax | MiB temp |"
+    yield "|---|---|---|---|---|---|---|"
+    for (case, x), rows in grouped.items():
+        cells = [_time(rows, provider) for provider in (SOMAX, GENERIC, CURVAX)]
+        theirs, ours = value(rows, SOMAX, "ms/step"), value(rows, CURVAX, "ms/step")
+        times = f"{theirs / ours:.0f}" if theirs and ours else ""
+        memory = [value(rows, provider, "MiB temp") for provider in (SOMAX, GENERIC, CURVAX)]
+        yield f"| {case} | {x} | {' | '.join(cells)} | {times} | {' / '.join(map(_number, memory))} |"
+    yield ""
+
+
+def _time(rows: Sequence[Row], provider: str) -> str:
+    for metric, unit in ((TOO_LONG, "s, left out"), (TOO_LARGE, "GiB, left out")):
+        if (left := value(rows, provider, metric)) is not None:
+            return f"{left:.3g} {unit}"
+    return _number(value(rows, provider, "ms/step"))
+
+
+def _number(found: float | None) -> str:
+    return "-" if found is None else f"{found:.4g}"
+
+
+def _lanes(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+    providers = (PARAM_CG, ROW_CG, ROW_CHOLESKY, DIAGONAL)
+    yield f"| loss and model, ms/step | x | {' | '.join(providers)} |"
+    yield "|---|---|" + "---|" * len(providers)
+    for (case, x), rows in grouped.items():
+        yield f"| {case.removeprefix('lanes, ')} | {x} | {' | '.join(_time(rows, p) for p in providers)} |"
+    yield ""
+
+
+def _quantities(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+    yield "| quantity | provider | ms | over the gradient | goal |"
+    yield "|---|---|---|---|---|"
+    for (case, x), rows in grouped.items():
+        for row in rows:
+            if row.metric == "ms" and row.provider != GRADIENT:
+                goal = "" if row.goal is None else f"{row.goal:g}"
+                yield f"| {case}, {x} | {row.provider} | {row.p50:.4g} | {row.ratio:.2f} | {goal} |"
+    yield ""
+
+
+def _exponents(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| growth of time | over | exponent: " + ", ".join((SOMAX, "reverse mode", CURVAX)) + " |"
+    yield "|---|---|---|"
+    for (case, x), found in groups([r for r in rows if r.metric.endswith("ms/step")]).items():
+        name = re.sub(r"^exponent of ms/step over \w+, ", "", case)
+        slopes = [_number(value(found, p, "exponent, ms/step")) for p in (SOMAX, GENERIC, CURVAX)]
+        yield f"| {name} | {x} | {', '.join(slopes)} |"
+    yield ""
+
+
+def _goals(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        if row.meets_goal is not None:
+            verdict = f"goal {row.goal:g}: {'met' if row.meets_goal else 'missed'}"
+            yield f"- {row.case} [{row.x}], {row.provider} over {row.baseline}: {row.ratio:.4g} ({verdict})"
+
+
+def _with_prediction(rows: Sequence[Row], provider: str) -> str:
+    measured, predicted = value(rows, provider, "ms/step"), value(rows, provider, "ms/step, predicted")
+    return f"{_number(measured)} ({'-' if predicted is None else f'{predicted:.3g}'})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What predicted work takes on a machine, in seconds, from a few rates: to choose between solvers, and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from curvax.plan.cost import Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates of a machine.
+
+    Work takes the sum of what its parts take; that overlaps nothing and errs by less than two where one part matters.
+
+    Attributes:
+      name: and where the rates come from.
+      flops, convolution: matrix products and convolutions in float32, FLOP/s.
+      narrowing: how many times as long they take in float64.
+      bandwidth, cached: bytes per second from memory and from the cache.
+      cache: bytes that stay in the cache.
+      launch: seconds per operation.
+      factorisation: FLOP/s of a large Cholesky factorisation in float32.
+      half_rate: size of the matrix at which it reaches half of that.
+    """
+
+    name: str
+    flops: float
+    convolution: float
+    narrowing: float
+    bandwidth: float
+    cached: float
+    cache: float
+    launch: float
+    factorisation: float
+    half_rate: float
+
+    def seconds(self, cost: Cost, itemsize: int = 4) -> float:
+        """Predicted time of some work whose numbers take `itemsize` bytes.
+
+        Bytes come from the cache as far as what is alive fits there.
+        """
+        narrow = self.narrowing if itemsize > 4 else 1.0
+        near = min(1.0, self.cache / cost.memory) if cost.memory else 1.0
+        traffic = cost.bytes * (near / self.cached + (1 - near) / self.bandwidth)
+        # n^3 / 3 operations: panels of a small matrix leave the products in it too small for the rate.
+        side = (3 * cost.factorisation) ** (1 / 3)
+        factorisation = cost.factorisation * narrow / self.factorisation * (1 + self.half_rate / max(side, 1.0))
+        products = (cost.flops - cost.factorisation - cost.convolution) * narrow / self.flops
+        convolutions = cost.convolution * narrow / self.convolution
+        return products + convolutions + traffic + cost.launches * self.launch + factorisation
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: matrix products {self.flops / 1e9:g} GFLOP/s, memory {self.bandwidth / 1e9:g} GB/s, "
+            f"Cholesky {self.factorisation / 1e9:g} GFLOP/s, {self.launch * 1e6:g} us a launch"
+        )
+
+
+CPU = Machine(
+    name="CPU, measured on 2 cores",
+    flops=2.5e11,
+    convolution=1.2e11,
+    narrowing=2.0,
+    bandwidth=1.4e10,
+    cached=4.5e10,
+    cache=1.4e7,
+    launch=5e-7,
+    factorisation=6e10,
+    half_rate=400.0,
+)
+"""AMD EPYC, 2 cores, jax 0.10.2, one LAPACK thread: single products of 8 to 256 rows ran at 140 to 440 GFLOP/s,
+transposed ones at 70 to 205, factorisations of 256 to 1,152 unknowns at 26 to 66. The rest was fitted to the quotients
+of whole steps (`python -m bench lanes`)."""
+
+GPU = Machine(
+    name="GPU, from data sheets",
+    flops=6.7e13,
+    convolution=6.7e13,
+    narrowing=2.0,
+    bandwidth=3.35e12,
+    cached=3.35e12,
+    cache=5e7,
+    launch=2e-6,
+    factorisation=1e13,
+    half_rate=4000.0,
+)
+"""NVIDIA H100 SXM: float32 outside tensor cores (products at highest precision) and HBM3. Nothing of it was measured:
+launches and the factorisation are guesses."""
+
+
+def machine() -> Machine:
+    """The machine that JAX's default backend runs on; TPUs count as GPUs."""
+    return CPU if jax.default_backend() == "cpu" else GPU
