@@ -1,4 +1,4 @@
-"""`python -m bench steps|plan|structure|lanes|kernels|limits|gpu_compile|gpu_steps`."""
+"""`python -m bench steps|plan|structure|lanes|kernels|limits|layerwise|gpu_compile|gpu_steps`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
 
-SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "gpu_compile", "gpu_steps")
+SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "gpu_compile", "gpu_steps")
 
 
 def main(arguments: list[str] | None = None) -> None:

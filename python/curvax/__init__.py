@@ -3,8 +3,10 @@
 from curvax import curvature as curvature
 from curvax import damping as damping
 from curvax import estimators as estimators
+from curvax import layerwise as layerwise
 from curvax import losses as losses
 from curvax import optax as optax
+from curvax import optimizers as optimizers
 from curvax import preconditioners as preconditioners
 from curvax import solvers as solvers
 from curvax import structure as structure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench import run, schema
 from bench.generic import without_structure
-from bench.suites import kernels, lanes, plan, steps, structure
+from bench.suites import kernels, lanes, layerwise, plan, steps, structure
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
 
@@ -30,6 +31,22 @@ def test_quick_run_gives_rows(suite, tmp_path):
     assert any(row.ratio is not None for row in rows)
     assert schema.read(schema.write(rows, suite.SUITE, tmp_path)) == rows
     assert all(row.provider in schema.table(rows) for row in rows)
+
+
+def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
+    """A target just below the checkpoint's loss, one method; Optax relies on implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        setting = dataclasses.replace(layerwise.QUICK[0], size="tiny", checkpoint=3, target=100.0)
+        with pytest.raises(ValueError, match="set a lower target"):
+            layerwise.Study(setting)
+        study = layerwise.Study(dataclasses.replace(setting, target=0.0))
+        study.setting = dataclasses.replace(setting, target=study.start - 0.02, seconds=60.0)
+        adamw = next(c for c in layerwise.CONTENDERS if c.name == "adamw")
+        (rows,) = layerwise._compare(study, "case", (adamw,))
+    found = {row.metric: row.p50 for row in rows}
+    assert 1 <= found["steps"] <= setting.steps
+    assert found["tokens"] == found["steps"] * setting.tokens
+    assert found["test loss"] <= study.setting.target
 
 
 def test_workload_outputs():

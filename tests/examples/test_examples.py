@@ -114,6 +114,14 @@ def test_optax_chain():
         assert last(rf"{name}\s+batch +\d+ +loss (\S+)", text) < 0.8 * start, name
 
 
+def test_language_model_improves_on_its_checkpoint():
+    arguments = ("--size", "tiny", "--checkpoint-steps", "10", "--steps", "2", "--parts", "4", "--inner-batch", "4")
+    text = run("language_model/train.py", *arguments)
+    assert "layers/1" in text and "line search" in text
+    start = last(r"checkpoint after 10 AdamW steps: test loss (\S+)", text)
+    assert last(r"step +2  test loss (\S+)", text) < start
+
+
 def test_fashion_without_data_says_where_to_get_it(tmp_path):
     text = run("fashion_mnist.py", "--data", str(tmp_path))
     assert text.count("\n") == 1

@@ -39,7 +39,7 @@ def _append(values: jax.Array, last: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pieces:
+class Pieces:
     """A batch cut along its example axis into `count` equal pieces and a shorter last one."""
 
     evaluation: Evaluation
@@ -168,21 +168,22 @@ class Microbatched(Curvature):
     def forward(self, params: PyTree, evaluation: Evaluation) -> Any:
         return self.inner.forward(params, evaluation)
 
-    def _pieces(self, params: PyTree, evaluation: Evaluation) -> _Pieces | None:
+    def pieces(self, params: PyTree, evaluation: Evaluation) -> Pieces | None:
+        """The batch in pieces, or `None` if it is no larger than one."""
         examples = _examples(evaluation.batch)
         if examples <= self.size:
             return None
         omega = self.inner.effective_weights(params, evaluation)
-        return _Pieces(dataclasses.replace(evaluation, omega=omega), self.size, examples)
+        return Pieces(dataclasses.replace(evaluation, omega=omega), self.size, examples)
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        pieces = self._pieces(params, evaluation)
+        pieces = self.pieces(params, evaluation)
         if pieces is None:
             return self.inner.value(params, evaluation)
         return pieces.sum(lambda piece, *_: (self.inner.value(params, piece), piece.model_state, ()))[0]
 
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
-        pieces = self._pieces(params, evaluation)
+        pieces = self.pieces(params, evaluation)
         if pieces is None:
             return self.inner.linearize(params, evaluation, needs)
 
@@ -223,7 +224,7 @@ class Microbatched(Curvature):
     ) -> Rows:
         return self.inner.rows(params, evaluation, outputs, push, pull)
 
-    def _product(self, params: PyTree, pieces: _Pieces) -> Callable[[PyTree], PyTree]:
+    def _product(self, params: PyTree, pieces: Pieces) -> Callable[[PyTree], PyTree]:
         def product(v: PyTree) -> PyTree:
             def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
                 at = self.inner.linearize(params, piece, Needs(product=True))
@@ -235,7 +236,7 @@ class Microbatched(Curvature):
 
         return product
 
-    def _sampled_gradient(self, params: PyTree, pieces: _Pieces) -> Callable[[jax.Array], PyTree] | None:
+    def _sampled_gradient(self, params: PyTree, pieces: Pieces) -> Callable[[jax.Array], PyTree] | None:
         if not self.has_sampling:
             return None
 
@@ -250,7 +251,7 @@ class Microbatched(Curvature):
 
         return sampled_gradient
 
-    def _site_factors(self, params: PyTree, pieces: _Pieces) -> SiteFactors:
+    def _site_factors(self, params: PyTree, pieces: Pieces) -> SiteFactors:
         def site_factors(metric: Metric, key: jax.Array) -> Callable[[Measure], PyTree]:
             def total(measure: Measure) -> PyTree:
                 def visit(piece: Evaluation, index: jax.Array, _: Any) -> tuple[PyTree, PyTree, PyTree]:
@@ -266,7 +267,7 @@ class Microbatched(Curvature):
 
         return site_factors
 
-    def _rows(self, params: PyTree, evaluation: Evaluation, pieces: _Pieces) -> Rows:
+    def _rows(self, params: PyTree, evaluation: Evaluation, pieces: Pieces) -> Rows:
         def rows_of(piece: Evaluation) -> tuple[Rows, PyTree]:
             at = self.inner.linearize(params, piece, Needs(rows=True))
             if at.rows is None:
@@ -301,7 +302,7 @@ class Microbatched(Curvature):
 
         return dataclasses.replace(rows, gram=gram, diagonal=diagonal)
 
-    def _outputs(self, params: PyTree, pieces: _Pieces) -> jax.Array:
+    def _outputs(self, params: PyTree, pieces: Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
             at = self.inner.linearize(params, piece, Needs())
             return (), at.model_state, self.inner.forward(params, piece)

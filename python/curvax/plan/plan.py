@@ -91,12 +91,12 @@ class Plan:
         """The plan as text: lane, modules, parts with cadence, implementations, candidates, cost, notes."""
         sections = [
             self._header(),
-            _table("module", [f"{kind:<15}{name}" for kind, name in self.modules]),
-            _table("part", [_requirement_line(r) for r in self.requirements]),
-            _table("kernel", self._kernel_lines()),
-            _table("candidate", [self._candidate_line(c) for c in self.candidates]),
-            _table("cost", self._cost_lines()),
-            _table("note", list(self.notes)),
+            table("module", [f"{kind:<15}{name}" for kind, name in self.modules]),
+            table("part", [_requirement_line(r) for r in self.requirements]),
+            table("kernel", self._kernel_lines()),
+            table("candidate", [self._candidate_line(c) for c in self.candidates]),
+            table("cost", self._cost_lines()),
+            table("note", list(self.notes)),
         ]
         return "\n".join(section for section in sections if section)
 
@@ -114,23 +114,23 @@ class Plan:
         mark = "->" if candidate.index == self.solver_index else "  "
         return (
             f"{mark} {candidate.solver.name:<58}{_time(candidate.seconds):>10}"
-            f"{_si(candidate.cost.flops, 'FLOP'):>12}"
-            f"{_bytes(candidate.cost.memory):>11}  {candidate.reason}"
+            f"{flops_text(candidate.cost.flops):>12}"
+            f"{bytes_text(candidate.cost.memory):>11}  {candidate.reason}"
         )
 
     def _cost_lines(self) -> list[str]:
         if not self.costs:
             return ["needs shapes: ask method.plan_for(params, batch)"]
         lines = [
-            f"{p.part.value:<22}{_si(p.cost.flops, 'FLOP'):>12}{_bytes(p.cost.bytes):>11} moved"
-            f"{_bytes(p.cost.memory):>11} alive  x {p.rate:.2f} per step"
+            f"{p.part.value:<22}{_si(p.cost.flops, 'FLOP'):>12}{bytes_text(p.cost.bytes):>11} moved"
+            f"{bytes_text(p.cost.memory):>11} alive  x {p.rate:.2f} per step"
             for p in self.costs
         ]
         total = self.cost
         return [
             *lines,
-            f"{'step, on average':<22}{_si(total.flops, 'FLOP'):>12}{_bytes(total.bytes):>11} moved"
-            f"{_bytes(total.memory):>11} peak",
+            f"{'step, on average':<22}{_si(total.flops, 'FLOP'):>12}{bytes_text(total.bytes):>11} moved"
+            f"{bytes_text(total.memory):>11} peak",
         ]
 
 
@@ -138,7 +138,8 @@ def _requirement_line(requirement: Requirement) -> str:
     return f"{requirement.part.value:<22}{requirement.cadence!s:<26}{requirement.by}"
 
 
-def _table(title: str, lines: list[str]) -> str:
+def table(title: str, lines: list[str]) -> str:
+    """Lines under a title that stands beside the first; empty without lines."""
     if not lines:
         return ""
     return "\n".join(f"  {title if i == 0 else '':<11}{line}" for i, line in enumerate(lines))
@@ -158,5 +159,11 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _bytes(value: float) -> str:
+def flops_text(value: float) -> str:
+    """A number of floating-point operations."""
+    return _si(value, "FLOP")
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes."""
     return _si(value, "B")

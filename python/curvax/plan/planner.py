@@ -17,7 +17,7 @@ from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.machine import machine
 from curvax.plan.plan import Candidate, PartCost, Plan
-from curvax.plan.predict import Shapes, block_state, candidate, solve_cost
+from curvax.plan.predict import Shapes, block_state, candidate, count_rows, solve_cost
 from curvax.plan.requirements import Cadence, Part, Requirement
 from curvax.preconditioners import (
     EKFAC,
@@ -29,7 +29,7 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     Preconditioner,
 )
-from curvax.solvers import CG, Automatic, Lane, RowSpace, Solver
+from curvax.solvers import CG, Automatic, Cholesky, Lane, RowSpace, Solver
 from curvax.tree import PyTree
 
 _EVERY_STEP = Cadence((1,))
@@ -98,7 +98,7 @@ def _matrix(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluati
     """The dense matrix that the solver takes, if it takes one."""
     dtype = tree.scalar_dtype(params)
     if isinstance(plan.solver, RowSpace) and not isinstance(plan.solver.solver, CG):
-        rows = _rows(assembly.curvature, jax.eval_shape(lambda: params), evaluation)
+        rows = count_rows(assembly.curvature, jax.eval_shape(lambda: params), evaluation)
         return jax.ShapeDtypeStruct((rows, rows), dtype)
     if isinstance(plan.solver, Cholesky):
         return jax.ShapeDtypeStruct((tree.size(params), tree.size(params)), dtype)

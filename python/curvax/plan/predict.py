@@ -84,7 +84,7 @@ class Shapes:
             return found(v) if found is not None else v
 
         forward, whole = costing.trace(linearize, shapes, evaluation), costing.trace(product, shapes, evaluation, wide)
-        rows = _rows(curvature, shapes, evaluation)
+        rows = count_rows(curvature, shapes, evaluation)
         solvers = assembly.solver.candidates if isinstance(assembly.solver, Automatic) else (assembly.solver,)
         rowwise = any(isinstance(s, RowSpace) and isinstance(s.solver, Cholesky) for s in solvers)
         return Shapes(
@@ -179,7 +179,7 @@ def _dense(size: int, itemsize: int) -> Cost:
     )
 
 
-def _rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
+def count_rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
     if not curvature.has_rows:
         return 0
 

@@ -1,0 +1,112 @@
+"""J_b of all blocks b at once: tangents and cotangents of every block through one linearization.
+
+With delta cut into blocks, the map P: delta -> (J_1 delta_1, ..., J_n delta_n) is linear, and its transpose takes
+(u_1, ..., u_n) to the vector whose block b is J_b^T u_b. So one map, transposed by JAX, serves both directions.
+
+P is not n times the work of J. The tangent of a block is zero until the model reaches the block's layer, so P walks
+through the jaxpr of J with a leading axis that holds, at each equation, only the blocks whose tangents have arrived;
+the transposed walk drops a block's cotangent below its layer. Of L equal layers, J is two products per layer (the
+layer's own tangent, and the tangent that passes through), and P is 1 + (L - 1) / 2 on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+from curvax.layerwise.blocks import Blocks
+from curvax.tree import PyTree
+
+
+class _Tangents(NamedTuple):
+    """Tangents of one value: those of `blocks`, stacked along a leading axis; all other blocks' are zero."""
+
+    blocks: tuple[int, ...]
+    value: jax.Array
+
+
+def block_push(push: Callable[[PyTree], jax.Array], like: PyTree, blocks: Blocks) -> Callable[[PyTree], jax.Array]:
+    """P: wide vector -> (blocks, *outputs), the tangents J_b delta_b.
+
+    Args:
+      push: v -> J v, linear; traced once here.
+      like: shapes of v.
+      blocks: the partition of v.
+    """
+    closed = jax.make_jaxpr(push)(like)
+    (out,) = closed.out_avals
+
+    def pushed(v: PyTree) -> jax.Array:
+        leaves = [_lift(leaf, owner) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
+        (found,) = _walk(closed.jaxpr, closed.consts, leaves)
+        if not isinstance(found, _Tangents):
+            return jnp.zeros((blocks.count, *out.shape), out.dtype)
+        return _spread(found, tuple(range(blocks.count)))
+
+    return pushed
+
+
+def _lift(leaf: jax.Array, owner: int | tuple[int, ...]) -> _Tangents:
+    if isinstance(owner, int):
+        return _Tangents((owner,), leaf[None])
+    ones = jnp.eye(len(owner), dtype=leaf.dtype)
+    return _Tangents(owner, ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None])
+
+
+def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        values.update(zip(eqn.outvars, _equation(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
+    moving = [x for x in operands if isinstance(x, _Tangents)]
+    if moving and eqn.primitive.name in ("jit", "pjit", "closed_call"):
+        inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+        closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+        return _walk(closed.jaxpr, closed.consts, operands)
+    if not moving:
+        return _bind(eqn, operands)
+    arrived = tuple(sorted({b for x in moving for b in x.blocks}))
+    axes = tuple(0 if isinstance(x, _Tangents) else None for x in operands)
+    spread = [_spread(x, arrived) if isinstance(x, _Tangents) else x for x in operands]
+    # The equation is linear in its tangents: a block with none among its operands has none in its results.
+    results = jax.vmap(lambda *xs: _bind(eqn, list(xs)), in_axes=axes)(*spread)
+    return [_Tangents(arrived, r) for r in results]
+
+
+def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _spread(x: _Tangents, blocks: tuple[int, ...]) -> jax.Array:
+    """The tangents of `blocks`, which hold those of `x` and others."""
+    if x.blocks == blocks:
+        return x.value
+    have = {b: i for i, b in enumerate(x.blocks)}
+    pieces: list[jax.Array] = []
+    start = 0
+    while start < len(blocks):
+        end = start + 1
+        if blocks[start] in have:
+            while end < len(blocks) and have.get(blocks[end]) == have[blocks[end - 1]] + 1:
+                end += 1
+            first = have[blocks[start]]
+            pieces.append(x.value[first : first + end - start])
+        else:
+            while end < len(blocks) and blocks[end] not in have:
+                end += 1
+            pieces.append(jnp.zeros((end - start, *x.value.shape[1:]), x.value.dtype))
+        start = end
+    return jnp.concatenate(pieces)

@@ -1,0 +1,75 @@
+"""What a full or layerwise Gauss-Newton method carries from step to step, and within a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from curvax.execute import Layout
+from curvax.tree import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OuterState:
+    """State between steps; a pytree of arrays with fixed shapes and dtypes, so any checkpointer can hold it.
+
+    Attributes:
+      step: steps so far, int32.
+      rejected: steps not taken so far, int32.
+      inner: the inner solver's state.
+      offset: where the next inner loop starts, relative to the parameters, wide; `()` without warm start.
+      model_state: mutable model state, or `None`.
+      layout: what parameters the state belongs to; static.
+    """
+
+    step: jax.Array
+    rejected: jax.Array
+    inner: Any
+    offset: PyTree
+    model_state: PyTree
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What minibatches change within a step.
+
+    Attributes:
+      delta: theta - theta0, wide.
+      inner: the inner solver's state.
+      index: minibatches so far, int32.
+      loss: sum of their losses at theta0.
+      model_state: the model's state.
+      result, iterations, residual: of the last linear solve.
+    """
+
+    delta: PyTree
+    inner: Any
+    index: jax.Array
+    loss: jax.Array
+    model_state: PyTree
+    result: jax.Array
+    iterations: jax.Array
+    residual: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """A step under way.
+
+    Attributes:
+      params: theta0, as it was passed to `start`.
+      before: the state that the step began with.
+      key: random key of the step, or `None`.
+      progress: what the minibatches have changed.
+    """
+
+    params: PyTree
+    before: OuterState
+    key: jax.Array | None
+    progress: Progress

@@ -1,0 +1,68 @@
+"""Muon for hidden matrices, AdamW for the rest: the paper's inner optimizer, by labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from jax.tree_util import keystr
+
+
+def hidden_matrices(*others: str) -> Callable[[Any], Any]:
+    """Labels for `optax.partition`: "muon" for matrices, "adamw" for vectors, scalars and the named entries.
+
+    Args:
+      others: top-level entries of the parameters, such as "embed" and "head", whose matrices are no hidden ones.
+
+    Returns:
+      A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices.
+
+    Raises (the returned function):
+      ValueError: a name is no top-level entry of the parameters.
+    """
+
+    def labels(params: Any) -> Any:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        groups = {keystr(path[:1], simple=True) for path, _ in paths}
+        for name in others:
+            if name not in groups:
+                raise ValueError(f"{name!r} is no entry of the parameters, which are {', '.join(sorted(groups))}.")
+
+        def label(path: Any, leaf: Any) -> str:
+            return "adamw" if leaf.ndim < 2 or keystr(path[:1], simple=True) in others else "muon"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return labels
+
+
+def muon_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    others: tuple[str, ...] = ("embed", "head"),
+    adamw_learning_rate: optax.ScalarOrSchedule | None = None,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.contrib.muon` on hidden matrices and `optax.adamw` on everything else.
+
+    Args:
+      learning_rate: of Muon, and of AdamW unless it has its own.
+      others: top-level entries whose matrices AdamW takes.
+      adamw_learning_rate: `None` for the same.
+      beta1, beta2: AdamW's; 0.9 and 0.999 as in the paper.
+      weight_decay: of both, times the learning rate.
+    """
+    rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
+    stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    matrices = optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
+    )
+    rest = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay)
+    return optax.partition({"muon": matrices, "adamw": rest}, hidden_matrices(*others))

@@ -1,0 +1,182 @@
+"""SOAP and Shampoo against their papers' formulas in float64 NumPy; Muon and AdamW by label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from oracle.compiling import quick_jit
+
+from curvax.optimizers import hidden_matrices, muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
+
+STEPS = 7
+SHAPES = {"matrix": (4, 3), "stack": (2, 3, 4), "vector": (5,), "scalar": (), "long": (9, 3)}
+
+
+def gradients(dtype: Any = jnp.float64) -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return [{n: jnp.asarray(rng.standard_normal(s), dtype) for n, s in SHAPES.items()} for _ in range(STEPS)]
+
+
+def run(tx: Any, grads: list[Any]) -> list[Any]:
+    state, update, found = tx.init(grads[0]), quick_jit(tx.update), []
+    for g in grads:
+        u, state = update(g, state)
+        found.append(u)
+    return found
+
+
+def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * values**exponent) @ vectors.T
+
+
+def shampoo_by_hand(history: list[np.ndarray], eps: float, every: int, beta2: float | None, long: bool) -> np.ndarray:
+    """The last update; the roots are those of the last refresh."""
+    last = (len(history) - 1) // every * every
+    seen = history[: last + 1]
+    weights = [1.0] * len(seen)
+    if beta2 is not None:
+        weights = [(1 - beta2) * beta2 ** (len(seen) - 1 - i) / (1 - beta2 ** len(seen)) for i in range(len(seen))]
+    g = history[-1]
+    if g.ndim == 1:
+        h = sum(w * np.outer(x, x) for w, x in zip(weights, seen, strict=True)) + eps * np.eye(g.size)
+        return power(h, -0.5) @ g
+    left = sum(w * x @ x.T for w, x in zip(weights, seen, strict=True)) + eps * np.eye(g.shape[0])
+    right = sum(w * x.T @ x for w, x in zip(weights, seen, strict=True)) + eps * np.eye(g.shape[1])
+    left = np.diag(np.diag(left)) if long else left
+    return power(left, -0.25) @ g @ power(right, -0.25)
+
+
+@pytest.mark.parametrize(("every", "beta2"), [(1, None), (3, None), (2, 0.9)])
+def test_shampoo_is_the_papers(every: int, beta2: float | None, x64: None) -> None:
+    grads = gradients()
+    found = run(scale_by_shampoo(eps=1e-2, every=every, beta2=beta2, max_dim=5), grads)
+    for t, updates in enumerate(found):
+        for name in SHAPES:
+            history = [np.asarray(g[name]) for g in grads[: t + 1]]
+            if name == "stack":
+                layers = [[x[i] for x in history] for i in range(2)]
+                expected = np.stack([shampoo_by_hand(layer, 1e-2, every, beta2, False) for layer in layers])
+            else:
+                history = [np.atleast_1d(x) for x in history]
+                expected = shampoo_by_hand(history, 1e-2, every, beta2, name == "long").reshape(SHAPES[name])
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-8, atol=1e-11)
+
+
+def soap_by_hand(history: list[np.ndarray], b1: float, b2: float, eps: float, every: int, long: bool) -> np.ndarray:
+    """Algorithm 3 of the paper, with Adam's bias corrections; the last update."""
+    m, n = history[0].shape
+    left, right, mean, square = np.zeros((m, m)), np.zeros((n, n)), np.zeros((m, n)), np.zeros((m, n))
+    ql, qr, update = np.eye(m), np.eye(n), np.zeros((m, n))
+    for t, g in enumerate(history, 1):
+        left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
+        if t == 1:
+            ql = ql if long else np.linalg.eigh(left)[1][:, ::-1]
+            qr = np.linalg.eigh(right)[1][:, ::-1]
+        mean = b1 * mean + (1 - b1) * g
+        square = b2 * square + (1 - b2) * (ql.T @ g @ qr) ** 2
+        inside = (ql.T @ mean @ qr / (1 - b1**t)) / (np.sqrt(square / (1 - b2**t)) + eps)
+        update = ql @ inside @ qr.T
+        if t % every == 0:
+            if not long:
+                order = np.argsort(-np.diag(ql.T @ left @ ql))
+                ql, square = np.linalg.qr(left @ ql[:, order])[0], square[order]
+            order = np.argsort(-np.diag(qr.T @ right @ qr))
+            qr, square = np.linalg.qr(right @ qr[:, order])[0], square[:, order]
+    return update
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_soap_is_the_papers(every: int, x64: None) -> None:
+    grads = gradients()
+    found = run(scale_by_soap(beta1=0.8, beta2=0.9, eps=1e-6, every=every, max_dim=5), grads)
+    for t, updates in enumerate(found):
+        for name in ("matrix", "stack", "long"):
+            history = [np.asarray(g[name]) for g in grads[: t + 1]]
+            if name == "stack":
+                layers = [[x[i] for x in history] for i in range(2)]
+                expected = np.stack([soap_by_hand(layer, 0.8, 0.9, 1e-6, every, False) for layer in layers])
+            else:
+                expected = soap_by_hand(history, 0.8, 0.9, 1e-6, every, name == "long")
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_soap_of_vectors_is_adam(x64: None) -> None:
+    grads = [{name: g[name] for name in ("vector", "scalar")} for g in gradients()]
+    found = run(scale_by_soap(beta1=0.8, beta2=0.9, eps=1e-6), grads)
+    with jax.numpy_dtype_promotion("standard"):
+        adam = run(optax.scale_by_adam(0.8, 0.9, 1e-6), grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, adam)
+
+
+def test_soap_in_a_fixed_eigenbasis_is_adam_there(x64: None) -> None:
+    """Gradients that share singular vectors: rotating every one of them rotates every update."""
+    rng = np.random.default_rng(1)
+    u, v = np.linalg.qr(rng.standard_normal((4, 4)))[0], np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    diagonal = [np.eye(4, 3) * np.asarray([5.0, 2.0, 1.0]) * rng.uniform(0.9, 1.1, 3) for _ in range(5)]
+    with jax.numpy_dtype_promotion("standard"):
+        adam = run(optax.scale_by_adam(0.95, 0.95, 1e-8), [jnp.asarray(d) for d in diagonal])
+    found = run(scale_by_soap(every=1), [jnp.asarray(u @ d @ v.T) for d in diagonal])
+    for a, b in zip(found, adam, strict=True):
+        np.testing.assert_allclose(a, u @ np.asarray(b) @ v.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [soap, shampoo])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_they_scan_in_narrow_dtypes_and_lower_a_loss(make: Any, dtype: Any) -> None:
+    target = jnp.asarray(np.random.default_rng(2).standard_normal((4, 3)), dtype)
+    tx = make(0.05)
+
+    def loss(p: Any) -> jax.Array:
+        return jnp.mean(jnp.square((p["w"] - target).astype(jnp.float32))) + jnp.square(p["b"].astype(jnp.float32))[0]
+
+    def step(carry: Any, _: None) -> Any:
+        p, s = carry
+        u, s = tx.update(jax.grad(loss)(p), s, p)
+        return (jax.tree.map(lambda x, d: x + d.astype(x.dtype), p, u), s), loss(p)
+
+    params = {"w": jnp.zeros((4, 3), dtype), "b": jnp.ones((1,), dtype)}
+    # Optax's own schedule and weight decay rely on promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        (after, _), curve = quick_jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=60))(params)
+    assert after["w"].dtype == dtype
+    leaves = jax.tree.leaves(tx.init(params))
+    assert len({id(x) for x in leaves}) == len(leaves), "no array stands twice in a state, so that it can be donated"
+    assert curve[-1] < 0.5 * curve[0]
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
+    rng = np.random.default_rng(3)
+    shapes = {"embed": (7, 4), "layers": {"w": (2, 4, 4), "b": (2, 4), "gain": (4,)}, "head": (4, 7)}
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s), jnp.float32), shapes, is_leaf=_is_shape)
+    labels = hidden_matrices("embed", "head")(params)
+    assert labels == {"embed": "adamw", "layers": {"w": "muon", "b": "muon", "gain": "adamw"}, "head": "adamw"}
+    params["layers"]["b"] = params["layers"]["gain"]
+    tx = muon_adamw(0.1)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = quick_jit(tx.update)(params, tx.init(params), params)
+        adam = optax.adamw(0.1, weight_decay=0.0)
+        expected, _ = adam.update(params["embed"], adam.init(params["embed"]), params["embed"])
+    np.testing.assert_allclose(updates["embed"], np.asarray(expected), rtol=1e-5)
+    for layer in np.asarray(updates["layers"]["w"]):  # orthogonalised: singular values of one size
+        values = np.linalg.svd(layer / 0.1, compute_uv=False)
+        assert values.min() > 0.5 and values.max() < 1.5
+    with pytest.raises(ValueError, match="'tokens' is no entry of the parameters"):
+        muon_adamw(0.1, others=("tokens",)).init(params)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def test_errors_name_the_mend() -> None:
+    with pytest.raises(ValueError, match="every >= 1"):
+        scale_by_soap(every=0)
+    with pytest.raises(ValueError, match="eps > 0"):
+        scale_by_shampoo(eps=0.0)
