@@ -180,6 +180,7 @@ def _dense(size: int, itemsize: int) -> Cost:
 
 
 def count_rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> int:
+    """Unknowns of the row lane's system; 0 for a curvature without rows."""
     if not curvature.has_rows:
         return 0
 
