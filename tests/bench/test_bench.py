@@ -19,6 +19,7 @@ from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
 
 import curvax
+from curvax.solvers import Automatic
 
 
 @pytest.mark.parametrize("suite", [steps, plan, kernels, structure], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
@@ -66,8 +67,9 @@ def test_ratio_is_paired():
 def test_lanes_cover_a_grid_and_every_candidate():
     cases = list(lanes.cases())
     assert len({(case.name, case.batch) for case in cases}) == len(cases) >= 40
-    offered = lanes.automatic(SMALL, curvax.losses.SoftmaxCrossEntropy()).assembly.solver.candidates
-    assert {lanes.provider(solver) for solver in offered} >= set(lanes.methods(SMALL, "cross entropy"))
+    solver = lanes.automatic(SMALL, curvax.losses.SoftmaxCrossEntropy()).assembly.solver
+    assert isinstance(solver, Automatic)
+    assert {lanes.provider(each) for each in solver.candidates} >= set(lanes.methods(SMALL, "cross entropy"))
 
 
 def test_growth_is_the_slope_in_logarithms():

@@ -153,7 +153,7 @@ class TestBatches:
         lam = np.asarray([[0.0], [0.5]], dtype)
         found = solve(implementation, a, b, dtype=dtype, damping=lam)
         want = exact(a + lam[..., None, None].astype(np.float64) * np.eye(270), b)
-        np.testing.assert_allclose(found.value, want, rtol=0, atol=200 * eps(dtype) * np.max(abs(want)))
+        np.testing.assert_allclose(found.value, want, rtol=0, atol=float(200 * eps(dtype) * np.max(abs(want))))
 
     def test_vmap(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation)
