@@ -68,11 +68,11 @@ CPU = Machine(
     cached=4.5e10,
     cache=1.4e7,
     launch=5e-7,
-    factorisation=6e10,
-    half_rate=400.0,
+    factorisation=2.6e11,
+    half_rate=300.0,
 )
-"""AMD EPYC, 2 cores, jax 0.10.2, one LAPACK thread: single products of 8 to 256 rows ran at 140 to 440 GFLOP/s,
-transposed ones at 70 to 205, factorisations of 256 to 1,152 unknowns at 26 to 66. The rest was fitted to the quotients
+"""AMD EPYC, 2 cores, jax 0.10.2: single products of 8 to 256 rows ran at 140 to 440 GFLOP/s, transposed ones at 70 to 205,
+whole solves in C++ of 640, 1,152 and 2,560 float32 unknowns at 110, 189 and 211. The rest was fitted to the quotients
 of whole steps (`python -m bench lanes`)."""
 
 GPU = Machine(

@@ -33,9 +33,8 @@ _PAIR_PASSES, _PAIR_FLOPS = 25.0, 20.0
 _STEP_PASSES = 15.0
 # Operations of an iteration: per leaf, and (scalars, tests) in all.
 _LEAF_LAUNCHES, _ITERATION_LAUNCHES = 4.0, 15.0
-# A dense solve beside its factorisation: damping, symmetrising, masking, residuals, and four triangular solves, each
-# of which takes the time of several passes (measured: 25 to 60 passes in all, from 128 to 1,152 unknowns).
-_DENSE_PASSES, _DENSE_LAUNCHES = 50.0, 100.0
+# A dense solve beside its factorisation: damping, mirroring, the check for finite numbers, refinement and residual.
+_DENSE_PASSES, _DENSE_LAUNCHES = 10.0, 100.0
 # The row lane's own residual is a product, J^T u of the answer half of one.
 _ROW_LANE_PRODUCTS = 1.5
 # CG in row space begins with the image of the right-hand side, one product, and tests a warm start with one and a half.
