@@ -72,8 +72,8 @@ CPU = Machine(
     half_rate=300.0,
 )
 """AMD EPYC, 2 cores, jax 0.10.2: single products of 8 to 256 rows ran at 140 to 440 GFLOP/s, transposed ones at 70 to
-205, whole solves in C++ of 640, 1,152 and 2,560 float32 unknowns at 110, 189 and 211. The rest was fitted to the quotients
-of whole steps (`python -m bench lanes`)."""
+205, whole solves in C++ of 640, 1,152 and 2,560 float32 unknowns at 110, 189 and 211. The rest was fitted to the
+quotients of whole steps (`python -m bench lanes`)."""
 
 GPU = Machine(
     name="GPU, from data sheets",
