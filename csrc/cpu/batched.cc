@@ -9,28 +9,8 @@
 namespace curvax {
 namespace {
 
-// 16 registers of 16 bytes, 4 to a vector.
-#define CURVAX_LEVEL baseline
-#define CURVAX_TARGET
-#define CURVAX_ROWS 1
-#define CURVAX_SPLITS 2
-#include "cpu/batched.inc"
-
-#if defined(__x86_64__)
-// 16 registers of 32 bytes, 2 to a vector.
-#define CURVAX_LEVEL avx2
-#define CURVAX_TARGET __attribute__((target("avx2,fma")))
-#define CURVAX_ROWS 2
-#define CURVAX_SPLITS 2
-#include "cpu/batched.inc"
-
-// 32 registers of 64 bytes.
-#define CURVAX_LEVEL avx512f
-#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
-#define CURVAX_ROWS 8
-#define CURVAX_SPLITS 2
-#include "cpu/batched.inc"
-#endif
+#define CURVAX_BODY "cpu/batched.inc"
+#include "cpu/levels.inc"
 
 }  // namespace
 

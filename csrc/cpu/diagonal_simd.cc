@@ -6,20 +6,8 @@
 
 namespace curvax {
 namespace {
-
-#define CURVAX_LEVEL baseline
-#define CURVAX_TARGET
-#include "cpu/diagonal_blocks.inc"
-
-#if defined(__x86_64__)
-#define CURVAX_LEVEL avx2
-#define CURVAX_TARGET __attribute__((target("avx2,fma")))
-#include "cpu/diagonal_blocks.inc"
-
-#define CURVAX_LEVEL avx512f
-#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
-#include "cpu/diagonal_blocks.inc"
-#endif
+#define CURVAX_BODY "cpu/diagonal_blocks.inc"
+#include "cpu/levels.inc"
 
 }  // namespace
 

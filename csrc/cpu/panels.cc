@@ -9,34 +9,8 @@
 namespace curvax {
 namespace {
 
-// 16 registers of 16 bytes; a product takes one besides.
-#define CURVAX_LEVEL baseline
-#define CURVAX_TARGET
-#define CURVAX_BYTES 16
-#define CURVAX_VECTORS 2
-#define CURVAX_STRIP 4
-#define CURVAX_UNKNOWNS 128
-#include "cpu/panels.inc"
-
-#if defined(__x86_64__)
-// 16 registers of 32 bytes: 12 sums, 3 vectors and a scalar.
-#define CURVAX_LEVEL avx2
-#define CURVAX_TARGET __attribute__((target("avx2,fma")))
-#define CURVAX_BYTES 32
-#define CURVAX_VECTORS 3
-#define CURVAX_STRIP 4
-#define CURVAX_UNKNOWNS 48
-#include "cpu/panels.inc"
-
-// 32 registers of 64 bytes: 16 sums keep two units of a latency of 4 busy twice over.
-#define CURVAX_LEVEL avx512f
-#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
-#define CURVAX_BYTES 64
-#define CURVAX_VECTORS 2
-#define CURVAX_STRIP 8
-#define CURVAX_UNKNOWNS 256
-#include "cpu/panels.inc"
-#endif
+#define CURVAX_BODY "cpu/panels.inc"
+#include "cpu/levels.inc"
 
 }  // namespace
 

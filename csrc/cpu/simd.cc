@@ -8,20 +8,8 @@
 
 namespace curvax {
 namespace {
-
-#define CURVAX_LEVEL baseline
-#define CURVAX_TARGET
-#include "cpu/blocks.inc"
-
-#if defined(__x86_64__)
-#define CURVAX_LEVEL avx2
-#define CURVAX_TARGET __attribute__((target("avx2,fma")))
-#include "cpu/blocks.inc"
-
-#define CURVAX_LEVEL avx512f
-#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
-#include "cpu/blocks.inc"
-#endif
+#define CURVAX_BODY "cpu/blocks.inc"
+#include "cpu/levels.inc"
 
 Level Widest() {
 #if defined(__x86_64__)

@@ -18,32 +18,8 @@
 
 namespace curvax {
 namespace {
-
-#define CURVAX_LEVEL baseline
-#define CURVAX_TARGET
-#define CURVAX_BYTES 16
-#define CURVAX_VECTORS 2
-#define CURVAX_STRIP 4
-#define CURVAX_UNKNOWNS 128
-#include "cpu/panels.inc"
-
-#if defined(__x86_64__)
-#define CURVAX_LEVEL avx2
-#define CURVAX_TARGET __attribute__((target("avx2,fma")))
-#define CURVAX_BYTES 32
-#define CURVAX_VECTORS 3
-#define CURVAX_STRIP 4
-#define CURVAX_UNKNOWNS 48
-#include "cpu/panels.inc"
-
-#define CURVAX_LEVEL avx512f
-#define CURVAX_TARGET __attribute__((target("avx512f,fma")))
-#define CURVAX_BYTES 64
-#define CURVAX_VECTORS 2
-#define CURVAX_STRIP 8
-#define CURVAX_UNKNOWNS 256
-#include "cpu/panels.inc"
-#endif
+#define CURVAX_BODY "cpu/panels.inc"
+#include "cpu/levels.inc"
 
 template <typename T>
 struct Level {

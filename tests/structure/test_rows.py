@@ -13,6 +13,7 @@ from oracle.models import ALL, MIXING, MLP_TANH
 
 from curvax.curvature import Evaluation, GaussNewton, Model, MonteCarloFisher, Needs, ObservedFisher
 from curvax.losses import SquaredError
+from curvax.structure import jacobian_gram
 
 
 def _rows(predict: Any, params: Any, batch: Any, metric: Any = None, key: Any = None) -> Any:
@@ -46,6 +47,27 @@ def test_the_memory_bound_changes_nothing_but_memory(max_bytes: int) -> None:
     rows = _rows(model.predict, params, batch)
     whole, bounded = np.asarray(rows.gram(1 << 30)), np.asarray(rows.gram(max_bytes))
     np.testing.assert_allclose(bounded, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+
+
+def test_the_memory_bound_holds_for_rows_that_are_formed() -> None:
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.tanh(y).mean((1, 2)) @ params["v"]
+
+    # 64 formed rows of 9 * 64 * 256 weights are 36 MiB, the patches and cotangents that they come from 9 MiB.
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (3, 3, 64, 256)), "v": jax.random.normal(keys[1], (256, 2))}
+    x = jax.random.normal(keys[2], (32, 8, 8, 64))
+
+    def gram(max_bytes: int) -> tuple[np.ndarray, int]:
+        compiled = jax.jit(lambda p, x: jacobian_gram(predict, p, x, max_bytes=max_bytes)).lower(params, x).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return np.asarray(compiled(params, x)), memory.temp_size_in_bytes
+
+    (whole, unbounded), (bounded, temporary) = gram(1 << 30), gram(12 << 20)
+    assert temporary < 12 << 20 < unbounded
+    np.testing.assert_allclose(bounded, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("metric", [MonteCarloFisher(3), ObservedFisher()], ids=str)

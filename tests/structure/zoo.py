@@ -682,6 +682,12 @@ CELL_RULES = dict(u=DENSE, w=DENSE, b=BIAS)
 PINN: dict[str, Any] = dict(w=(2, 4), b=(4,), v=(4, 4), c=(4,), o=(4, 1))
 PINN_RULES = dict(w=DENSE, b=BIAS, v=DENSE, c=BIAS, o=DENSE)
 
+
+def _lookup(name: str, predict: Predict) -> Entry:
+    """A table whose indices run out of range on either side."""
+    return Entry(name, predict, dict(e=(4, 3), w=(3, 2)), (4,), dict(e=EMBEDDING, w=DENSE), low=-6, high=7)
+
+
 ZOO = (
     Entry("mlp", _mlp, MLP_SHAPES, (3,), MLP_RULES),
     Entry("mlp on positions", _mlp, MLP_SHAPES, (2, 3), MLP_RULES),
@@ -853,45 +859,11 @@ ZOO = (
         dict(w=DENSE, t=SCALE, b=BIAS, v=DENSE),
     ),
     Entry("table", _indexed_table, dict(e=(4, 3), w=(3, 2)), (2,), dict(e=EMBEDDING, w=DENSE), high=4),
-    Entry(
-        "table, indices out of range",
-        _indexed_table,
-        dict(e=(4, 3), w=(3, 2)),
-        (4,),
-        dict(e=EMBEDDING, w=DENSE),
-        low=-6,
-        high=7,
-    ),
-    Entry(
-        "table, filled", _table(mode="fill"), dict(e=(4, 3), w=(3, 2)), (4,), dict(e=EMBEDDING, w=DENSE), low=-6, high=7
-    ),
-    Entry(
-        "table, filled with zero",
-        _table(mode="fill", fill_value=0),
-        dict(e=(4, 3), w=(3, 2)),
-        (4,),
-        dict(e=EMBEDDING, w=DENSE),
-        low=-6,
-        high=7,
-    ),
-    Entry(
-        "table, clipped",
-        _table(mode="clip"),
-        dict(e=(4, 3), w=(3, 2)),
-        (4,),
-        dict(e=EMBEDDING, w=DENSE),
-        low=-6,
-        high=7,
-    ),
-    Entry(
-        "table, wrapped",
-        _table(mode="wrap"),
-        dict(e=(4, 3), w=(3, 2)),
-        (4,),
-        dict(e=EMBEDDING, w=DENSE),
-        low=-6,
-        high=7,
-    ),
+    _lookup("table, indices out of range", _indexed_table),
+    _lookup("table, filled", _table(mode="fill")),
+    _lookup("table, filled with zero", _table(mode="fill", fill_value=0)),
+    _lookup("table, clipped", _table(mode="clip")),
+    _lookup("table, wrapped", _table(mode="wrap")),
     Entry("tied table", _tied, dict(e=(4, 3), b=(4,)), (2,), dict(e=BOTH, b=BIAS), high=4),
     Entry("one-hot table", _one_hot, dict(e=(4, 3), w=(3, 2)), (2,), dict(e=DENSE, w=DENSE), high=4),
     Entry(

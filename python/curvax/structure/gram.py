@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.kernels import Choice, Implementation
-from curvax.kernels.gram_accumulate import gram_accumulate, gram_of_layers
+from curvax.kernels.gram_accumulate import factors, gram_accumulate, gram_of_layers
 from curvax.kernels.gram_accumulate.whole import mirror
 from curvax.structure.layers import Layer
 
@@ -47,21 +47,30 @@ def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choic
 
     Args:
       rows: the rows.
-      max_bytes: bound on the memory of factors. If it is too small for all, they are made in blocks, and made again
-        for each block that they meet.
+      max_bytes: bound on the memory of factors, and of the rows that the op forms from them. If it is too small for
+        all, they are made in blocks, and made again for each block that they meet.
       implementation: of the op `gram_accumulate`.
     """
-    one = jax.tree.leaves(jax.eval_shape(rows.make, jax.ShapeDtypeStruct((), jnp.int32)))
-    if not any(leaf.size for leaf in one):
+    one = jax.eval_shape(rows.make, jax.ShapeDtypeStruct((), jnp.int32))
+    if not any(leaf.size for leaf in jax.tree.leaves(one)):
         return jnp.zeros((rows.total, rows.total), rows.dtype)
-    group_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in one)
+    group_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
+    group_bytes += sum(_formed_bytes(layer, rows) for layer in one)
     if rows.groups * group_bytes <= max_bytes:
-        factors = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
-        return gram_of_layers(
-            [(x.activations, x.cotangents) for x in factors], rows.dtype, implementation=implementation
-        )
+        whole = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
+        return gram_of_layers([(x.activations, x.cotangents) for x in whole], rows.dtype, implementation=implementation)
     # Two blocks are alive while they meet.
     return _gram_by_blocks(rows, min(rows.groups, max(1, max_bytes // (2 * group_bytes))), implementation)
+
+
+def _formed_bytes(layer: Layer, rows: RowGroups) -> int:
+    """Bytes of the rows of a group (shapes) that the op forms of this part: many weights make them its bulk."""
+    if layer.activations is None:
+        return 0
+    _, t, n = layer.activations.shape
+    blocks, r, _, m = layer.cotangents.shape
+    many = jax.eval_shape(lambda: factors.Rows(jnp.zeros((rows.groups, t, n)), jnp.zeros((rows.groups, r, t, m))))
+    return blocks * r * n * m * rows.dtype.itemsize if factors.formed_is_cheaper(many, many, triangle=True) else 0
 
 
 def _meet(
