@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from bench import run, schema
 from bench.generic import without_structure
 from bench.suites import kernels, lanes, layerwise, plan, steps, structure
+from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
 
@@ -37,17 +38,18 @@ def test_quick_run_gives_rows(suite, tmp_path):
 def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
     """A target just below the checkpoint's loss, one method; Optax relies on implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        setting = dataclasses.replace(layerwise.QUICK[0], size="tiny", checkpoint=3, target=100.0)
+        setting = dataclasses.replace(layerwise.QUICK, size="tiny", checkpoint=3, target=100.0)
         with pytest.raises(ValueError, match="set a lower target"):
             layerwise.Study(setting)
         study = layerwise.Study(dataclasses.replace(setting, target=0.0))
-        study.setting = dataclasses.replace(setting, target=study.start - 0.02, seconds=60.0)
-        adamw = next(c for c in layerwise.CONTENDERS if c.name == "adamw")
-        (rows,) = layerwise._compare(study, "case", (adamw,))
+        study.setting = dataclasses.replace(setting, target=study.start - 0.02)
+        adamw = next(c for c in CONTENDERS if c.name == "adamw")
+        rows = [row for found in layerwise.compare(study, "case", (adamw,)) for row in found]
     found = {row.metric: row.p50 for row in rows}
     # How many steps it takes is the optimizer's business; none, or more than allowed, would be the study's mistake.
     assert 1 <= found["steps"] <= setting.steps
     assert found["tokens"] == found["steps"] * setting.tokens
+    assert found["s"] == pytest.approx(found["steps"] * found["ms/step"] / 1e3)
     assert found["test loss"] <= study.setting.target
 
 

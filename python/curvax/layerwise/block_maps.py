@@ -29,32 +29,43 @@ class _Tangents(NamedTuple):
     value: jax.Array
 
 
-def block_push(push: Callable[[PyTree], jax.Array], like: PyTree, blocks: Blocks) -> Callable[[PyTree], jax.Array]:
-    """P: wide vector -> (blocks, *outputs), the tangents J_b delta_b.
+def block_push(
+    push: Callable[[PyTree], jax.Array], like: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+) -> Callable[[PyTree], jax.Array]:
+    """P: wide vector -> (chosen blocks, *outputs), the tangents J_b delta_b.
 
     Args:
       push: v -> J v, linear; traced once here.
       like: shapes of v.
       blocks: the partition of v.
+      chosen: the blocks that are wanted, ascending; entries of v in others are not read.
     """
     closed = jax.make_jaxpr(push)(like)
     (out,) = closed.out_avals
 
     def pushed(v: PyTree) -> jax.Array:
-        leaves = [_lift(leaf, owner) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
+        leaves = [_lift(leaf, owner, chosen) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
         (found,) = _walk(closed.jaxpr, closed.consts, leaves)
         if not isinstance(found, _Tangents):
-            return jnp.zeros((blocks.count, *out.shape), out.dtype)
-        return _spread(found, tuple(range(blocks.count)))
+            return jnp.zeros((len(chosen), *out.shape), out.dtype)
+        return _spread(found, chosen)
 
     return pushed
 
 
-def _lift(leaf: jax.Array, owner: int | tuple[int, ...]) -> _Tangents:
+def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]) -> _Tangents:
+    """The tangents of a leaf for those of its blocks that are chosen."""
     if isinstance(owner, int):
-        return _Tangents((owner,), leaf[None])
-    ones = jnp.eye(len(owner), dtype=leaf.dtype)
-    return _Tangents(owner, ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None])
+        return _Tangents((owner,), leaf[None]) if owner in chosen else _none(leaf.shape, leaf.dtype)
+    layers = [i for i, block in enumerate(owner) if block in chosen]
+    ones = jnp.eye(len(owner), dtype=leaf.dtype)[jnp.asarray(layers, jnp.int32)]
+    lifted = ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None]
+    return _Tangents(tuple(owner[i] for i in layers), lifted)
+
+
+def _none(shape: tuple[int, ...], dtype: Any) -> _Tangents:
+    """Zero for every block."""
+    return _Tangents((), jnp.zeros((0, *shape), dtype))
 
 
 def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -78,6 +89,8 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
     if not moving:
         return _bind(eqn, operands)
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
+    if not arrived:
+        return [_none(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
     axes = tuple(0 if isinstance(x, _Tangents) else None for x in operands)
     spread = [_spread(x, arrived) if isinstance(x, _Tangents) else x for x in operands]
     # The equation is linear in its tangents: a block with none among its operands has none in its results.

@@ -7,21 +7,33 @@ At theta0, with outputs f0, loss gradient g0 and Hessian H in output space, one 
     prox-linear minimise  L(f0 + v) in the place of its quadratic model
 
 with gradients J_b^T (g0 + H v_b) and J_b^T dL(f0 + v_b).
+
+Layerwise, L tangents and L cotangents pass through the model side by side, which is most of the work. Shares make it
+less: the examples of a minibatch are cut into S shares, the blocks into S sets, and the curvature of a set is taken on
+its own share, so that an example carries the tangents of L / S blocks. The gradient J^T g0, one cotangent for all
+blocks, stays on all examples. With w_s the part of the minibatch's weight that share s has, a block of its set has
+
+    J_b^T g0 + J_b^T (dL(f0 + v_b) - g0) / w_s    (second term: share s only)
+
+which is unbiased where examples are drawn independently (subsampled curvature, Byrd et al. 2011).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton, Microbatched
 from curvax.curvature.differentiate import linear_model
 from curvax.layerwise.block_maps import block_push
 from curvax.layerwise.blocks import BlockPartition, Blocks
+from curvax.layerwise.shares import Shares
 from curvax.tree import PyTree
 
 
@@ -52,12 +64,14 @@ class InnerProblem:
       curvature: model and loss.
       partition: blocks that are solved apart; `None` for the full problem.
       prox_linear: the loss itself on linearised outputs instead of its quadratic model.
+      shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
       microbatch_size: examples per accumulated piece of a minibatch, or `None`.
     """
 
     curvature: GaussNewton
     partition: BlockPartition | None = None
     prox_linear: bool = False
+    shares: int = 1
     microbatch_size: int | None = None
 
     def blocks(self, params: PyTree) -> Blocks:
@@ -67,7 +81,34 @@ class InnerProblem:
         return self.partition.blocks(params)
 
     def linearize(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss:
-        """Evaluates and linearizes the model once; every gradient and product uses that."""
+        """Evaluates and linearizes the model once; every gradient and product uses that.
+
+        Raises:
+          ValueError: there are fewer examples than shares.
+        """
+        blocks = self.blocks(params)
+        if self.partition is None or self.shares == 1:
+            return self._linearize(params, evaluation, blocks, tuple(range(blocks.count)))
+        shares, parts = Shares.of(self.shares, blocks, evaluation.batch), []
+        omega, model_state = self.curvature.effective_weights(params, evaluation), evaluation.model_state
+        for index, chosen in enumerate(shares.blocks):
+            piece = shares.evaluation(index, evaluation, omega, model_state)
+            weight = jnp.sum(shares.cut(index, omega))
+            # A share without weight has no curvature either, whatever it is multiplied by.
+            scale = jnp.sum(omega) / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+            parts.append(self._linearize(params, piece, blocks, chosen, scale))
+            model_state = parts[-1].model_state
+        return _summed(parts)
+
+    def _linearize(
+        self,
+        params: PyTree,
+        evaluation: Evaluation,
+        blocks: Blocks,
+        chosen: tuple[int, ...],
+        scale: jax.Array | None = None,
+    ) -> LinearizedLoss:
+        """The whole minibatch or a share: gradient of all blocks, curvature of the chosen ones times `scale`."""
         model, loss = self.curvature.model, self.curvature.loss
         at = linear_model(lambda p: model.outputs(p, evaluation), params, push=True)
         if at.push is None:
@@ -75,32 +116,43 @@ class InnerProblem:
         targets = model.targets(evaluation.batch)
         omega = self.curvature.effective_weights(params, evaluation)
         residual = loss.gradient(at.outputs, targets, omega)
-        push, pull, each = self._maps(params, at.push, at.pull)
+        push, pull, each = self._maps(params, at.push, at.pull, blocks, chosen)
 
         def hessian(v: jax.Array) -> jax.Array:
-            return loss.hessian_product(at.outputs, targets, omega, v)
+            product = loss.hessian_product(at.outputs, targets, omega, v)
+            return product if scale is None else scale.astype(product.dtype) * product
 
         def slope(v: jax.Array) -> jax.Array:
-            if self.prox_linear:
-                return loss.gradient(at.outputs.astype(v.dtype) + v, targets, omega)
-            return residual + hessian(v)
+            if not self.prox_linear:
+                return residual + hessian(v)
+            moved = loss.gradient(at.outputs.astype(v.dtype) + v, targets, omega)
+            return moved if scale is None else residual + scale.astype(v.dtype) * (moved - residual)
+
+        def gradient(delta: PyTree) -> PyTree:
+            inside = pull(each(slope)(push(delta)))
+            return inside if scale is None else blocks.choose(chosen, inside, at.pull(residual))
 
         return LinearizedLoss(
             loss=loss.value(at.outputs, targets, omega),
             start=lambda: at.pull(residual),
-            gradient=lambda delta: pull(each(slope)(push(delta))),
+            gradient=gradient,
             product=lambda delta: pull(each(hessian)(push(delta))),
             model_state=at.rest[0],
         )
 
     def _maps(
-        self, params: PyTree, push: Callable[[PyTree], jax.Array], pull: Callable[[jax.Array], PyTree]
+        self,
+        params: PyTree,
+        push: Callable[[PyTree], jax.Array],
+        pull: Callable[[jax.Array], PyTree],
+        blocks: Blocks,
+        chosen: tuple[int, ...],
     ) -> tuple[Callable[[PyTree], jax.Array], Callable[[jax.Array], PyTree], Callable[[Any], Any]]:
         """J and its transpose, with a leading axis of blocks if there are any, and what maps functions over it."""
         if self.partition is None:
             return push, pull, lambda f: f
         like = jax.eval_shape(tree.widen, params)
-        by_block = block_push(push, like, self.partition.blocks(params))
+        by_block = block_push(push, like, blocks, chosen)
         transpose = jax.linear_transpose(by_block, like)
         return by_block, lambda u: transpose(u)[0], jax.vmap
 
@@ -145,3 +197,16 @@ class InnerProblem:
             return term, model_state
         term, model_state, _ = pieces.sum(visit)
         return term, model_state
+
+
+def _summed(parts: Sequence[LinearizedLoss]) -> LinearizedLoss:
+    def total(term: Callable[[LinearizedLoss], PyTree]) -> PyTree:
+        return functools.reduce(tree.add, [term(part) for part in parts])
+
+    return LinearizedLoss(
+        loss=total(lambda part: part.loss),
+        start=lambda: total(lambda part: part.start()),
+        gradient=lambda delta: total(lambda part: part.gradient(delta)),
+        product=lambda delta: total(lambda part: part.product(delta)),
+        model_state=parts[-1].model_state,
+    )
