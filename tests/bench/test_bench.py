@@ -49,8 +49,15 @@ def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
     # How many steps it takes is the optimizer's business; none, or more than allowed, would be the study's mistake.
     assert 1 <= found["steps"] <= setting.steps
     assert found["tokens"] == found["steps"] * setting.tokens
-    assert found["s"] == pytest.approx(found["steps"] * found["ms/step"] / 1e3)
     assert found["test loss"] <= study.setting.target
+
+
+def test_update_replaces_the_cases_that_were_run(tmp_path):
+    old = [schema.Row("s", case, "p", "m", "x", 1.0, 1.0, 1.0) for case in ("a", "b")]
+    new = [dataclasses.replace(old[0], p50=2.0)]
+    schema.write(old, "s", tmp_path)
+    assert schema.read(schema.update(new, "s", tmp_path)) == [old[1], new[0]]
+    assert schema.read(schema.update(new, "t", tmp_path)) == new
 
 
 def test_workload_outputs():

@@ -18,11 +18,14 @@ from curvax.layerwise import ByGroup, InnerLoopMethod, LineSearch, full_gn, laye
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.optimizers import muon_adamw, shampoo, soap
 
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class Trainer(NamedTuple):
-    """`init(params, batch) -> state` and the jitted `step(params, state, batch) -> (params, state)`."""
+    """`init(params, batch) -> state` and the jitted `step(params, state, batch, rate) -> (params, state)`.
+
+    The learning rate is an operand, so that a grid of them is one compilation.
+    """
 
     init: Callable[[Any, Any], Any]
     step: Step
@@ -35,7 +38,7 @@ class Contender:
     Attributes:
       name: the rows' provider.
       rate: customary learning rate, which the grid's factors multiply.
-      build: (setting, learning rate) -> trainer.
+      build: setting -> trainer.
       goal: largest ratio of its steps to SOAP's at the largest batch, from the paper.
       brief: whether it runs in brief settings.
       period: steps after which its work repeats.
@@ -43,42 +46,41 @@ class Contender:
 
     name: str
     rate: float
-    build: Callable[[Setting, float], Trainer]
+    build: Callable[[Setting], Trainer]
     goal: float | None = None
     brief: bool = False
     period: int = 1
 
 
-def first_order(make: Callable[[float], optax.GradientTransformation]) -> Callable[[Setting, float], Trainer]:
+def first_order(make: Callable[[Any], optax.GradientTransformation]) -> Callable[[Setting], Trainer]:
     """A trainer with one update per batch, its gradient accumulated over the parts."""
 
-    def build(setting: Setting, rate: float) -> Trainer:
-        tx, gradient_of = make(rate), jax.grad(setting.loss_fn())
+    def build(setting: Setting) -> Trainer:
+        gradient_of = jax.grad(setting.loss_fn())
 
-        def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        def step(params: Any, state: Any, batch: Any, rate: Any) -> tuple[Any, Any]:
             pieces = jax.tree.map(lambda a: a.reshape(setting.parts, setting.part, *a.shape[1:]), batch)
             zero = jax.tree.map(jnp.zeros_like, params)
             total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, gradient_of(params, b)), None), zero, pieces)
             gradient = jax.tree.map(lambda g: g / setting.parts, total)
-            updates, state = tx.update(gradient, state, params)
+            updates, state = make(rate).update(gradient, state, params)
             return optax.apply_updates(params, updates), state
 
-        return Trainer(lambda params, _: tx.init(params), jax.jit(step, donate_argnums=(0, 1)))
+        return Trainer(lambda params, _: make(1.0).init(params), jax.jit(step, donate_argnums=(0, 1)))
 
     return build
 
 
-def curvax_method(make: Callable[[Setting, float], Any]) -> Callable[[Setting, float], Trainer]:
+def curvax_method(make: Callable[[Setting, Any], Any]) -> Callable[[Setting], Trainer]:
     """A trainer from a method of curvax."""
 
-    def build(setting: Setting, rate: float) -> Trainer:
-        method = make(setting, rate)
-
+    def build(setting: Setting) -> Trainer:
         def init(params: Any, batch: Any) -> Any:
+            method = make(setting, 1.0)
             return method.init(params) if isinstance(method, InnerLoopMethod) else method.init(params, batch=batch)
 
-        def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-            params, state, _ = method.step(params, batch, state, jax.random.key(0))
+        def step(params: Any, state: Any, batch: Any, rate: Any) -> tuple[Any, Any]:
+            params, state, _ = make(setting, rate).step(params, batch, state, jax.random.key(0))
             return params, state
 
         return Trainer(init, jax.jit(step, donate_argnums=(0, 1)))
@@ -86,23 +88,23 @@ def curvax_method(make: Callable[[Setting, float], Any]) -> Callable[[Setting, f
     return build
 
 
-def muon(rate: float) -> optax.GradientTransformation:
+def muon(rate: Any) -> optax.GradientTransformation:
     """Muon for the hidden matrices, AdamW for embedding and head: the paper's inner optimizer."""
     return muon_adamw(rate, others=model.OUTER)
 
 
-def adamw(rate: float) -> optax.GradientTransformation:
+def adamw(rate: Any) -> optax.GradientTransformation:
     """AdamW without weight decay."""
     return optax.adamw(rate, weight_decay=0.0)
 
 
 def gauss_newton(
     setting: Setting,
-    rate: float,
+    rate: Any,
     *,
     layerwise: bool,
     shares: int = 1,
-    inner: Callable[[float], optax.GradientTransformation] = muon,
+    inner: Callable[[Any], optax.GradientTransformation] = muon,
     search: bool = True,
     prox_linear: bool = False,
     parts: int | None = None,
@@ -139,7 +141,7 @@ def _inner(name: str, rate: float = 1e-2, *, layerwise: bool, goal: float | None
     return Contender(name, rate, curvax_method(make), goal, brief=goal is not None)
 
 
-def _shampoo(rate: float) -> optax.GradientTransformation:
+def _shampoo(rate: Any) -> optax.GradientTransformation:
     return shampoo(rate, beta2=0.95, every=10, eps=1e-12, graft=optax.scale_by_adam())
 
 
@@ -148,20 +150,22 @@ def _pieces(setting: Setting) -> int | None:
     return setting.part if setting.tokens > 2**15 else None
 
 
-def _sophia(setting: Setting, rate: float) -> Any:
-    return curvax.sophia_g(predict_fn=setting.predict_fn(), learning_rate=rate, microbatch_size=_pieces(setting))
+def _sophia(setting: Setting, rate: Any) -> Any:
+    return curvax.sophia_g(
+        predict_fn=setting.predict_fn(), learning_rate=lambda _: rate, microbatch_size=_pieces(setting)
+    )
 
 
-def _sgn(setting: Setting, rate: float) -> Any:
+def _sgn(setting: Setting, rate: Any) -> Any:
     return curvax.sgn_ce(
-        predict_fn=setting.predict_fn(), lam_policy="trust_region", lam0=0.1, maxiter=8, learning_rate=rate,
+        predict_fn=setting.predict_fn(), lam_policy="trust_region", lam0=0.1, maxiter=8, learning_rate=lambda _: rate,
         microbatch_size=_pieces(setting),
     )  # fmt: skip
 
 
-def _kfac(setting: Setting, rate: float) -> Any:
+def _kfac(setting: Setting, rate: Any) -> Any:
     return curvax.kfac(
-        predict_fn=setting.predict_fn(), loss=SoftmaxCrossEntropy(), learning_rate=rate,
+        predict_fn=setting.predict_fn(), loss=SoftmaxCrossEntropy(), learning_rate=lambda _: rate,
         microbatch_size=_pieces(setting),
     )  # fmt: skip
 
@@ -193,6 +197,6 @@ ABLATIONS = (
 )
 
 
-def contenders(setting: Setting) -> tuple[Contender, ...]:
+def contenders_in(setting: Setting) -> tuple[Contender, ...]:
     """Those that run in a setting, SOAP first."""
     return tuple(c for c in CONTENDERS if c.brief or not setting.brief)

@@ -84,7 +84,7 @@ class Setting:
         return lambda p, b: optax.softmax_cross_entropy_with_integer_labels(predict(p, b["x"]), b["y"]).mean()
 
 
-MAIN = Setting("0.3M", parts=16, part=16, search=2, target=2.0, steps=60)
+MAIN = Setting("0.3M", parts=16, part=16, search=2, target=2.0, steps=45)
 SMALL = Setting("0.3M", parts=4, part=4, search=1, target=2.0, steps=600, brief=True)
 LARGEST = Setting("0.3M", parts=128, part=16, search=8, target=2.0, steps=30, rounds=3, brief=True, goals=True)
 QUICK = Setting(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,34 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from examples.language_model import data, model
 
-from bench import run
 from bench.schema import Row
 from bench.suites.layerwise.contenders import SOAP, Contender, Trainer, adamw, first_order
 from bench.suites.layerwise.setting import Setting
 
 SUITE = "layerwise"
+RATE = ", rate "  # between a method's name and its learning rate in a row's provider
 
 
 class Run(NamedTuple):
-    """One training run: steps to the target, infinite if it was not reached; last test loss; seconds of the loop."""
+    """One training run: steps to the target, infinite if it was not reached; last test loss. Fewer steps are better."""
 
     steps: float
     loss: float
-    seconds: float
 
 
 class Tuned(NamedTuple):
-    """A method's runs of all seeds at its best rate, and the compiled trainer."""
+    """A method's runs of all seeds at its best rate."""
 
     contender: Contender
     rate: float
-    trainer: Trainer
     runs: tuple[Run, ...]
 
     @property
     def provider(self) -> str:
         """The rows' provider."""
-        return f"{self.contender.name}, rate {self.rate:.2g}"
+        return f"{self.contender.name}{RATE}{self.rate:.2g}"
 
     @property
     def steps(self) -> float:
@@ -62,58 +59,58 @@ class Study:
 
     def _checkpoint(self) -> Any:
         once = dataclasses.replace(self.setting, parts=1, part=16)
-        trainer = first_order(adamw)(once, 3e-3)
+        trainer = first_order(adamw)(once)
         params = model.init(jax.random.key(0), self.setting.shape)
         state, rng = trainer.init(params, None), np.random.default_rng(10_000)
         for _ in range(self.setting.checkpoint):
-            params, state = trainer.step(params, state, self.corpus.batch(rng, 16, self.setting.shape.length))
+            batch = self.corpus.batch(rng, 16, self.setting.shape.length)
+            params, state = trainer.step(params, state, batch, 3e-3)
         return params
 
     def batch(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One step's batch."""
         return self.corpus.batch(rng, self.setting.sequences, self.setting.shape.length)
 
-    def run(self, trainer: Trainer, seed: int, limit: float) -> Run:
+    def run(self, trainer: Trainer, rate: float, seed: int, limit: float) -> Run:
         """Trains until the target, or until `limit` steps are done, or until the loss is 1 above its start."""
         params, rng = jax.tree.map(jnp.copy, self.params), np.random.default_rng(seed)
         batch = self.batch(rng)
-        state, loss, done, begin = trainer.init(params, batch), self.start, 0, time.perf_counter()
+        state, loss, done = trainer.init(params, batch), self.start, 0
         while done < limit and loss > self.setting.target:
-            params, state = trainer.step(params, state, batch)
+            params, state = trainer.step(params, state, batch, rate)
             batch, done = self.batch(rng), done + 1
             loss = float(self.test_loss(params, self.held_out))
             if not loss < self.start + 1:
                 loss = loss if math.isfinite(loss) else math.inf
                 break
-        return Run(done if loss <= self.setting.target else math.inf, loss, time.perf_counter() - begin)
+        return Run(done if loss <= self.setting.target else math.inf, loss)
 
     def tuned(self, contender: Contender) -> Tuned:
         """The runs of all seeds at the rate that is best on the first.
 
         A rate is given up where another was at the target already: it cannot be better.
         """
-        best: tuple[Run, float, Trainer] | None = None
+        trainer = contender.build(self.setting)
+        best: tuple[Run, float] | None = None
         for factor in self.setting.factors:
             rate = contender.rate * factor
-            trainer = contender.build(self.setting, rate)
             limit = self.setting.steps if best is None else min(self.setting.steps, best[0].steps)
-            found = (self.run(trainer, 0, limit), rate, trainer)
-            if best is None or found[0][:2] < best[0][:2]:
+            found = self.run(trainer, rate, 0, limit), rate
+            if best is None or found[0] < best[0]:
                 best = found
         if best is None:
             raise ValueError("a setting needs at least one factor of the learning rate.")
-        first, rate, trainer = best
-        others = (self.run(trainer, seed, self.setting.steps) for seed in range(1, self.setting.seeds))
-        return Tuned(contender, rate, trainer, (first, *others))
+        others = (self.run(trainer, best[1], seed, self.setting.steps) for seed in range(1, self.setting.seeds))
+        return Tuned(contender, best[1], (best[0], *others))
 
 
 def compare(study: Study, case: str, contenders: Sequence[Contender]) -> Iterator[list[Row]]:
-    """Rows, method by method, then the time of a step of each, measured in turns, and what it makes to the target."""
-    tuned: list[Tuned] = []
+    """Rows, method by method."""
+    soap: Tuned | None = None
     for contender in contenders:
-        tuned.append(study.tuned(contender))
-        yield _rows(study.setting, case, tuned[-1], tuned[0] if tuned[0].contender.name == SOAP else None)
-    yield _times(study, case, tuned)
+        found = study.tuned(contender)
+        soap = found if contender.name == SOAP else soap
+        yield _rows(study.setting, case, found, soap)
 
 
 def _rows(setting: Setting, case: str, found: Tuned, soap: Tuned | None) -> list[Row]:
@@ -138,32 +135,6 @@ def _rows(setting: Setting, case: str, found: Tuned, soap: Tuned | None) -> list
         row("steps", steps, ratio, goal),
         row("tokens", [s * setting.tokens for s in steps]),
     ]
-
-
-def _times(study: Study, case: str, tuned: Sequence[Tuned]) -> list[Row]:
-    setting = study.setting
-    batch = jax.tree.map(jnp.asarray, study.batch(np.random.default_rng(0)))
-
-    def candidate(one: Tuned) -> run.Candidate:
-        def carry() -> Any:
-            params = jax.tree.map(jnp.copy, study.params)
-            return params, one.trainer.init(params, batch)
-
-        return run.Candidate(one.provider, lambda c: one.trainer.step(*c, batch), carry, calls=one.contender.period)
-
-    timings = run.time_all([candidate(one) for one in tuned], setting.rounds, budget=240.0)
-    rows = run.rows(SUITE, case, setting.x, timings)
-    soap = rows[0].p50 * tuned[0].steps / 1e3
-    for one, each in zip(tuned, list(rows), strict=True):
-        if math.isfinite(one.steps):
-            spread = [r.steps * each.p50 / 1e3 for r in one.runs]
-            against = one.contender.name != SOAP and tuned[0].contender.name == SOAP and math.isfinite(soap)
-            ratio, baseline = (one.steps * each.p50 / 1e3 / soap, SOAP) if against else (None, None)
-            low, median, high = _percentiles(spread)
-            rows.append(
-                Row(SUITE, case, one.provider, "s", setting.x, low, median, high, ratio, baseline, rounds=each.rounds)
-            )
-    return rows
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
