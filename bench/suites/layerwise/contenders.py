@@ -177,13 +177,13 @@ CONTENDERS = (
     Contender("sgd, momentum 0.9", 0.3, first_order(lambda r: optax.sgd(r, momentum=0.9))),
     Contender("adamw", 3e-3, first_order(adamw)),
     Contender("muon + adamw", 1e-2, first_order(muon), brief=True),
-    Contender("shampoo, adam's norms", 3e-3, first_order(_shampoo), period=10),
+    Contender("shampoo, adam's norms", 1e-2, first_order(_shampoo), period=10),
     Contender("sophia_g (curvax)", 1e-3, curvax_method(_sophia), period=10),
-    Contender("kfac (curvax)", 0.3, curvax_method(_kfac), period=10),
-    Contender("sgn (curvax)", 1.0, curvax_method(_sgn)),
     _inner(FULL, layerwise=False, goal=1 / 5),
     _inner(LAYERWISE, layerwise=True, goal=1 / 3),
     _inner(SHARED, layerwise=True, shares=4, goal=1 / 3),
+    Contender("kfac (curvax)", 0.3, curvax_method(_kfac), period=10),
+    Contender("sgn (curvax)", 1.0, curvax_method(_sgn)),
 )
 ABLATIONS = (
     _inner("full_gn, adamw inside", 3e-3, layerwise=False, inner=adamw),
