@@ -10,12 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax.kernels import Implementation, Request, Unsupported
 from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE, gram_accumulate, gram_of_layers, native
 from curvax.kernels.gram_accumulate.factors import Rows, formed_is_cheaper, rows
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "triton", "native")
+
+
+def drawn(rng: np.random.Generator, dtype: Any, *shape: int) -> jax.Array:
+    """Rounded by NumPy: JAX would compile a program for every shape."""
+    return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +38,12 @@ class Case:
         rng = np.random.default_rng(seed)
         groups = self.groups if groups is None else groups
         at = () if self.positions is None else (self.positions,)
-        d = jnp.asarray(rng.standard_normal((groups, self.per_group, *at, self.out)), dtype)
-        if self.into is None:
-            return None, d
-        return jnp.asarray(rng.standard_normal((groups, *at, self.into)), dtype), d
+        d = drawn(rng, dtype, groups, self.per_group, *at, self.out)
+        return None if self.into is None else drawn(rng, dtype, groups, *at, self.into), d
 
     def gram(self, seed: int, dtype: Any, columns: int | None = None) -> Any:
         total = self.groups * self.per_group
-        shape = (total, total if columns is None else columns * self.per_group)
-        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+        return drawn(np.random.default_rng(seed), dtype, total, total if columns is None else columns * self.per_group)
 
 
 CASES = {
@@ -66,6 +69,8 @@ CASES = {
     "no_entries": Case(3, 2, 0, 5),
     "no_cotangent_entries": Case(3, 2, 4, 0),
 }
+# Rows of 16 bits are widened where they are read, and what follows is float32's: cases that read them in other ways.
+NARROW = ("odd", "several_tiles", "one_more_than_a_tile", "explicit", "positions_kept", "positions_formed", "no_entries")
 
 
 def explicit(a: Any, d: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -115,9 +120,11 @@ def dtypes(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 class TestValues:
     @pytest.mark.parametrize("case", CASES)
     def test_lower_triangle(self, case: str, implementation: Implementation, dtypes: tuple[Any, Any]) -> None:
+        if dtypes[1].itemsize == 2 and case not in NARROW:
+            return
         (a, d), gram = CASES[case].make(1, dtypes[1]), CASES[case].gram(2, dtypes[0])
         skip_unless_supported(implementation, gram, a, d)
-        check(jax.jit(partial(gram_accumulate, implementation=implementation))(gram, a, d), gram, (a, d))
+        check(quick_jit(partial(gram_accumulate, implementation=implementation))(gram, a, d), gram, (a, d))
 
     @pytest.mark.parametrize("case", ["odd", "several_tiles", "explicit", "positions_kept", "positions_formed"])
     def test_against_other_groups(self, case: str, implementation: Implementation, dtypes: tuple[Any, Any]) -> None:
@@ -160,10 +167,8 @@ class Blocks:
     def make(self, seed: int, dtype: Any, groups: int, per_group: int) -> tuple[Any, Any]:
         rng = np.random.default_rng(seed)
         at = () if self.into is None else (self.positions,)
-        d = jnp.asarray(rng.standard_normal((groups, self.blocks, per_group, *at, self.out)), dtype)
-        if self.into is None:
-            return None, d
-        return jnp.asarray(rng.standard_normal((groups, self.blocks, self.positions, self.into)), dtype), d
+        d = drawn(rng, dtype, groups, self.blocks, per_group, *at, self.out)
+        return None if self.into is None else drawn(rng, dtype, groups, self.blocks, self.positions, self.into), d
 
 
 LAYERS = {
@@ -179,7 +184,7 @@ LAYERS = {
 def rows_of_layers(layers: Any) -> tuple[np.ndarray, np.ndarray]:
     """As `explicit`, the entries of all blocks and layers side by side."""
     found = []
-    for a, d in layers:
+    for a, d in jax.tree.map(np.asarray, layers):
         for block in range(d.shape[1]):
             found.append(explicit(None if a is None else a[:, block], d[:, block]))
     rows, sizes = zip(*found, strict=True)

@@ -64,7 +64,7 @@ class Model:
         """Parameters drawn in float32 and cast, so that every dtype starts from the same point up to rounding."""
         with jax.enable_x64(False):
             drawn = self.init(jax.random.key(seed), np.float32)
-        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), drawn)
+        return jax.tree.map(lambda leaf: _as(leaf, dtype), drawn)
 
     def rng(self, seed: int = 0) -> np.random.Generator:
         """NumPy generator private to this model and seed."""
@@ -74,7 +74,7 @@ class Model:
         """Standard normal inputs, or integers below `vocabulary`."""
         if self.vocabulary:
             return jnp.asarray(self.rng(seed).integers(0, self.vocabulary, self.input_shape), jnp.int32)
-        return jnp.asarray(self.rng(seed).standard_normal(self.input_shape).astype(np.float32), dtype)
+        return _as(self.rng(seed).standard_normal(self.input_shape), dtype)
 
     def labels(self, seed: int = 0) -> jax.Array:
         """Integer labels, one per position."""
@@ -83,17 +83,22 @@ class Model:
     def soft_labels(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Soft labels, one distribution per position."""
         raw = self.rng(seed + 2).random((*self.positions, self.outputs)) + 0.1
-        return jnp.asarray((raw / raw.sum(-1, keepdims=True)).astype(np.float32), dtype)
+        return _as(raw / raw.sum(-1, keepdims=True), dtype)
 
     def targets(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Real targets with the shape of the outputs."""
-        return jnp.asarray(self.rng(seed + 3).standard_normal(self.output_shape).astype(np.float32), dtype)
+        return _as(self.rng(seed + 3).standard_normal(self.output_shape), dtype)
 
     def weights(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Non-negative weights, one per position, some of them zero."""
         raw = self.rng(seed + 4).random(self.positions) * 2.0
         raw.ravel()[1::4] = 0.0
-        return jnp.asarray(raw.astype(np.float32), dtype)
+        return _as(raw, dtype)
+
+
+def _as(values: Any, dtype: Any) -> jax.Array:
+    """Through float32 to `dtype` in NumPy: JAX would compile a program for every shape."""
+    return jnp.asarray(np.asarray(values, np.float32).astype(dtype))
 
 
 @quick_jit
