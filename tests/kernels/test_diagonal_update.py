@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracle.compiling import array
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
@@ -87,7 +88,7 @@ class Problem:
 def make(shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...], seed: int, *, wide: bool = True) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
     own = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
-    return [jnp.asarray(rng.normal(size=s), wide_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
+    return [array(rng.normal(size=s), wide_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
 
 
 def problem(rule: UpdateRule, shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...] = (jnp.float32,)) -> Problem:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracle.compiling import array
 
 from curvax.kernels import Implementation, Unsupported
 from curvax.kernels.hutchinson_reduce import OPS, hutchinson_reduce
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Any]] = {
 
 def make(shapes: list[tuple[int, ...]], probes: int, dtype: Any, seed: int) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(probes, *s)), dtype) for s in shapes]
+    return [array(rng.normal(size=(probes, *s)), dtype) for s in shapes]
 
 
 def by_hand(z: jax.Array, c: jax.Array, axes: tuple[int, ...], *, use_abs: bool) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import array
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
@@ -39,7 +40,7 @@ def is_shape(node: Any) -> bool:
 
 def make(shapes: Any, dtype: Any, seed: int, batch: tuple[int, ...] = ()) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(batch + s), dtype), shapes, is_leaf=is_shape)
+    return jax.tree.map(lambda s: array(rng.standard_normal(batch + s), dtype), shapes, is_leaf=is_shape)
 
 
 def pick(tree: Any, i: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # LLVM's passes, and XLA's newer way to emit loops, through MLIR, in favour of the older one.
 SWITCHES: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -35,3 +36,8 @@ def quick_options() -> dict[str, Any]:
 def quick_jit(function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit` without most of the CPU compiler's work: a quarter of the compile time, the same arithmetic."""
     return jax.jit(function, compiler_options=quick_options(), **options)
+
+
+def array(values: Any, dtype: Any) -> jax.Array:
+    """`jnp.asarray` of NumPy values, but converted by NumPy: JAX compiles a program for every shape."""
+    return jnp.array(np.asarray(values).astype(dtype))

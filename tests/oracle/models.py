@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compiling import quick_jit
+from .compiling import array, quick_jit
 
 PyTree = Any
 
@@ -73,12 +73,12 @@ class Model:
     def inputs(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Standard normal inputs, or integers below `vocabulary`."""
         if self.vocabulary:
-            return jnp.asarray(self.rng(seed).integers(0, self.vocabulary, self.input_shape), jnp.int32)
+            return array(self.rng(seed).integers(0, self.vocabulary, self.input_shape), jnp.int32)
         return _as(self.rng(seed).standard_normal(self.input_shape), dtype)
 
     def labels(self, seed: int = 0) -> jax.Array:
         """Integer labels, one per position."""
-        return jnp.asarray(self.rng(seed + 1).integers(0, self.outputs, self.positions), jnp.int32)
+        return array(self.rng(seed + 1).integers(0, self.outputs, self.positions), jnp.int32)
 
     def soft_labels(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Soft labels, one distribution per position."""
@@ -97,8 +97,8 @@ class Model:
 
 
 def _as(values: Any, dtype: Any) -> jax.Array:
-    """Through float32 to `dtype` in NumPy: JAX would compile a program for every shape."""
-    return jnp.asarray(np.asarray(values, np.float32).astype(dtype))
+    """Through float32 to `dtype`."""
+    return array(np.asarray(values, np.float32), dtype)
 
 
 @quick_jit

@@ -83,7 +83,7 @@ class Problem:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Standard normal float64 numbers."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jnp.array(np.random.default_rng(seed).standard_normal(shape))
 
 
 def kronecker_matrix(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], like: PyTree) -> np.ndarray:

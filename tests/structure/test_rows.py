@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import dense
-from oracle.compiling import quick_jit
+from oracle.compiling import array, quick_jit
 from oracle.models import ALL, MIXING, MLP_TANH
 
 from curvax.curvature import Evaluation, GaussNewton, Model, MonteCarloFisher, Needs, ObservedFisher
@@ -62,7 +62,7 @@ def test_the_memory_bound_holds_for_rows_that_are_formed() -> None:
 
     # 64 formed rows of 9 * 64 * 256 weights are 36 MiB, the patches and cotangents that they come from 9 MiB.
     rng = np.random.default_rng(0)
-    w, v, x = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 3, 64, 256), (256, 2), (32, 8, 8, 64)))
+    w, v, x = (array(rng.standard_normal(s), jnp.float32) for s in ((3, 3, 64, 256), (256, 2), (32, 8, 8, 64)))
     params = {"w": w, "v": v}
 
     def gram(max_bytes: int) -> tuple[np.ndarray, int]:
