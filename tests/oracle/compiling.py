@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# LLVM's passes, and XLA's newer way to emit loops, through MLIR, in favour of the older one.
-SWITCHES: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# No passes of LLVM, loops emitted directly in place of through MLIR, one module in place of some that are linked.
+SWITCHES: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 @functools.cache
@@ -34,7 +38,7 @@ def quick_options() -> dict[str, Any]:
 
 
 def quick_jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit` without most of the CPU compiler's work: a quarter of the compile time, the same arithmetic."""
+    """`jax.jit` without most of the CPU compiler's work: a sixth of the compile time, the same arithmetic."""
     return jax.jit(function, compiler_options=quick_options(), **options)
 
 
