@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from oracle.compiling import quick_jit
 from oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
@@ -53,7 +54,7 @@ def supported(implementation: Implementation, *operands: jax.Array) -> Implement
     return Choice("batched_cg", "pallas", "in the interpreter")
 
 
-@partial(jax.jit, static_argnames=("implementation",))
+@partial(quick_jit, static_argnames=("implementation",))
 def compiled(
     a: jax.Array, b: jax.Array, options: dict[str, Any], implementation: Implementation | Choice
 ) -> BatchedSolution:
