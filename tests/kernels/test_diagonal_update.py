@@ -94,9 +94,9 @@ def make(shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...], seed: int, *, w
 def problem(rule: UpdateRule, shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...] = (jnp.float32,)) -> Problem:
     average = make(shapes, dtypes, 2)
     if rule.denominator.kind == "power":
-        average = list(map(jnp.abs, average))
+        average = [abs(np.asarray(a)) for a in average]
     # Some entries have no curvature at all.
-    average = [jnp.where(a > 1.5, jnp.zeros_like(a), a) for a in average]
+    average = [array(np.where(np.asarray(a) > 1.5, 0, a), a.dtype) for a in average]
     mean = make(shapes, dtypes, 1) if rule.beta1 else None
     return Problem(make(shapes, dtypes, 0, wide=False), mean, average, make(shapes, dtypes, 3))
 
