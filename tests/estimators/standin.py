@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,6 @@ from curvax import tree
 
 SHAPES = {"b": (4,), "s": (), "w": (3, 4)}
 SIZE = 17
-
-
-# Compiling takes most of the time here: without LLVM's optimisations it is five times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def like(dtype: Any = jnp.float32) -> Any:

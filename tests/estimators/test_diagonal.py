@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
 from curvax.tree import wide_dtype
 from estimators import standin
-from estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, jit, keys
+from estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, keys
 
 
 def _diagonal(estimator, matrix, factor, key, dtype):
     return estimator.diagonal(Dense(matrix, standin.like(dtype), factor), key)
 
 
-_one = jit(_diagonal, static_argnums=(0, 4))
-_many = jit(jax.vmap(_diagonal, in_axes=(None, None, None, 0, None)), static_argnums=(0, 4))
+_one = quick_jit(_diagonal, static_argnums=(0, 4))
+_many = quick_jit(jax.vmap(_diagonal, in_axes=(None, None, None, 0, None)), static_argnums=(0, 4))
 
 
 def once(estimator, matrix, factor=None, dtype=jnp.float32, seed: int = 0):
@@ -95,7 +96,7 @@ def test_several_probes_are_one_batched_product(x64):
             return lin.product(v)
 
     counted: Any = Counted()
-    jit(lambda k: Hutchinson(5).diagonal(counted, k))(jax.random.key(0))
+    quick_jit(lambda k: Hutchinson(5).diagonal(counted, k))(jax.random.key(0))
     assert len(calls) == 1
     text = str(jax.make_jaxpr(lambda k: Hutchinson(5).diagonal(lin, k))(jax.random.key(0)))
     assert text.count("dot_general") == 1 and "scan" not in text
@@ -118,7 +119,7 @@ def test_gauss_newton_bartlett_is_unbiased_for_a_weighted_softmax(x64, n_samples
     lin: Any = Softmax(
         jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.uniform(0, 1, 6)), jnp.asarray(rng.normal(size=(3, 4)))
     )
-    samples = np.asarray(jit(jax.vmap(lambda k: GaussNewtonBartlett(n_samples).diagonal(lin, k)))(keys(3000)))
+    samples = np.asarray(quick_jit(jax.vmap(lambda k: GaussNewtonBartlett(n_samples).diagonal(lin, k)))(keys(3000)))
     assert np.all(samples >= 0)
     assert_mean(samples, lin.exact())
 

@@ -112,7 +112,7 @@ def test_a_preset_takes_it_by_name() -> None:
         predict_fn=MLP_TANH.predict, weight_key="w", precond="diag_direct", estimator="exact", lam0=1e-3, maxiter=50
     )
     assert "ExactDiagonal" in method.plan.explain()
-    _, _, info = jax.jit(method.step)(params, batch, method.init(params), KEY)
+    _, _, info = quick_jit(method.step)(params, batch, method.init(params), KEY)
     assert bool(info["accepted"]) and float(info["residual"]) < 1e-2
 
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax.estimators import RandomisedNystrom
 from curvax.tree import wide_dtype
 from estimators import standin
-from estimators.standin import SIZE, Dense, jit, keys
+from estimators.standin import SIZE, Dense, keys
 
 N = 60
 BOTH = pytest.mark.parametrize("indefinite", [False, True], ids=["one-pass", "two-pass"])
@@ -21,8 +22,8 @@ def _low_rank(method, matrix, key, dtype):
     return method.low_rank(lin.product, lin.params_like, key)
 
 
-_one = jit(_low_rank, static_argnums=(0, 3))
-_many = jit(jax.vmap(_low_rank, in_axes=(None, 0, 0, None)), static_argnums=(0, 3))
+_one = quick_jit(_low_rank, static_argnums=(0, 3))
+_many = quick_jit(jax.vmap(_low_rank, in_axes=(None, 0, 0, None)), static_argnums=(0, 3))
 
 
 def approximate(matrix, rank, dtype=jnp.float64, indefinite=False):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax.estimators import HutchinsonTrace, HutchPlusPlus, XTrace
 from curvax.estimators.xtrace import _leave_one_out
 from estimators import standin
-from estimators.standin import SIZE, Dense, assert_mean, jit, keys
+from estimators.standin import SIZE, Dense, assert_mean, keys
 
 N = 60
 BUDGET = 12
@@ -24,8 +25,8 @@ def _trace(estimator, matrix, key, dtype):
     return estimator.trace(lin.product, lin.params_like, key)
 
 
-_one = jit(_trace, static_argnums=(0, 3))
-_many = jit(jax.vmap(_trace, in_axes=(None, None, 0, None)), static_argnums=(0, 3))
+_one = quick_jit(_trace, static_argnums=(0, 3))
+_many = quick_jit(jax.vmap(_trace, in_axes=(None, None, 0, None)), static_argnums=(0, 3))
 
 
 def once(estimator, matrix: np.ndarray, dtype=jnp.float32, seed: int = 0):

@@ -72,8 +72,7 @@ def test_vmap_over_seeds(name):
     preset = presets.BY_NAME[name]
     with precision("float32"):
         method = preset.make(MODEL, learning_rate=0.1)
-        seeds = jnp.arange(3)
-        params = jax.vmap(lambda seed: MODEL.init(jax.random.key(seed), jnp.float32))(seeds)
+        params = jax.tree.map(lambda *x: jnp.stack(x), *(MODEL.params(jnp.float32, seed) for seed in range(3)))
         keys = jax.random.split(key(), 3)
         batch = batch_of(MODEL, preset.kind, jnp.float32)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 import curvax
 from curvax.damping import TrustRegion
@@ -40,7 +41,7 @@ def annealed(params: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
 
 
 def moved(method: curvax.Method, params: Any, batch: Any, **init: Any) -> tuple[np.ndarray, Any]:
-    new, _, info = jax.jit(method.step)(params, batch, method.init(params, **init), jax.random.key(3))
+    new, _, info = quick_jit(method.step)(params, batch, method.init(params, **init), jax.random.key(3))
     return np.concatenate([np.ravel(new[k] - params[k]) for k in params]), info
 
 

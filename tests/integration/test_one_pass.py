@@ -138,11 +138,11 @@ def test_donation_scan_and_vmap():
 
             return jax.lax.scan(body, (params, state), None, length=4)[0]
 
-        donated = jax.jit(scanned, donate_argnums=(0, 1))
+        donated = quick_jit(scanned, donate_argnums=(0, 1))
         got, _ = donated(jax.tree.map(jnp.copy, params), method.init(params))
         _same(got, want, 1e-11)
         many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-        got, _ = jax.jit(jax.vmap(scanned))(many, jax.vmap(method.init)(many))
+        got, _ = quick_jit(jax.vmap(scanned))(many, jax.vmap(method.init)(many))
         _same(jax.tree.map(lambda leaf: leaf[0], got), want, 1e-10)
 
 

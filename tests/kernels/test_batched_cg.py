@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from oracle.compiling import quick_jit
 from oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
@@ -53,15 +54,17 @@ def supported(implementation: Implementation, *operands: jax.Array) -> Implement
     return Choice("batched_cg", "pallas", "in the interpreter")
 
 
-@partial(jax.jit, static_argnames=("implementation",))
-def compiled(
+def called(
     a: jax.Array, b: jax.Array, options: dict[str, Any], implementation: Implementation | Choice
 ) -> BatchedSolution:
     return batched_cg(a, b, implementation=implementation, **options)
 
 
+QUICK, OPTIMISED = (jit(called, static_argnames=("implementation",)) for jit in (quick_jit, jax.jit))
+
+
 def solve(
-    implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, **options: Any
+    implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, compiled: Any = QUICK, **options: Any
 ) -> BatchedSolution:
     options = {k: jnp.asarray(v, dtype) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
@@ -249,7 +252,9 @@ class TestOutcomes:
     @pytest.mark.parametrize("factor", [1e-30, 1e30])
     def test_scale_of_everything(self, factor: float, implementation: Implementation) -> None:
         a, b = positive((3,), 20), vectors(3, 20)
-        plain, scaled = solve(implementation, a, b), solve(implementation, a * factor, b * factor)
+        # Counts of iterations depend on rounding: of the code that users run.
+        plain = solve(implementation, a, b, compiled=OPTIMISED)
+        scaled = solve(implementation, a * factor, b * factor, compiled=OPTIMISED)
         np.testing.assert_allclose(scaled.value, plain.value, rtol=0, atol=1e-2)
         assert np.all(abs(scaled.iterations - plain.iterations) <= 1)
         assert np.all(scaled.result == Result.CONVERGED)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from oracle.compiling import quick_jit
 from oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
@@ -31,7 +32,7 @@ LARGE = ((7, 5), (255, 1), (257, 3), (257, 0), (1000, 1))
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@partial(jax.jit, static_argnames=("implementation",))
+@partial(quick_jit, static_argnames=("implementation",))
 def compiled(a: jax.Array, b: jax.Array, damping: Any, implementation: Implementation) -> BatchedSolution:
     return batched_cholesky_solve(a, b, damping=damping, implementation=implementation)
 

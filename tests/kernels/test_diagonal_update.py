@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracle.compiling import array, quick_jit
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
@@ -80,22 +81,22 @@ class Problem:
     gradient: list[jax.Array]
 
     def run(self, rule: UpdateRule, implementation: Implementation, **options: Any) -> Any:
-        f = jax.jit(partial(diagonal_update, rule, SCALARS, implementation=implementation, **options))
+        f = quick_jit(partial(diagonal_update, rule, SCALARS, implementation=implementation, **options))
         return f(self.params, self.mean, self.average, self.gradient)
 
 
 def make(shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...], seed: int, *, wide: bool = True) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
     own = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
-    return [jnp.asarray(rng.normal(size=s), wide_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
+    return [array(rng.normal(size=s), wide_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
 
 
 def problem(rule: UpdateRule, shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...] = (jnp.float32,)) -> Problem:
     average = make(shapes, dtypes, 2)
     if rule.denominator.kind == "power":
-        average = list(map(jnp.abs, average))
+        average = [abs(np.asarray(a)) for a in average]
     # Some entries have no curvature at all.
-    average = [jnp.where(a > 1.5, jnp.zeros_like(a), a) for a in average]
+    average = [array(np.where(np.asarray(a) > 1.5, 0, a), a.dtype) for a in average]
     mean = make(shapes, dtypes, 1) if rule.beta1 else None
     return Problem(make(shapes, dtypes, 0, wide=False), mean, average, make(shapes, dtypes, 3))
 
@@ -331,7 +332,7 @@ class TestAccumulate:
         skip_unless_supported(implementation, case)
         average, a, b = (make(SHAPES[case], (jnp.float32,), seed) for seed in (1, 2, 3))
         average = list(map(jnp.abs, average)) if rms else average
-        f = jax.jit(partial(diagonal_accumulate, AccumulateRule(0.9, rms), implementation=implementation))
+        f = quick_jit(partial(diagonal_accumulate, AccumulateRule(0.9, rms), implementation=implementation))
         new, scale, finite = f(average, estimate(kind, a, b), 1.7)
         assert bool(finite) and scale.dtype == jnp.float32
         magnitudes = [np.zeros(0)]
@@ -398,7 +399,7 @@ class TestAccumulate:
                 AccumulateRule(0.5), average, DiagonalEstimate((d,)), implementation=implementation
             )
 
-        f = jax.jit(jax.vmap(mix) if batch else mix)
+        f = quick_jit(jax.vmap(mix) if batch else mix)
         got, want = f(average, compact), f(average, written)
         jax.tree.map(np.testing.assert_array_equal, got, want)
         np.testing.assert_allclose(got[0][0], 0.5 * average[0] + 0.5 * written[0], rtol=1e-6)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracle.compiling import array, quick_jit
 
 from curvax.kernels import Implementation, Unsupported
 from curvax.kernels.hutchinson_reduce import OPS, hutchinson_reduce
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Any]] = {
 
 def make(shapes: list[tuple[int, ...]], probes: int, dtype: Any, seed: int) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(probes, *s)), dtype) for s in shapes]
+    return [array(rng.normal(size=(probes, *s)), dtype) for s in shapes]
 
 
 def by_hand(z: jax.Array, c: jax.Array, axes: tuple[int, ...], *, use_abs: bool) -> np.ndarray:
@@ -50,7 +51,7 @@ class TestValues:
         shapes, axes = CASES[case]
         z, c = (make(shapes, probes, jnp.float32, seed) for seed in (0, 1))
         reduce = partial(hutchinson_reduce, axes=axes, use_abs=use_abs, implementation=implementation)
-        got = jax.jit(reduce)(z, c)
+        got = quick_jit(reduce)(z, c)
         for i, leaf in enumerate(got):
             exact = by_hand(z[i], c[i], () if axes is None else axes[i], use_abs=use_abs)
             assert leaf.shape == exact.shape
@@ -78,7 +79,7 @@ class TestValues:
         shapes, axes = CASES["rows"]
         z, c = (make([(3, *s) for s in shapes], 2, jnp.float32, seed) for seed in (0, 1))
         reduce = partial(hutchinson_reduce, axes=axes, implementation=implementation)
-        got = jax.jit(jax.vmap(reduce, in_axes=1))(z, c)
+        got = quick_jit(jax.vmap(reduce, in_axes=1))(z, c)
         for member in range(3):
             want = reduce([leaf[:, member] for leaf in z], [leaf[:, member] for leaf in c])
             for g, w in zip(got, want, strict=True):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import array
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
@@ -73,10 +74,10 @@ def operands(case: Case, seed: int = 0) -> tuple[Head, Head, jax.Array]:
 
     def head() -> Head:
         shapes = ((case.rows, case.features), (case.features, case.columns), (case.columns,))
-        hidden, matrix, bias = (jnp.asarray(rng.standard_normal(shape), case.dtype) for shape in shapes)
+        hidden, matrix, bias = (array(rng.standard_normal(shape), case.dtype) for shape in shapes)
         return Head(hidden, matrix, bias if case.bias else None)
 
-    return head(), head(), jnp.asarray(rng.uniform(0.1, 2, case.rows), jnp.float32)
+    return head(), head(), array(rng.uniform(0.1, 2, case.rows), jnp.float32)
 
 
 def exact(at: Head, tangent: Head, weights: Any) -> Cotangents:

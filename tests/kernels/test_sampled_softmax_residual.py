@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import array
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.sampled_softmax_residual import pallas, reference, sampled_softmax_residual
@@ -58,9 +59,9 @@ def check(got: tuple[Any, Any], logits: Any, uniforms: Any, weights: Any) -> Non
 
 def operands(rows: int, columns: int, dtype: Any, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(seed)
-    uniforms = jnp.asarray(rng.uniform(size=rows), jnp.float32)
-    logits = jnp.asarray(3 * rng.standard_normal((rows, columns)), dtype)
-    return logits, uniforms, jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
+    uniforms = array(rng.uniform(size=rows), jnp.float32)
+    logits = array(3 * rng.standard_normal((rows, columns)), dtype)
+    return logits, uniforms, array(rng.uniform(0.1, 2, rows), jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["float32", "bfloat16", "float16"])
@@ -128,7 +129,7 @@ def test_labels_follow_the_probabilities() -> None:
 
 
 def test_outer_products_average_to_the_hessian() -> None:
-    logits = jnp.asarray(np.random.default_rng(2).standard_normal(4), jnp.float32)
+    logits = array(np.random.default_rng(2).standard_normal(4), jnp.float32)
     draws = 10_000
     uniforms = (jnp.arange(draws, dtype=jnp.float32) + 0.5) / draws
     residual, _ = sampled_softmax_residual(jnp.broadcast_to(logits, (draws, 4)), uniforms)
@@ -142,7 +143,7 @@ def test_vmap(axes: tuple[int | None, ...], run: Run) -> None:
     arrays = []
     for shape, axis in zip(((2, 300), (2,), (2,)), axes, strict=True):
         full = shape if axis is None else (*shape[:axis], 3, *shape[axis:])
-        arrays.append(jnp.asarray(rng.uniform(0.1, 0.9, full), jnp.float32))
+        arrays.append(array(rng.uniform(0.1, 0.9, full), jnp.float32))
     residual, label = jax.vmap(run, axes)(*arrays)
     for i in range(3):
         member = (x if axis is None else jnp.take(x, i, axis=axis) for x, axis in zip(arrays, axes, strict=True))

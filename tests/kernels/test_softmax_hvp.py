@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import array
 
 from curvax.kernels import Choice, Request, Unsupported, _mosaic
 from curvax.kernels.softmax_hvp import OPS, SOFTMAX_HVP, pallas, softmax_hvp, tiling
@@ -85,9 +86,9 @@ def operands(case: Case, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array
     rng = np.random.default_rng(seed)
     shape = (*case.rows, case.columns)
     several = shape if case.tangents is None else (case.tangents, *shape)
-    logits = jnp.asarray(3 * rng.standard_normal(shape), case.dtype)
-    tangents = jnp.asarray(rng.standard_normal(several), case.tangent_dtype or case.dtype)
-    return logits, tangents, jnp.asarray(rng.uniform(0.1, 2, case.rows), jnp.float32)
+    logits = array(3 * rng.standard_normal(shape), case.dtype)
+    tangents = array(rng.standard_normal(several), case.tangent_dtype or case.dtype)
+    return logits, tangents, array(rng.uniform(0.1, 2, case.rows), jnp.float32)
 
 
 def exact(logits: Any, tangents: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +170,7 @@ class TestHardRows:
         return dict(zip(rows, np.asarray(got), strict=True))
 
     def tangents(self) -> jax.Array:
-        return jnp.asarray(np.random.default_rng(2).standard_normal((11, self.columns)), jnp.float32)
+        return array(np.random.default_rng(2).standard_normal((11, self.columns)), jnp.float32)
 
     def test_rows(self, rows: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
         tangents = np.asarray(self.tangents())
@@ -208,7 +209,7 @@ class TestTransformations:
         arrays = []
         for shape, axis in zip(shapes, axes, strict=True):
             full = shape if axis is None else (*shape[:axis], 3, *shape[axis:])
-            arrays.append(jnp.asarray(rng.uniform(0.1, 2, full), jnp.float32))
+            arrays.append(array(rng.uniform(0.1, 2, full), jnp.float32))
         got = jax.vmap(run, axes)(*arrays)
         for i in range(3):
             z, v, w = (x if axis is None else jnp.take(x, i, axis=axis) for x, axis in zip(arrays, axes, strict=True))
@@ -216,7 +217,7 @@ class TestTransformations:
 
     def test_nested_vmap_of_several_tangents(self, run: Run) -> None:
         logits, _, weights = operands(Case((2,), 300))
-        tangents = jnp.asarray(np.random.default_rng(4).standard_normal((2, 3, 2, 2, 300)), jnp.float32)
+        tangents = array(np.random.default_rng(4).standard_normal((2, 3, 2, 2, 300)), jnp.float32)
         got = jax.vmap(jax.vmap(lambda v: run(logits, v, weights)))(tangents)
         close(got.reshape(-1, 2, 300), logits, tangents.reshape(-1, 2, 300), weights)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import array, quick_jit
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
@@ -39,7 +40,7 @@ def is_shape(node: Any) -> bool:
 
 def make(shapes: Any, dtype: Any, seed: int, batch: tuple[int, ...] = ()) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(batch + s), dtype), shapes, is_leaf=is_shape)
+    return jax.tree.map(lambda s: array(rng.standard_normal(batch + s), dtype), shapes, is_leaf=is_shape)
 
 
 def pick(tree: Any, i: int) -> Any:
@@ -87,7 +88,7 @@ class TestValues:
         skip_unless_supported(implementation, case)
         x, p, r, q = (make(SHAPES[case], dtype, seed) for seed in range(4))
         alpha = jnp.asarray(0.37, dtype)
-        new_x, new_r, rr = jax.jit(partial(cg_update, implementation=implementation))(alpha, x, p, r, q)
+        new_x, new_r, rr = quick_jit(partial(cg_update, implementation=implementation))(alpha, x, p, r, q)
         a = float(alpha)
         wx, wp, wr, wq = map(wide, (x, p, r, q))
         assert jax.tree.structure(new_x) == jax.tree.structure(x) == jax.tree.structure(new_r)
@@ -111,7 +112,7 @@ class TestValues:
         skip_unless_supported(implementation, case)
         z, p = (make(SHAPES[case], dtype, seed) for seed in (5, 6))
         beta = jnp.asarray(-1.7, dtype)
-        got = jax.jit(partial(cg_direction, implementation=implementation))(beta, z, p)
+        got = quick_jit(partial(cg_direction, implementation=implementation))(beta, z, p)
         b = float(beta)
         wz, wp = wide(z), wide(p)
         assert jax.tree.structure(got) == jax.tree.structure(p)
@@ -126,7 +127,7 @@ class TestValues:
         skip_unless_supported(implementation, case)
         p, q, r = (make(SHAPES[case], dtype, seed) for seed in (7, 8, 9))
         pairs = [(p, q), (p, p), (q, r)]
-        got = jax.jit(partial(dots, implementation=implementation))(pairs)
+        got = quick_jit(partial(dots, implementation=implementation))(pairs)
         assert len(got) == 3
         for value, (a, b) in zip(got, pairs, strict=True):
             assert value.shape == ()
@@ -137,11 +138,11 @@ class TestValues:
         skip_unless_supported(implementation, case)
         p, q = (make(SHAPES[case], dtype, seed) for seed in (9, 10))
         pairs = ((p, q), (p, p), (q, q))
-        together = jax.jit(lambda p, q: dots(((p, q), (p, p), (q, q)), implementation=implementation))(p, q)
+        together = quick_jit(lambda p, q: dots(((p, q), (p, p), (q, q)), implementation=implementation))(p, q)
         for got, pair in zip(together, pairs, strict=True):
             close_dot(got, wide(pair[0]), wide(pair[1]))
             if implementation == "native":
-                (alone,) = jax.jit(partial(dots, implementation=implementation))((pair,))
+                (alone,) = quick_jit(partial(dots, implementation=implementation))((pair,))
                 np.testing.assert_array_equal(got, alone)
 
 

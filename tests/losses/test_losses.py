@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax.losses import CustomLoss, Loss, Poisson, SigmoidBinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
 
@@ -175,7 +176,7 @@ def dense(case: Case) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
             row = jax.vmap(row)
         return jnp.sum((omega[..., 0] if len(case.shape) > 1 else omega) * row(f, y))
 
-    return jax.jit(lambda f, *rest: tuple(d(total)(f.ravel(), *rest) for d in (lambda x: x, jax.grad, jax.hessian)))
+    return quick_jit(lambda f, *rest: tuple(d(total)(f.ravel(), *rest) for d in (lambda x: x, jax.grad, jax.hessian)))
 
 
 @functools.cache
@@ -194,7 +195,7 @@ def everything(loss: Loss) -> Callable[..., dict[str, jax.Array]]:
         rows = {} if t is None else {"t": t.ravel(), "S t": loss.factor(f, y, omega, t).ravel()}
         return {"value": loss.value(f, y, omega), "gradient": loss.gradient(f, y, omega).ravel(), **columns, **rows}
 
-    return jax.jit(pieces)
+    return quick_jit(pieces)
 
 
 def pieces(loss: Loss, f: Any, y: Any, omega: Any) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def test_centered_squared_error_matches_the_dense_derivatives(shape):
         residual = flat.reshape(shape) - y
         return jnp.sum((residual - jnp.mean(residual, axis=0)) ** 2) / 2 / positions
 
-    derivatives = jax.jit(lambda x: (total(x), jax.grad(total)(x), jax.hessian(total)(x)))
+    derivatives = quick_jit(lambda x: (total(x), jax.grad(total)(x), jax.hessian(total)(x)))
     value, gradient, hessian = derivatives(jnp.asarray(f).ravel())
     got = pieces(loss, f, y, loss.effective_weights(jnp.asarray(f)))
     close(got["value"], value)
@@ -276,7 +277,7 @@ def test_sampled_gradients_have_mean_zero_and_the_hessian_as_covariance(case):
     omega = loss.effective_weights(f, weights_of(case, "position"))
     size, count = case.shape[-1] if f.ndim > 1 else 1, 20_000
 
-    @jax.jit
+    @quick_jit
     def moments(keys):
         def one(key):
             sampled = loss.sample_targets(f, y, key)
@@ -315,7 +316,7 @@ def test_samples_keep_the_kind_of_the_targets():
 
 def test_poisson_samples_large_and_extreme_rates():
     f = jnp.asarray([-jnp.inf, 5.0, 40.0, 1e4])
-    sample = jax.jit(jax.vmap(lambda key: Poisson().sample_targets(f, f, key)))
+    sample = quick_jit(jax.vmap(lambda key: Poisson().sample_targets(f, f, key)))
     drawn = sample(jax.random.split(jax.random.key(0), 4000))
     assert np.all(np.isfinite(drawn)) and np.all(drawn[:, 0] == 0)
     for column, rate in ((1, np.exp(5.0)), (2, np.exp(40.0))):
@@ -404,7 +405,7 @@ def test_microbatches_and_vmapped_examples_add_up(case):
         terms = [getattr(loss, name)(f, y, omega, jnp.cos(f)) for name in ("hessian_product", "factor_transpose")]
         return loss.value(f, y, omega), (loss.gradient(f, y, omega), *terms)
 
-    @jax.jit
+    @quick_jit
     def three_ways(*batch):
         halves = [part(*jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(0, 1), slice(1, None))]
         values, terms = zip(*halves, strict=True)
@@ -462,7 +463,7 @@ def test_cross_entropy_with_extreme_and_forbidden_logits(dtype):
         return loss.value(f, y, omega)
 
     if dtype == np.float32:  # the two differ by what they compile for, not by what they do
-        gradient, second = jax.jit(lambda f: (jax.grad(value)(f), jax.hessian(value)(f)))(f)
+        gradient, second = quick_jit(lambda f: (jax.grad(value)(f), jax.hessian(value)(f)))(f)
         close(gradient.ravel(), got["gradient"], tolerance)
         close(second.reshape(12, 12), hessian, tolerance)
     # A label so wrong that sqrt(p) is zero, or forbidden: finite where there is a finite answer.
@@ -540,7 +541,7 @@ def test_custom_loss_without_convexity_factors_the_non_negative_part():
 
     f, y = np.random.default_rng(0).standard_normal((4, 2)), np.arange(1.0, 5.0)
     got = pieces(CustomLoss(saddle, reduction="sum"), f, y, jnp.ones(4))
-    hessian = np.asarray(jax.jit(jax.vmap(jax.hessian(saddle)))(jnp.asarray(f), jnp.asarray(y)))
+    hessian = np.asarray(quick_jit(jax.vmap(jax.hessian(saddle)))(jnp.asarray(f), jnp.asarray(y)))
     values, vectors = np.linalg.eigh(hessian)
     positive = np.einsum("pij,pj,pkj->pik", vectors, np.maximum(values, 0), vectors)
     for i in range(4):

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from oracle import dense
+from oracle.compiling import quick_jit
 from oracle.losses import softmax_cross_entropy
 
 import curvax
@@ -56,7 +57,7 @@ def ggn(lam: Any = LAM) -> Any:
 def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> None:
     params, batch = problem
     tx = optax.chain(ggn(), optax.scale_by_learning_rate(0.5))
-    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
+    update = quick_jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
     updates, _ = update(jax.grad(loss)(params, batch), tx.init(params), params)
     assert_close(updates, direction(params, batch), -0.5)
 
@@ -140,7 +141,7 @@ def test_injected_damping_schedule(problem: Any) -> None:
     make = optax.inject_hyperparams(curvax.optax.scale_by_ggn, static_args=("predict_fn",))
     tx = make(predict, SoftmaxCrossEntropy(), optax.piecewise_constant_schedule(1.0, {1: 0.1}), solver=EXACT)
     state, grads = tx.init(params), jax.grad(loss)(params, batch)
-    update = jax.jit(lambda g, s: tx.update(g, s, params, batch=batch))
+    update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch))
     for lam in (1.0, 0.1):
         updates, state = update(grads, state)
         assert_close(updates, direction(params, batch, lam))

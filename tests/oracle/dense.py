@@ -68,7 +68,6 @@ def outputs_and_jacobian(
     """Outputs, and d outputs / d params as a (number of outputs, number of parameters) matrix."""
     params, inputs = to_double(params), to_double(inputs)
     with jax.enable_x64(True):
-        params, inputs = jax.tree.map(jnp.asarray, (params, inputs))
         jacobian, outputs = _jacobian_function(predict)(params, inputs)
         outputs = np.asarray(outputs)
         return outputs, _rows(jacobian, outputs.size)
@@ -79,7 +78,6 @@ def hessian(function: Callable[[PyTree], jax.Array], params: PyTree) -> np.ndarr
     params = to_double(params)
     n = vector(params).size
     with jax.enable_x64(True):
-        params = jax.tree.map(jnp.asarray, params)
         blocks = quick_jit(jax.hessian(function))(params)
         # One row of blocks per leaf; flattening a row of blocks in leaf order gives consecutive columns.
         counts = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]

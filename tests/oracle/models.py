@@ -8,6 +8,7 @@ outputs, several output axes, and custom derivative rules. They are written for 
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .compiling import array, quick_jit
 
 PyTree = Any
 
@@ -26,7 +29,7 @@ class Model:
 
     Attributes:
         name: what it is, used as the test id.
-        init: `(key, dtype) -> params`.
+        init: `(key, dtype) -> params`, in NumPy.
         predict: `(params, inputs) -> outputs`, each example of the leading axis by itself.
         input_shape: shape of the inputs, batch first; the outputs keep the batch axis.
         output_shape: shape of the outputs, batch first.
@@ -59,7 +62,9 @@ class Model:
 
     def params(self, dtype: Any = jnp.float64, seed: int = 0) -> PyTree:
         """Parameters drawn in float32 and cast, so that every dtype starts from the same point up to rounding."""
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), self.init(jax.random.key(seed), jnp.float32))
+        with jax.enable_x64(False):
+            drawn = self.init(jax.random.key(seed), np.float32)
+        return jax.tree.map(lambda leaf: _as(leaf, dtype), drawn)
 
     def rng(self, seed: int = 0) -> np.random.Generator:
         """NumPy generator private to this model and seed."""
@@ -68,31 +73,52 @@ class Model:
     def inputs(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Standard normal inputs, or integers below `vocabulary`."""
         if self.vocabulary:
-            return jnp.asarray(self.rng(seed).integers(0, self.vocabulary, self.input_shape), jnp.int32)
-        return jnp.asarray(self.rng(seed).standard_normal(self.input_shape).astype(np.float32), dtype)
+            return array(self.rng(seed).integers(0, self.vocabulary, self.input_shape), jnp.int32)
+        return _as(self.rng(seed).standard_normal(self.input_shape), dtype)
 
     def labels(self, seed: int = 0) -> jax.Array:
         """Integer labels, one per position."""
-        return jnp.asarray(self.rng(seed + 1).integers(0, self.outputs, self.positions), jnp.int32)
+        return array(self.rng(seed + 1).integers(0, self.outputs, self.positions), jnp.int32)
 
     def soft_labels(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Soft labels, one distribution per position."""
         raw = self.rng(seed + 2).random((*self.positions, self.outputs)) + 0.1
-        return jnp.asarray((raw / raw.sum(-1, keepdims=True)).astype(np.float32), dtype)
+        return _as(raw / raw.sum(-1, keepdims=True), dtype)
 
     def targets(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Real targets with the shape of the outputs."""
-        return jnp.asarray(self.rng(seed + 3).standard_normal(self.output_shape).astype(np.float32), dtype)
+        return _as(self.rng(seed + 3).standard_normal(self.output_shape), dtype)
 
     def weights(self, dtype: Any = jnp.float64, seed: int = 0) -> jax.Array:
         """Non-negative weights, one per position, some of them zero."""
         raw = self.rng(seed + 4).random(self.positions) * 2.0
         raw.ravel()[1::4] = 0.0
-        return jnp.asarray(raw.astype(np.float32), dtype)
+        return _as(raw, dtype)
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: float = 0.6) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
+def _as(values: Any, dtype: Any) -> jax.Array:
+    """Through float32 to `dtype`."""
+    return array(np.asarray(values, np.float32), dtype)
+
+
+@quick_jit
+def _split(key: jax.Array) -> list[jax.Array]:
+    return list(jax.random.split(key, 16))
+
+
+@quick_jit
+def _draw(key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, (256,), jnp.float32)
+
+
+def _keys(key: jax.Array, count: int) -> list[jax.Array]:
+    """The first of sixteen keys: two programs draw everything here, in place of some for every shape."""
+    return _split(key)[:count]
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: float = 0.6) -> np.ndarray:
+    drawn = np.asarray(_draw(key))[: math.prod(shape)].reshape(shape)
+    return (drawn * np.float32(scale)).astype(dtype)
 
 
 def _dense_init(widths: tuple[int, ...]) -> Callable[[jax.Array, Any], PyTree]:
@@ -120,7 +146,7 @@ def _scalar(predict: Callable[[PyTree, jax.Array], jax.Array]) -> Callable[[PyTr
 
 
 def _linear_init(key: jax.Array, dtype: Any) -> PyTree:
-    return {"w": _normal(key, (4, 3), dtype), "b": _normal(jax.random.fold_in(key, 1), (3,), dtype, 0.2)}
+    return {"w": _normal(key, (4, 3), dtype), "b": _normal(_keys(key, 2)[1], (3,), dtype, 0.2)}
 
 
 def _linear(params: PyTree, x: jax.Array) -> jax.Array:
@@ -128,10 +154,10 @@ def _linear(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _cnn_init(key: jax.Array, dtype: Any) -> PyTree:
-    k1, k2, k3 = jax.random.split(key, 3)
+    k1, k2, k3 = _keys(key, 3)
     return {
         "conv": {"kernel": _normal(k1, (3, 3, 2, 3), dtype, 0.4), "bias": _normal(k2, (3,), dtype, 0.1)},
-        "head": {"w": _normal(k3, (12, 3), dtype, 0.5), "b": jnp.zeros((3,), dtype)},
+        "head": {"w": _normal(k3, (12, 3), dtype, 0.5), "b": np.zeros((3,), dtype)},
     }
 
 
@@ -144,7 +170,7 @@ def _cnn(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _shared_init(key: jax.Array, dtype: Any) -> PyTree:
-    k1, k2, k3 = jax.random.split(key, 3)
+    k1, k2, k3 = _keys(key, 3)
     return {"tied": _normal(k1, (3, 5), dtype), "bias": _normal(k2, (5,), dtype), "head": _normal(k3, (3, 4), dtype)}
 
 
@@ -155,11 +181,11 @@ def _shared(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _recurrent_init(key: jax.Array, dtype: Any) -> PyTree:
-    k1, k2, k3 = jax.random.split(key, 3)
+    k1, k2, k3 = _keys(key, 3)
     return {
         "inputs": _normal(k1, (2, 4), dtype),
         "state": _normal(k2, (4, 4), dtype, 0.4),
-        "bias": jnp.zeros((4,), dtype),
+        "bias": np.zeros((4,), dtype),
         "head": _normal(k3, (4, 3), dtype),
     }
 
@@ -174,9 +200,9 @@ def _recurrent(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _attention_init(key: jax.Array, dtype: Any) -> PyTree:
-    keys = jax.random.split(key, 5)
+    keys = _keys(key, 5)
     return {
-        "norm": {"scale": jnp.ones((4,), dtype), "bias": jnp.zeros((4,), dtype)},
+        "norm": {"scale": np.ones((4,), dtype), "bias": np.zeros((4,), dtype)},
         "q": _normal(keys[0], (4, 4), dtype),
         "k": _normal(keys[1], (4, 4), dtype),
         "v": _normal(keys[2], (4, 4), dtype),
@@ -198,7 +224,7 @@ def _attention(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _embedding_init(key: jax.Array, dtype: Any) -> PyTree:
-    k1, k2 = jax.random.split(key)
+    k1, k2 = _keys(key, 2)
     return {"table": _normal(k1, (7, 3), dtype), "head": _normal(k2, (3, 4), dtype)}
 
 
@@ -220,7 +246,7 @@ def _odd_tree_init(key: jax.Array, dtype: Any) -> PyTree:
         "missing": None,
         "pair": (_normal(key, (3, 4), dtype), ()),
         "log_scale": jnp.asarray(0.3, dtype),
-        "no_rows": jnp.zeros((0, 4), dtype),
+        "no_rows": np.zeros((0, 4), dtype),
     }
 
 
@@ -230,7 +256,7 @@ def _odd_tree(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _grid_init(key: jax.Array, dtype: Any) -> PyTree:
-    k1, k2 = jax.random.split(key)
+    k1, k2 = _keys(key, 2)
     return {"w": _normal(k1, (3, 4), dtype), "v": _normal(k2, (4, 6), dtype)}
 
 
@@ -240,7 +266,7 @@ def _grid(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _dense_forms_init(key: jax.Array, dtype: Any) -> PyTree:
-    keys = jax.random.split(key, 7)
+    keys = _keys(key, 7)
     return {
         "rows": _normal(keys[0], (5, 3), dtype),
         "minus": _normal(keys[1], (5,), dtype, 0.2),
@@ -264,7 +290,7 @@ def _dense_forms(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _reused_init(key: jax.Array, dtype: Any) -> PyTree:
-    keys = jax.random.split(key, 6)
+    keys = _keys(key, 6)
     return {
         "square": _normal(keys[0], (4, 4), dtype),
         "bias": _normal(keys[1], (4,), dtype, 0.2),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from estimators import standin
-from estimators.standin import SIZE, Dense, jit, keys
+from estimators.standin import SIZE, Dense, keys
+from oracle.compiling import array, quick_jit
 
 from curvax import tree
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
@@ -52,7 +53,7 @@ def _refresh(method, state, matrix, factor, key, dtype=jnp.float32):
     return method.refresh(state, Dense(matrix, standin.like(dtype), factor), key)
 
 
-jitted = jit(_refresh, static_argnums=(0, 5))
+jitted = quick_jit(_refresh, static_argnums=(0, 5))
 
 
 def refresh(method, state, matrix, seed=0, dtype=jnp.float32):
@@ -67,7 +68,7 @@ def _columns(method, state, lam, dtype):
     return jax.vmap(lambda v: tree.ravel(method.apply(state, lam, unravel(v)))[0])(jnp.eye(SIZE, dtype=dtype)).T
 
 
-_jitted_columns = jit(_columns, static_argnums=(0, 3))
+_jitted_columns = quick_jit(_columns, static_argnums=(0, 3))
 
 
 def as_matrix(method, state, lam, dtype=jnp.float32) -> np.ndarray:
@@ -97,10 +98,10 @@ def test_symmetric_positive_definite_before_and_after_refreshes(x64, method, dty
 
 @each
 def test_linear_in_v_and_zero_gives_zero(method):
-    apply = jit(method.apply)
+    apply = quick_jit(method.apply)
     zero = tree.zeros_like(standin.like())
     _, unravel = tree.ravel(zero)
-    a, b = (unravel(jnp.asarray(np.random.default_rng(s).normal(size=SIZE), jnp.float32)) for s in (0, 1))
+    a, b = (unravel(array(np.random.default_rng(s).normal(size=SIZE), jnp.float32)) for s in (0, 1))
     for matrix in (MATRICES["zero"], MATRICES["dead coordinates"]):
         state = refresh(method, method.init(standin.like()), matrix)
         for x in jax.tree.leaves(apply(state, 0.0, zero)):
@@ -144,7 +145,7 @@ def test_refreshes_scan(method):
     matrix, factor = (jnp.asarray(a, jnp.float32) for a in (MATRICES["decaying"], root(MATRICES["decaying"])))
     start = method.init(standin.like(jnp.bfloat16))
 
-    @jit
+    @quick_jit
     def scanned(state):
         def step(state, key):
             state = _refresh(method, state, matrix, factor, key, jnp.bfloat16)
@@ -167,7 +168,7 @@ def test_refreshes_scan(method):
 def test_traced_once(method):
     traces = []
 
-    @jit
+    @quick_jit
     def step(state, lam, key):
         traces.append(1)
         state = _refresh(method, state, jnp.eye(SIZE), jnp.eye(SIZE), key)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from estimators import standin
-from estimators.standin import SIZE, Dense, dense, flat, jit
+from estimators.standin import SIZE, Dense, dense, flat
+from oracle.compiling import quick_jit
 
 from curvax.estimators import DiagonalEstimator, Hutchinson
 from curvax.preconditioners import (
@@ -55,11 +56,11 @@ def test_jacobi_keeps_only_the_latest(x64):
     assert method.every == 4
 
 
-_refresh = jit(
+_refresh = quick_jit(
     lambda method, state, matrix, key, dtype: method.refresh(state, Dense(matrix, standin.like(dtype)), key),
     static_argnums=(0, 4),
 )
-_inverse = jit(lambda method, state, lam, dtype: method.apply(state, lam, ones(dtype)), static_argnums=(0, 3))
+_inverse = quick_jit(lambda method, state, lam, dtype: method.apply(state, lam, ones(dtype)), static_argnums=(0, 3))
 
 
 def refreshed(method, diagonals, dtype=jnp.float64):
@@ -163,8 +164,8 @@ def _nystrom_inverse(method, state, lam):
     return apply(jnp.eye(len(state.basis), dtype=state.basis.dtype))
 
 
-_nystrom_state = jit(_nystrom_state, static_argnums=(0, 3))
-_nystrom_inverse = jit(_nystrom_inverse, static_argnums=0)
+_nystrom_state = quick_jit(_nystrom_state, static_argnums=(0, 3))
+_nystrom_inverse = quick_jit(_nystrom_inverse, static_argnums=0)
 
 
 def nystrom(matrix, rank, dtype=jnp.float64, indefinite=False):

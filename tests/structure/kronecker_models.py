@@ -83,7 +83,7 @@ class Problem:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Standard normal float64 numbers."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jnp.array(np.random.default_rng(seed).standard_normal(shape))
 
 
 def kronecker_matrix(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], like: PyTree) -> np.ndarray:
@@ -101,20 +101,25 @@ def kronecker_matrix(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
                 found[leaf] = found[leaf] + part
         return jnp.concatenate([x.ravel() for x in found])
 
-    return np.asarray(jax.vmap(on)(jnp.eye(n))).T
+    return np.asarray(quick_jit(jax.vmap(on))(jnp.eye(n))).T
 
 
 def owners(blocks: Blocks, like: PyTree) -> np.ndarray:
     """(n,) for each parameter a number of its block and group; -1 outside of Kronecker blocks."""
-    leaves = [jnp.zeros(x.shape) for x in jax.tree.leaves(like)]
-    number = 0
-    for block in blocks.kronecker:
-        groups, n, m = block.shape
-        marks = jnp.broadcast_to(jnp.arange(1, groups + 1)[:, None, None] + number, (groups, n, m)).astype(float)
-        for leaf, part in block.put(marks):
-            leaves[leaf] = leaves[leaf] + part
-        number += groups
-    return np.concatenate([np.asarray(x).ravel() for x in leaves]).round().astype(int) - 1
+
+    @quick_jit
+    def numbered() -> list[jax.Array]:
+        leaves = [jnp.zeros(x.shape) for x in jax.tree.leaves(like)]
+        number = 0
+        for block in blocks.kronecker:
+            groups, n, m = block.shape
+            marks = jnp.broadcast_to(jnp.arange(1, groups + 1)[:, None, None] + number, (groups, n, m)).astype(float)
+            for leaf, part in block.put(marks):
+                leaves[leaf] = leaves[leaf] + part
+            number += groups
+        return leaves
+
+    return np.concatenate([np.asarray(x).ravel() for x in numbered()]).round().astype(int) - 1
 
 
 def block_diagonal(matrix: np.ndarray, blocks: Blocks, like: PyTree) -> np.ndarray:

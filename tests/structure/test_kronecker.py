@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.compiling import quick_jit
 
 from curvax import structure
 from curvax.curvature import (
@@ -149,9 +150,11 @@ def test_observed_targets_at_several_positions_are_unbiased():
         jnp.full((2, 3), 1 / 6),
         None,
     )
-    u = jax.vmap(output.cotangents)(jax.random.split(jax.random.key(0), 4000))[:, 0].reshape(4000, 2, 6)
+    draw = quick_jit(lambda: jax.vmap(output.cotangents)(jax.random.split(jax.random.key(0), 4000)))
+    u = np.asarray(draw())[:, 0].reshape(4000, 2, 6)
     outer = np.einsum("sbi,sbj->sbij", u, u)
-    q = np.stack([np.asarray(jax.vmap(output.product)(_unit(b)))[:, b].reshape(6, 6) for b in range(2)])
+    product = quick_jit(jax.vmap(output.product))
+    q = np.stack([np.asarray(product(_unit(b)))[:, b].reshape(6, 6) for b in range(2)])
     error = outer.std(0) / np.sqrt(4000)
     assert np.all(np.abs(outer.mean(0) - q) <= 5 * error + 1e-12)
 
@@ -186,7 +189,7 @@ def test_convolutions_follow_the_definitions(sharing, groups):
     x = normal(7, 3, 4, 4, channels)
     params = {"k": normal(0, 2, 2, channels // groups, out), "b": normal(1, out), "v": normal(2, 72, 2)}
     problem = Problem(lambda p, x: convolve(p, x, 0.0), params, {"x": x, "y": normal(3, 3, 2)})
-    cotangents = jax.jacrev(lambda e: convolve(params, x, e))(jnp.zeros((3, 3, 3, out)))
+    cotangents = quick_jit(jax.jacrev(lambda e: convolve(params, x, e)))(jnp.zeros((3, 3, 3, out)))
     d = np.stack([np.asarray(cotangents)[b, :, b] for b in range(3)]).reshape(3, 2, 9, groups, out // groups) / np.sqrt(
         3
     )
@@ -213,7 +216,7 @@ def test_a_layer_over_a_sequence_follows_the_definitions(sharing):
         return jnp.sum(jnp.tanh(x @ p["w"] + p["b"] + e) @ p["v"] + p["c"], axis=1)
 
     problem = Problem(lambda p, x: predict(p, x), params, {"x": x, "y": normal(3, 4, 3)})
-    d = np.asarray(jax.jacrev(lambda e: predict(params, x, e))(jnp.zeros((4, 6, 4))))
+    d = np.asarray(quick_jit(jax.jacrev(lambda e: predict(params, x, e)))(jnp.zeros((4, 6, 4))))
     d = np.stack([d[b, :, b] for b in range(4)]) / 2
     a = np.concatenate([np.asarray(x), np.ones((4, 6, 1))], axis=-1)
     if sharing is REDUCE:
@@ -374,16 +377,22 @@ def test_projected_squares_are_the_diagonal_in_any_basis(monkeypatch):
         found = problem.measure(lambda examples: projected_squares(blocks, examples, bases))
         for i, block in enumerate(blocks.kronecker):
             groups, rows, m = block.shape
-            u = jnp.eye(rows)[None] if block.embedding else bases[i][0]
+            u = np.eye(rows)[None] if block.embedding else bases[i][0]
             expected = np.zeros(block.shape)
+
+            @quick_jit
+            def put(entries, block=block):
+                leaves = [jnp.zeros(p.shape) for p in jax.tree.leaves(params)]
+                for leaf, part in block.put(entries):
+                    leaves[leaf] = leaves[leaf] + part
+                return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
             for g in range(groups):
                 for k in range(rows):
                     for j in range(m):
-                        entries = jnp.zeros(block.shape).at[g].set(jnp.outer(u[g][:, k], bases[i][1][g][:, j]))
-                        leaves = [jnp.zeros(p.shape) for p in jax.tree.leaves(params)]
-                        for leaf, part in block.put(entries):
-                            leaves[leaf] = leaves[leaf] + part
-                        w = np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
+                        entries = np.zeros(block.shape)
+                        entries[g] = np.outer(u[g][:, k], bases[i][1][g][:, j])
+                        w = np.asarray(put(entries))
                         expected[g, k, j] = w @ ggn @ w
             np.testing.assert_allclose(found[i], expected, rtol=1e-8, atol=1e-10)
     assert n == sum(p.size for p in jax.tree.leaves(params))
@@ -410,7 +419,7 @@ def test_take_and_put_are_adjoint_permutations():
 @pytest.mark.parametrize("shape", [(1, 7, 5), (2, 3, 4), (1, 20, 513), (2, 600, 513), (1, 1, 1), (1, 0, 3), (3, 4, 0)])
 def test_second_moments(shape):
     x = np.random.default_rng(0).standard_normal(shape)
-    np.testing.assert_allclose(second_moment(jnp.asarray(x)), np.swapaxes(x, 1, 2) @ x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(quick_jit(second_moment)(x), np.swapaxes(x, 1, 2) @ x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -419,12 +428,14 @@ def test_microbatches_add_up(size):
     whole, blocks = problem.sums(), problem.blocks
     split = Microbatched(problem.curvature, size)
     assert split.blocks(problem.params, problem.evaluation) == blocks
-    at = split.linearize(problem.params, problem.evaluation, Needs(factors=True))
-    assert at.site_factors is not None
-    found = at.site_factors(GeneralizedGaussNewton(), jax.random.key(0))(
-        lambda examples: factor_sums(blocks, examples, EXPAND)
-    )
-    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+
+    @quick_jit
+    def sums(params):
+        at = split.linearize(params, problem.evaluation, Needs(factors=True))
+        assert at.site_factors is not None
+        return at.site_factors(GeneralizedGaussNewton(), jax.random.key(0))(lambda e: factor_sums(blocks, e, EXPAND))
+
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(sums(problem.params)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
 
 

@@ -83,7 +83,7 @@ def test_rows_and_gram_of_random_models(layers: list[tuple[Piece, str, int]], se
     """Layers of the same piece with the same number share their weights."""
     rng = np.random.default_rng(seed)
     params = {
-        f"{piece} {number}": {k: jnp.asarray(0.6 * rng.standard_normal(s)) for k, s in piece.shapes.items()}
+        f"{piece} {number}": {k: jnp.array(0.6 * rng.standard_normal(s)) for k, s in piece.shapes.items()}
         for piece, _, number in layers
     }
 
@@ -92,7 +92,7 @@ def test_rows_and_gram_of_random_models(layers: list[tuple[Piece, str, int]], se
             x = WRAPPERS[wrapper](piece.apply)(p[f"{piece} {number}"], x)
         return x[..., :2]
 
-    found = study(predict, params, jnp.asarray(rng.standard_normal((3, TIME, WIDTH))))
+    found = study(predict, params, jnp.array(rng.standard_normal((3, TIME, WIDTH))))
     close(found.made["rows"], found.jacobian, 1e-10)
     close(found.made["gram"], found.jacobian @ found.jacobian.T, 1e-10)
     close(found.made["squares"], np.square(found.jacobian).sum(0), 1e-10)

@@ -125,16 +125,27 @@ class TestZoo:
 
     def test_taking_a_leaf_apart_and_back_are_adjoint(self, entry: Entry) -> None:
         rng, leaves = np.random.default_rng(0), [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
-        for site in studied(entry).captured.structure.sites:
-            block, leaf = jnp.asarray(rng.standard_normal(site.block)), jnp.asarray(leaves[site.leaf])
-            there, back = site.from_leaf(leaf), site.to_leaf(block)
-            assert there.shape == site.block and back.shape == leaf.shape
-            close(np.vdot(there, block), np.vdot(leaf, back), 1e-12)
+        sites = studied(entry).captured.structure.sites
+        blocks = [rng.standard_normal(site.block) for site in sites]
+        outputs = [rng.standard_normal((site.block[0], site.block[2])) for site in sites]
+
+        @quick_jit
+        def both(leaves: Any, blocks: Any, outputs: Any) -> list[Any]:
+            found = []
+            for site, block, output in zip(sites, blocks, outputs, strict=True):
+                found.append((site.from_leaf(leaves[site.leaf]), site.to_leaf(block)))
+                if site.bias is not None:
+                    found.append((site.bias.from_leaf(leaves[site.bias.leaf]), site.bias.to_leaf(output)))
+            return found
+
+        found = iter(both(leaves, blocks, outputs))
+        for site, block, output in zip(sites, blocks, outputs, strict=True):
+            there, back = (np.asarray(x) for x in next(found))
+            assert there.shape == site.block and back.shape == leaves[site.leaf].shape
+            close(np.vdot(there, block), np.vdot(leaves[site.leaf], back), 1e-12)
             if site.bias is not None:
-                outputs = rng.standard_normal((site.block[0], site.block[2]))
-                bias = leaves[site.bias.leaf]
-                there, back = site.bias.from_leaf(jnp.asarray(bias)), site.bias.to_leaf(jnp.asarray(outputs))
-                close(np.vdot(there, outputs), np.vdot(bias, back), 1e-12)
+                there, back = (np.asarray(x) for x in next(found))
+                close(np.vdot(there, output), np.vdot(leaves[site.bias.leaf], back), 1e-12)
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.name in IN_BLOCKS], ids=str)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from oracle.compiling import array
 
 PyTree = Any
 Predict = Callable[[Any, Any], jax.Array]
@@ -58,9 +59,9 @@ class Entry:
         """Normal parameters of moderate size."""
         rng = np.random.default_rng([0, zlib.crc32(self.name.encode())])
         if callable(self.shapes):
-            return jax.tree.map(lambda x: jnp.asarray(x, dtype), self.shapes(rng))
+            return jax.tree.map(lambda x: array(x, dtype), self.shapes(rng))
         return jax.tree.map(
-            lambda shape: jnp.asarray(0.6 * rng.standard_normal(shape), dtype),
+            lambda shape: array(0.6 * rng.standard_normal(shape), dtype),
             self.shapes,
             is_leaf=lambda x: isinstance(x, tuple),
         )
@@ -69,8 +70,8 @@ class Entry:
         """Normal inputs, or integers."""
         rng = np.random.default_rng([1, zlib.crc32(self.name.encode())])
         if self.high:
-            return jnp.asarray(rng.integers(self.low, self.high, (size, *self.inputs)), jnp.int32)
-        return jnp.asarray(rng.standard_normal((size, *self.inputs)), dtype)
+            return array(rng.integers(self.low, self.high, (size, *self.inputs)), jnp.int32)
+        return array(rng.standard_normal((size, *self.inputs)), dtype)
 
 
 def paths(tree: PyTree) -> list[str]:
