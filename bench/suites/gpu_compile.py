@@ -76,7 +76,7 @@ def _rows(case: str, network: steps.Network, found: list[_Found]) -> list[Row]:
     for each in found:
         outside, loop = h200.kernel_counts(each.compiled)["ENTRY"], h200.busiest_loop(each.compiled)
         own = sum(n for target, n in h200.custom_calls(each.compiled).items() if target.startswith(steps.OWN_KERNELS))
-        values = {"launches outside loops": outside.total(), "own kernels": own}
+        values: dict[str, float] = {"launches outside loops": outside.total(), "own kernels": own}
         if loop:
             values["launches per iteration"] = loop.total()
         values["MiB temp"] = h200.temp_bytes(each.compiled) / 2**20

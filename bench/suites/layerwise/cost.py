@@ -57,7 +57,7 @@ def _timed(
             params = jax.tree.map(jnp.copy, study.params)
             return params, trainer.init(params, batch)
 
-        return run.Candidate(name, lambda c: trainer.step(*c, batch, _RATE), carry, calls=period)
+        return run.Candidate(name, lambda c: trainer.step(c[0], c[1], batch, _RATE), carry, calls=period)
 
     timings = run.time_all([candidate(*each) for each in trainers], setting.rounds, budget=180.0)
     by_name, found = {t.candidate.name: t for t in timings}, []
