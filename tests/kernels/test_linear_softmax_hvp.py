@@ -194,6 +194,7 @@ def test_shard_map(run: Run) -> None:
 class TestApi:
     def test_leading_axes_and_default_weights(self) -> None:
         at, tangent, _ = operands(Case(6, 5, 300, Blocks(6, 300)))
+        assert tangent.hidden is not None
         got: Any = linear_softmax_hvp(
             at.hidden.reshape(2, 3, 5),
             at.head,

@@ -65,7 +65,7 @@ def exact(data: Data, tangent: Any, quadratic: bool, smoothing: float) -> tuple[
     z = hidden @ head + bias
     v = np.zeros_like(z)
     if tangent is not None:
-        d_hidden, d_head, d_bias = (0.0 if x is None else np.asarray(x, np.float64) for x in tangent)
+        d_hidden, d_head, d_bias = (np.zeros(()) if x is None else np.asarray(x, np.float64) for x in tangent)
         v = (d_hidden @ head if np.ndim(d_hidden) else 0.0) + (hidden @ d_head if np.ndim(d_head) else 0.0) + d_bias
     if not quadratic:
         z, v = z + v, np.zeros_like(z)

@@ -11,8 +11,9 @@ layer's own tangent, and the tangent that passes through), and P is 1 + (L - 1) 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,39 +23,48 @@ from curvax.layerwise.blocks import Blocks
 from curvax.tree import PyTree
 
 
-class _Tangents(NamedTuple):
-    """Tangents of one value: those of `blocks`, stacked along a leading axis; all other blocks' are zero."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tangents:
+    """Tangents (or cotangents) of one value: those of `blocks`, along a leading axis; all other blocks' are zero.
 
-    blocks: tuple[int, ...]
+    Attributes:
+      blocks: ascending; static.
+      value: (blocks, *the value's own shape).
+    """
+
+    blocks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     value: jax.Array
 
 
-def block_push(push: Callable[[PyTree], jax.Array], like: PyTree, blocks: Blocks) -> Callable[[PyTree], jax.Array]:
-    """P: wide vector -> (blocks, *outputs), the tangents J_b delta_b.
+def block_push(push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks) -> Callable[[PyTree], PyTree]:
+    """P: wide vector -> `Tangents` J_b delta_b in the place of each output, of the blocks b that reach it.
 
     Args:
       push: v -> J v, linear; traced once here.
       like: shapes of v.
       blocks: the partition of v.
     """
-    closed = jax.make_jaxpr(push)(like)
-    (out,) = closed.out_avals
+    closed, shapes = jax.make_jaxpr(push, return_shape=True)(like)
+    structure = jax.tree.structure(shapes)
 
-    def pushed(v: PyTree) -> jax.Array:
+    def pushed(v: PyTree) -> PyTree:
         leaves = [_lift(leaf, owner) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
-        (found,) = _walk(closed.jaxpr, closed.consts, leaves)
-        if not isinstance(found, _Tangents):
-            return jnp.zeros((blocks.count, *out.shape), out.dtype)
-        return _spread(found, tuple(range(blocks.count)))
+        found = _walk(closed.jaxpr, closed.consts, leaves)
+        reached = [
+            x if isinstance(x, Tangents) else Tangents((), jnp.zeros((0, *aval.shape), aval.dtype))
+            for x, aval in zip(found, closed.out_avals, strict=True)
+        ]
+        return jax.tree.unflatten(structure, reached)
 
     return pushed
 
 
-def _lift(leaf: jax.Array, owner: int | tuple[int, ...]) -> _Tangents:
+def _lift(leaf: jax.Array, owner: int | tuple[int, ...]) -> Tangents:
     if isinstance(owner, int):
-        return _Tangents((owner,), leaf[None])
+        return Tangents((owner,), leaf[None])
     ones = jnp.eye(len(owner), dtype=leaf.dtype)
-    return _Tangents(owner, ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None])
+    return Tangents(owner, ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None])
 
 
 def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -70,7 +80,7 @@ def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]
 
 
 def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
-    moving = [x for x in operands if isinstance(x, _Tangents)]
+    moving = [x for x in operands if isinstance(x, Tangents)]
     if moving and eqn.primitive.name in ("jit", "pjit", "closed_call"):
         inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
         closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
@@ -78,11 +88,11 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
     if not moving:
         return _bind(eqn, operands)
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
-    axes = tuple(0 if isinstance(x, _Tangents) else None for x in operands)
-    spread = [_spread(x, arrived) if isinstance(x, _Tangents) else x for x in operands]
+    axes = tuple(0 if isinstance(x, Tangents) else None for x in operands)
+    spread = [_spread(x, arrived) if isinstance(x, Tangents) else x for x in operands]
     # The equation is linear in its tangents: a block with none among its operands has none in its results.
     results = jax.vmap(lambda *xs: _bind(eqn, list(xs)), in_axes=axes)(*spread)
-    return [_Tangents(arrived, r) for r in results]
+    return [Tangents(arrived, r) for r in results]
 
 
 def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -90,7 +100,7 @@ def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _spread(x: _Tangents, blocks: tuple[int, ...]) -> jax.Array:
+def _spread(x: Tangents, blocks: tuple[int, ...]) -> jax.Array:
     """The tangents of `blocks`, which hold those of `x` and others."""
     if x.blocks == blocks:
         return x.value
