@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,9 +12,6 @@ import pytest
 from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation
-from curvax.kernels import Request, clear_report, report
-from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP
-from curvax.kernels.linear_softmax_residual import LINEAR_SOFTMAX_RESIDUAL
 from curvax.layerwise import ByGroup, ByLeaf, ConjugateGradients, LineSearch, full_gn, layerwise_gn
 from curvax.losses import SigmoidBinaryCrossEntropy, SoftmaxCrossEntropy
 from curvax.solvers import CG
@@ -92,35 +88,172 @@ def pair(rule: Any = None, head: Any = HEADS["matrix"], **options: Any) -> tuple
 
 
 def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    def one(a: Any, b: Any) -> None:
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-    jax.tree.map(one, got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want)
 
 
 LAYERS = ByGroup(split=("layers",))
-# What each method has that the others have not.
-CASES: dict[str, dict[str, Any]] = {
+# What each problem has that the others have not.
+PROBLEMS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, tied, prox-linear": {"head": HEADS["tied"], "prox_linear": True},
     "full, bias, microbatches": {"head": HEADS["bias"], "microbatch_size": 2},
-    "full, frozen matrix": {"frozen": lambda path, _: "head" in str(path)},
-    "layers": {"rule": LAYERS, "clip_norm": 0.1},
+    "layers, microbatches": {"rule": LAYERS, "microbatch_size": 2},
     "layers, tied, prox-linear": {"rule": LAYERS, "head": HEADS["tied"], "prox_linear": True},
-    "leaves, bias, microbatches": {"rule": ByLeaf(), "head": HEADS["bias"], "microbatch_size": 2},
-    "layers, smoothed": {"rule": LAYERS, "loss": SoftmaxCrossEntropy(0.1, reduction="sum"), "inner": optax.sgd(0.01)},
+    "leaves, bias": {"rule": ByLeaf(), "head": HEADS["bias"]},
+    "layers, frozen, smoothed": {
+        "rule": LAYERS,
+        "frozen": {"embed": False, "layers": False, "head": True},
+        "loss": SoftmaxCrossEntropy(0.1, reduction="sum"),
+    },
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", PROBLEMS.values(), ids=PROBLEMS)
+def test_inner_problems_are_those_with_logits(case: dict[str, Any], x64: None) -> None:
+    """Loss, gradient of the inner problem, plain gradient, product."""
+    methods = pair(**case)
+    trainable, frozen = methods[0].problem.curvature.partition.split(params())
+    delta = jax.tree.map(lambda x: 0.3 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable)
+
+    @quick_jit
+    def compute(delta: Any, data: Any) -> list[Any]:
+        found = []
+        for method in methods:
+            problem, evaluation = method.problem, Evaluation(data, frozen)
+            problem.outputs.check(trainable, evaluation)
+            loss, gradient, _ = problem.gradient(trainable, delta, evaluation)
+            found.append([loss, gradient, problem.outputs.gradient(trainable, evaluation)])
+            if problem.microbatch_size is None:
+                at = problem.linearize(trainable, evaluation)
+                found[-1] += [at.loss, at.start(), at.product(delta)]
+        return found
+
+    want, got = compute(delta, batch(1))
+    same(got, want)
+
+
+@pytest.mark.parametrize("case", [{}, {"rule": LAYERS, "clip_norm": 0.1}], ids=["full", "layers"])
 def test_steps_are_those_with_logits(case: dict[str, Any], x64: None) -> None:
     plain, headed = pair(**case)
     p, data = params(), batch(plain.parts)
-    found = []
-    for method in (plain, headed):
-        step = quick_jit(method.step)
-        state = method.init(p)
-        once, state, info = step(p, data, state)
-        found.append(({k: v for k, v in info.items() if k != "step_size"}, once, state.offset))
-        assert bool(info["accepted"]) and float(info["step_size"]) > 0
-    same(found[1], found[0])
+    want, got = (quick_jit(m.step)(p, data, m.init(p)) for m in (plain, headed))
+    assert bool(got[2]["accepted"]) and float(got[2]["step_size"]) > 0
+    same((got[0], got[1].offset, got[2]), (want[0], want[1].offset, want[2]))
+
+
+def test_conjugate_gradients_and_the_streaming_form(x64: None) -> None:
+    solver = ConjugateGradients(CG(tol=1e-13, maxiter=60), lam=0.1)
+    plain, headed = pair(LAYERS, HEADS["tied"], inner=solver, inner_steps=1, line_search=LineSearch(2))
+    p, data = params(), batch(2)
+    first, last = (jax.tree.map(lambda x, s=s: x[s], data) for s in (slice(EXAMPLES), slice(EXAMPLES, None)))
+    want = quick_jit(plain.step)(p, data, plain.init(p))
+    carry = quick_jit(headed.accumulate)(headed.start(p, headed.init(p)), first)
+    got = quick_jit(headed.finish)(carry, last)
+    same(got[0], want[0], 1e-8)
+    same(got[2]["search_loss_after"], want[2]["search_loss_after"], 1e-8)
+
+
+def test_model_state_key_and_aux_pass_through() -> None:
+    def stateful(p: Any, x: jax.Array, calls: jax.Array, rng: jax.Array) -> Any:
+        out = hidden(p, x)
+        return out * jax.random.bernoulli(rng, 0.5, out.shape).astype(out.dtype), calls + 1, x
+
+    head = HEADS["matrix"]
+    method = full_gn(
+        predict_fn=stateful, head=head, loss=SoftmaxCrossEntropy(), inner=optax.sgd(0.1), inner_steps=2,
+        line_search=None, has_state=True, has_aux=True, has_rng=True, weight_key="w",
+    )  # fmt: skip
+    p, data = params(jnp.bfloat16), batch(2, jnp.float32)
+    state = method.init(p, model_state=jnp.zeros((), jnp.int32))
+    step = quick_jit(method.step)
+    after, state, info = step(p, data, state, jax.random.key(0))
+    assert int(state.model_state) == 2 and bool(info["finite"])
+    assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
+    other = step(p, data, method.init(p, model_state=jnp.zeros((), jnp.int32)), jax.random.key(1))[0]
+    assert not np.array_equal(after["head"]["w"], other["head"]["w"])
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    methods = pair(LAYERS)
+    p, data = params(jnp.float32), batch(1, jnp.float32)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)
+    delta = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), p)
+
+    @quick_jit
+    def compute(delta: Any) -> Any:
+        return [m.problem.gradient(at, delta, Evaluation(data))[1] for m, at in ((methods[1], narrow), (methods[0], p))]
+
+    got, want = compute(delta)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.float32
+        assert float(jnp.linalg.norm(a - b)) < 0.05 * float(jnp.linalg.norm(b)) + 1e-3
+
+
+def test_the_plan_shows_the_ops_of_the_head_and_its_work() -> None:
+    plain, headed = pair(LAYERS, backend="reference")
+    p, data = params(jnp.float32), batch(plain.parts, jnp.float32)
+    plan = headed.plan_for(p, data)
+    assert [(c.op, c.implementation) for c in plan.choices] == [
+        ("linear_softmax_residual", "reference"), ("linear_softmax_hvp", "reference"),
+    ]  # fmt: skip
+    text = plan.explain()
+    assert "never all logits" in text and 'backend="reference"' in text
+    width, vocabulary = 64, 4096
+    big = {
+        "embed": jnp.zeros((vocabulary, width)),
+        "layers": [{"w": jnp.zeros((width, width)), "b": jnp.zeros(width)}] * 2,
+        "head": {"norm": jnp.ones(width), "w": jnp.zeros((width, vocabulary)), "bias": jnp.zeros(vocabulary)},
+    }
+    full, headed = pair()
+    ratio = []
+    for method in (full, headed):
+        found = method.plan_for(big, batch(method.parts, jnp.float32))
+        assert found.own is not None and found.plain is not None
+        ratio.append((found.own.flops, found.plain.flops))
+    # As many operations as with logits: the pass that makes the slope makes the loss too.
+    np.testing.assert_allclose(ratio[1], ratio[0], rtol=0.1)
+
+
+@pytest.mark.parametrize("rule", [None, LAYERS], ids=["full", "layers"])
+def test_all_logits_never_exist(rule: Any) -> None:
+    vocabulary, width, length, examples = 20_000, 8, 256, 256
+    shapes = {
+        "embed": (vocabulary, width),
+        "layers": [{"w": (width, width), "b": (width,)}] * 2,
+        "head": {"norm": (width,), "w": (width, vocabulary), "bias": (vocabulary,)},
+    }
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    tokens = jax.ShapeDtypeStruct((2 * examples, length), jnp.int32)
+    method = pair(rule, inner_steps=1, line_search=LineSearch(1, chunk=1), weight_key=None)[1]
+    state = jax.eval_shape(method.init, like)
+    compiled = quick_jit(method.step).lower(like, {"x": tokens, "y": tokens}, state).compile()
+    found = compiled.memory_analysis()
+    assert found is not None
+    # One array of logits is 5.2 GB, and a step with logits holds several.
+    assert found.temp_size_in_bytes < examples * length * vocabulary * 4 / 6
+
+
+def test_errors() -> None:
+    p, data = params(jnp.float32), batch(1, jnp.float32)
+
+    def run(head: Any, batch: Any = data, **options: Any) -> None:
+        options = {"loss": SoftmaxCrossEntropy(), "predict_fn": hidden, **options}
+        method = full_gn(head=head, inner=optax.sgd(0.1), inner_steps=1, line_search=None, weight_key="w", **options)
+        method.step(p, batch, method.init(p))
+
+    with pytest.raises(TypeError, match="head= goes with SoftmaxCrossEntropy, and the loss is SigmoidBinary"):
+        run(HEADS["matrix"], loss=SigmoidBinaryCrossEntropy())
+    with pytest.raises(TypeError, match="head must be a function of the parameters"):
+        run(p["embed"].T)
+    with pytest.raises(ValueError, match=r"head\(params\) is float32\(11, 4\) and the hidden states float32\(5, 3"):
+        run(lambda p: p["embed"])
+    with pytest.raises(ValueError, match=r"head\(params\) is bfloat16\(4, 11\) and the hidden states float32"):
+        run(lambda p: p["embed"].T.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"the head's bias is float32\(4,\) and its matrix float32\(4, 11\)"):
+        run(lambda p: (p["embed"].T, p["head"]["norm"]))
+    with pytest.raises(TypeError, match=r"head\(params\) returned a dict: return one floating-point matrix"):
+        run(lambda p: p["head"])
+    with pytest.raises(ValueError, match=r"with head= the targets are integer labels, and these are rows"):
+        run(HEADS["matrix"], {**data, "y": jnp.ones((EXAMPLES, LENGTH, VOCABULARY))})
+    with pytest.raises(ValueError, match=r"the labels have shape \(5, 2\) with logits of shape \(5, 3, 11\)"):
+        run(HEADS["matrix"], {**data, "y": data["y"][:, :2]})

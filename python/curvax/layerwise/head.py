@@ -4,8 +4,8 @@ J maps parameters to the triple (H, W, b) of hidden states, matrix and bias, and
 
     V = dH W + H dW + db
 
-takes a tangent of that triple to one of the logits: the composition is the Jacobian of the model that returns logits, so
-inner problem and Gauss-Newton matrix are the same. What follows J, with its transpose, is in the ops
+takes a tangent of that triple to one of the logits: the composition is the Jacobian of the model that returns logits,
+so inner problem and Gauss-Newton matrix are the same. What follows J, with its transpose, is in the ops
 linear_softmax_residual and linear_softmax_hvp, which make and use up logits in blocks of rows.
 
 With blocks of parameters most do not move the matrix: they have no tangent dW, and need no cotangent of W. Blocks that
@@ -79,7 +79,7 @@ class HeadOutputs(Outputs):
     head: SoftmaxHead
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
-        hidden, matrix, bias = jax.eval_shape(lambda p: self._parts(p, evaluation)[0], params)
+        hidden, matrix, bias = jax.eval_shape(lambda p, e: self._parts(p, e)[0], params, evaluation)
         if matrix.ndim != 2 or matrix.shape[0] != hidden.shape[-1] or matrix.dtype != hidden.dtype:
             raise ValueError(
                 f"head(params) is {matrix.dtype}{matrix.shape} and the hidden states {hidden.dtype}{hidden.shape}: "
@@ -104,7 +104,7 @@ class HeadOutputs(Outputs):
             )
 
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
-        hidden, matrix, _ = jax.eval_shape(lambda p: self._parts(p, evaluation)[0], params)
+        hidden, matrix, _ = jax.eval_shape(lambda p, e: self._parts(p, e)[0], params, evaluation)
         request = block_request(math.prod(hidden.shape[:-1]), matrix)
         wanted = ((LINEAR_SOFTMAX_RESIDUAL, self.head.residual), (LINEAR_SOFTMAX_HVP, self.head.hvp))
         return tuple((op, request) for op, named in wanted if named is None)
@@ -231,7 +231,7 @@ _PerBlock: TypeAlias = Callable[[Tangent, int], tuple[jax.Array | None, Cotangen
 
 
 def _each(function: _PerBlock, v: Parts) -> tuple[jax.Array | None, Parts]:
-    """`function` of each block's tangent; blocks that move the same parts side by side, on logits made once for them."""
+    """`function` of each block's tangent: those that move the same parts side by side, on logits made once."""
     groups: dict[tuple[bool, ...], list[int]] = {}
     for block in sorted({b for part in v if part is not None for b in part.blocks}):
         moves = tuple(part is not None and block in part.blocks for part in v)
