@@ -23,6 +23,7 @@ from examples.language_model import data, model
 import curvax
 from bench import run
 from bench.schema import Row
+from bench.suites import layerwise_head
 from curvax.layerwise import ByGroup, InnerLoopMethod, LineSearch, full_gn, layerwise_gn
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.optimizers import muon_adamw, shampoo, soap
@@ -179,7 +180,7 @@ def gauss_newton(
     """Full or layerwise Gauss-Newton; without line search its share goes to inner minibatches."""
     inner = muon_adamw(rate, others=model.OUTER) if muon else optax.adamw(rate, weight_decay=0.0)
     options: dict[str, Any] = {
-        "predict_fn": predict_fn(setting),
+        **model.outputs(setting.shape),
         "loss": SoftmaxCrossEntropy(),
         "inner": inner,
         "inner_steps": setting.inner if search else setting.parts,
@@ -301,6 +302,7 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
       quick: a smoke run of about a minute: one rate, one seed, few steps, four methods.
       only: text in the case's name, such as "45M" for the paper's configuration on a GPU, or "ablations".
     """
+    yield from layerwise_head.cases(SUITE, quick, only)
     chosen = QUICK if quick else LARGE if "45M" in only else SETTINGS
     for setting in chosen:
         case = f"language model {setting.size}"
