@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small cases, few rounds")
     parser.add_argument("--only", default="", help="run the cases whose name holds this text, and write nothing")
+    parser.add_argument("--update", action="store_true", help="with --only: replace these cases in the results")
     parser.add_argument("--out", type=pathlib.Path, default=schema.RESULTS, help="folder of the results")
     chosen = parser.parse_args(arguments)
     print(f"{schema.device()}; {schema.versions()}; commit {schema.commit()}")
@@ -34,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not chosen.only:
             # After each case, so that a run that is cut off leaves what it has measured.
             schema.write(rows, chosen.suite, chosen.out)
-    if not chosen.only:
+        elif chosen.update:
+            schema.update(rows, chosen.suite, chosen.out)
+    if chosen.update or not chosen.only:
         print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl")
 
 

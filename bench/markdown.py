@@ -1,6 +1,6 @@
-"""The tables of `bench/README.md` for structure and lanes, from their rows.
+"""The tables of `bench/README.md` for structure, lanes and layerwise, from their rows.
 
-python -m bench.markdown structure|lanes [FOLDER]
+python -m bench.markdown structure|lanes|layerwise [FOLDER]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from bench import schema
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
+from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
@@ -24,13 +25,13 @@ _Group = tuple[str, str]
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables of a suite."""
     parser = argparse.ArgumentParser(prog="python -m bench.markdown", description=__doc__)
-    parser.add_argument("suite", choices=("structure", "lanes"))
+    parser.add_argument("suite", choices=tuple(TABLES))
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=schema.RESULTS)
     chosen = parser.parse_args(arguments)
     rows = schema.read(chosen.folder / f"{chosen.suite}.jsonl")
     first = rows[0]
     print(f"{first.date}, commit {first.commit}, {first.device}; {first.versions}.\n")
-    print("\n".join(structure(rows) if chosen.suite == "structure" else lanes(rows)))
+    print("\n".join(TABLES[chosen.suite](rows)))
 
 
 def structure(rows: Sequence[Row]) -> Iterator[str]:
@@ -54,6 +55,55 @@ def lanes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"| {case} | {x} | {' | '.join(times)} | {pick.provider} | {pick.p50:.2f} |"
     yield ""
     yield from (f"{r.case}: {r.p50:.3f} ({r.x})" for r in rows if r.metric == "share")
+
+
+def layerwise(rows: Sequence[Row]) -> Iterator[str]:
+    """Costs of inner loops, then runs to the target: median seed, and the range of all where they differ."""
+    for (case, x), found in groups(rows).items():
+        if "inner loop" in case or "head" in case:
+            yield from (f"\n{case} ({x})\n", *_costs(found))
+        elif "to test loss" in case:
+            yield from (f"\n{case} ({x})\n", *_runs(found, rows))
+
+
+def _runs(found: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
+    yield "| method | steps | of SOAP's | tokens | ms/step | s to the target | test loss |"
+    yield "|---|---|---|---|---|---|---|"
+    for provider in dict.fromkeys(r.provider for r in found):
+        own = {r.metric: r for r in found if r.provider == provider}
+        steps, each = own.get("steps"), milliseconds(rows, own["test loss"])
+        cells = [
+            "not reached" if steps is None else _spread(steps),
+            "" if steps is None else _ratio(steps),
+            "" if steps is None else f"{own['tokens'].p50 / 1e6:.2f}M",
+            "" if each is None else f"{each:.0f}",
+            "" if steps is None or each is None else f"{steps.p50 * each / 1e3:.1f}",
+            f"{own['test loss'].p50:.3f}",
+        ]
+        yield f"| {provider} | {' | '.join(cells)} |"
+
+
+def milliseconds(rows: Sequence[Row], row: Row) -> float | None:
+    """What a step of the method of a row of the layerwise suite costs, from the rows of the same batch."""
+    method = row.provider.rpartition(RATE)[0]
+    return value([r for r in rows if r.x == row.x and "cost of a step" in r.case], method, "ms/step")
+
+
+def _costs(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| method | p50 | ratio | to |"
+    yield "|---|---|---|---|"
+    for r in rows:
+        yield f"| {r.provider} | {r.p50:.1f} {r.metric} | {_ratio(r)} | {r.baseline or ''} |"
+
+
+def _ratio(row: Row) -> str:
+    goal = {None: "", True: f" (goal {row.goal or 0:.2g} met)", False: f" (goal {row.goal or 0:.2g} missed)"}
+    return "" if row.ratio is None else f"{row.ratio:.2f}{goal[row.meets_goal]}"
+
+
+def _spread(row: Row) -> str:
+    low, high = (f"{v:.0f}" for v in (row.p20, row.p80))
+    return f"{row.p50:.0f}" if low == high else f"{row.p50:.0f} ({low} to {high})"
 
 
 def groups(rows: Sequence[Row]) -> dict[_Group, list[Row]]:
@@ -133,6 +183,8 @@ def _with_prediction(rows: Sequence[Row], provider: str) -> str:
     measured, predicted = value(rows, provider, "ms/step"), value(rows, provider, "ms/step, predicted")
     return f"{_number(measured)} ({'-' if predicted is None else f'{predicted:.3g}'})"
 
+
+TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise}
 
 if __name__ == "__main__":
     main()

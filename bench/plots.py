@@ -1,10 +1,11 @@
-"""A picture of the structure suite, from its rows.
+"""Pictures of the structure and layerwise suites, from their rows.
 
 python -m bench.plots [FOLDER]
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from bench import schema
 from bench.libraries import CURVAX, SOMAX
-from bench.markdown import value
+from bench.markdown import milliseconds, value
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, ROW_CG, ROW_CHOLESKY
+from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
 
 _STEPS = {SOMAX: "C3", GENERIC: "C1", CURVAX: "C0"}
@@ -32,14 +35,47 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def main(folder: pathlib.Path) -> pathlib.Path:
-    """Draws `structure.png` beside `structure.jsonl` in the folder and returns its path."""
+def main(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws `structure.png` and `layerwise.png` beside the rows that are in the folder and returns their paths."""
+    return [draw(folder) for name, draw in _PICTURES.items() if (folder / f"{name}.jsonl").exists()]
+
+
+def structure(folder: pathlib.Path) -> pathlib.Path:
+    """Time of a step against the batch, in four panels."""
     rows = schema.read(folder / "structure.jsonl")
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")
     for axis, (case, title, colours) in zip(axes, _PANELS, strict=True):
         _panel(axis, [r for r in rows if r.case == case], title, colours)
-    figure.suptitle(f"{rows[0].device}, commit {rows[0].commit}, {rows[0].date}", fontsize="small")
-    path = folder / "structure.png"
+    return _saved(figure, rows[0], folder / "structure.png")
+
+
+def layerwise(folder: pathlib.Path) -> pathlib.Path:
+    """Steps and seconds to the target loss against tokens per step: median seed, and the range of all."""
+    rows = schema.read(folder / "layerwise.jsonl")
+    runs = sorted((r for r in rows if r.metric == "steps" and "ablations" not in r.case), key=_tokens)
+    names = dict.fromkeys(r.provider.rpartition(RATE)[0] for r in runs)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, name in enumerate(names):
+        own = [r for r in runs if r.provider.rpartition(RATE)[0] == name]
+        steps = np.asarray([(r.p50, r.p20, r.p80) for r in own])
+        seconds = steps * np.asarray([[(milliseconds(rows, r) or math.nan) / 1e3] for r in own])
+        style = {"color": f"C{number % 10}", "marker": "os^v"[number // 10], "markersize": 4, "capsize": 2}
+        for axis, values in zip(axes, (steps, seconds), strict=True):
+            middle, low, high = np.where(np.isfinite(values), values, values[:, :1]).T
+            axis.errorbar([_tokens(r) for r in own], middle, (middle - low, high - middle), label=name, **style)
+    for axis, label in zip(axes, ("steps to the target", "seconds to the target"), strict=True):
+        axis.set(xlabel="tokens per step", ylabel=label, xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="x-small")
+    return _saved(figure, runs[0], folder / "layerwise.png")
+
+
+def _tokens(row: Row) -> int:
+    return int(row.x.split()[0])
+
+
+def _saved(figure: Any, row: Row, path: pathlib.Path) -> pathlib.Path:
+    figure.suptitle(f"{row.device}, commit {row.commit}, {row.date}", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -60,5 +96,7 @@ def _panel(axis: Any, rows: Sequence[Row], title: str, colours: dict[str, str]) 
         axis.legend(fontsize="x-small")
 
 
+_PICTURES = {"structure": structure, "layerwise": layerwise}
+
 if __name__ == "__main__":
-    print(main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS))
+    print(*main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS))

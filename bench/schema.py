@@ -119,6 +119,13 @@ def write(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathli
     return path
 
 
+def update(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
+    """Writes the rows in the place of those of the same cases, behind all other rows of the file."""
+    path, cases = folder / f"{suite}.jsonl", {row.case for row in rows}
+    kept = [row for row in read(path) if row.case not in cases] if path.exists() else []
+    return write([*kept, *rows], suite, folder)
+
+
 def read(path: pathlib.Path) -> list[Row]:
     """Rows of a file written by `write`."""
     return [Row(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from bench import run, schema
 from bench.generic import without_structure
 from bench.suites import kernels, lanes, layerwise, plan, steps, structure
+from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
 
@@ -37,18 +38,26 @@ def test_quick_run_gives_rows(suite, tmp_path):
 def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
     """A target just below the checkpoint's loss, one method; Optax relies on implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        setting = dataclasses.replace(layerwise.QUICK[0], size="tiny", checkpoint=3, target=100.0)
+        setting = dataclasses.replace(layerwise.QUICK, size="tiny", checkpoint=3, target=100.0)
         with pytest.raises(ValueError, match="set a lower target"):
             layerwise.Study(setting)
         study = layerwise.Study(dataclasses.replace(setting, target=0.0))
-        study.setting = dataclasses.replace(setting, target=study.start - 0.02, seconds=60.0)
-        adamw = next(c for c in layerwise.CONTENDERS if c.name == "adamw")
-        (rows,) = layerwise._compare(study, "case", (adamw,))
+        study.setting = dataclasses.replace(setting, target=study.start - 0.02)
+        adamw = next(c for c in CONTENDERS if c.name == "adamw")
+        rows = [row for found in layerwise.compare(study, "case", (adamw,)) for row in found]
     found = {row.metric: row.p50 for row in rows}
     # How many steps it takes is the optimizer's business; none, or more than allowed, would be the study's mistake.
     assert 1 <= found["steps"] <= setting.steps
     assert found["tokens"] == found["steps"] * setting.tokens
     assert found["test loss"] <= study.setting.target
+
+
+def test_update_replaces_the_cases_that_were_run(tmp_path):
+    old = [schema.Row("s", case, "p", "m", "x", 1.0, 1.0, 1.0) for case in ("a", "b")]
+    new = [dataclasses.replace(old[0], p50=2.0)]
+    schema.write(old, "s", tmp_path)
+    assert schema.read(schema.update(new, "s", tmp_path)) == [old[1], new[0]]
+    assert schema.read(schema.update(new, "t", tmp_path)) == new
 
 
 def test_workload_outputs():

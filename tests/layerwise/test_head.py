@@ -99,7 +99,8 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "full, bias, microbatches": {"head": HEADS["bias"], "microbatch_size": 2},
     "layers, microbatches": {"rule": LAYERS, "microbatch_size": 2},
     "layers, tied, prox-linear": {"rule": LAYERS, "head": HEADS["tied"], "prox_linear": True},
-    "leaves, bias": {"rule": ByLeaf(), "head": HEADS["bias"]},
+    "layers, prox-linear, shares": {"rule": LAYERS, "prox_linear": True, "shares": 2},
+    "leaves, bias, shares": {"rule": ByLeaf(), "head": HEADS["bias"], "shares": 2},
     "layers, frozen, smoothed": {
         "rule": LAYERS,
         "frozen": {"embed": False, "layers": False, "head": True},

@@ -83,6 +83,55 @@ def test_gradient_and_product_are_the_dense_ones(model: models.Model, x64: None)
         np.testing.assert_allclose(dense.vector(product), masked(truth.ggn, block) @ flat, rtol=1e-9, atol=1e-13)
 
 
+def shared_gradient(predict: Any, params: Any, batch: Any, delta: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Two shares, halves of the examples: blocks 0, 2, ... have curvature on the first, the others on the second."""
+    weights, half = np.asarray(batch["weight"]), len(batch["weight"]) // 2
+    found = np.zeros_like(delta)
+    order = list(dict.fromkeys(block))
+    for share, examples in enumerate((slice(0, half), slice(half, None))):
+        x, y, w = (np.asarray(batch[k])[examples] for k in ("x", "y", "weight"))
+        truth = dense.truth(predict, losses.softmax_cross_entropy, params, x, y, w)
+        found += truth.gradient * np.sum(w) / np.sum(weights)
+        for name in order[share::2]:
+            inside = block == name
+            found[inside] += truth.ggn[np.ix_(inside, inside)] @ delta[inside]
+    return found
+
+
+def test_shares_of_a_prox_linear_problem_scale_what_the_tangent_adds(x64: None) -> None:
+    """Shares with the same examples are each like the whole, so the exact gradient comes back."""
+    params, batch, _, delta = setting(models.MLP_TANH)
+    half = {"x": batch["x"][:3], "y": batch["y"][:3]}
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), half)
+    exact, shared = quick_jit(
+        lambda d: [
+            problem(models.MLP_TANH, partition=ByLeaf(), prox_linear=True, shares=n)
+            .linearize(params, Evaluation(data))
+            .gradient(d)
+            for n, data in ((1, half), (2, twice))
+        ]
+    )(delta)
+    np.testing.assert_allclose(dense.vector(shared), dense.vector(exact), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("model", [models.MLP_TANH, models.ATTENTION, models.REUSED], ids=str)
+def test_shares_take_the_curvature_of_each_block_on_their_own_examples(model: models.Model, x64: None) -> None:
+    params, batch, flat, delta = setting(model)
+    batch["weight"] = jnp.linspace(0.5, 2.0, len(batch["x"]))
+    block = flat_owners(params, ByLeaf())
+    operator = GaussNewton(Model(model.predict, weight_key="weight"), SoftmaxCrossEntropy())
+    start, gradient, product = quick_jit(
+        lambda d: (lambda at: (at.start(), at.gradient(d), at.product(d)))(
+            InnerProblem(operator, ByLeaf(), shares=2).linearize(params, Evaluation(batch))
+        )
+    )(delta)
+    truth = shared_gradient(model.predict, params, batch, flat, block)
+    plain = shared_gradient(model.predict, params, batch, 0 * flat, block)
+    np.testing.assert_allclose(dense.vector(start), plain, rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(dense.vector(gradient), truth, rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(dense.vector(product), truth - plain, rtol=1e-9, atol=1e-12)
+
+
 def scanned(params: Any, x: jax.Array) -> jax.Array:
     hidden, _ = jax.lax.scan(
         lambda h, layer: (h + jnp.tanh(h @ layer["w"] + layer["b"]), None), x @ params["embed"], params["layers"]
@@ -113,12 +162,15 @@ def test_stacked_layers_are_blocks_of_their_own(x64: None) -> None:
     @quick_jit
     def compute(delta: Any) -> Any:
         at = InnerProblem(curvature, rule).linearize(params, Evaluation({"x": x, "y": y}))
-        return at.gradient(delta), at.product(delta)
+        shares = InnerProblem(curvature, rule, shares=2).linearize(params, Evaluation({"x": x, "y": y}))
+        return at.gradient(delta), at.product(delta), shares.gradient(delta)
 
-    gradient, product = compute(delta)
+    gradient, product, shared = compute(delta)
     assert rule.blocks(params).names == ("embed", "head", "layers/0", "layers/1", "layers/2")
     np.testing.assert_allclose(dense.vector(gradient), dense_gradient(truth, flat, block), rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(dense.vector(product), masked(truth.ggn, block) @ flat, rtol=1e-10, atol=1e-13)
+    expected = shared_gradient(scanned, params, {"x": x, "y": y, "weight": np.ones(6)}, flat, block)
+    np.testing.assert_allclose(dense.vector(shared), expected, rtol=1e-10, atol=1e-13)
 
 
 def test_prox_linear_takes_the_loss_of_linearised_outputs(x64: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_step_is_the_loop_written_by_hand(rule: Any, x64: None) -> None:
 
 def test_streaming_is_the_step(x64: None) -> None:
     params = MODEL.params()
-    method = build(ByLeaf(), line_search=LineSearch(2, minibatches=2, chunk=2))
+    method = build(ByLeaf(), shares=2, line_search=LineSearch(2, minibatches=2, chunk=2))
     whole, parts = quick_jit(method.step), quick_jit(method.accumulate)
     finish = quick_jit(method.finish)
     a = b = (params, method.init(params))
@@ -364,6 +365,13 @@ def test_plan_counts_blocks_and_work() -> None:
     # the first layer passes nothing on.
     forms = (layers + 2 * (layers + layers * (layers - 1) / 2)) / (layers + 2 * (2 * layers - 1))
     assert plan.over_full == pytest.approx(forms, rel=0.1)
+    shared = dataclasses.replace(method, problem=dataclasses.replace(method.problem, shares=7)).plan_for(params, batch)
+    # Of each example one block, L out of L + 1 times a hidden one: forward and gradient, own tangent 1 and passing ones
+    # (L - 1) / 2, twice.
+    carried = 2 * (1 + (layers - 1) / 2) * layers / (layers + 1)
+    forms = (layers + 2 * layers - 1 + carried) / (layers + 2 * (2 * layers - 1))
+    assert shared.over_full == pytest.approx(forms, rel=0.1)
+    assert "7 shares" in shared.explain()
     text = plan.explain()
     assert "layers/5" in text and "blocks' inner gradient" in text and "3 inner steps" in text
     assert "softmax_hvp" in text and method.plan.over_full is None
@@ -425,7 +433,8 @@ def test_errors_name_the_mend() -> None:
     params, batch = MODEL.params(jnp.float32), data(4, dtype=jnp.float32)
     method = build()
     state = method.init(params)
-    short = jax.tree.map(lambda a: a[:-1], batch)
+    short, few = (jax.tree.map(lambda a, n=n: a[:n], batch) for n in (-1, 4))
+    crowded = build(ByLeaf(), shares=4)
     for call, message in (
         (lambda: method.step(params, short, state), r"a multiple of 4 \(3 inner minibatches and 1 of the line search"),
         (lambda: method.step(params, batch, ()), "pass what init or the last step returned"),
@@ -440,6 +449,8 @@ def test_errors_name_the_mend() -> None:
         (lambda: build(inner=EXACT, inner_steps=1, clip_norm=1.0), "belong to an inner optimizer"),
         (lambda: build(clip_norm=0.0), "clip_norm must be positive"),
         (lambda: build(rule="blocks"), r"pass ByGroup\(\)"),
+        (lambda: build(rule=ByLeaf(), shares=0), "shares must be at least 1"),
+        (lambda: crowded.step(params, few, crowded.init(params)), "make minibatches larger"),
         (lambda: build(microbatch_size=0), "microbatch_size must be at least 1"),
         (lambda: build(predict_fn=None), "predict_fn must be a function"),
         (lambda: build(loss=SoftmaxCrossEntropy), "pass an instance"),

@@ -69,6 +69,23 @@ def test_shampoo_is_the_papers(every: int, beta2: float | None, x64: None) -> No
             np.testing.assert_allclose(updates[name], expected, rtol=1e-8, atol=1e-11)
 
 
+def test_grafting_keeps_the_direction_and_takes_the_other_norm(x64: None) -> None:
+    grads = gradients()
+    plain = run(scale_by_shampoo(eps=1e-2, every=2), grads)
+    with jax.numpy_dtype_promotion("standard"):
+        adam = run(optax.scale_by_adam(), grads)
+        grafted = run(scale_by_shampoo(eps=1e-2, every=2, graft=optax.scale_by_adam()), grads)
+    for own, lender, found in zip(plain, adam, grafted, strict=True):
+        for name in SHAPES:
+            matrices = [np.asarray(x[name]).reshape((2, -1) if name == "stack" else (1, -1)) for x in (own, lender)]
+            lengths = [np.linalg.norm(m, axis=1, keepdims=True) for m in matrices]
+            expected = matrices[0] / lengths[0] * lengths[1]
+            np.testing.assert_allclose(np.ravel(found[name]), expected.ravel(), rtol=1e-9)
+    zero = scale_by_shampoo(graft=optax.sgd(1.0)).init({"w": jnp.zeros((2, 2))})
+    updates, _ = scale_by_shampoo(graft=optax.sgd(1.0)).update({"w": jnp.zeros((2, 2))}, zero)
+    np.testing.assert_array_equal(updates["w"], 0.0)
+
+
 def soap_by_hand(history: list[np.ndarray], b1: float, b2: float, eps: float, every: int, long: bool) -> np.ndarray:
     """Algorithm 3 of the paper, with Adam's bias corrections; the last update."""
     m, n = history[0].shape

@@ -37,22 +37,25 @@ class Tangents:
     value: jax.Array
 
 
-def block_push(push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks) -> Callable[[PyTree], PyTree]:
-    """P: wide vector -> `Tangents` J_b delta_b in the place of each output, of the blocks b that reach it.
+def block_push(
+    push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+) -> Callable[[PyTree], PyTree]:
+    """P: wide vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.
 
     Args:
       push: v -> J v, linear; traced once here.
       like: shapes of v.
       blocks: the partition of v.
+      chosen: the blocks that are wanted, ascending; entries of v in others are not read.
     """
     closed, shapes = jax.make_jaxpr(push, return_shape=True)(like)
     structure = jax.tree.structure(shapes)
 
     def pushed(v: PyTree) -> PyTree:
-        leaves = [_lift(leaf, owner) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
+        leaves = [_lift(leaf, owner, chosen) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
         found = _walk(closed.jaxpr, closed.consts, leaves)
         reached = [
-            x if isinstance(x, Tangents) else Tangents((), jnp.zeros((0, *aval.shape), aval.dtype))
+            x if isinstance(x, Tangents) else _none(aval.shape, aval.dtype)
             for x, aval in zip(found, closed.out_avals, strict=True)
         ]
         return jax.tree.unflatten(structure, reached)
@@ -60,11 +63,19 @@ def block_push(push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks) -
     return pushed
 
 
-def _lift(leaf: jax.Array, owner: int | tuple[int, ...]) -> Tangents:
+def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]) -> Tangents:
+    """The tangents of a leaf for those of its blocks that are chosen."""
     if isinstance(owner, int):
-        return Tangents((owner,), leaf[None])
-    ones = jnp.eye(len(owner), dtype=leaf.dtype)
-    return Tangents(owner, ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None])
+        return Tangents((owner,), leaf[None]) if owner in chosen else _none(leaf.shape, leaf.dtype)
+    layers = [i for i, block in enumerate(owner) if block in chosen]
+    ones = jnp.eye(len(owner), dtype=leaf.dtype)[jnp.asarray(layers, jnp.int32)]
+    lifted = ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None]
+    return Tangents(tuple(owner[i] for i in layers), lifted)
+
+
+def _none(shape: tuple[int, ...], dtype: Any) -> Tangents:
+    """Zero for every block."""
+    return Tangents((), jnp.zeros((0, *shape), dtype))
 
 
 def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -88,6 +99,8 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
     if not moving:
         return _bind(eqn, operands)
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
+    if not arrived:
+        return [_none(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
     axes = tuple(0 if isinstance(x, Tangents) else None for x in operands)
     spread = [_spread(x, arrived) if isinstance(x, Tangents) else x for x in operands]
     # The equation is linear in its tangents: a block with none among its operands has none in its results.

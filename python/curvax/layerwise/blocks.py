@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import KeyPath, SequenceKey, keystr
 
 from curvax import tree
@@ -45,6 +46,19 @@ class Blocks:
             else:
                 squares = squares.at[jnp.asarray(owner)].add(jnp.sum(square.reshape(len(owner), -1), axis=1))
         return scale * jnp.sqrt(squares)
+
+    def choose(self, chosen: tuple[int, ...], inside: PyTree, outside: PyTree) -> PyTree:
+        """`inside` in the chosen blocks, `outside` in all others."""
+
+        def one(owner: int | tuple[int, ...], a: jax.Array, b: jax.Array) -> jax.Array:
+            if isinstance(owner, int):
+                return a if owner in chosen else b
+            layers = np.asarray([block in chosen for block in owner])
+            return jnp.where(layers.reshape(layers.shape + (1,) * (a.ndim - 1)), a, b)
+
+        leaves, structure = jax.tree.flatten(inside)
+        found = [one(o, a, b) for o, a, b in zip(self.of_leaf, leaves, jax.tree.leaves(outside), strict=True)]
+        return jax.tree.unflatten(structure, found)
 
     def scale(self, factors: jax.Array, vector: PyTree) -> PyTree:
         """Each block of `vector` times its entry of `factors` (count,)."""

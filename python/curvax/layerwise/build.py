@@ -83,7 +83,7 @@ def full_gn(
     """
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
     return _method(
-        predict_fn, loss, head, None, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
+        predict_fn, loss, head, None, 1, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
         clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ def layerwise_gn(
     inner: optax.GradientTransformation | ConjugateGradients,
     inner_steps: int,
     partition: BlockPartition = ByGroup(),
+    shares: int = 1,
     line_search: LineSearch | None = LineSearch(),
     warm_start: bool = True,
     prox_linear: bool = False,
@@ -129,8 +130,8 @@ def layerwise_gn(
         raise TypeError(f"partition is a {type(partition).__name__}: pass ByGroup(), ByLeaf() or ByPath(function).")
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
     return _method(
-        predict_fn, loss, head, partition, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
-        clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
+        predict_fn, loss, head, partition, shares, inner, inner_steps, line_search, warm_start, prox_linear,
+        inner_schedule, clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
     )  # fmt: skip
 
 
@@ -139,6 +140,7 @@ def _method(
     loss: Loss,
     head: Callable[[PyTree], Head] | None,
     partition: BlockPartition | None,
+    shares: int,
     inner: optax.GradientTransformation | ConjugateGradients,
     inner_steps: int,
     line_search: LineSearch | None,
@@ -155,6 +157,8 @@ def _method(
         raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
     if inner_steps < 1:
         raise ValueError(f"inner_steps must be at least 1, not {inner_steps}.")
+    if shares < 1:
+        raise ValueError(f"shares must be at least 1, not {shares}.")
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size must be at least 1, not {microbatch_size}.")
     if clip_norm is not None and not clip_norm > 0:
@@ -171,7 +175,7 @@ def _method(
             )
         schedule = optax.cosine_decay_schedule(1.0, inner_steps) if inner_schedule is None else inner_schedule
         solver = Optimizer(optax.with_extra_args_support(inner), schedule, clip_norm)
-    problem = InnerProblem(curvature, partition, prox_linear, microbatch_size, _softmax_head(head, loss))
+    problem = InnerProblem(curvature, partition, prox_linear, shares, microbatch_size, _softmax_head(head, loss))
     return InnerLoopMethod(problem, solver, inner_steps, line_search, warm_start, backend)
 
 

@@ -41,6 +41,9 @@ from curvax.tree import PyTree
 Parts: TypeAlias = tuple[Any, ...]
 """Hidden states (..., D), matrix (D, C), and bias (C,) or None: arrays, or tangents or cotangents of them."""
 
+_PerBlock: TypeAlias = Callable[[Tangent, int], tuple[jax.Array | None, Cotangents]]
+"""(tangent of one block, bytes) -> (loss at theta0, the same for all blocks, or None; cotangents)."""
+
 
 @final
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +113,20 @@ class HeadOutputs(Outputs):
         return tuple((op, request) for op, named in wanted if named is None)
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        return self._loss(self._parts(params, evaluation)[0], params, evaluation, False).value()
+        return self._loss(self._parts(params, evaluation)[0], params, evaluation).value()
 
     def gradient(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, PyTree]:
         at = linear_model(lambda p: self._parts(p, evaluation), params, push=False)
-        loss, residual = self._loss(at.outputs, params, evaluation, False).gradient()
+        loss, residual = self._loss(at.outputs, params, evaluation).gradient()
         return loss, at.pull(residual)
 
-    def linearize(self, params: PyTree, evaluation: Evaluation, prox_linear: bool) -> LinearizedOutputs:
+    def linearize(
+        self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
+    ) -> LinearizedOutputs:
         at = linear_model(lambda p: self._parts(p, evaluation), params, push=True)
         if at.push is None:
             raise AssertionError("a model linearized with push=True has one.")
-        loss = self._loss(at.outputs, params, evaluation, prox_linear)
+        loss = self._loss(at.outputs, params, evaluation, prox_linear, scale)
         return LinearizedOutputs(loss, at.push, at.pull, at.rest[0])
 
     def _parts(self, params: PyTree, evaluation: Evaluation) -> tuple[Parts, tuple[PyTree, Any]]:
@@ -136,14 +141,21 @@ class HeadOutputs(Outputs):
             )
         return (hidden, *parts), rest
 
-    def _loss(self, at: Parts, params: PyTree, evaluation: Evaluation, prox_linear: bool) -> HeadLoss:
+    def _loss(
+        self,
+        at: Parts,
+        params: PyTree,
+        evaluation: Evaluation,
+        prox_linear: bool = False,
+        scale: jax.Array | None = None,
+    ) -> HeadLoss:
         loss = self.curvature.loss
         if not isinstance(loss, SoftmaxCrossEntropy):
             raise AssertionError("a head is built for the softmax cross entropy alone.")
         # Positions and dtype are those of the logits; nothing else is read.
         omega = self.curvature.effective_weights(params, evaluation)
         labels = self.curvature.model.targets(evaluation.batch)
-        return HeadLoss(self.head, at, labels, omega, loss.label_smoothing, prox_linear)
+        return HeadLoss(self.head, at, labels, omega, loss.label_smoothing, prox_linear, scale)
 
 
 def _is_floating(x: Any) -> bool:
@@ -162,6 +174,7 @@ class HeadLoss(OutputLoss):
       omega: effective weights.
       label_smoothing: of the loss.
       prox_linear: whether slopes are those of the loss at moved logits.
+      scale: see `OutputLoss`; `None` is 1.
     """
 
     head: SoftmaxHead
@@ -169,7 +182,8 @@ class HeadLoss(OutputLoss):
     labels: jax.Array
     omega: jax.Array
     label_smoothing: float
-    prox_linear: bool
+    prox_linear: bool = False
+    scale: jax.Array | None = None
 
     def value(self) -> jax.Array:
         hidden, matrix, bias = self.at
@@ -187,23 +201,46 @@ class HeadLoss(OutputLoss):
         return loss, tuple(found)
 
     def slope(self, v: Parts) -> tuple[jax.Array, Parts]:
-        loss, found = self._slope(Tangent(*v), MAX_BYTES)
-        return (self.value() if loss is None else loss), tuple(found)
+        loss, function = self._slope_of()
+        found, u = function(Tangent(*v), MAX_BYTES)
+        return self._one(loss, found), tuple(u)
 
     def product(self, v: Parts) -> Parts:
         return tuple(self._product(Tangent(*v), MAX_BYTES)[1])
 
     def slopes(self, v: Parts) -> tuple[jax.Array, Parts]:
-        loss, found = _each(self._slope, v)
-        return (self.value() if loss is None else loss), found
+        loss, function = self._slope_of()
+        found, u = _each(function, v)
+        return self._one(loss, found), u
 
     def products(self, v: Parts) -> Parts:
         return _each(self._product, v)[1]
 
-    def _slope(self, v: Tangent, max_bytes: int) -> tuple[jax.Array | None, Cotangents]:
-        loss, found = self._residual(v, max_bytes)
-        # The quadratic model's pass sees the logits of theta0, that of prox-linear only moved ones.
-        return (None if self.prox_linear else loss), found
+    def _one(self, *losses: jax.Array | None) -> jax.Array:
+        """The loss at theta0, from a pass that made it on the side if there is one."""
+        known = [loss for loss in losses if loss is not None]
+        return known[0] if known else self.value()
+
+    def _slope_of(self) -> tuple[jax.Array | None, _PerBlock]:
+        """(loss at theta0 if it is known already, slope of one tangent)."""
+        if not self.prox_linear:
+            # The quadratic model is linear in what the tangent adds, and its pass sees the logits of theta0.
+            return None, lambda v, max_bytes: self._residual(self._scaled(v), max_bytes)
+        if self.scale is None:
+            return None, lambda v, max_bytes: (None, self._residual(v, max_bytes)[1])
+        scale, (loss, residual) = self.scale, self.gradient()
+
+        def scaled(v: Tangent, max_bytes: int) -> tuple[None, Cotangents]:
+            def one(moved: jax.Array | None, still: jax.Array) -> jax.Array | None:
+                return None if moved is None else still + scale.astype(still.dtype) * (moved - still)
+
+            return None, Cotangents(*map(one, self._residual(v, max_bytes)[1], residual))
+
+        return loss, scaled
+
+    def _scaled(self, v: Tangent) -> Tangent:
+        scale = self.scale
+        return v if scale is None else jax.tree.map(lambda x: scale.astype(x.dtype) * x, v)
 
     def _residual(self, v: Tangent | None, max_bytes: int) -> tuple[jax.Array, Cotangents]:
         hidden, matrix, bias = self.at
@@ -215,7 +252,7 @@ class HeadLoss(OutputLoss):
 
     def _product(self, v: Tangent, max_bytes: int) -> tuple[None, Cotangents]:
         hidden, matrix, bias = self.at
-        d_hidden, d_matrix, d_bias = self._narrow(v)
+        d_hidden, d_matrix, d_bias = self._narrow(self._scaled(v))
         return None, linear_softmax_hvp(
             hidden, matrix, d_hidden, d_matrix, bias=bias, d_bias=d_bias, weights=self.omega, max_bytes=max_bytes,
             implementation=self.head.hvp,
@@ -224,10 +261,6 @@ class HeadLoss(OutputLoss):
     def _narrow(self, v: Tangent) -> Tangent:
         """Tangents in the outputs' dtypes: exactly what they were before `linear_model` widened them."""
         return Tangent(*(None if x is None else x.astype(a.dtype) for x, a in zip(v, self.at, strict=True)))
-
-
-_PerBlock: TypeAlias = Callable[[Tangent, int], tuple[jax.Array | None, Cotangents]]
-"""(tangent of one block, bytes) -> (loss at theta0, the same for all blocks, or None; cotangents)."""
 
 
 def _each(function: _PerBlock, v: Parts) -> tuple[jax.Array | None, Parts]:

@@ -20,6 +20,9 @@ from curvax.tree import PyTree
 class OutputLoss(abc.ABC):
     """The loss of one minibatch and its curvature in output space, at the outputs f0 of theta0.
 
+    Where the minibatch is a share that stands for all of them, what a tangent adds to the gradient at f0 is multiplied
+    by a factor, the scale.
+
     Tangents and cotangents are trees like the outputs, wide. Of blocks, each leaf is `Tangents`: the blocks that reach
     it; a block's cotangents are those of the outputs that it reaches.
     """
@@ -38,7 +41,7 @@ class OutputLoss(abc.ABC):
 
     @abc.abstractmethod
     def product(self, v: PyTree) -> PyTree:
-        """H v."""
+        """H v, times the scale."""
 
     @abc.abstractmethod
     def slopes(self, v: PyTree) -> tuple[jax.Array, PyTree]:
@@ -86,8 +89,10 @@ class Outputs(abc.ABC):
         """The loss and its gradient, by reverse mode alone."""
 
     @abc.abstractmethod
-    def linearize(self, params: PyTree, evaluation: Evaluation, prox_linear: bool) -> LinearizedOutputs:
-        """Evaluates and linearizes the model once; `prox_linear` as in `InnerProblem`."""
+    def linearize(
+        self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
+    ) -> LinearizedOutputs:
+        """Evaluates and linearizes the model once; `prox_linear` as in `InnerProblem`, no `scale` is 1."""
 
 
 @final
@@ -117,26 +122,35 @@ class ArrayOutputs(Outputs):
     def gradient(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, PyTree]:
         return jax.value_and_grad(self.value)(params, evaluation)
 
-    def linearize(self, params: PyTree, evaluation: Evaluation, prox_linear: bool) -> LinearizedOutputs:
+    def linearize(
+        self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
+    ) -> LinearizedOutputs:
         model = self.curvature.model
         at = linear_model(lambda p: model.outputs(p, evaluation), params, push=True)
         if at.push is None:
             raise AssertionError("a model linearized with push=True has one.")
         omega = self.curvature.effective_weights(params, evaluation)
-        loss = ArrayLoss(self.curvature.loss, at.outputs, model.targets(evaluation.batch), omega, prox_linear)
+        loss = ArrayLoss(self.curvature.loss, at.outputs, model.targets(evaluation.batch), omega, prox_linear, scale)
         return LinearizedOutputs(loss, at.push, at.pull, at.rest[0])
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class ArrayLoss(OutputLoss):
-    """A loss at an array of outputs; attributes are what `Loss` takes, and whether outputs are moved (prox-linear)."""
+    """A loss at an array of outputs.
+
+    Attributes:
+      loss, outputs, targets, omega: as in `Loss`.
+      prox_linear: whether slopes are those of the loss at moved outputs.
+      scale: see `OutputLoss`; `None` is 1.
+    """
 
     loss: Loss
     outputs: jax.Array
     targets: Any
     omega: jax.Array
     prox_linear: bool
+    scale: jax.Array | None = None
 
     def value(self) -> jax.Array:
         return self.loss.value(self.outputs, self.targets, self.omega)
@@ -148,7 +162,8 @@ class ArrayLoss(OutputLoss):
         return self.value(), self._slope(v)
 
     def product(self, v: jax.Array) -> jax.Array:
-        return self.loss.hessian_product(self.outputs, self.targets, self.omega, v)
+        product = self.loss.hessian_product(self.outputs, self.targets, self.omega, v)
+        return product if self.scale is None else self.scale.astype(product.dtype) * product
 
     def slopes(self, v: Tangents) -> tuple[jax.Array, Tangents]:
         return self.value(), self._each(self._slope, v)
@@ -157,9 +172,13 @@ class ArrayLoss(OutputLoss):
         return self._each(self.product, v)
 
     def _slope(self, v: jax.Array) -> jax.Array:
-        if self.prox_linear:
-            return self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.omega)
-        return self.residual() + self.product(v)
+        if not self.prox_linear:
+            return self.residual() + self.product(v)
+        moved = self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.omega)
+        if self.scale is None:
+            return moved
+        residual = self.residual()
+        return residual + self.scale.astype(v.dtype) * (moved - residual)
 
     def _each(self, function: Callable[[jax.Array], jax.Array], v: Tangents) -> Tangents:
         return dataclasses.replace(v, value=jax.vmap(function)(v.value)) if v.blocks else v

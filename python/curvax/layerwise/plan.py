@@ -85,6 +85,7 @@ def plan_without_shapes(
 ) -> InnerLoopPlan:
     """What is known before a batch has been seen."""
     kind = "full Gauss-Newton" if problem.partition is None else f"layerwise Gauss-Newton ({problem.partition.name})"
+    kind += f", {problem.shares} shares" if problem.shares > 1 else ""
     inside = "full loss on linearised outputs" if problem.prox_linear else problem.curvature.name
     times = f"x {inner_steps}, a minibatch each"
     parts = [("linearize", times)]

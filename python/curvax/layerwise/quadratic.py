@@ -7,15 +7,26 @@ At theta0, with outputs f0, loss gradient g0 and Hessian H in output space, one 
     prox-linear minimise  L(f0 + v) in the place of its quadratic model
 
 with gradients J_b^T (g0 + H v_b) and J_b^T dL(f0 + v_b).
+
+Layerwise, L tangents and L cotangents pass through the model side by side, which is most of the work. Shares make it
+less: the examples of a minibatch are cut into S shares, the blocks into S sets, and the curvature of a set is taken on
+its own share, so that an example carries the tangents of L / S blocks. The gradient J^T g0, one cotangent for all
+blocks, stays on all examples. With w_s the part of the minibatch's weight that share s has, a block of its set has
+
+    J_b^T g0 + J_b^T (dL(f0 + v_b) - g0) / w_s    (second term: share s only)
+
+which is unbiased where examples are drawn independently (subsampled curvature, Byrd et al. 2011).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton, Microbatched
@@ -24,6 +35,7 @@ from curvax.layerwise.block_maps import block_push
 from curvax.layerwise.blocks import BlockPartition, Blocks
 from curvax.layerwise.head import HeadOutputs, SoftmaxHead
 from curvax.layerwise.outputs import ArrayOutputs, Outputs
+from curvax.layerwise.shares import Shares
 from curvax.tree import PyTree
 
 
@@ -64,6 +76,7 @@ class InnerProblem:
       curvature: model and loss.
       partition: blocks that are solved apart; `None` for the full problem.
       prox_linear: the loss itself on linearised outputs instead of its quadratic model.
+      shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
       microbatch_size: examples per accumulated piece of a minibatch, or `None`.
       head: what makes logits of the model's outputs, or `None` if the outputs are what the loss takes.
     """
@@ -71,6 +84,7 @@ class InnerProblem:
     curvature: GaussNewton
     partition: BlockPartition | None = None
     prox_linear: bool = False
+    shares: int = 1
     microbatch_size: int | None = None
     head: SoftmaxHead | None = None
 
@@ -91,20 +105,51 @@ class InnerProblem:
         return self.partition.blocks(params)
 
     def linearize(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss:
-        """Evaluates and linearizes the model once; every gradient and product uses that."""
-        at = self.outputs.linearize(params, evaluation, self.prox_linear)
+        """Evaluates and linearizes the model once; every gradient and product uses that.
+
+        Raises:
+          ValueError: there are fewer examples than shares.
+        """
+        blocks = self.blocks(params)
+        if self.partition is None or self.shares == 1:
+            return self._linearize(params, evaluation, blocks, tuple(range(blocks.count)))
+        shares, parts = Shares.of(self.shares, blocks, evaluation.batch), []
+        omega, model_state = self.curvature.effective_weights(params, evaluation), evaluation.model_state
+        for index, chosen in enumerate(shares.blocks):
+            piece = shares.evaluation(index, evaluation, omega, model_state)
+            weight = jnp.sum(shares.cut(index, omega))
+            # A share without weight has no curvature either, whatever it is multiplied by.
+            scale = jnp.sum(omega) / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+            parts.append(self._linearize(params, piece, blocks, chosen, scale))
+            model_state = parts[-1].model_state
+        return _summed(parts)
+
+    def _linearize(
+        self,
+        params: PyTree,
+        evaluation: Evaluation,
+        blocks: Blocks,
+        chosen: tuple[int, ...],
+        scale: jax.Array | None = None,
+    ) -> LinearizedLoss:
+        """The whole minibatch or a share: gradient of all blocks, curvature of the chosen ones times `scale`."""
+        at = self.outputs.linearize(params, evaluation, self.prox_linear, scale)
         push, pull, slope, product = at.push, at.pull, at.loss.slope, at.loss.product
         if self.partition is not None:
-            push, pull = _by_block(push, params, self.partition.blocks(params))
+            push, pull = _by_block(push, params, blocks, chosen)
             slope, product = at.loss.slopes, at.loss.products
+
+        def start() -> PyTree:
+            return at.pull(at.loss.residual())
 
         def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
             loss, found = slope(push(delta))
-            return loss, pull(found)
+            inside = pull(found)
+            return loss, inside if scale is None else blocks.choose(chosen, inside, start())
 
         return LinearizedLoss(
             value=at.loss.value,
-            start=lambda: at.pull(at.loss.residual()),
+            start=start,
             slope=inner,
             product=lambda delta: pull(product(push(delta))),
             model_state=at.model_state,
@@ -153,11 +198,24 @@ class InnerProblem:
         return term, model_state
 
 
+def _summed(parts: Sequence[LinearizedLoss]) -> LinearizedLoss:
+    def total(term: Callable[[LinearizedLoss], PyTree]) -> PyTree:
+        return functools.reduce(tree.add, [term(part) for part in parts])
+
+    return LinearizedLoss(
+        value=lambda: total(lambda part: part.value()),
+        start=lambda: total(lambda part: part.start()),
+        slope=lambda delta: total(lambda part: part.slope(delta)),
+        product=lambda delta: total(lambda part: part.product(delta)),
+        model_state=parts[-1].model_state,
+    )
+
+
 def _by_block(
-    push: Callable[[PyTree], PyTree], params: PyTree, blocks: Blocks
+    push: Callable[[PyTree], PyTree], params: PyTree, blocks: Blocks, chosen: tuple[int, ...]
 ) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
-    """J and its transpose, block by block."""
+    """J and its transpose, block by block, of the chosen ones."""
     like = jax.eval_shape(tree.widen, params)
-    by_block = block_push(push, like, blocks)
+    by_block = block_push(push, like, blocks, chosen)
     transpose = jax.linear_transpose(by_block, like)
     return by_block, lambda u: transpose(u)[0]

@@ -19,15 +19,22 @@ class ShampooState(NamedTuple):
       count: updates so far, int32.
       factors: accumulated G G^T and G^T G.
       roots: their inverse roots, as of the last refresh.
+      graft: state of the transformation that lends its norms, `()` without one.
     """
 
     count: jax.Array
     factors: tuple[Factors, ...]
     roots: tuple[Factors, ...]
+    graft: Any
 
 
 def scale_by_shampoo(
-    *, beta2: float | None = None, eps: float = 1e-4, every: int = 1, max_dim: int = 8192
+    *,
+    beta2: float | None = None,
+    eps: float = 1e-4,
+    every: int = 1,
+    max_dim: int = 8192,
+    graft: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """G -> L^(-1/4) G R^(-1/4) with L = eps I + sum G G^T and R = eps I + sum G^T G; of a vector H^(-1/2) g.
 
@@ -38,6 +45,9 @@ def scale_by_shampoo(
       eps: the multiple of the identity that L and R start from, in units of squared gradients; 1e-4 in the paper.
       every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
       max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo).
+      graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
+        update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
+        2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
 
     Raises:
       ValueError: `every` or `eps` is not positive, or `beta2` is not in [0, 1).
@@ -51,10 +61,10 @@ def scale_by_shampoo(
             [(x.shape[:-2] + (d,) * (2 if dense else 1), dense) for d, dense in sides(x, max_dim)] for x in leaves
         ]
         zeros = tuple(tuple(jnp.zeros(s, x.dtype) for s, _ in of) for of, x in zip(shapes, leaves, strict=True))
-        return ShampooState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, zeros))
+        lender = () if graft is None else graft.init(params)
+        return ShampooState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, zeros), lender)
 
     def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
-        del params
         leaves, structure = jax.tree.flatten(updates)
         wide = [_wide(g) for g in leaves]
         count = state.count + 1
@@ -67,9 +77,13 @@ def scale_by_shampoo(
             )
 
         roots = jax.lax.cond(state.count % every == 0, refresh, lambda: state.roots)
-        moved = [_applied(g, of).reshape(x.shape) for g, of, x in zip(wide, roots, leaves, strict=True)]
-        narrow = [m.astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
-        return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots)
+        moved = [_applied(g, of) for g, of in zip(wide, roots, strict=True)]
+        lender = state.graft
+        if graft is not None:
+            lent, lender = graft.update(updates, state.graft, params)
+            moved = [_with_norm(m, _wide(x)) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)]
+        narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
+        return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
@@ -83,6 +97,7 @@ def shampoo(
     eps: float = 1e-4,
     every: int = 1,
     max_dim: int = 8192,
+    graft: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """`scale_by_shampoo` with momentum on the preconditioned gradient, decoupled weight decay and a learning rate.
@@ -91,10 +106,10 @@ def shampoo(
       learning_rate: scalar or schedule.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
-      beta2, eps, every, max_dim: as in `scale_by_shampoo`.
+      beta2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
     """
     return optax.chain(
-        scale_by_shampoo(beta2=beta2, eps=eps, every=every, max_dim=max_dim),
+        scale_by_shampoo(beta2=beta2, eps=eps, every=every, max_dim=max_dim, graft=graft),
         optax.ema(momentum, debias=False),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
@@ -136,3 +151,16 @@ def _applied(gradient: jax.Array, roots: Factors) -> jax.Array:
     for side, root in enumerate(roots):
         gradient = multiply(root, gradient, side)
     return gradient
+
+
+def _with_norm(update: jax.Array, like: jax.Array) -> jax.Array:
+    """Each matrix of `update` (a vector as a whole) as long as that of `like`, zero where it is zero."""
+    axes = tuple(range(max(update.ndim - 2, 0), update.ndim))
+
+    def length(x: jax.Array) -> jax.Array:
+        top = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+        unit = x / jnp.where(top > 0, top, jnp.ones_like(top))
+        return top * jnp.sqrt(jnp.sum(unit * unit, axis=axes, keepdims=True))
+
+    own = length(update)
+    return update * (length(like) / jnp.where(own > 0, own, jnp.ones_like(own)))
