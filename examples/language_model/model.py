@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ SIZES = {
     "1M": Size(128, 5, 4, 128),
     "45M": Size(512, 4, 8, 1024, 32_000),
 }
+# Up to so many classes logits are no larger than what the layers keep.
+_FEW = 4096
 OUTER = ("embed", "head")  # the entries whose matrices are not hidden layers
 
 
@@ -82,13 +86,30 @@ def _attention(layer: Params, x: jax.Array, heads: int) -> jax.Array:
     return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, length, width) @ layer["out"]
 
 
-def predict(params: Params, tokens: jax.Array, heads: int = 4) -> jax.Array:
-    """Tokens (B, T) -> logits (B, T, vocabulary)."""
+def hidden(params: Params, tokens: jax.Array, heads: int = 4) -> jax.Array:
+    """Tokens (B, T) -> hidden states (B, T, width), of which `head` makes logits."""
     x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][: tokens.shape[1]]
     for layer in params["layers"]:
         x = x + _attention(layer, _norm(x, layer["attention_norm"]), heads)
         x = x + jax.nn.gelu(_norm(x, layer["mlp_norm"]) @ layer["up"]) @ layer["down"]
-    return _norm(x, params["head"]["norm"]) @ params["head"]["w"]
+    return _norm(x, params["head"]["norm"])
+
+
+def head(params: Params) -> jax.Array:
+    """The matrix (width, vocabulary) of the output."""
+    return params["head"]["w"]
+
+
+def predict(params: Params, tokens: jax.Array, heads: int = 4) -> jax.Array:
+    """Tokens (B, T) -> logits (B, T, vocabulary)."""
+    return hidden(params, tokens, heads) @ head(params)
+
+
+def outputs(size: Size) -> dict[str, Callable[..., jax.Array]]:
+    """The model as keywords of `full_gn` and `layerwise_gn`: `predict_fn`, and `head` where the logits are many."""
+    if size.vocabulary <= _FEW:
+        return {"predict_fn": functools.partial(predict, heads=size.heads)}
+    return {"predict_fn": functools.partial(hidden, heads=size.heads), "head": head}
 
 
 def count(params: Params) -> int:

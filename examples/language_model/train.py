@@ -40,11 +40,11 @@ def first_order(tx: optax.GradientTransformation, loss: Callable[..., jax.Array]
     return tx.init, step
 
 
-def gauss_newton(options: argparse.Namespace, predict: Callable[..., jax.Array]) -> Any:
+def gauss_newton(options: argparse.Namespace, size: model.Size) -> Any:
     """N inner minibatches and a share of the batch for the line search, as many parts as were asked for."""
     search = max(options.parts // 8, 1)
     arguments: dict[str, Any] = {
-        "predict_fn": predict,
+        **model.outputs(size),
         "loss": SoftmaxCrossEntropy(),
         "inner": muon_adamw(options.rate, others=model.OUTER),
         "inner_steps": options.parts - search,
@@ -90,7 +90,7 @@ def main() -> None:
     if options.method == "adamw":
         init, step = first_order(optax.adamw(options.rate), loss)
     else:
-        method = gauss_newton(options, predict)
+        method = gauss_newton(options, size)
         example = corpus.batch(rng, options.parts * options.inner_batch, size.length)
         print(method.plan_for(params, example).explain())
         init, step = method.init, lambda p, s, b: method.step(p, b, s)

@@ -29,14 +29,12 @@ Differentiation: none; the op is itself a derivative, linear and symmetric in it
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
-from curvax.kernels._operands import arrays, row_weights
+from curvax.kernels._dispatch import Choice, Implementation, Op, Variant, select, unmeasured_on_gpu
 from curvax.kernels.linear_softmax_hvp import pallas, reference
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head
+from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Tangent
+from curvax.kernels.linear_softmax_hvp.operands import MAX_BYTES, Operands
 from curvax.kernels.softmax_hvp import pallas as softmax_pallas
-from curvax.tree import wide_dtype
 
 LINEAR_SOFTMAX_HVP = Op(
     "linear_softmax_hvp",
@@ -47,19 +45,17 @@ LINEAR_SOFTMAX_HVP = Op(
 )
 OPS = (LINEAR_SOFTMAX_HVP,)
 
-_MAX_BYTES = 256 * 2**20
-
 
 def linear_softmax_hvp(
     hidden: jax.Array,
     head: jax.Array,
-    d_hidden: jax.Array,
-    d_head: jax.Array,
+    d_hidden: jax.Array | None,
+    d_head: jax.Array | None,
     *,
     bias: jax.Array | None = None,
     d_bias: jax.Array | None = None,
     weights: jax.Array | None = None,
-    max_bytes: int = _MAX_BYTES,
+    max_bytes: int = MAX_BYTES,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | Choice | None = None,
 ) -> Cotangents:
@@ -68,8 +64,9 @@ def linear_softmax_hvp(
     Args:
       hidden: (..., features), floating: what the head is applied to.
       head: (features, columns), in the dtype of `hidden`.
-      d_hidden, d_head: the tangent, alike.
-      bias, d_bias: (columns,), both or neither.
+      bias: (columns,), likewise.
+      d_hidden, d_head, d_bias: the tangent, each like what it moves. What has none is held fixed and gets no cotangent:
+        the product is that of the block of the matrix that belongs to the other parts, in fewer matmuls.
       weights: (...), or what broadcasts to it: effective weights of the rows (`Loss.effective_weights`, times the
         label mass); ones if `None`.
       max_bytes: for logits and what is made of them; 256 MiB by default, some hundred rows of a large vocabulary, with
@@ -78,8 +75,8 @@ def linear_softmax_hvp(
       implementation: None for the best supported one.
 
     Returns:
-      `Cotangents` of hidden, head and bias (None without one), in the wide dtype: float64 for such operands, else
-      float32.
+      `Cotangents` of hidden, head and bias (None where there is no tangent), in the wide dtype: float64 for such
+      operands, else float32.
 
     Raises:
       Unsupported: the named implementation cannot run here.
@@ -88,45 +85,12 @@ def linear_softmax_hvp(
     See Schraudolph (2002) for the product, and Wijmans et al., "Cut your losses in large-vocabulary language models"
     (2024), for losses over such a head in little memory.
     """
-    at, tangent = Head(*arrays(hidden, head, bias)), Head(*arrays(d_hidden, d_head, d_bias))
-    _check(at, tangent, max_bytes)
-    shape, columns = at.hidden.shape, at.head.shape[1]
-    wide = wide_dtype(at.hidden.dtype)
-    weight = row_weights("linear_softmax_hvp", weights, shape[:-1]).astype(wide).reshape(-1)
-    at, tangent = (each._replace(hidden=each.hidden.reshape(weight.size, shape[-1])) for each in (at, tangent))
-    if weight.size == 0:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), at)
-        return Cotangents(zero.hidden.reshape(shape), zero.head, zero.bias)
-    blocks = Blocks.of(weight.size, columns, max_bytes)
-    logits = jax.ShapeDtypeStruct((blocks.rows, columns), wide)
-    if select(LINEAR_SOFTMAX_HVP, implementation, Request.of(logits)).implementation == "pallas":
-        found = pallas.linear_softmax_hvp(at, tangent, weight, blocks, precision)
-    else:
-        found = reference.linear_softmax_hvp(at, tangent, weight, blocks, precision)
-    return found._replace(hidden=found.hidden.reshape(shape))
-
-
-def _check(at: Head, tangent: Head, max_bytes: int) -> None:
-    op = "linear_softmax_hvp"
-    if not jnp.issubdtype(at.hidden.dtype, jnp.floating):
-        raise TypeError(f"{op}: hidden is of dtype {at.hidden.dtype}: pass real floating-point numbers")
-    if max_bytes < 1:
-        raise ValueError(f"{op}: max_bytes is {max_bytes}: pass a positive number of bytes")
-    if at.hidden.ndim < 1 or at.head.ndim != 2 or at.hidden.shape[-1] != at.head.shape[0] or at.head.shape[1] == 0:
-        raise ValueError(
-            f"{op}: hidden has shape {at.hidden.shape} and head {at.head.shape}: "
-            "pass (..., features) and (features, columns)"
-        )
-    if (at.bias is None) != (tangent.bias is None):
-        raise ValueError(f"{op}: bias and d_bias go together: pass both or neither")
-    for name, value, other in zip(Head._fields, at, tangent, strict=True):
-        if value is None or other is None:
-            continue
-        if value.dtype != at.hidden.dtype:
-            raise TypeError(f"{op}: {name} is of dtype {value.dtype} and hidden of {at.hidden.dtype}: cast one of them")
-        if (other.shape, other.dtype) != (value.shape, value.dtype):
-            raise TypeError(
-                f"{op}: d_{name} is {other.dtype}{other.shape} and {name} {value.dtype}{value.shape}: pass them alike"
-            )
-    if at.bias is not None and at.bias.shape != at.head.shape[1:]:
-        raise ValueError(f"{op}: bias has shape {at.bias.shape}: pass {at.head.shape[1:]}, one entry per column")
+    operands = Operands.of("linear_softmax_hvp", hidden, head, bias, weights, max_bytes)
+    tangent = operands.tangent(Tangent(d_hidden, d_head, d_bias))
+    if not any(part is not None for part in tangent):
+        raise ValueError("linear_softmax_hvp: everything is held fixed: pass d_hidden, d_head or d_bias")
+    if operands.rows == 0:
+        return operands.zero(tangent)
+    chosen = select(LINEAR_SOFTMAX_HVP, implementation, operands.request()).implementation
+    run = pallas.linear_softmax_hvp if chosen == "pallas" else reference.linear_softmax_hvp
+    return operands.shaped(run(operands.at, tangent, operands.weight, operands.blocks, precision))

@@ -22,15 +22,23 @@ _LANES = 128
 
 
 class Cotangents(NamedTuple):
-    """Of a linear head: each shaped like what it is the cotangent of, in the wide dtype; `bias` is None without one."""
+    """Of a linear head: each shaped like what it is the cotangent of, in the wide dtype; None where none was made."""
 
-    hidden: jax.Array
-    head: jax.Array
+    hidden: jax.Array | None
+    head: jax.Array | None
     bias: jax.Array | None
 
 
+class Tangent(NamedTuple):
+    """How a linear head moves: each shaped like what moves, in its dtype; None for what is held fixed."""
+
+    hidden: jax.Array | None = None
+    head: jax.Array | None = None
+    bias: jax.Array | None = None
+
+
 class Head(NamedTuple):
-    """A linear head or a tangent of one: logits = hidden @ head + bias.
+    """A linear head: logits = hidden @ head + bias.
 
     Attributes:
       hidden: (rows, features).

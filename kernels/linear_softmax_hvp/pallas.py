@@ -10,13 +10,13 @@ from typing import Any
 import jax
 
 from curvax.kernels.linear_softmax_hvp import reference
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head
+from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head, Tangent
 from curvax.kernels.softmax_hvp import pallas as softmax
 
 
 def linear_softmax_hvp(
     at: Head,
-    tangent: Head,
+    tangent: Tangent,
     weights: jax.Array,
     blocks: Blocks,
     precision: jax.lax.PrecisionLike,

@@ -41,6 +41,7 @@ from curvax.kernels import (
 )
 from curvax.kernels._dispatch import Backend, Implementation, Op, Request, Variant
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, linear_softmax_hvp
+from curvax.kernels.linear_softmax_residual import LINEAR_SOFTMAX_RESIDUAL, linear_softmax_residual
 from curvax.kernels.sampled_softmax_residual import SAMPLED_SOFTMAX_RESIDUAL, sampled_softmax_residual
 from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
@@ -365,6 +366,13 @@ _CHECKS = (
             *(_matrix(seed, *shape) for seed, shape in enumerate(((5, 8), (8, 300)) * 2)),
             precision="highest",
             implementation=name,
+        ),
+    ),
+    _Check(
+        LINEAR_SOFTMAX_RESIDUAL,
+        lambda: Request.of(_matrix(0, 5, 300)),
+        lambda name: linear_softmax_residual(
+            _matrix(0, 5, 8), _matrix(1, 8, 300), jnp.arange(5, dtype=jnp.int32), implementation=name
         ),
     ),
     _Check(

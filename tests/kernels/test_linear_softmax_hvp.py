@@ -17,17 +17,17 @@ from oracle.compiling import array
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
-from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Blocks, Head
+from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Blocks, Head, Tangent
 
 HIGHEST = jax.lax.Precision.HIGHEST
-Run = Callable[[Head, Head, jax.Array, Blocks], Cotangents]
+Run = Callable[[Head, Tangent, jax.Array, Blocks], Any]
 
 
-def plain(at: Head, tangent: Head, weights: jax.Array, blocks: Blocks) -> Cotangents:
+def plain(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any:
     return reference.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST)
 
 
-def interpreted(at: Head, tangent: Head, weights: jax.Array, blocks: Blocks) -> Cotangents:
+def interpreted(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any:
     return pallas.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST, interpret=_mosaic.interpreter())
 
 
@@ -69,7 +69,7 @@ CASES = {
 }
 
 
-def operands(case: Case, seed: int = 0) -> tuple[Head, Head, jax.Array]:
+def operands(case: Case, seed: int = 0) -> tuple[Head, Tangent, jax.Array]:
     rng = np.random.default_rng(seed)
 
     def head() -> Head:
@@ -77,10 +77,10 @@ def operands(case: Case, seed: int = 0) -> tuple[Head, Head, jax.Array]:
         hidden, matrix, bias = (array(rng.standard_normal(shape), case.dtype) for shape in shapes)
         return Head(hidden, matrix, bias if case.bias else None)
 
-    return head(), head(), array(rng.uniform(0.1, 2, case.rows), jnp.float32)
+    return head(), Tangent(*head()), array(rng.uniform(0.1, 2, case.rows), jnp.float32)
 
 
-def exact(at: Head, tangent: Head, weights: Any) -> Cotangents:
+def exact(at: Head, tangent: Tangent, weights: Any) -> Cotangents:
     """By explicit float64 matrices."""
     hidden, head, d_hidden, d_head, w = (
         np.asarray(x, np.float64) for x in (at.hidden, at.head, tangent.hidden, tangent.head, weights)
@@ -114,6 +114,18 @@ def test_values(case: Case, run: Run) -> None:
     got = jax.jit(lambda at, tangent, w: run(at, tangent, w, case.blocks))(at, tangent, weights)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     close(got, exact(at, tangent, weights), case.dtype)
+
+
+@pytest.mark.parametrize("columns", [300, 128])
+@pytest.mark.parametrize("moving", [("hidden",), ("head",), ("bias",), ("hidden", "head"), ("hidden", "bias")])
+def test_what_has_no_tangent_is_held_fixed(moving: tuple[str, ...], columns: int, x64: None) -> None:
+    """The block of the matrix: no part in the tangent, none among the cotangents, the same numbers elsewhere."""
+    at, tangent, weights = operands(dataclasses.replace(CASES["rows_do_not"], dtype=jnp.float64))
+    still = {name: jnp.zeros_like(value) for name, value in tangent._asdict().items() if name not in moving}
+    want = exact(at, tangent._replace(**still), weights)
+    got = plain(at, tangent._replace(**dict.fromkeys(still)), weights, Blocks(3, columns))
+    assert [name for name, value in got._asdict().items() if value is not None] == list(moving)
+    close(got, want._replace(**dict.fromkeys(still)), jnp.float64)
 
 
 def test_float64(x64: None) -> None:
@@ -172,7 +184,7 @@ def test_shard_map(run: Run) -> None:
     head: Any = (rows, whole, whole)
 
     def local(at: Any, tangent: Any, weights: jax.Array) -> Any:
-        found = run(Head(*at), Head(*tangent), weights, case.blocks)
+        found = run(Head(*at), Tangent(*tangent), weights, case.blocks)
         return (found.hidden, *jax.lax.psum((found.head, found.bias), "rows"))
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(head, head, rows), out_specs=head)
@@ -183,7 +195,8 @@ def test_shard_map(run: Run) -> None:
 class TestApi:
     def test_leading_axes_and_default_weights(self) -> None:
         at, tangent, _ = operands(Case(6, 5, 300, Blocks(6, 300)))
-        got = linear_softmax_hvp(
+        assert tangent.hidden is not None
+        got: Any = linear_softmax_hvp(
             at.hidden.reshape(2, 3, 5),
             at.head,
             tangent.hidden.reshape(2, 3, 5),
@@ -199,14 +212,14 @@ class TestApi:
         close(ones, exact(at._replace(bias=None), tangent._replace(bias=None), np.ones(6)), jnp.float32)
 
     def test_no_rows(self) -> None:
-        got = linear_softmax_hvp(jnp.ones((2, 0, 3)), jnp.ones((3, 9)), jnp.ones((2, 0, 3)), jnp.ones((3, 9)))
+        got: Any = linear_softmax_hvp(jnp.ones((2, 0, 3)), jnp.ones((3, 9)), jnp.ones((2, 0, 3)), jnp.ones((3, 9)))
         assert got.hidden.shape == (2, 0, 3)
         assert np.all(np.asarray(got.head) == np.zeros((3, 9)))
 
     def test_no_features(self) -> None:
         """Logits of the bias alone: nothing flows to hidden and head."""
         none, bias = jnp.ones((4, 0)), jnp.arange(3.0)
-        got = linear_softmax_hvp(none, none[:0].reshape(0, 3), none, jnp.ones((0, 3)), bias=bias, d_bias=bias)
+        got: Any = linear_softmax_hvp(none, none[:0].reshape(0, 3), none, jnp.ones((0, 3)), bias=bias, d_bias=bias)
         assert got.hidden.shape == (4, 0) and got.head.shape == (0, 3)
         p = np.exp(np.arange(3)) / np.exp(np.arange(3)).sum()
         np.testing.assert_allclose(np.asarray(got.bias), 4 * p * (np.arange(3) - p @ np.arange(3)), rtol=1e-5)
@@ -217,7 +230,7 @@ class TestApi:
         want = linear_softmax_hvp(*map(jnp.asarray, (h, w, h, w)))
         conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)
         for of in conversions:
-            got = linear_softmax_hvp(of(h), of(w), of(h), of(w), weights=of(np.ones(1)))
+            got: Any = linear_softmax_hvp(of(h), of(w), of(h), of(w), weights=of(np.ones(1)))
             jax.tree.map(np.testing.assert_array_equal, got, want)
 
     def test_users_are_not_given_the_interpreter(self) -> None:
@@ -229,7 +242,7 @@ class TestApi:
             pytest.skip(str(_mosaic.absent()))
         at, tangent, weights = operands(Case(6, 5, 300, Blocks(6, 300), bias=False))
         chosen = Choice(LINEAR_SOFTMAX_HVP.name, "pallas", "test")
-        got = linear_softmax_hvp(
+        got: Any = linear_softmax_hvp(
             *(at.hidden, at.head, tangent.hidden, tangent.head),
             weights=weights,
             precision=HIGHEST,
@@ -245,10 +258,12 @@ class TestApi:
             linear_softmax_hvp(h, w, h, w[:, :8])
         with pytest.raises(TypeError, match="head is of dtype bfloat16 and hidden of float32: cast"):
             linear_softmax_hvp(h, w.astype(jnp.bfloat16), h, w.astype(jnp.bfloat16))
-        with pytest.raises(ValueError, match="bias and d_bias go together"):
-            linear_softmax_hvp(h, w, h, w, bias=jnp.ones(9))
+        with pytest.raises(ValueError, match="there is a d_bias and no bias: pass both or neither"):
+            linear_softmax_hvp(h, w, h, w, d_bias=jnp.ones(9))
+        with pytest.raises(ValueError, match="everything is held fixed: pass d_hidden, d_head or d_bias"):
+            linear_softmax_hvp(h, w, None, None)
         with pytest.raises(ValueError, match=r"bias has shape \(8,\): pass \(9,\)"):
-            linear_softmax_hvp(h, w, h, w, bias=jnp.ones(8), d_bias=jnp.ones(8))
+            linear_softmax_hvp(h, w, h, w, bias=jnp.ones(8))
         with pytest.raises(ValueError, match="max_bytes is 0"):
             linear_softmax_hvp(h, w, h, w, max_bytes=0)
         with pytest.raises(TypeError, match="hidden is of dtype int32"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.schema import Row
-from bench.suites.layerwise import cost
+from bench.suites.layerwise import cost, head
 from bench.suites.layerwise.contenders import ABLATIONS, contenders_in
 from bench.suites.layerwise.setting import LARGEST, MAIN, PAPER, QUICK, SMALL
 from bench.suites.layerwise.study import SUITE as SUITE
@@ -24,8 +24,9 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
 
     Args:
       quick: a smoke run of about a minute: one rate, one seed, few steps, the methods that matter most.
-      only: text in the case's name, such as "45M" for the paper's configuration on a GPU, or "ablations".
+      only: text in the case's name, such as "45M" for the paper's configuration on a GPU, "ablations", or "head of".
     """
+    yield from head.cases(SUITE, quick, only)
     for setting in (QUICK,) if quick else (PAPER,) if "45M" in only else (MAIN, LARGEST, SMALL):
         cases = {name: f"{setting.case}, {text}" for name, text in _CASES.items()}
         if not any(only in case for case in cases.values()):

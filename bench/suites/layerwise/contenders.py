@@ -123,7 +123,7 @@ def gauss_newton(
     """
     cut = setting if parts is None else dataclasses.replace(setting, parts=parts, search=1)
     options: dict[str, Any] = {
-        "predict_fn": setting.predict_fn(),
+        **model.outputs(setting.shape),
         "loss": SoftmaxCrossEntropy(),
         "inner": inner(rate),
         "inner_steps": cut.inner if search else cut.parts,

@@ -19,20 +19,20 @@ class LinearModel:
     """A model at a point.
 
     Attributes:
-      outputs: model outputs.
+      outputs: model outputs, an array or a tree of them.
       push: v -> J v, wide parameter vector to wide outputs; `None` unless asked for.
       pull: u -> J^T u, outputs to a wide parameter vector.
       rest: (new model state, aux).
     """
 
-    outputs: jax.Array
-    push: Callable[[PyTree], jax.Array] | None
-    pull: Callable[[jax.Array], PyTree]
+    outputs: PyTree
+    push: Callable[[PyTree], PyTree] | None
+    pull: Callable[[PyTree], PyTree]
     rest: tuple[PyTree, Any]
 
 
 def linear_model(
-    function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree, *, push: bool, shared: bool = True
+    function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree, *, push: bool, shared: bool = True
 ) -> LinearModel:
     """Linearizes `function: params -> (outputs, rest)`.
 
@@ -50,24 +50,24 @@ def linear_model(
     return LinearModel(outputs, None, _wide_pull(lambda u: vjp(u)[0], outputs), rest)
 
 
-def _wide_pull(pull: Callable[[jax.Array], PyTree], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
-    return lambda u: tree.widen(pull(u.astype(outputs.dtype)))
+def _wide_pull(pull: Callable[[PyTree], PyTree], outputs: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda u: tree.widen(pull(tree.cast_like(u, outputs)))
 
 
-def _wide_push(push: Callable[[PyTree], jax.Array], params: PyTree) -> Callable[[PyTree], jax.Array]:
+def _wide_push(push: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
     return lambda v: tree.widen(push(tree.cast_like(v, params)))
 
 
-def _linearized_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+def _linearized_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
     outputs, push, rest = jax.linearize(function, params, has_aux=True)
     transpose = jax.linear_transpose(push, params)
     return LinearModel(outputs, _wide_push(push, params), _wide_pull(lambda u: transpose(u)[0], outputs), rest)
 
 
-def _reverse_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+def _reverse_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
     outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
     # u -> J^T u is linear, so its own pullback at any point is v -> J v.
-    _, push = jax.vjp(lambda u: vjp(u)[0], jnp.zeros_like(outputs))
+    _, push = jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, outputs))
     return LinearModel(
         outputs,
         _wide_push(lambda v: push(v)[0], params),
@@ -76,13 +76,13 @@ def _reverse_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: 
     )
 
 
-def _repeated_model(function: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree) -> LinearModel:
+def _repeated_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
     outputs, rest = function(params)
 
-    def push(v: PyTree) -> jax.Array:
+    def push(v: PyTree) -> PyTree:
         return jax.jvp(lambda p: function(p)[0], (params,), (v,))[1]
 
-    def pull(u: jax.Array) -> PyTree:
+    def pull(u: PyTree) -> PyTree:
         return jax.vjp(lambda p: function(p)[0], params)[1](u)[0]
 
     return LinearModel(outputs, _wide_push(push, params), _wide_pull(pull, outputs), rest)

@@ -11,8 +11,9 @@ layer's own tangent, and the tangent that passes through), and P is 1 + (L - 1) 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,24 @@ from curvax.layerwise.blocks import Blocks
 from curvax.tree import PyTree
 
 
-class _Tangents(NamedTuple):
-    """Tangents of one value: those of `blocks`, stacked along a leading axis; all other blocks' are zero."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tangents:
+    """Tangents (or cotangents) of one value: those of `blocks`, along a leading axis; all other blocks' are zero.
 
-    blocks: tuple[int, ...]
+    Attributes:
+      blocks: ascending; static.
+      value: (blocks, *the value's own shape).
+    """
+
+    blocks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     value: jax.Array
 
 
 def block_push(
-    push: Callable[[PyTree], jax.Array], like: PyTree, blocks: Blocks, chosen: tuple[int, ...]
-) -> Callable[[PyTree], jax.Array]:
-    """P: wide vector -> (chosen blocks, *outputs), the tangents J_b delta_b.
+    push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+) -> Callable[[PyTree], PyTree]:
+    """P: wide vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.
 
     Args:
       push: v -> J v, linear; traced once here.
@@ -40,32 +48,34 @@ def block_push(
       blocks: the partition of v.
       chosen: the blocks that are wanted, ascending; entries of v in others are not read.
     """
-    closed = jax.make_jaxpr(push)(like)
-    (out,) = closed.out_avals
+    closed, shapes = jax.make_jaxpr(push, return_shape=True)(like)
+    structure = jax.tree.structure(shapes)
 
-    def pushed(v: PyTree) -> jax.Array:
+    def pushed(v: PyTree) -> PyTree:
         leaves = [_lift(leaf, owner, chosen) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
-        (found,) = _walk(closed.jaxpr, closed.consts, leaves)
-        if not isinstance(found, _Tangents):
-            return jnp.zeros((len(chosen), *out.shape), out.dtype)
-        return _spread(found, chosen)
+        found = _walk(closed.jaxpr, closed.consts, leaves)
+        reached = [
+            x if isinstance(x, Tangents) else _none(aval.shape, aval.dtype)
+            for x, aval in zip(found, closed.out_avals, strict=True)
+        ]
+        return jax.tree.unflatten(structure, reached)
 
     return pushed
 
 
-def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]) -> _Tangents:
+def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]) -> Tangents:
     """The tangents of a leaf for those of its blocks that are chosen."""
     if isinstance(owner, int):
-        return _Tangents((owner,), leaf[None]) if owner in chosen else _none(leaf.shape, leaf.dtype)
+        return Tangents((owner,), leaf[None]) if owner in chosen else _none(leaf.shape, leaf.dtype)
     layers = [i for i, block in enumerate(owner) if block in chosen]
     ones = jnp.eye(len(owner), dtype=leaf.dtype)[jnp.asarray(layers, jnp.int32)]
     lifted = ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None]
-    return _Tangents(tuple(owner[i] for i in layers), lifted)
+    return Tangents(tuple(owner[i] for i in layers), lifted)
 
 
-def _none(shape: tuple[int, ...], dtype: Any) -> _Tangents:
+def _none(shape: tuple[int, ...], dtype: Any) -> Tangents:
     """Zero for every block."""
-    return _Tangents((), jnp.zeros((0, *shape), dtype))
+    return Tangents((), jnp.zeros((0, *shape), dtype))
 
 
 def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -81,7 +91,7 @@ def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]
 
 
 def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
-    moving = [x for x in operands if isinstance(x, _Tangents)]
+    moving = [x for x in operands if isinstance(x, Tangents)]
     if moving and eqn.primitive.name in ("jit", "pjit", "closed_call"):
         inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
         closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
@@ -91,11 +101,11 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
     if not arrived:
         return [_none(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-    axes = tuple(0 if isinstance(x, _Tangents) else None for x in operands)
-    spread = [_spread(x, arrived) if isinstance(x, _Tangents) else x for x in operands]
+    axes = tuple(0 if isinstance(x, Tangents) else None for x in operands)
+    spread = [_spread(x, arrived) if isinstance(x, Tangents) else x for x in operands]
     # The equation is linear in its tangents: a block with none among its operands has none in its results.
     results = jax.vmap(lambda *xs: _bind(eqn, list(xs)), in_axes=axes)(*spread)
-    return [_Tangents(arrived, r) for r in results]
+    return [Tangents(arrived, r) for r in results]
 
 
 def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -103,7 +113,7 @@ def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _spread(x: _Tangents, blocks: tuple[int, ...]) -> jax.Array:
+def _spread(x: Tangents, blocks: tuple[int, ...]) -> jax.Array:
     """The tangents of `blocks`, which hold those of `x` and others."""
     if x.blocks == blocks:
         return x.value

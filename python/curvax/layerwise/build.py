@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+import jax
 import optax
 
 from curvax.curvature import Extras, GaussNewton, Model
@@ -12,17 +13,23 @@ from curvax.curvature import Partition as TrainablePartition
 from curvax.curvature.partition import Mask
 from curvax.kernels._dispatch import Backend
 from curvax.layerwise.blocks import BlockPartition, ByGroup
+from curvax.layerwise.head import SoftmaxHead
 from curvax.layerwise.inner import ConjugateGradients, InnerSolver, Optimizer
 from curvax.layerwise.method import InnerLoopMethod
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.layerwise.search import LineSearch
-from curvax.losses import Loss
+from curvax.losses import Loss, SoftmaxCrossEntropy
+from curvax.tree import PyTree
+
+Head: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]
+"""A matrix (features, classes), or the tuple (matrix, bias)."""
 
 
 def full_gn(
     *,
     predict_fn: Callable[..., Any],
     loss: Loss,
+    head: Callable[[PyTree], Head] | None = None,
     inner: optax.GradientTransformation | ConjugateGradients,
     inner_steps: int,
     line_search: LineSearch | None = LineSearch(),
@@ -49,6 +56,10 @@ def full_gn(
     Args:
       predict_fn: `predict_fn(params, inputs) -> outputs`, acting on each example of the leading axis by itself.
       loss: loss in output space.
+      head: `head(params)` is the matrix (D, classes), or (matrix, bias), that makes logits of hidden states (..., D),
+        which `predict_fn` then returns in the logits' place: with a large vocabulary the logits are most of a step's
+        memory, and with `head` they are made and used up in blocks of rows (256 MiB at a time), with the same numbers.
+        Tied embeddings are `lambda p: p["embed"].T`. The loss must be `SoftmaxCrossEntropy`, with integer labels.
       inner: an Optax optimizer (`curvax.optimizers.muon_adamw`, the paper's; `optax.adamw`; ...), whose state is kept
         from step to step; or `ConjugateGradients`, which solves one minibatch's quadratic (`inner_steps=1`).
       inner_steps: minibatches in a step, N.
@@ -72,8 +83,8 @@ def full_gn(
     """
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
     return _method(
-        predict_fn, loss, None, 1, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule, clip_norm,
-        (x_key, y_key, weight_key), extras, microbatch_size, backend,
+        predict_fn, loss, head, None, 1, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
+        clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
     )  # fmt: skip
 
 
@@ -81,6 +92,7 @@ def layerwise_gn(
     *,
     predict_fn: Callable[..., Any],
     loss: Loss,
+    head: Callable[[PyTree], Head] | None = None,
     inner: optax.GradientTransformation | ConjugateGradients,
     inner_steps: int,
     partition: BlockPartition = ByGroup(),
@@ -118,14 +130,15 @@ def layerwise_gn(
         raise TypeError(f"partition is a {type(partition).__name__}: pass ByGroup(), ByLeaf() or ByPath(function).")
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
     return _method(
-        predict_fn, loss, partition, shares, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
-        clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
+        predict_fn, loss, head, partition, shares, inner, inner_steps, line_search, warm_start, prox_linear,
+        inner_schedule, clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
     )  # fmt: skip
 
 
 def _method(
     predict_fn: Callable[..., Any],
     loss: Loss,
+    head: Callable[[PyTree], Head] | None,
     partition: BlockPartition | None,
     shares: int,
     inner: optax.GradientTransformation | ConjugateGradients,
@@ -162,7 +175,7 @@ def _method(
             )
         schedule = optax.cosine_decay_schedule(1.0, inner_steps) if inner_schedule is None else inner_schedule
         solver = Optimizer(optax.with_extra_args_support(inner), schedule, clip_norm)
-    problem = InnerProblem(curvature, partition, prox_linear, shares, microbatch_size)
+    problem = InnerProblem(curvature, partition, prox_linear, shares, microbatch_size, _softmax_head(head, loss))
     return InnerLoopMethod(problem, solver, inner_steps, line_search, warm_start, backend)
 
 
@@ -178,3 +191,16 @@ def _check_linear(
         raise ValueError("conjugate gradients solve a quadratic: set prox_linear=False, or give an Optax optimizer.")
     if inner_schedule is not None or clip_norm is not None:
         raise ValueError("inner_schedule and clip_norm belong to an inner optimizer: conjugate gradients have neither.")
+
+
+def _softmax_head(head: Callable[[PyTree], Head] | None, loss: Loss) -> SoftmaxHead | None:
+    if head is None:
+        return None
+    if not callable(head):
+        raise TypeError('head must be a function of the parameters, such as lambda p: p["embed"].T.')
+    if not isinstance(loss, SoftmaxCrossEntropy):
+        raise TypeError(
+            f"head= goes with SoftmaxCrossEntropy, and the loss is {type(loss).__name__}: return its outputs from "
+            "predict_fn and leave head= out."
+        )
+    return SoftmaxHead(head, hvp=loss.implementation)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, GaussNewton
+from curvax.curvature import Evaluation
 from curvax.execute import Layout
 from curvax.kernels._dispatch import Backend, Choice, resolve
 from curvax.layerwise.inner import InnerSolver
@@ -218,13 +218,13 @@ class InnerLoopMethod:
         minibatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), minibatches)
         key = jax.random.key(0) if self.problem.curvature.needs_model_key else None
         evaluation = Evaluation(minibatch, frozen, model_state, key)
-        self.problem.curvature.check(trainable, evaluation)
+        self.problem.outputs.check(trainable, evaluation)
         choices = self.kernel_choices(trainable, evaluation)
         return plan_for_shapes(self.plan, self.problem, self.search, trainable, evaluation, choices)
 
     def kernel_choices(self, params: PyTree, evaluation: Evaluation) -> tuple[Choice, ...]:
         """The implementation of each op that the step uses on such a minibatch."""
-        wanted = self.problem.curvature.kernels(params, evaluation)
+        wanted = self.problem.outputs.kernels(params, evaluation)
         return tuple(resolve(op, self.backend, request) for op, request in wanted)
 
     def _cut(self, batch: Any) -> tuple[Any, Any]:
@@ -244,12 +244,8 @@ class InnerLoopMethod:
 
     def _advance(self, carry: Carry, progress: Progress, minibatch: Any) -> Progress:
         trainable, evaluation = self._evaluation(carry, progress, minibatch)
-        self.problem.curvature.check(trainable, evaluation)
-        chosen = {c.op: c for c in self.kernel_choices(trainable, evaluation)}
-        curvature = self.problem.curvature.with_kernels(chosen)
-        if not isinstance(curvature, GaussNewton):
-            raise AssertionError("an operator with chosen kernels is the same operator.")
-        problem = dataclasses.replace(self.problem, curvature=curvature)
+        self.problem.outputs.check(trainable, evaluation)
+        problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
         found = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
         return Progress(
             delta=found.delta,
@@ -277,7 +273,7 @@ class InnerLoopMethod:
         _, evaluation = self._evaluation(carry, progress, self.search.pieces(search_batch))
         sizes = self.search.step_sizes(progress.loss.dtype)
         losses = self.search.losses(
-            self.problem.curvature, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation
+            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation
         )
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
         return sizes[best], {"search_loss": losses[0], "search_loss_after": losses[best]}

@@ -57,7 +57,7 @@ class InnerLoopPlan:
             f"plan: {self.title}",
             table("part", [f"{name:<22}{text}" for name, text in self.parts]),
             table("block", [f"{name:<22}{size} parameters" for name, size in self.blocks]),
-            table("kernel", [f"{c.op:<20}{c.implementation:<11}{c.reason}" for c in self.choices]),
+            table("kernel", [f"{c.op:<24}{c.implementation:<11}{c.reason}" for c in self.choices]),
             table("cost", self._cost_lines()),
         ]
         return "\n".join(section for section in sections if section)
@@ -88,7 +88,10 @@ def plan_without_shapes(
     kind += f", {problem.shares} shares" if problem.shares > 1 else ""
     inside = "full loss on linearised outputs" if problem.prox_linear else problem.curvature.name
     times = f"x {inner_steps}, a minibatch each"
-    parts = [("linearize", times), ("inner gradient", f"{times}: {inside}"), ("inner update", f"{inner.name}")]
+    parts = [("linearize", times)]
+    if problem.head is not None:
+        parts.append(("head", "loss and curvature of its logits by blocks of rows, never all logits"))
+    parts += [("inner gradient", f"{times}: {inside}"), ("inner update", f"{inner.name}")]
     if search is not None:
         chunk = "all at once" if search.chunk is None else f"{search.chunk} at once"
         parts.append(
@@ -111,7 +114,6 @@ def plan_for_shapes(
     choices: tuple[Choice, ...],
 ) -> InnerLoopPlan:
     """`plan` with blocks, kernels and costs."""
-    curvature = problem.curvature
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     wide = jax.eval_shape(tree.widen, shapes)
     blocks = problem.blocks(shapes)
@@ -123,19 +125,16 @@ def plan_for_shapes(
     def inner(which: InnerProblem) -> Cost:
         return trace(lambda p, d, e: which.gradient(p, d, e)[:2], shapes, wide, evaluation)
 
-    def forward(p: PyTree, e: Evaluation) -> jax.Array:
-        return curvature.value(p, e)
-
     whole = dataclasses.replace(problem, partition=None)
     full = inner(whole)
     searched = None
     if search is not None:
-        searched = trace(forward, shapes, evaluation).times((search.candidates + 1) * search.minibatches)
+        searched = trace(problem.outputs.value, shapes, evaluation).times((search.candidates + 1) * search.minibatches)
     return dataclasses.replace(
         plan,
         blocks=tuple(zip(blocks.names, sizes, strict=True)),
         choices=choices,
-        plain=trace(jax.value_and_grad(forward), shapes, evaluation),
+        plain=trace(problem.outputs.gradient, shapes, evaluation),
         full=full,
         own=full if problem.partition is None else inner(problem),
         search=searched,

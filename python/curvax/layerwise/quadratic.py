@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +30,11 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton, Microbatched
-from curvax.curvature.differentiate import linear_model
+from curvax.kernels import Choice
 from curvax.layerwise.block_maps import block_push
 from curvax.layerwise.blocks import BlockPartition, Blocks
+from curvax.layerwise.head import HeadOutputs, SoftmaxHead
+from curvax.layerwise.outputs import ArrayOutputs, Outputs
 from curvax.layerwise.shares import Shares
 from curvax.tree import PyTree
 
@@ -42,18 +44,28 @@ class LinearizedLoss:
     """One minibatch at theta0. All vectors are wide.
 
     Attributes:
-      loss: at theta0.
+      value: () -> loss at theta0.
       start: () -> gradient of the loss at theta0, that of the inner problem where delta is zero.
-      gradient: delta -> gradient of the inner problem at theta0 + delta.
+      slope: delta -> (loss at theta0, gradient of the inner problem at theta0 + delta), which share a pass over the
+        outputs.
       product: delta -> J^T H J delta, of each block with itself if there are blocks.
       model_state: the model's new state.
     """
 
-    loss: jax.Array
+    value: Callable[[], jax.Array]
     start: Callable[[], PyTree]
-    gradient: Callable[[PyTree], PyTree]
+    slope: Callable[[PyTree], tuple[jax.Array, PyTree]]
     product: Callable[[PyTree], PyTree]
     model_state: PyTree
+
+    @property
+    def loss(self) -> jax.Array:
+        """The loss at theta0."""
+        return self.value()
+
+    def gradient(self, delta: PyTree) -> PyTree:
+        """The gradient of the inner problem at theta0 + delta."""
+        return self.slope(delta)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,7 @@ class InnerProblem:
       prox_linear: the loss itself on linearised outputs instead of its quadratic model.
       shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
       microbatch_size: examples per accumulated piece of a minibatch, or `None`.
+      head: what makes logits of the model's outputs, or `None` if the outputs are what the loss takes.
     """
 
     curvature: GaussNewton
@@ -73,6 +86,17 @@ class InnerProblem:
     prox_linear: bool = False
     shares: int = 1
     microbatch_size: int | None = None
+    head: SoftmaxHead | None = None
+
+    @property
+    def outputs(self) -> Outputs:
+        """What stands between parameters and loss."""
+        return ArrayOutputs(self.curvature) if self.head is None else HeadOutputs(self.curvature, self.head)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> InnerProblem:
+        """The same problem with the implementations of its ops chosen."""
+        head = None if self.head is None else self.head.with_kernels(choices)
+        return dataclasses.replace(self, curvature=self.curvature.with_kernels(choices), head=head)
 
     def blocks(self, params: PyTree) -> Blocks:
         """The blocks; a single one for the full problem."""
@@ -109,59 +133,34 @@ class InnerProblem:
         scale: jax.Array | None = None,
     ) -> LinearizedLoss:
         """The whole minibatch or a share: gradient of all blocks, curvature of the chosen ones times `scale`."""
-        model, loss = self.curvature.model, self.curvature.loss
-        at = linear_model(lambda p: model.outputs(p, evaluation), params, push=True)
-        if at.push is None:
-            raise AssertionError("a model linearized with push=True has one.")
-        targets = model.targets(evaluation.batch)
-        omega = self.curvature.effective_weights(params, evaluation)
-        residual = loss.gradient(at.outputs, targets, omega)
-        push, pull, each = self._maps(params, at.push, at.pull, blocks, chosen)
+        at = self.outputs.linearize(params, evaluation, self.prox_linear, scale)
+        push, pull, slope, product = at.push, at.pull, at.loss.slope, at.loss.product
+        if self.partition is not None:
+            push, pull = _by_block(push, params, blocks, chosen)
+            slope, product = at.loss.slopes, at.loss.products
 
-        def hessian(v: jax.Array) -> jax.Array:
-            product = loss.hessian_product(at.outputs, targets, omega, v)
-            return product if scale is None else scale.astype(product.dtype) * product
+        def start() -> PyTree:
+            return at.pull(at.loss.residual())
 
-        def slope(v: jax.Array) -> jax.Array:
-            if not self.prox_linear:
-                return residual + hessian(v)
-            moved = loss.gradient(at.outputs.astype(v.dtype) + v, targets, omega)
-            return moved if scale is None else residual + scale.astype(v.dtype) * (moved - residual)
-
-        def gradient(delta: PyTree) -> PyTree:
-            inside = pull(each(slope)(push(delta)))
-            return inside if scale is None else blocks.choose(chosen, inside, at.pull(residual))
+        def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
+            loss, found = slope(push(delta))
+            inside = pull(found)
+            return loss, inside if scale is None else blocks.choose(chosen, inside, start())
 
         return LinearizedLoss(
-            loss=loss.value(at.outputs, targets, omega),
-            start=lambda: at.pull(residual),
-            gradient=gradient,
-            product=lambda delta: pull(each(hessian)(push(delta))),
-            model_state=at.rest[0],
+            value=at.loss.value,
+            start=start,
+            slope=inner,
+            product=lambda delta: pull(product(push(delta))),
+            model_state=at.model_state,
         )
-
-    def _maps(
-        self,
-        params: PyTree,
-        push: Callable[[PyTree], jax.Array],
-        pull: Callable[[jax.Array], PyTree],
-        blocks: Blocks,
-        chosen: tuple[int, ...],
-    ) -> tuple[Callable[[PyTree], jax.Array], Callable[[jax.Array], PyTree], Callable[[Any], Any]]:
-        """J and its transpose, with a leading axis of blocks if there are any, and what maps functions over it."""
-        if self.partition is None:
-            return push, pull, lambda f: f
-        like = jax.eval_shape(tree.widen, params)
-        by_block = block_push(push, like, blocks, chosen)
-        transpose = jax.linear_transpose(by_block, like)
-        return by_block, lambda u: transpose(u)[0], jax.vmap
 
     def gradient(self, params: PyTree, delta: PyTree, evaluation: Evaluation) -> tuple[jax.Array, PyTree, PyTree]:
         """(loss at theta0, gradient of the inner problem at theta0 + delta, new model state) of one minibatch."""
 
         def visit(piece: Evaluation, *_: Any) -> tuple[Any, PyTree, tuple[()]]:
             at = self.linearize(params, piece)
-            return (at.loss, at.gradient(delta)), at.model_state, ()
+            return at.slope(delta), at.model_state, ()
 
         (loss, gradient), model_state = self._sum(params, evaluation, visit)
         return loss, gradient, model_state
@@ -180,9 +179,9 @@ class InnerProblem:
 
         loss, model_state = summed(lambda at: at.loss)
         return LinearizedLoss(
-            loss=loss,
+            value=lambda: loss,
             start=lambda: summed(lambda at: at.start())[0],
-            gradient=lambda delta: summed(lambda at: at.gradient(delta))[0],
+            slope=lambda delta: summed(lambda at: at.slope(delta))[0],
             product=lambda delta: summed(lambda at: at.product(delta))[0],
             model_state=model_state,
         )
@@ -204,9 +203,19 @@ def _summed(parts: Sequence[LinearizedLoss]) -> LinearizedLoss:
         return functools.reduce(tree.add, [term(part) for part in parts])
 
     return LinearizedLoss(
-        loss=total(lambda part: part.loss),
+        value=lambda: total(lambda part: part.value()),
         start=lambda: total(lambda part: part.start()),
-        gradient=lambda delta: total(lambda part: part.gradient(delta)),
+        slope=lambda delta: total(lambda part: part.slope(delta)),
         product=lambda delta: total(lambda part: part.product(delta)),
         model_state=parts[-1].model_state,
     )
+
+
+def _by_block(
+    push: Callable[[PyTree], PyTree], params: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """J and its transpose, block by block, of the chosen ones."""
+    like = jax.eval_shape(tree.widen, params)
+    by_block = block_push(push, like, blocks, chosen)
+    transpose = jax.linear_transpose(by_block, like)
+    return by_block, lambda u: transpose(u)[0]

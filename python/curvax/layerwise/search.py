@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.curvature import Evaluation, GaussNewton
+from curvax.curvature import Evaluation
 from curvax.tree import PyTree
 
 
@@ -61,7 +61,7 @@ class LineSearch:
 
     def losses(
         self,
-        curvature: GaussNewton,
+        value: Callable[[PyTree, Evaluation], jax.Array],
         at: Callable[[jax.Array], PyTree],
         step_sizes: jax.Array,
         evaluations: Evaluation,
@@ -69,7 +69,7 @@ class LineSearch:
         """Mean loss over the minibatches for each step size.
 
         Args:
-          curvature: model and loss.
+          value: (trainable parameters, evaluation) -> loss.
           at: step size -> trainable parameters.
           step_sizes: (n,).
           evaluations: everything else, with a batch from `pieces`.
@@ -79,7 +79,7 @@ class LineSearch:
             params = at(step_size)
 
             def one(batch: Any) -> jax.Array:
-                return curvature.value(params, dataclasses.replace(evaluations, batch=batch))
+                return value(params, dataclasses.replace(evaluations, batch=batch))
 
             if self.minibatches == 1:
                 return one(jax.tree.map(lambda x: x[0], evaluations.batch))
