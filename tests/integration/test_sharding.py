@@ -44,7 +44,7 @@ methods = {
 for name, method in methods.items():
     results = []
     for p, b in ((params, batch), (spread, data)):
-        state, step = method.init(p), quick_jit(method.step)
+        state, step = method.init(p), jax.jit(method.step)
         for _ in range(3):
             p, state, info = step(p, b, state, jax.random.key(1))
         results.append(jax.tree.map(np.asarray, p))
