@@ -31,3 +31,11 @@ def test_the_structure_page_runs_and_prints_what_it_says(capsys: pytest.CaptureF
     exec(compile(block, str(page), "exec"), {"__name__": "structure"})
     said = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# [")]
     assert len(said) == 3 and capsys.readouterr().out.splitlines() == said
+
+
+def test_the_layerwise_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = README.parent / "docs" / "layerwise.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(block, str(page), "exec"), {"__name__": "layerwise"})
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("6 inner steps", "layers/1", "5 step sizes and 0 on 2 minibatches"))
