@@ -114,9 +114,9 @@ class InnerLoopMethod:
           (params, state, info). A step that is not taken, because of a number that is not finite or because no
           candidate of the line search is better, returns parameters and inner state as they were. Info holds
           "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
-          and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search "search_loss" and
-          "search_loss_after" (on its data, before and after the step); with conjugate gradients "result",
-          "iterations" and "residual".
+          and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search
+          "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
+          "result", "iterations" and "residual".
 
         Raises:
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
