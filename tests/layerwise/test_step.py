@@ -455,6 +455,7 @@ def test_errors_name_the_mend() -> None:
         (lambda: method.step(params, short, state), r"a multiple of 4 \(3 inner minibatches and 1 of the line search"),
         (lambda: method.step(params, batch, ()), "pass what init or the last step returned"),
         (lambda: method.step(params[0], batch, state), "another tree structure"),
+        (lambda: build(warm_start=False).step(params, batch, state), "warm_start is False here"),
         (lambda: method.step(params, {"x": batch["x"]}, state), "the batch has no 'y'"),
         (lambda: method.finish(method.start(params, state)), "pass search_batch"),
         (lambda: build(line_search=None).finish(method.start(params, state), batch), "there is no line search"),

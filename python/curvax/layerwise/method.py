@@ -137,6 +137,11 @@ class InnerLoopMethod:
             raise TypeError(f"the state is a {type(state).__name__}: pass what init or the last step returned.")
         trainable, _ = self.problem.curvature.partition.split(params)
         state.layout.check(trainable)
+        if bool(jax.tree.leaves(state.offset)) != self.warm_start:
+            raise ValueError(
+                f"warm_start is {self.warm_start} here, and was not where this state was made: set it alike, or pass "
+                "what this method's init or last step returned."
+            )
         dtype = tree.scalar_dtype(trainable)
         # `before` is kept for a step that is not taken, and no buffer of a donated carry may be in it twice.
         delta, inner, model_state = jax.tree.map(jnp.copy, (state.offset, state.inner, state.model_state))
