@@ -49,9 +49,15 @@ def as_gradient_transformation(
       batch: the shapes of a batch, for methods whose `init` needs them (`kfac`, `ekfac`).
       model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
 
-    Raises (in `update`):
-      ValueError: `params`, `batch` or `full_params` is missing where it is needed.
+    Raises:
+      TypeError: the method is none of these; those of `curvax.layerwise` have a function of their own.
+      ValueError (in `update`): `params`, `batch` or `full_params` is missing where it is needed.
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method is a {type(method).__name__}: pass what a preset or curvax.assemble returned; full_gn and "
+            "layerwise_gn go through curvax.layerwise.as_gradient_transformation."
+        )
 
     def init(params: PyTree) -> MethodState:
         return method.init(params, batch=batch, model_state=model_state)

@@ -12,7 +12,7 @@ from oracle import dense, losses, models
 from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation, GaussNewton, Model
-from curvax.layerwise import ByGroup, ByLeaf, ByPath
+from curvax.layerwise import BlockPartition, Blocks, ByGroup, ByLeaf, ByPath
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 
@@ -171,6 +171,29 @@ def test_stacked_layers_are_blocks_of_their_own(x64: None) -> None:
     np.testing.assert_allclose(dense.vector(product), masked(truth.ggn, block) @ flat, rtol=1e-10, atol=1e-13)
     expected = shared_gradient(scanned, params, {"x": x, "y": y, "weight": np.ones(6)}, flat, block)
     np.testing.assert_allclose(dense.vector(shared), expected, rtol=1e-10, atol=1e-13)
+
+
+class Interleaved(BlockPartition):
+    """Layers 0 and 2 of a stack are one block, layer 1 and everything else another."""
+
+    @property
+    def name(self) -> str:
+        return "interleaved"
+
+    def blocks(self, params: Any) -> Blocks:
+        return Blocks(("rest", "ends"), (0, 0, (1, 0, 1), (1, 0, 1)))
+
+
+def test_several_layers_of_a_stack_are_one_block(x64: None) -> None:
+    params = scanned_params()
+    x, y = jax.random.normal(jax.random.key(4), (6, 3)), jnp.asarray([0, 1, 2, 0, 1, 2])
+    truth = dense.truth(scanned, losses.softmax_cross_entropy, params, x, y)
+    flat = np.random.default_rng(0).standard_normal(truth.gradient.size)
+    delta = jax.tree.map(jnp.asarray, dense.like(flat, params))
+    block = np.concatenate([np.zeros(24), np.repeat([1, 0, 1], 4), np.repeat([1, 0, 1], 16)])
+    inside = InnerProblem(GaussNewton(Model(scanned), SoftmaxCrossEntropy()), Interleaved())
+    found = quick_jit(lambda d: inside.linearize(params, Evaluation({"x": x, "y": y})).gradient(d))(delta)
+    np.testing.assert_allclose(dense.vector(found), dense_gradient(truth, flat, block), rtol=1e-10, atol=1e-13)
 
 
 def test_prox_linear_takes_the_loss_of_linearised_outputs(x64: None) -> None:

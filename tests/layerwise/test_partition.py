@@ -59,6 +59,18 @@ def test_leaves_are_named_by_their_paths():
     assert blocks.count == LEAVES and blocks.names[2] == "layers/0/b"
 
 
+def test_leaves_whose_paths_read_alike_stay_apart():
+    blocks = ByLeaf().blocks({"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(3)})
+    assert blocks.of_leaf == (0, 1)
+
+
+def test_a_string_for_a_tuple_of_names_is_refused():
+    with pytest.raises(TypeError, match=r"split is the string 'layers': pass a tuple of names, \('layers',\)"):
+        ByGroup(split="layers")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"block 'ends' has the string 'head': pass a tuple of paths"):
+        ByPrefix({"ends": "head"})  # type: ignore[dict-item]
+
+
 def test_a_path_without_a_block_is_named():
     with pytest.raises(ValueError, match=r"no block for 'head'"):
         ByPath(lambda path: None if path == "head" else "rest").blocks(PARAMS)  # type: ignore[arg-type,return-value]
@@ -73,7 +85,7 @@ def test_prefixes_end_at_components():
         ByPrefix({"ends": ("embed",), **layers, "stack": ("stack",)}).blocks(PARAMS)
     with pytest.raises(ValueError, match=r"parameter 'layers/3/b' is in the blocks layer 3, again"):
         ByPrefix({**layers, **rest, "again": ("layers/3/b",)}).blocks(PARAMS)
-    with pytest.raises(ValueError, match=r"no parameter belongs to ghost"):
+    with pytest.raises(ValueError, match=r"no parameter that trains belongs to ghost"):
         ByPrefix({**layers, **rest, "ghost": ("nowhere",)}).blocks(PARAMS)
 
 

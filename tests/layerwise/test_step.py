@@ -136,7 +136,7 @@ def test_step_is_the_loop_written_by_hand(rule: Any, x64: None) -> None:
 def test_streaming_is_the_step(x64: None) -> None:
     params = MODEL.params()
     method = build(ByLeaf(), shares=2, line_search=LineSearch(2, minibatches=2, chunk=2))
-    whole, parts = quick_jit(method.step), quick_jit(method.accumulate)
+    whole, parts = quick_jit(method.step), quick_jit(method.accumulate, donate_argnums=0)
     finish = quick_jit(method.finish)
     a = b = (params, method.init(params))
     for seed in range(2):
@@ -183,6 +183,22 @@ def test_a_step_that_is_not_finite_is_not_taken() -> None:
     assert not bool(info["accepted"]) and not bool(info["finite"]) and int(info["rejected"]) == 1
     jax.tree.map(np.testing.assert_array_equal, (after, state.inner), (params, before.inner))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.offset))
+
+
+def test_an_inner_state_that_overflows_is_not_kept() -> None:
+    """The square of such a gradient is infinite, and Adam's update with it zero, now and for ever."""
+    params = MODEL.params(jnp.float32)
+    method = build(
+        inner=optax.adam(1e-2), line_search=None, loss=SoftmaxCrossEntropy(reduction="sum"), weight_key="w"
+    )  # fmt: skip
+    batch = data(method.parts, dtype=jnp.float32)
+    before = method.init(params)
+    step = quick_jit(method.step)
+    for weight in (1.0, 1e25):
+        weighted = {**batch, "w": jnp.full(batch["x"].shape[0], weight, jnp.float32)}
+        _, state, info = step(params, weighted, before)
+        assert np.isfinite(float(info["loss"])) and bool(info["accepted"]) == bool(info["finite"]) == (weight == 1.0)
+    jax.tree.map(np.testing.assert_array_equal, state.inner, before.inner)
 
 
 LAM = 0.05
@@ -439,6 +455,7 @@ def test_errors_name_the_mend() -> None:
         (lambda: method.step(params, short, state), r"a multiple of 4 \(3 inner minibatches and 1 of the line search"),
         (lambda: method.step(params, batch, ()), "pass what init or the last step returned"),
         (lambda: method.step(params[0], batch, state), "another tree structure"),
+        (lambda: build(warm_start=False).step(params, batch, state), "warm_start is False here"),
         (lambda: method.step(params, {"x": batch["x"]}, state), "the batch has no 'y'"),
         (lambda: method.finish(method.start(params, state)), "pass search_batch"),
         (lambda: build(line_search=None).finish(method.start(params, state), batch), "there is no line search"),
@@ -448,6 +465,8 @@ def test_errors_name_the_mend() -> None:
         (lambda: build(inner=EXACT, inner_steps=1, prox_linear=True), "set prox_linear=False"),
         (lambda: build(inner=EXACT, inner_steps=1, clip_norm=1.0), "belong to an inner optimizer"),
         (lambda: build(clip_norm=0.0), "clip_norm must be positive"),
+        (lambda: build(line_search=False), r"line_search is a bool: pass LineSearch\(\), or None"),
+        (lambda: curvax.as_gradient_transformation(method), r"curvax\.layerwise\.as_gradient_transformation"),
         (lambda: build(rule="blocks"), r"pass ByGroup\(\)"),
         (lambda: build(rule=ByLeaf(), shares=0), "shares must be at least 1"),
         (lambda: crowded.step(params, few, crowded.init(params)), "make minibatches larger"),

@@ -183,8 +183,10 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     for layer in np.asarray(updates["layers"]["w"]):  # orthogonalised: singular values of one size
         values = np.linalg.svd(layer / 0.1, compute_uv=False)
         assert values.min() > 0.5 and values.max() < 1.5
-    with pytest.raises(ValueError, match="'tokens' is no entry of the parameters"):
+    with pytest.raises(ValueError, match="'tokens' is no entry of the parameters that train"):
         muon_adamw(0.1, others=("tokens",)).init(params)
+    with pytest.raises(TypeError, match=r"others is the string 'head': pass a tuple of names, \('head',\)"):
+        muon_adamw(0.1, others="head")  # type: ignore[arg-type]
 
 
 def _is_shape(x: Any) -> bool:

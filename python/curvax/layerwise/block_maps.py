@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from curvax.layerwise.blocks import Blocks
@@ -67,10 +68,10 @@ def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]
     """The tangents of a leaf for those of its blocks that are chosen."""
     if isinstance(owner, int):
         return Tangents((owner,), leaf[None]) if owner in chosen else _none(leaf.shape, leaf.dtype)
-    layers = [i for i, block in enumerate(owner) if block in chosen]
-    ones = jnp.eye(len(owner), dtype=leaf.dtype)[jnp.asarray(layers, jnp.int32)]
-    lifted = ones.reshape(ones.shape + (1,) * (leaf.ndim - 1)) * leaf[None]
-    return Tangents(tuple(owner[i] for i in layers), lifted)
+    owned = tuple(block for block in chosen if block in owner)
+    layers = np.asarray([[block == of_layer for of_layer in owner] for block in owned], bool)
+    ones = jnp.asarray(layers.reshape(len(owned), len(owner), *(1,) * (leaf.ndim - 1)), leaf.dtype)
+    return Tangents(owned, ones * leaf[None])
 
 
 def _none(shape: tuple[int, ...], dtype: Any) -> Tangents:

@@ -94,10 +94,18 @@ class ByGroup(BlockPartition):
 
     Attributes:
       split: names of entries that hold several layers, each a block of its own: a sequence is split into its members,
-        any other subtree along the leading axis of its leaves (layers stacked for `jax.lax.scan`).
+        any other subtree along the leading axis of its leaves (layers stacked for `jax.lax.scan`). A mapping from
+        names to layers is no sequence: `ByPath` or `ByPrefix` take it apart.
+
+    Raises:
+      TypeError: `split` is a single string.
     """
 
     split: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.split, str):
+            raise TypeError(f"split is the string {self.split!r}: pass a tuple of names, ({self.split!r},).")
 
     @property
     def name(self) -> str:
@@ -143,7 +151,9 @@ class ByLeaf(BlockPartition):
         return "leaves"
 
     def blocks(self, params: PyTree) -> Blocks:
-        return _numbered([_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
+        # By position: two paths may read alike, {"a/b": x} and {"a": {"b": x}}.
+        names = tuple(_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+        return Blocks(names, tuple(range(len(names))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +190,17 @@ class ByPrefix(BlockPartition):
     Attributes:
       prefixes: name of a block -> beginnings of the paths of its leaves, at whole components: "layers/1" is not
         "layers/10".
+
+    Raises:
+      TypeError: a block has a single string in the place of a tuple of them.
     """
 
     prefixes: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for block, starts in self.prefixes.items():
+            if isinstance(starts, str):
+                raise TypeError(f"block {block!r} has the string {starts!r}: pass a tuple of paths, ({starts!r},).")
 
     @property
     def name(self) -> str:
@@ -199,7 +217,10 @@ class ByPrefix(BlockPartition):
             owners.append(found[0])
         missing = set(self.prefixes) - {name for name in owners if isinstance(name, str)}
         if missing:
-            raise ValueError(f"no parameter belongs to {', '.join(sorted(missing))}: drop the block or mend its paths.")
+            raise ValueError(
+                f"no parameter that trains belongs to {', '.join(sorted(missing))}: drop the block, mend its paths, or "
+                "do not freeze its parameters."
+            )
         return _numbered(owners)
 
 

@@ -74,7 +74,8 @@ def full_gn(
       x_key, y_key, weight_key: keys of inputs, targets and example weights in the batch. Every minibatch is a mean of
         its own.
       has_state, has_aux, has_rng, frozen: what the model takes and returns beside the plain signature, and parameters
-        that stay as they are (`curvax.curvature.Extras`).
+        that stay as they are (`curvax.curvature.Extras`). What `has_aux` returns is dropped: there is one of it per
+        minibatch.
       microbatch_size: examples per accumulated piece of a minibatch; `None` takes each minibatch at once.
       backend: preferred implementation of kernels.
 
@@ -120,6 +121,10 @@ def layerwise_gn(
     Args:
       partition: `ByGroup()`, the top-level entries of the parameter tree (`split=("layers",)` for each layer of a list
         or stack of them); `ByLeaf()`; `ByPath(function)`; `ByPrefix({name: paths})`.
+      shares: into how many shares each minibatch (or microbatch) is cut, in the order of its examples, so have them
+        shuffled. The blocks are dealt out to the shares in turn, and a block takes its curvature on its own share
+        alone, the gradient on all examples. 1 takes all curvature on all examples; more than there are blocks are as
+        many as there are blocks. A share whose examples all have weight zero has no curvature.
 
     The other arguments are those of `full_gn`. What the blocks cost beyond it stands in `plan_for(params, batch)`:
     tangents of the blocks below a layer pass through it side by side, so the work grows with the number of blocks on
@@ -159,6 +164,8 @@ def _method(
         raise ValueError(f"inner_steps must be at least 1, not {inner_steps}.")
     if shares < 1:
         raise ValueError(f"shares must be at least 1, not {shares}.")
+    if line_search is not None and not isinstance(line_search, LineSearch):
+        raise TypeError(f"line_search is a {type(line_search).__name__}: pass LineSearch(), or None to do without.")
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size must be at least 1, not {microbatch_size}.")
     if clip_norm is not None and not clip_norm > 0:

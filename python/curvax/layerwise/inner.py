@@ -30,7 +30,7 @@ class InnerUpdate:
       state: the inner solver's state.
       loss: at theta0, on the minibatch.
       model_state: the model's new state.
-      result, iterations, residual: how a linear solve ended; CONVERGED, 1 and NaN for an optimizer's update.
+      result, iterations, residual: how a linear solve ended; CONVERGED, 1 and 0 for an optimizer's update.
     """
 
     delta: PyTree
@@ -125,8 +125,9 @@ class Optimizer(InnerSolver):
             updates, state = self.transform.update(gradient, state, theta)
             factor = jnp.asarray(self.schedule(index))
         delta = jax.tree.map(lambda d, u: d + factor.astype(d.dtype) * u.astype(d.dtype), delta, updates)
-        nothing = jnp.asarray(jnp.nan, loss.dtype)
-        return InnerUpdate(delta, state, loss, model_state, code(Result.CONVERGED), jnp.asarray(1, jnp.int32), nothing)
+        # Not NaN: a carry of the streaming form has to pass jax_debug_nans.
+        unsolved = jnp.zeros((), loss.dtype)
+        return InnerUpdate(delta, state, loss, model_state, code(Result.CONVERGED), jnp.asarray(1, jnp.int32), unsolved)
 
 
 def clip_blocks(blocks: Blocks, gradient: PyTree, bound: float) -> PyTree:

@@ -113,10 +113,10 @@ class InnerLoopMethod:
         Returns:
           (params, state, info). A step that is not taken, because of a number that is not finite or because no
           candidate of the line search is better, returns parameters and inner state as they were. Info holds
-          "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite",
-          "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search "search_loss" and
-          "search_loss_after" (on its data, before and after the step); with conjugate gradients "result",
-          "iterations" and "residual".
+          "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
+          and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search
+          "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
+          "result", "iterations" and "residual".
 
         Raises:
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
@@ -137,22 +137,33 @@ class InnerLoopMethod:
             raise TypeError(f"the state is a {type(state).__name__}: pass what init or the last step returned.")
         trainable, _ = self.problem.curvature.partition.split(params)
         state.layout.check(trainable)
+        if bool(jax.tree.leaves(state.offset)) != self.warm_start:
+            raise ValueError(
+                f"warm_start is {self.warm_start} here, and was not where this state was made: set it alike, or pass "
+                "what this method's init or last step returned."
+            )
         dtype = tree.scalar_dtype(trainable)
+        # `before` is kept for a step that is not taken, and no buffer of a donated carry may be in it twice.
+        delta, inner, model_state = jax.tree.map(jnp.copy, (state.offset, state.inner, state.model_state))
         progress = Progress(
-            delta=state.offset if self.warm_start else tree.zeros_like(trainable),
-            inner=state.inner,
+            delta=delta if self.warm_start else tree.zeros_like(trainable),
+            inner=inner,
             index=jnp.zeros((), jnp.int32),
             loss=jnp.zeros((), dtype),
-            model_state=state.model_state,
+            model_state=model_state,
             result=code(Result.CONVERGED),
             iterations=jnp.zeros((), jnp.int32),
-            residual=jnp.asarray(jnp.nan, dtype),
+            residual=jnp.zeros((), dtype),
         )
         key = None if rng is None else jax.random.fold_in(rng, state.step)
         return Carry(params, state, key, progress)
 
     def accumulate(self, carry: Carry, minibatch: Any) -> Carry:
-        """One minibatch of the streaming form: one linearization, one inner update. Jit it, donate `carry`."""
+        """One minibatch of the streaming form: one linearization, one inner update. Jit it, donate `carry`.
+
+        Donating takes the parameters and the state that `start` got with it. The schedule counts on `inner_steps`
+        minibatches: nothing refuses fewer or more, and those beyond get its last factor, 0 of the cosine.
+        """
         return dataclasses.replace(carry, progress=self._advance(carry, carry.progress, minibatch))
 
     def finish(self, carry: Carry, search_batch: Any = None) -> tuple[PyTree, OuterState, Info]:
@@ -175,6 +186,7 @@ class InnerLoopMethod:
         progress, before = carry.progress, carry.before
         trainable, frozen = self.problem.curvature.partition.split(carry.params)
         finite = tree.all_finite(progress.delta) & jnp.isfinite(progress.loss)
+        finite &= _stays_finite(before.inner, progress.inner)
         size, extra = jnp.ones((), progress.loss.dtype), {}
         if self.search is not None:
             size, extra = self._searched(carry, search_batch, trainable)
@@ -291,6 +303,18 @@ class InnerLoopMethod:
             return jnp.where(accepted, p.astype(d.dtype) + d - new.astype(d.dtype), jnp.zeros_like(d))
 
         return jax.tree.map(left, trainable, delta, moved)
+
+
+def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
+    """False if a leaf of the inner state was finite and no longer is.
+
+    A gradient whose square overflows leaves Adam an infinite second moment and an update of zero, in this step and in
+    all that follow. A leaf that starts at infinity, such as a best value so far, may stay there.
+    """
+    finite = jnp.asarray(True)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        finite &= tree.all_finite(new) | ~tree.all_finite(jnp.asarray(old))
+    return finite
 
 
 def _moved(params: PyTree, delta: PyTree, size: jax.Array) -> PyTree:

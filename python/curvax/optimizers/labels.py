@@ -29,7 +29,10 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
         groups = {keystr(path[:1], simple=True) for path, _ in paths}
         for name in others:
             if name not in groups:
-                raise ValueError(f"{name!r} is no entry of the parameters, which are {', '.join(sorted(groups))}.")
+                raise ValueError(
+                    f"{name!r} is no entry of the parameters that train, which are {', '.join(sorted(groups))}: name "
+                    "those whose matrices AdamW takes, as muon_adamw's others= or hidden_matrices(...), or none."
+                )
 
         def label(path: Any, leaf: Any) -> str:
             return "adamw" if leaf.ndim < 2 or keystr(path[:1], simple=True) in others else "muon"
@@ -52,11 +55,17 @@ def muon_adamw(
 
     Args:
       learning_rate: of Muon, and of AdamW unless it has its own.
-      others: top-level entries whose matrices AdamW takes.
+      others: top-level entries whose matrices AdamW takes; every one must be there. `()` where no entry is meant.
       adamw_learning_rate: `None` for the same.
       beta1, beta2: AdamW's; 0.9 and 0.999 as in the paper.
       weight_decay: of both, times the learning rate.
+
+    Raises:
+      TypeError: `others` is a single string.
+      ValueError (in `init`): one of `others` is no top-level entry of the parameters.
     """
+    if isinstance(others, str):
+        raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
     rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
     stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrices = optax.contrib.muon(

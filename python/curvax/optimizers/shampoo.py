@@ -103,7 +103,8 @@ def shampoo(
     """`scale_by_shampoo` with momentum on the preconditioned gradient, decoupled weight decay and a learning rate.
 
     Args:
-      learning_rate: scalar or schedule.
+      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it, with every other number as
+        `static_args=`: what shapes the state cannot be traced.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
       beta2, eps, every, max_dim, graft: as in `scale_by_shampoo`.

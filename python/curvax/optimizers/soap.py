@@ -113,7 +113,8 @@ def soap(
     """`scale_by_soap` with decoupled weight decay and a learning rate.
 
     Args:
-      learning_rate: scalar or schedule.
+      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it, with every other number as
+        `static_args=`: what shapes the state cannot be traced.
       weight_decay: times the learning rate.
       beta1, beta2, eps, every, max_dim: as in `scale_by_soap`.
     """
