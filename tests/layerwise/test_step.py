@@ -453,6 +453,7 @@ def test_errors_name_the_mend() -> None:
     crowded = build(ByLeaf(), shares=4)
     for call, message in (
         (lambda: method.step(params, short, state), r"a multiple of 4 \(3 inner minibatches and 1 of the line search"),
+        (lambda: method.step(params, batch, build(inner=optax.sgd(0.1)).init(params)), "with another inner solver"),
         (lambda: method.step(params, batch, ()), "pass what init or the last step returned"),
         (lambda: method.step(params[0], batch, state), "another tree structure"),
         (lambda: build(warm_start=False).step(params, batch, state), "warm_start is False here"),

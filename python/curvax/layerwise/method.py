@@ -142,6 +142,9 @@ class InnerLoopMethod:
                 f"warm_start is {self.warm_start} here, and was not where this state was made: set it alike, or pass "
                 "what this method's init or last step returned."
             )
+        like = jax.eval_shape(self.inner.init, jax.eval_shape(tree.widen, trainable))
+        if jax.tree.structure(like) != jax.tree.structure(state.inner):
+            raise ValueError("this state was made with another inner solver: pass what this method's init returned.")
         dtype = tree.scalar_dtype(trainable)
         # `before` is kept for a step that is not taken, and no buffer of a donated carry may be in it twice.
         delta, inner, model_state = jax.tree.map(jnp.copy, (state.offset, state.inner, state.model_state))
