@@ -32,7 +32,7 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
         if not any(only in case for case in cases.values()):
             continue
         study, chosen = Study(setting), contenders_in(setting)
-        if only in cases["inner"] and setting is not SMALL:
+        if only in cases["inner"] and setting not in (SMALL, LARGEST):  # minibatches are those of MAIN
             yield cost.inner_loops(study, cases["inner"])
         if only in cases["methods"]:
             yield cost.methods(study, cases["methods"], (*chosen, *(ABLATIONS if setting is MAIN else ())))
