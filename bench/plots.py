@@ -22,6 +22,7 @@ from bench.libraries import CURVAX, SOMAX
 from bench.markdown import milliseconds, value
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, ROW_CG, ROW_CHOLESKY
+from bench.suites.layerwise.setting import MAIN
 from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
 
@@ -52,7 +53,8 @@ def structure(folder: pathlib.Path) -> pathlib.Path:
 def layerwise(folder: pathlib.Path) -> pathlib.Path:
     """Steps and seconds to the target loss against tokens per step: median seed, and the range of all."""
     rows = schema.read(folder / "layerwise.jsonl")
-    runs = sorted((r for r in rows if r.metric == "steps" and "ablations" not in r.case), key=_tokens)
+    runs = [r for r in rows if r.metric == "steps" and MAIN.size in r.case and "ablations" not in r.case]
+    runs.sort(key=_tokens)
     names = dict.fromkeys(r.provider.rpartition(RATE)[0] for r in runs)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for number, name in enumerate(names):

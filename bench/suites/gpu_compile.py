@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import jax
 
 from bench.schema import Row
+from bench.suites import gpu_inner
 
 # The steps and the compiler are the tests' own.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests"))
@@ -26,6 +27,7 @@ from curvax.kernels import Backend
 
 SUITE = "gpu_compile"
 PRODUCTS = "the products alone"
+REFERENCE = "curvax, backend=reference"
 _BACKENDS: tuple[Backend, ...] = ("reference", "native", "pallas", "triton")
 
 
@@ -48,7 +50,11 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
     for preset, network in steps.CASES[:1] if quick else steps.CASES:
         case = f"{preset}, {network.name}"
         if only in case:
-            yield _rows(case, network, [*_products(preset, network), *_steps(preset, network)])
+            found = [*_products(preset, network), *_steps(preset, network)]
+            yield _rows(case, f"batch {network.batch}", found, REFERENCE)
+    if only in gpu_inner.CASE and not quick:
+        found = [_Found(name, h200.compile_for_h200(f, *args)) for name, f, args in gpu_inner.programs()]
+        yield _rows(gpu_inner.CASE, gpu_inner.X, found, gpu_inner.PLAIN)
 
 
 def _products(preset: str, network: steps.Network) -> Iterator[_Found]:
@@ -71,7 +77,7 @@ def _own_kernels(compiled: jax.stages.Compiled) -> bool:
     return any(target.startswith(steps.OWN_KERNELS) for target in h200.custom_calls(compiled))
 
 
-def _rows(case: str, network: steps.Network, found: list[_Found]) -> list[Row]:
+def _rows(case: str, x: str, found: list[_Found], baseline: str) -> list[Row]:
     rows: list[Row] = []
     for each in found:
         outside, loop = h200.kernel_counts(each.compiled)["ENTRY"], h200.busiest_loop(each.compiled)
@@ -81,24 +87,13 @@ def _rows(case: str, network: steps.Network, found: list[_Found]) -> list[Row]:
             values["launches per iteration"] = loop.total()
         values["MiB temp"] = h200.temp_bytes(each.compiled) / 2**20
         for metric, value in values.items():
-            rows.append(_row(case, network, each.provider, metric, value, rows))
+            rows.append(_row(case, x, each.provider, metric, value, rows, baseline))
     return rows
 
 
-def _row(case: str, network: steps.Network, provider: str, metric: str, value: float, before: list[Row]) -> Row:
-    """A row, with its ratio to the reference backend's."""
-    base = next((r for r in before if r.metric == metric and r.provider == "curvax, backend=reference"), None)
+def _row(case: str, x: str, provider: str, metric: str, value: float, before: list[Row], baseline: str) -> Row:
+    """A row, with its ratio to the baseline's."""
+    base = next((r for r in before if r.metric == metric and r.provider == baseline), None)
     ratio = value / base.p50 if base is not None and base.p50 else None
-    return Row(
-        SUITE,
-        case,
-        provider,
-        metric,
-        f"batch {network.batch}",
-        value,
-        value,
-        value,
-        ratio=ratio,
-        baseline=None if ratio is None or base is None else base.provider,
-        device=h200.PLATFORM,
-    )
+    to = None if ratio is None else baseline
+    return Row(SUITE, case, provider, metric, x, value, value, value, ratio, to, device=h200.PLATFORM)

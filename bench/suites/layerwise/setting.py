@@ -87,6 +87,8 @@ class Setting:
 MAIN = Setting("0.3M", parts=16, part=16, search=2, target=2.0, steps=45)
 SMALL = Setting("0.3M", parts=4, part=4, search=1, target=2.0, steps=600, brief=True)
 LARGEST = Setting("0.3M", parts=128, part=16, search=8, target=2.0, steps=30, rounds=3, brief=True, goals=True)
+# One run of each method, at the rates that are best for the smaller model: whether what holds there holds here.
+WIDER = Setting("1M", parts=16, part=16, search=2, target=2.0, steps=40, seeds=1, factors=(1.0,), brief=True)
 QUICK = Setting(
     "0.3M", parts=4, part=4, search=1, target=2.7, steps=4, seeds=1, factors=(1.0,), checkpoint=40, rounds=3, brief=True
 )
