@@ -145,28 +145,23 @@ def _shampoo(rate: Any) -> optax.GradientTransformation:
     return shampoo(rate, beta2=0.95, every=10, eps=1e-12, graft=optax.scale_by_adam())
 
 
-def _pieces(setting: Setting) -> int | None:
-    """Sequences of a microbatch; a batch of some thousand tokens is taken at once."""
-    return setting.part if setting.tokens > 2**15 else None
-
-
 def _sophia(setting: Setting, rate: Any) -> Any:
-    return curvax.sophia_g(
-        predict_fn=setting.predict_fn(), learning_rate=lambda _: rate, microbatch_size=_pieces(setting)
-    )
+    return curvax.sophia_g(predict_fn=setting.predict_fn(), learning_rate=lambda _: rate, microbatch_size=setting.part)
 
 
 def _sgn(setting: Setting, rate: Any) -> Any:
+    # In pieces every product repeats the forward pass.
+    pieces = setting.part if setting.tokens > 2**15 else None
     return curvax.sgn_ce(
         predict_fn=setting.predict_fn(), lam_policy="trust_region", lam0=0.1, maxiter=8, learning_rate=lambda _: rate,
-        microbatch_size=_pieces(setting),
+        microbatch_size=pieces,
     )  # fmt: skip
 
 
 def _kfac(setting: Setting, rate: Any) -> Any:
     return curvax.kfac(
         predict_fn=setting.predict_fn(), loss=SoftmaxCrossEntropy(), learning_rate=lambda _: rate,
-        microbatch_size=_pieces(setting),
+        microbatch_size=setting.part,
     )  # fmt: skip
 
 
