@@ -56,7 +56,7 @@ def layerwise(folder: pathlib.Path) -> pathlib.Path:
     runs = [r for r in rows if r.metric == "steps" and MAIN.size in r.case and "ablations" not in r.case]
     runs.sort(key=_tokens)
     names = dict.fromkeys(r.provider.rpartition(RATE)[0] for r in runs)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, name in enumerate(names):
         own = [r for r in runs if r.provider.rpartition(RATE)[0] == name]
         steps = np.asarray([(r.p50, r.p20, r.p80) for r in own])
@@ -68,7 +68,7 @@ def layerwise(folder: pathlib.Path) -> pathlib.Path:
     for axis, label in zip(axes, ("steps to the target", "seconds to the target"), strict=True):
         axis.set(xlabel="tokens per step", ylabel=label, xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
     return _saved(figure, runs[0], folder / "layerwise.png")
 
 
