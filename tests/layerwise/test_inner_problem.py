@@ -148,12 +148,18 @@ def scanned_params() -> Any:
     }
 
 
-def test_stacked_layers_are_blocks_of_their_own(x64: None) -> None:
+def scanned_setting() -> tuple[Any, jax.Array, jax.Array, dense.Truth, np.ndarray, Any]:
+    """(parameters, inputs, labels, dense truth, delta as a vector, delta)."""
     params = scanned_params()
     x, y = jax.random.normal(jax.random.key(4), (6, 3)), jnp.asarray([0, 1, 2, 0, 1, 2])
     truth = dense.truth(scanned, losses.softmax_cross_entropy, params, x, y)
     flat = np.random.default_rng(0).standard_normal(truth.gradient.size)
     delta = jax.tree.map(jnp.asarray, dense.like(flat, params))
+    return params, x, y, truth, flat, delta
+
+
+def test_stacked_layers_are_blocks_of_their_own(x64: None) -> None:
+    params, x, y, truth, flat, delta = scanned_setting()
     # Leaves in order: embed (12), head (12), layers/b (3 x 4), layers/w (3 x 16).
     block = np.concatenate([np.full(12, 10), np.full(12, 11), np.repeat(np.arange(3), 4), np.repeat(np.arange(3), 16)])
     rule = ByGroup(split=("layers",))
@@ -185,11 +191,7 @@ class Interleaved(BlockPartition):
 
 
 def test_several_layers_of_a_stack_are_one_block(x64: None) -> None:
-    params = scanned_params()
-    x, y = jax.random.normal(jax.random.key(4), (6, 3)), jnp.asarray([0, 1, 2, 0, 1, 2])
-    truth = dense.truth(scanned, losses.softmax_cross_entropy, params, x, y)
-    flat = np.random.default_rng(0).standard_normal(truth.gradient.size)
-    delta = jax.tree.map(jnp.asarray, dense.like(flat, params))
+    params, x, y, truth, flat, delta = scanned_setting()
     block = np.concatenate([np.zeros(24), np.repeat([1, 0, 1], 4), np.repeat([1, 0, 1], 16)])
     inside = InnerProblem(GaussNewton(Model(scanned), SoftmaxCrossEntropy()), Interleaved())
     found = quick_jit(lambda d: inside.linearize(params, Evaluation({"x": x, "y": y})).gradient(d))(delta)
