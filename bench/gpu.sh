@@ -13,6 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PLATFORM=${1:-cuda}
+PARTS=${2:-12}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 mkdir -p "$OUT"
@@ -41,12 +42,7 @@ part() {
 
 install() {
   local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$SITE")
-  local parts=(wheelhouse/*.whl.part00) wheels=()
-  if [[ -e ${parts[0]} ]]; then
-    local whole=${parts[0]%.part00}
-    cat "$whole".part?? >"$SITE/$(basename "$whole")"
-    wheels+=("$SITE/$(basename "$whole")")
-  fi
+  local wheels=()
   for wheel in wheelhouse/*.whl; do [[ -e $wheel ]] && wheels+=("$wheel"); done
   if ! compgen -G 'wheelhouse/curvax-*.whl' >/dev/null; then
     local cuda=ON
@@ -55,6 +51,7 @@ install() {
       -C cmake.define.CURVAX_CUDA_ARCHITECTURES=90-real . || return
   fi
   [[ ${#wheels[@]} -eq 0 ]] || "${pip[@]}" "${wheels[@]}" || return
+  for package in wheelhouse/*.tar.xz; do [[ -e $package ]] && tar -C "$SITE" -xJf "$package"; done
   # Python as it is here; of the wheel the compiled modules count, and they say themselves if they are too old.
   cp -r python/curvax/. "$SITE/curvax/" && cp -r kernels "$SITE/curvax/"
 }
@@ -66,12 +63,18 @@ facts() {
 
 part install 60 bash -c "$(declare -f install); PYTHON='$PYTHON' SITE='$SITE' PLATFORM='$PLATFORM'; install"
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
-LINES_SHOWN=30 part doctor 30 bash -c "$(declare -f facts); PYTHON='$PYTHON'; facts"
-part tests 180 "$PYTHON" -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider --strict-backend \
-  --junitxml="$OUT/tests.xml" -m "not slow" ${FEWER[@]+"${FEWER[@]}"} --ignore=tests/kernels/test_dispatch.py tests/gpu tests/kernels
-MAY_BE_CUT=1 part limits 30 "$PYTHON" -m bench limits ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
-MAY_BE_CUT=1 part kernels 130 "$PYTHON" -m bench kernels ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
-MAY_BE_CUT=1 part gpu_steps 45 "$PYTHON" -m bench gpu_steps ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+if [[ $PARTS == *1* ]]; then
+  LINES_SHOWN=30 part doctor 40 bash -c "$(declare -f facts); PYTHON='$PYTHON'; facts"
+  LINES_SHOWN=40 part tests 150 "$PYTHON" -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider --strict-backend \
+    --junitxml="$OUT/tests.xml" -m "not slow" ${FEWER[@]+"${FEWER[@]}"} --ignore=tests/kernels/test_dispatch.py tests/gpu tests/kernels
+fi
+if [[ $PARTS == *2* ]]; then
+  MAY_BE_CUT=1 part limits 30 "$PYTHON" -m bench limits ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+  MAY_BE_CUT=1 part kernels 130 "$PYTHON" -m bench kernels ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+  MAY_BE_CUT=1 part gpu_steps 60 "$PYTHON" -m bench gpu_steps ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+fi
+# Few files come back from some machines: the logs as one.
+tar -C "$OUT" -czf "$OUT/logs.tgz" --exclude=logs.tgz . && rm -f "$OUT"/*.log
 "$PYTHON" -m bench.summary "$OUT" 2>&1 | tee "$OUT/summary.txt" | cut -c1-160
 printf '%d s in all\n' "$SECONDS"
 if [[ ${#FAILED[@]} -gt 0 ]]; then

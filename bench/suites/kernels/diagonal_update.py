@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, implementations, over_and_over, repeats
 from curvax.kernels import diagonal_update as ops
 from curvax.kernels.diagonal_update.workloads import WORKLOADS
 from curvax.kernels.tree_cg.workloads import Workload
@@ -33,7 +33,7 @@ def cases(quick: bool) -> Iterator[Case]:
     """
     for work in WORKLOADS[:1] if quick else WORKLOADS:
         size = sum(int(np.prod(shape)) for shape in work.shapes)
-        repeats = max(2, min(200, 20_000_000 // size))
+        count = repeats(max(2, min(200, 20_000_000 // size)), len(work.shapes))
         for name, streams, build in (
             ("diagonal_update, sophia", 7, lambda w, r: _updates(w, r, _SOPHIA)),
             ("diagonal_update, adahessian", 7, lambda w, r: _updates(w, r, _ADAHESSIAN)),
@@ -44,8 +44,8 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(
                 f"{name}, {work.name}",
                 f"{size} floats",
-                lambda work=work, repeats=repeats, build=build: build(work, repeats),
-                repeats,
+                lambda work=work, count=count, build=build: build(work, count),
+                count,
                 streams * size * _FLOAT,
             )
 
@@ -55,13 +55,8 @@ def _vectors(work: Workload, count: int) -> list[list[jax.Array]]:
     return [[jnp.asarray(0.1 + rng.random(size=s), jnp.float32) for s in work.shapes] for _ in range(count)]
 
 
-def _looped(body: Callable[[Any, Any], Any], repeats: int, first: Any, fixed: Any) -> run.Candidate:
-    """`body(carry, fixed)` over and over inside one compiled loop, the carry donated."""
-
-    def loop(carry: Any, fixed: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, c: body(c, fixed), carry)
-
-    step = jax.jit(loop, donate_argnums=(0,))
+def _looped(body: Callable[[Any, Any], Any], count: int, first: Any, fixed: Any) -> run.Candidate:
+    step = over_and_over(body, count)
     return run.Candidate("", lambda c: step(c, fixed), lambda: jax.tree.map(jnp.copy, first))
 
 
@@ -70,7 +65,7 @@ def _named(candidate: run.Candidate, name: str) -> run.Candidate:
     return run.Candidate(name, candidate.step, candidate.carry, baseline=baseline, goal=goal)
 
 
-def _updates(work: Workload, repeats: int, rule: ops.UpdateRule) -> list[run.Candidate]:
+def _updates(work: Workload, count: int, rule: ops.UpdateRule) -> list[run.Candidate]:
     params, mean, average, gradient = _vectors(work, 4)
     found = []
     for name in implementations((ops.DIAGONAL_UPDATE,), params):
@@ -80,12 +75,12 @@ def _updates(work: Workload, repeats: int, rule: ops.UpdateRule) -> list[run.Can
             return ops.diagonal_update(rule, _SCALARS, params, mean, *fixed, implementation=name)
 
         first = (params, mean, jnp.asarray(True))
-        found.append(_named(_looped(body, repeats, first, (average, gradient)), name))
-    found.append(_named(_optax(rule, repeats, params, mean, average, gradient), _OPTAX))
+        found.append(_named(_looped(body, count, first, (average, gradient)), name))
+    found.append(_named(_optax(rule, count, params, mean, average, gradient), _OPTAX))
     return found
 
 
-def _optax(rule: ops.UpdateRule, repeats: int, params: Any, mean: Any, average: Any, gradient: Any) -> run.Candidate:
+def _optax(rule: ops.UpdateRule, count: int, params: Any, mean: Any, average: Any, gradient: Any) -> run.Candidate:
     """The mean, the quotient, and Optax's clip, weight decay and learning rate; nothing is looked at again."""
     chain = optax.chain(
         optax.clip(rule.clip) if np.isfinite(rule.clip) else optax.identity(),
@@ -102,10 +97,10 @@ def _optax(rule: ops.UpdateRule, repeats: int, params: Any, mean: Any, average: 
         update, state = chain.update(direction, state, params)
         return optax.apply_updates(params, update), mean, state
 
-    return _looped(body, repeats, (params, mean, chain.init(params)), (average, gradient))
+    return _looped(body, count, (params, mean, chain.init(params)), (average, gradient))
 
 
-def _accumulations(work: Workload, repeats: int, rule: ops.AccumulateRule, kind: Any) -> list[run.Candidate]:
+def _accumulations(work: Workload, count: int, rule: ops.AccumulateRule, kind: Any) -> list[run.Candidate]:
     average, a, b = _vectors(work, 3)
     if kind == "value":
         a = [leaf.mean(axis=-1, keepdims=True) if leaf.ndim > 1 else leaf for leaf in a]
@@ -118,5 +113,5 @@ def _accumulations(work: Workload, repeats: int, rule: ops.AccumulateRule, kind:
             return ops.diagonal_accumulate(rule, carry[0], estimate, 1.2, implementation=name)
 
         first = (average, jnp.zeros(()), jnp.asarray(True))
-        found.append(_named(_looped(body, repeats, first, factors), name))
+        found.append(_named(_looped(body, count, first, factors), name))
     return found

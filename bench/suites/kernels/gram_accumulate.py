@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, accelerated, implementations, over_and_over, repeats
 from curvax.kernels.gram_accumulate import OPS, gram_accumulate, gram_of_layers
 from curvax.kernels.gram_accumulate.workloads import WORKLOADS, Workload
 
@@ -24,16 +24,15 @@ _Call = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def cases(quick: bool) -> Iterator[Case]:
     """Every workload that suits the machine; FLOPs are those of the lower triangle, whoever does more."""
-    accelerated = jax.default_backend() != "cpu"
     for work in WORKLOADS[:1] if quick else WORKLOADS:
-        if work.large and not accelerated:
+        if work.large and not accelerated():
             continue
-        repeats = max(1, min(20, int((1e13 if accelerated else 2e9) // work.flops)))
+        count = repeats(max(1, min(20, int(2e9 // work.flops))))
         yield Case(
             f"gram_accumulate, {work.name}",
             f"{work.total} rows",
-            lambda work=work, repeats=repeats: _candidates(work, repeats),
-            repeats,
+            lambda work=work, count=count: _candidates(work, count),
+            count,
             work.bytes,
             work.flops,
         )
@@ -70,7 +69,7 @@ def _network() -> list[run.Candidate]:
     return found
 
 
-def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     rng = np.random.default_rng(0)
     at = () if work.positions == 1 else (work.positions,)
     a = jnp.asarray(rng.normal(size=(work.groups, *at, work.into)), jnp.float32)
@@ -87,7 +86,7 @@ def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
     return [
         run.Candidate(
             name,
-            _loop(call, a, d, repeats),
+            _loop(call, a, d, count),
             lambda: jnp.zeros_like(gram),
             baseline=None if name == REFERENCE else REFERENCE,
             goal=1.0 if name not in (REFERENCE, WHOLE, EXPLICIT) else None,
@@ -96,16 +95,10 @@ def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
     ]
 
 
-def _loop(call: _Call, a: jax.Array, d: jax.Array, repeats: int) -> Callable[[jax.Array], jax.Array]:
-    """The call `repeats` times in one compiled loop, into one matrix."""
-
-    def body(_: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Tied to the last result, or one product would serve all rounds.
-        gram, a, d = jax.lax.optimization_barrier(carry)
-        return call(gram, a, d), a, d
-
-    looped = jax.jit(lambda gram, a, d: jax.lax.fori_loop(0, repeats, body, (gram, a, d))[0], donate_argnums=(0,))
-    return lambda gram: looped(gram, a, d)
+def _loop(call: _Call, a: jax.Array, d: jax.Array, count: int) -> Callable[[jax.Array], jax.Array]:
+    """The call over and over, into one matrix."""
+    step = over_and_over(lambda gram, fixed: call(gram, *fixed), count)
+    return lambda gram: step(gram, (a, d))
 
 
 def _inner(x: jax.Array) -> jax.Array:

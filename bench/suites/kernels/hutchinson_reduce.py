@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, implementations, over_and_over, repeats
 from curvax.kernels.diagonal_update.workloads import WORKLOADS
 from curvax.kernels.hutchinson_reduce import OPS, hutchinson_reduce
 from curvax.kernels.tree_cg.workloads import Workload
@@ -23,42 +23,37 @@ def cases(quick: bool) -> Iterator[Case]:
     for work in WORKLOADS[:1] if quick else WORKLOADS[:2]:
         size = sum(int(np.prod(shape)) for shape in work.shapes)
         for probes in (1, 8):
-            repeats = max(2, min(200, 20_000_000 // (probes * size)))
+            count = repeats(max(2, min(200, 20_000_000 // (probes * size))), len(work.shapes))
             for rows in (False, True):
                 yield Case(
                     f"hutchinson_reduce, {probes} probes{', row means' if rows else ''}, {work.name}",
                     f"{size} floats",
-                    lambda work=work, probes=probes, rows=rows, repeats=repeats: _candidates(
-                        work, probes, rows, repeats
-                    ),
-                    repeats,
+                    lambda work=work, probes=probes, rows=rows, count=count: _candidates(work, probes, rows, count),
+                    count,
                     (2 * probes + (not rows)) * size * _FLOAT,
                 )
 
 
-def _candidates(work: Workload, probes: int, rows: bool, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, probes: int, rows: bool, count: int) -> list[run.Candidate]:
     rng = np.random.default_rng(0)
     z, c = ([jnp.asarray(rng.normal(size=(probes, *shape)), jnp.float32) for shape in work.shapes] for _ in range(2))
     axes = tuple((len(shape) - 1,) if rows and len(shape) > 1 else () for shape in work.shapes)
     found = []
     for name in implementations(OPS, z, c):
 
-        def repeat(carry: Any, z: Any, name: Any = name) -> Any:
-            def body(_: jax.Array, carry: Any) -> Any:
-                means, c = carry
-                # One entry hangs on the last result: without that one evaluation would serve all rounds.
-                c = [leaf.at[(0,) * leaf.ndim].set(mean.ravel()[0]) for leaf, mean in zip(c, means, strict=True)]
-                return hutchinson_reduce(z, c, axes, implementation=name), c
+        def body(last: Any, fixed: Any, name: Any = name) -> Any:
+            z, c = fixed
+            # Hangs on the last result: without that one evaluation would serve all rounds.
+            one = 1 + 0 * last[0].ravel()[0]
+            return hutchinson_reduce([one * leaf for leaf in z], c, axes, implementation=name)
 
-            return jax.lax.fori_loop(0, repeats, body, carry)
-
-        step = jax.jit(repeat, donate_argnums=(0,))
-        first = (hutchinson_reduce(z, c, axes, implementation=name), c)
+        step = over_and_over(body, count)
+        first = hutchinson_reduce(z, c, axes, implementation=name)
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
         found.append(
             run.Candidate(
                 name,
-                lambda carry, step=step: step(carry, z),
+                lambda carry, step=step: step(carry, (z, c)),
                 lambda first=first: jax.tree.map(jnp.copy, first),
                 baseline=baseline,
                 goal=goal,

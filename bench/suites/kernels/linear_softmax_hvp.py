@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import Case, implementations
+from bench.suites.kernels.case import Case, implementations, over_and_over, repeats
 from curvax.kernels import linear_softmax_hvp as op
 from curvax.kernels.linear_softmax_hvp.workloads import WORKLOADS, Workload
 from curvax.kernels.softmax_hvp import softmax_hvp
@@ -25,18 +25,18 @@ def cases(quick: bool) -> Iterator[Case]:
     """Every workload in float32; head, tangent and cotangent once each, the matmuls' operations."""
     for work in WORKLOADS[:1] if quick else WORKLOADS:
         flops = 10 * work.rows * work.features * work.columns
-        repeats = max(1, min(20, 2_000_000_000 // flops))
+        count = repeats(max(1, min(20, 2_000_000_000 // flops)))
         yield Case(
             f"linear_softmax_hvp, {work.name}",
             f"{work.rows} x {work.features} x {work.columns}, {work.max_bytes >> 20} MiB",
-            lambda work=work, repeats=repeats: _candidates(work, repeats),
-            repeats,
+            lambda work=work, count=count: _candidates(work, count),
+            count,
             3 * (work.rows + work.columns) * work.features * _FLOAT,
             flops,
         )
 
 
-def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     rng = np.random.default_rng(0)
     shapes = ((work.rows, work.features), (work.features, work.columns))
     hidden, head = (jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -48,14 +48,14 @@ def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
         u = softmax_hvp(logits, moved, weights)
         return jax.vjp(jnp.matmul, hidden, head)[1](u)
 
-    found = [_looped(_WRITTEN, written, (hidden, head), tangent, repeats, None, None)]
+    found = [_looped(_WRITTEN, written, (hidden, head), tangent, count, None, None)]
     for name in implementations(op.OPS, jax.ShapeDtypeStruct((work.rows, work.columns), jnp.float32)):
 
         def blocks(*operands: jax.Array, name: Any = name) -> tuple[jax.Array, jax.Array]:
             out = op.linear_softmax_hvp(*operands, weights=weights, max_bytes=work.max_bytes, implementation=name)
             return out.hidden, out.head
 
-        found.append(_looped(name, blocks, (hidden, head), tangent, repeats, _WRITTEN, _GOAL))
+        found.append(_looped(name, blocks, (hidden, head), tangent, count, _WRITTEN, _GOAL))
     return found
 
 
@@ -64,22 +64,13 @@ def _looped(
     product: Callable[..., tuple[jax.Array, jax.Array]],
     at: tuple[jax.Array, ...],
     tangent: tuple[jax.Array, ...],
-    repeats: int,
+    count: int,
     baseline: str | None,
     goal: float | None,
 ) -> run.Candidate:
-    """The product `repeats` times in one compiled loop, each of the last one's result."""
+    """The product over and over, each of the last one's result."""
 
-    def body(at: tuple[jax.Array, ...], carry: Any) -> Any:
-        # The barrier ties the head to the last result: else its logits would be made once for all rounds.
-        at, carry = jax.lax.optimization_barrier((at, carry))
-        return at, product(*at, *carry)
-
-    @jax.jit
-    def loop(at: tuple[jax.Array, ...], carry: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, c: body(*c), (at, carry))[1]
-
-    looped = jax.jit(lambda carry, at: loop(at, carry), donate_argnums=(0,))
+    looped = over_and_over(lambda carry, at: product(*at, *carry), count)
     return run.Candidate(
         name, lambda carry: looped(carry, at), lambda: tuple(map(jnp.copy, tangent)), baseline=baseline, goal=goal
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, accelerated, implementations, over_and_over, repeats
 from curvax.kernels import sampled_softmax_residual as op
 from curvax.kernels.sampled_softmax_residual.workloads import WORKLOADS
 from curvax.kernels.softmax_hvp.workloads import Workload
@@ -22,18 +22,20 @@ _FLOAT = 4
 def cases(quick: bool) -> Iterator[Case]:
     """Every workload in float32, random numbers included; logits read once, residuals written once."""
     for work in WORKLOADS[:1] if quick else WORKLOADS:
+        if work.large and not accelerated():
+            continue
         size = work.rows * work.columns
-        repeats = max(2, min(200, 20_000_000 // size))
+        count = repeats(max(2, min(200, 20_000_000 // size)))
         yield Case(
             f"sampled_softmax_residual, {work.name}",
             f"{work.rows} x {work.columns}",
-            lambda work=work, repeats=repeats: _candidates(work, repeats),
-            repeats,
+            lambda work=work, count=count: _candidates(work, count),
+            count,
             2 * size * _FLOAT,
         )
 
 
-def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(work.rows, work.columns)), jnp.float32)
 
     def categorical(z: jax.Array, key: jax.Array) -> jax.Array:
@@ -46,22 +48,26 @@ def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
             return op.sampled_softmax_residual(z, jax.random.uniform(key, z.shape[:-1]), implementation=name)[0]
 
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
-        found.append(_looped(name, sampled, logits, repeats, baseline, goal))
-    return [*found, _looped(_CATEGORICAL, categorical, logits, repeats, REFERENCE, None)]
+        found.append(_looped(name, sampled, logits, count, baseline, goal))
+    return [*found, _looped(_CATEGORICAL, categorical, logits, count, REFERENCE, None)]
 
 
 def _looped(
     name: str,
     sampled: Callable[[jax.Array, jax.Array], jax.Array],
     logits: jax.Array,
-    repeats: int,
+    count: int,
     baseline: str | None,
     goal: float | None,
 ) -> run.Candidate:
-    """The residual `repeats` times in one compiled loop, each with a key of its own and as the next one's logits."""
+    """The residual over and over, each with a key of its own and as the next one's logits."""
 
-    def body(i: jax.Array, z: jax.Array) -> jax.Array:
-        return sampled(z, jax.random.fold_in(jax.random.key(0), i))
+    def body(carry: tuple[jax.Array, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        z, seed = carry
+        return sampled(z, jax.random.key(seed)), seed + 1
 
-    looped = jax.jit(lambda z: jax.lax.fori_loop(0, repeats, body, z), donate_argnums=(0,))
-    return run.Candidate(name, looped, lambda: jnp.copy(logits), baseline=baseline, goal=goal)
+    step = over_and_over(body, count)
+    first = (logits, jnp.zeros((), jnp.uint32))
+    return run.Candidate(
+        name, lambda carry: step(carry, ()), lambda: jax.tree.map(jnp.copy, first), baseline=baseline, goal=goal
+    )

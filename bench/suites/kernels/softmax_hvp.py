@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, accelerated, implementations, over_and_over, repeats
 from curvax.kernels import softmax_hvp as op
 from curvax.kernels.softmax_hvp.workloads import WORKLOADS, Workload
 
@@ -20,19 +20,21 @@ _FLOAT = 4
 def cases(quick: bool) -> Iterator[Case]:
     """Every workload in float32; logits and tangents read once, products written once."""
     for work in WORKLOADS[:1] if quick else WORKLOADS:
+        if work.large and not accelerated():
+            continue
         size = work.rows * work.columns
-        repeats = max(2, min(200, 50_000_000 // (size * work.tangents)))
+        count = repeats(max(2, min(200, 50_000_000 // (size * work.tangents))))
         yield Case(
             f"softmax_hvp, {work.name}",
             f"{work.rows} x {work.columns}" + (f" x {work.tangents}" if work.tangents > 1 else ""),
-            lambda work=work, repeats=repeats: _candidates(work, repeats),
-            repeats,
+            lambda work=work, count=count: _candidates(work, count),
+            count,
             (1 + 2 * work.tangents) * size * _FLOAT,
             (6 + 4 * work.tangents) * size,
         )
 
 
-def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     rng = np.random.default_rng(0)
     shape = (work.rows, work.columns)
     logits = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -49,8 +51,8 @@ def _candidates(work: Workload, repeats: int) -> list[run.Candidate]:
         def product(z: jax.Array, v: jax.Array, w: jax.Array, name: str = name) -> jax.Array:
             return op.softmax_hvp(z, v, w, implementation=name)  # type: ignore[arg-type]
 
-        found.append(_looped(name, product, logits, tangents, weights, repeats, baseline, goal))
-    return [*found, _looped(_JVP, written, logits, tangents, weights, repeats, REFERENCE, None)]
+        found.append(_looped(name, product, logits, tangents, weights, count, baseline, goal))
+    return [*found, _looped(_JVP, written, logits, tangents, weights, count, REFERENCE, None)]
 
 
 def _looped(
@@ -59,19 +61,11 @@ def _looped(
     logits: jax.Array,
     tangents: jax.Array,
     weights: jax.Array,
-    repeats: int,
+    count: int,
     baseline: str | None,
     goal: float | None,
 ) -> run.Candidate:
-    """The product `repeats` times in one compiled loop, each at logits of its own: nothing can be kept from before."""
-
-    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array], w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z, v = jax.lax.optimization_barrier(carry)
-        return z, product(z, v, w)
-
-    @jax.jit
-    def loop(carry: tuple[jax.Array, jax.Array], w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.fori_loop(0, repeats, lambda i, c: body(i, c, w), carry)
-
-    looped = jax.jit(lambda carry: loop(carry, weights), donate_argnums=(0,))
-    return run.Candidate(name, looped, lambda: (jnp.copy(logits), jnp.copy(tangents)), baseline=baseline, goal=goal)
+    """The product over and over, each of the last one's result."""
+    step = over_and_over(lambda carry, fixed: product(fixed[0], carry, fixed[1]), count)
+    fixed = (logits, weights)
+    return run.Candidate(name, lambda carry: step(carry, fixed), lambda: jnp.copy(tangents), baseline=baseline, goal=goal)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import run
-from bench.suites.kernels.case import REFERENCE, Case, implementations
+from bench.suites.kernels.case import REFERENCE, Case, implementations, over_and_over, repeats
 from curvax.kernels import Implementation, tree_cg
 from curvax.kernels.tree_cg.workloads import WORKLOADS, Workload
 
@@ -23,24 +23,24 @@ def cases(quick: bool) -> Iterator[Case]:
     """Every op on every workload."""
     for work in WORKLOADS[:1] if quick else WORKLOADS:
         size = sum(int(np.prod(shape)) for shape in work.shapes)
-        repeats = max(2, min(200, 20_000_000 // size))
+        count = repeats(max(2, min(200, 20_000_000 // size)), len(work.shapes))
         for op, passes in _PASSES.items():
             yield Case(
                 f"tree_cg.{op}, {work.name}",
                 f"{size} floats",
-                lambda work=work, op=op, repeats=repeats: _candidates(work, op, repeats),
-                repeats,
+                lambda work=work, op=op, count=count: _candidates(work, op, count),
+                count,
                 passes * size * _FLOAT,
             )
 
 
-def _candidates(work: Workload, op: str, repeats: int) -> list[run.Candidate]:
+def _candidates(work: Workload, op: str, count: int) -> list[run.Candidate]:
     vectors = _vectors(work, 4)
     ops = {o.name: o for o in tree_cg.OPS}
     wanted = tuple(ops.values()) if op == "iteration" else (ops[op],)
     found = []
     for name in implementations(wanted, vectors[0]):
-        step, carry = _loop(op, vectors, name, repeats)
+        step, carry = _loop(op, vectors, name, count)
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
         found.append(run.Candidate(name, step, carry, baseline=baseline, goal=goal))
     return found
@@ -52,19 +52,20 @@ def _vectors(work: Workload, count: int) -> list[list[jax.Array]]:
 
 
 def _loop(
-    op: str, vectors: list[list[jax.Array]], name: Implementation, repeats: int
+    op: str, vectors: list[list[jax.Array]], name: Implementation, count: int
 ) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
-    """The op `repeats` times inside one compiled loop, as conjugate gradients run it; carry (x, p, r, scalar).
+    """The op `repeats` times inside one compiled loop, as conjugate gradients run it; carry (x, p, r, scalar, step).
 
     The scalars keep the values bounded: steps along fixed vectors by alternating amounts.
     """
 
-    def body(i: jax.Array, carry: Any, q: Any) -> Any:
-        x, p, r, scalar = carry
-        small = jnp.where(i % 2 == 0, 1e-3, -1e-3) + 0 * scalar
+    def body(carry: Any, q: Any) -> Any:
+        *vectors, step = carry
+        return *once(*vectors, step, q), -step
+
+    def once(x: Any, p: Any, r: Any, scalar: jax.Array, step: jax.Array, q: Any) -> Any:
+        small = step + 0 * scalar
         if op == "dots":
-            # The barrier ties the vectors to the last result: without it one evaluation would serve all rounds.
-            x, p, scalar = jax.lax.optimization_barrier((x, p, scalar))
             return x, p, r, sum(tree_cg.dots(((p, x), (p, p), (x, x)), implementation=name))
         if op == "cg_update":
             x, r, scalar = tree_cg.cg_update(small, x, p, r, q, implementation=name)
@@ -76,14 +77,10 @@ def _loop(
         x, r, rr = tree_cg.cg_update(alpha, x, p, r, q, implementation=name)
         return x, tree_cg.cg_direction(small * rr / (rr + qq), r, p, implementation=name), r, rr
 
-    @jax.jit
-    def repeat(carry: Any, q: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda i, c: body(i, c, q), carry)
-
-    looped = jax.jit(lambda carry, q: repeat(carry, q), donate_argnums=(0,))
+    looped = over_and_over(body, count)
     *first, q = vectors
 
     def carry() -> Any:
-        return (*jax.tree.map(jnp.copy, tuple(first)), jnp.zeros(()))
+        return (*jax.tree.map(jnp.copy, tuple(first)), jnp.zeros(()), jnp.asarray(1e-3, jnp.float32))
 
     return lambda c: looped(c, q), carry
