@@ -7,6 +7,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
+import ctypes
+import gc
+import pathlib
+import resource
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -20,6 +25,24 @@ def x64() -> Iterator[None]:
     """64-bit types for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Drops compiled programs between tests once a worker holds a gigabyte: JAX keeps every one of them for ever."""
+    yield
+    if _resident_bytes() > 1e9:
+        jax.clear_caches()
+        gc.collect()
+        # Without this the allocator keeps what was freed.
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process, or 0 where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
