@@ -17,7 +17,7 @@ from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.blocks import Blocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import masked
@@ -143,13 +143,13 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        independent, reason = examples_independent(predict, params, inputs)
-        if not independent:
+        try:
+            return capture(predict, params, inputs)
+        except Mixed as mixed:
             raise ValueError(
-                f"Kronecker factors are taken example by example, and the model mixes examples ({reason}): "
+                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): "
                 "make it treat examples one by one, or use another preconditioner."
-            )
-        return capture(predict, params, inputs)
+            ) from None
 
     def _site_factors(
         self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, omega: jax.Array

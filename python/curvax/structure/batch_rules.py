@@ -24,8 +24,10 @@ ELEMENTWISE = frozenset(
     population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
     name sharding_constraint complex zeta igamma_grad_a eq_to le_to lt_to log2 one_minus_square
-    pvary bitcast_convert_type""".split()
+    pvary bitcast_convert_type random_seed random_fold_in random_clone random_unwrap threefry2x32""".split()
 )
+RANDOM = frozenset("random_bits random_split random_gamma".split())
+"""Equations that draw: their results have the keys' axes first."""
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
 )
@@ -218,6 +220,18 @@ def _scatter(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
     return keep(fits, eqn.primitive.name, operand)
 
 
+def _drawn(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
+    """Each key draws for itself."""
+    axis = common(eqn.primitive.name, axes)
+    return keep(axes[0] is not None and axis < eqn.invars[0].aval.ndim, eqn.primitive.name, axis)
+
+
+def _wrap(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
+    """The last axis holds the words of one key."""
+    axis = first(axes)
+    return keep(axis < eqn.invars[0].aval.ndim - 1, "random_wrap", axis)
+
+
 def _fft(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
     axis = first(axes)
     return keep(axis < eqn.invars[0].aval.ndim - len(eqn.params["fft_lengths"]), "fft", axis)
@@ -287,6 +301,8 @@ RULES: dict[str, Callable[[int, Any, Sequence[Axis]], Axis]] = {
     **dict.fromkeys(_WINDOWS, _window),
     **dict.fromkeys(_SCATTERS, _scatter),
     **dict.fromkeys(_MATRICES, _matrices),
+    **dict.fromkeys(RANDOM, _drawn),
+    "random_wrap": _wrap,
     "reshape": _reshape,
     "transpose": _transpose,
     "squeeze": _squeeze,

@@ -24,7 +24,7 @@ from curvax.curvature.output_space import (
 )
 from curvax.kernels import Choice, Implementation
 from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.rows import row_diagonal, row_gram
@@ -171,12 +171,15 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
-    independent, reason = examples_independent(predict_fn, params, inputs)
-    if not independent or loss.couples_examples:
-        because = reason if not independent else "the loss couples them"
-        raise ValueError(f"examples have no gradients of their own ({because}): use a model and loss without that.")
+    try:
+        captured = capture(predict_fn, params, inputs)
+        if loss.couples_examples:
+            raise Mixed("the loss couples them")
+    except Mixed as mixed:
+        raise ValueError(
+            f"examples have no gradients of their own ({mixed}): use a model and loss without that."
+        ) from None
     at = _at(predict_fn, loss, params, inputs, targets, weights)
-    captured = capture(predict_fn, params, inputs)
     residual = loss.gradient(at.outputs, targets, at.omega)
     factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), residual[None])
     return jnp.sqrt(squared_norms(captured, factors)[:, 0])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.output_space import OutputCurvature
 from curvax.kernels import Choice, Implementation
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
@@ -61,8 +61,8 @@ def row_gram(
     """
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        captured = capture(predict, params, inputs)
+    captured = _captured(predict, params, inputs, output)
+    if captured is not None:
         return gram(example_groups(captured, params, inputs, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
@@ -81,32 +81,39 @@ def row_diagonal(
     Returns:
       A wide tree with the structure of `params`.
     """
-    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        return example_diagonal(capture(predict, params, inputs), params, inputs, output, max_bytes)
+    captured = _captured(predict, params, inputs, output)
+    if captured is not None:
+        return example_diagonal(captured, params, inputs, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
 
 
-def _by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> bool:
-    """Whether the model acts on each example by itself; warns if not, for what that costs is seldom meant."""
-    independent, reason = examples_independent(predict, params, inputs)
-    if not independent:
+def _captured(
+    predict: Callable[[PyTree, Any], jax.Array] | None, params: PyTree, inputs: Any, output: OutputCurvature
+) -> Capture | None:
+    """The model by example, or `None` if its rows mix examples; warns if the model does, for that is seldom meant."""
+    if predict is None or output.couples_examples:
+        return None
+    try:
+        return capture(predict, params, inputs)
+    except Mixed as mixed:
         # Python shows a warning with the same words once.
         warnings.warn(
-            f"the model's examples interact ({reason}), and a row of its Jacobian takes a reverse pass over the batch:"
+            f"the model's examples interact ({mixed}), and a row of its Jacobian takes a reverse pass over the batch:"
             " make predict_fn act on each example by itself if it should (BatchNorm with running statistics).",
             UserWarning,
             stacklevel=2,
         )
-    return independent
+    return None
 
 
 def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
     """One group per example, of a model whose examples do not interact."""
     rows = math.prod(output.row_shape[1:])
     leaves = jax.tree.leaves(params)
+    own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
     def make(index: jax.Array) -> list[Layer]:
-        one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in jax.tree.leaves(inputs)]
+        one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in own]
         local = output.example(index)
 
         def cotangents(outputs: jax.Array) -> jax.Array:
