@@ -109,9 +109,10 @@ def by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inpu
     if not alike or not (size == 1 or _same_shapes(whole, probe, size, batch)):
         raise Mixed("the model computes differently for different batch sizes")
     tracker = _Tracker(batch, {})
-    (axis,) = tracker.program(probe, [None] * len(jax.tree.leaves(params)) + [0] * len(leaves), _Where())
-    if axis != 0:
-        raise Mixed("the outputs do not carry the example axis first")
+    given = [_Seen()] * len(jax.tree.leaves(params)) + [_Seen(0, free=False)] * len(leaves)
+    (outputs,) = tracker.program(probe, given, _Where())
+    if outputs.lost or outputs.axis != 0:
+        raise Mixed(outputs.lost or "the outputs do not carry the example axis first")
     steps = zip(*(list(_random_steps(p)) for p in (single, whole, probe)), strict=True)
     draws = tuple(Draw(one, all_, tracker.drawn[path]) for one, all_, path in steps if path in tracker.drawn)
     return ByExample(single, whole, draws, size)
@@ -231,112 +232,147 @@ class _Where:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What is known of a value.
+
+    Attributes:
+      axis: of the examples; `None` if it is the same for all of them.
+      free: whether it is made without the inputs.
+      lost: why its examples cannot be told from one another, of a value that is free: harmless until it meets them.
+    """
+
+    axis: Axis = None
+    free: bool = True
+    lost: str = ""
+
+    def join(self, other: _Seen) -> _Seen:
+        """What is known of a value that is either of two."""
+        if self.axis is not None and other.axis is not None and self.axis != other.axis:
+            raise Mixed("a loop or branch moves the example axis")
+        axis = self.axis if other.axis is None else other.axis
+        return _Seen(axis, self.free and other.free, self.lost or other.lost)
+
+    def moved(self, by: int) -> _Seen:
+        """The same with so many axes more in front."""
+        return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Tracker:
     """Follows the batch axis through a program traced with batch size `batch`; fills `drawn` with the draws' axes."""
 
     batch: int
     drawn: dict[Path, int]
 
-    def program(self, program: Program, axes: Sequence[Axis], where: _Where) -> list[Axis]:
-        """The axes of the results."""
-        if any(d and d % self.batch == 0 for value in program.constants.values() for d in np.shape(value)):
+    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
+        """What is known of the results."""
+        if any(self._long(np.shape(value)) for value in program.constants.values()):
             raise Mixed("a constant as long as the batch tells examples apart")
-        known: dict[Name, Axis] = dict.fromkeys(program.constants)
-        known.update(zip(program.arguments, axes, strict=True))
+        known: dict[Name, _Seen] = dict(zip(program.arguments, given, strict=True))
 
-        def read(atom: Atom) -> Axis:
-            return known[atom] if isinstance(atom, int) else None
+        def read(atom: Atom) -> _Seen:
+            return known.get(atom, _Seen()) if isinstance(atom, int) else _Seen()
 
         for index, step in enumerate(program.steps):
             found = self._step(step, [read(atom) for atom in step.inputs], index, where)
             known.update(zip(step.outputs, found, strict=True))
         return [read(atom) for atom in program.results]
 
-    def _step(self, step: Step, axes: list[Axis], index: int, where: _Where) -> list[Axis]:
+    def _long(self, shape: Sequence[int]) -> list[int]:
+        """Axes as long as the batch, or as a multiple of it."""
+        return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
+
+    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
+        if step.primitive in _CONTROL:
+            return _CONTROL[step.primitive](self, step, seen, where.body(index, step))
+        free, lost = all(s.free for s in seen), next((s.lost for s in seen if s.lost), "")
+        try:
+            if lost:
+                raise Mixed(lost)
+            return [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in seen])]
+        except Mixed as mixed:
+            if not free:
+                raise
+            return self._made(step, str(mixed), index, where)
+
+    def _axes(self, step: Step, axes: list[Axis]) -> list[Axis]:
         name = step.primitive
         if name in REPEATING:
             return [REPEATING[name](self.batch, step.eqn, axes)]
         if all(axis is None for axis in axes):
-            return self._unbatched(step, index, where)
+            if any(self._long(aval.shape) for aval in step.output_avals):
+                raise Mixed(f"{name} makes a value for the whole batch")
+            return [None] * len(step.outputs)
         if name in ELEMENTWISE:
             return [common(name, axes)] * len(step.outputs)
-        if name in REMATERIALISED or name in CUSTOM:
-            return self.program(step.bodies[0], axes, where.body(index, step))
-        if name in _CONTROL:
-            return _CONTROL[name](self, step, axes, where.body(index, step))
         if name not in RULES:
             raise Mixed(f"{name} is not followed")
         return [RULES[name](self.batch, step.eqn, axes)] * len(step.outputs)
 
-    def _unbatched(self, step: Step, index: int, where: _Where) -> list[Axis]:
-        # A value made without the inputs but as long as the batch tells examples apart.
-        long = [i for aval in step.output_avals for i, d in enumerate(aval.shape) if d and d % self.batch == 0]
-        if not long:
-            return [None] * len(step.outputs)
-        if step.primitive not in RANDOM or len(step.outputs) != 1 or len(long) != 1 or where.path is None:
-            raise Mixed(f"{step.primitive} makes a value for the whole batch")
+    def _made(self, step: Step, reason: str, index: int, where: _Where) -> list[_Seen]:
+        """Without the inputs, but not the same for all examples: what is drawn, each takes its part of."""
+        long = self._long(step.output_avals[0].shape)
+        known = step.primitive in RANDOM and len(step.outputs) == len(long) == 1 and not any(step.differentiated)
+        if not known or where.path is None:
+            return [_Seen(lost=reason)] * len(step.outputs)
         self.drawn[(*where.path, index)] = where.scans + long[0]
-        return [long[0]]
+        return [_Seen(long[0])]
 
 
-def _scan(tracker: _Tracker, step: Step, axes: list[Axis], where: _Where) -> list[Axis]:
+def _call(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    return tracker.program(step.bodies[0], seen, where)
+
+
+def _scan(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
     consts, carry = scan_counts(step.eqn)
-    scanned = axes[consts + carry :]
-    if any(axis == 0 for axis in scanned):
+    if any(s.axis == 0 for s in seen[consts + carry :]):
         raise Mixed("scan runs over the examples")
-    inner = [None if axis is None else axis - 1 for axis in scanned]
-    state = axes[consts : consts + carry]
-    for _ in range(carry + 1):
-        out = tracker.program(step.bodies[0], [*axes[:consts], *state, *inner], where)
-        merged = [_join(a, b) for a, b in zip(state, out[:carry], strict=True)]
-        if merged == state:
-            return [*state, *(None if axis is None else axis + 1 for axis in out[carry:])]
-        state = merged
-    raise Mixed("scan moves the example axis")
+    scanned, state = [s.moved(-1) for s in seen[consts + carry :]], seen[consts : consts + carry]
+    while True:
+        out = tracker.program(step.bodies[0], [*seen[:consts], *state, *scanned], where)
+        joined = [a.join(b) for a, b in zip(state, out[:carry], strict=True)]
+        if joined == state:
+            return [*state, *(s.moved(1) for s in out[carry:])]
+        state = joined
 
 
-def _join(a: Axis, b: Axis) -> Axis:
-    if a is not None and b is not None and a != b:
-        raise Mixed("a loop or branch moves the example axis")
-    return b if a is None else a
-
-
-def _linear_solve(tracker: _Tracker, step: Step, axes: list[Axis], where: _Where) -> list[Axis]:
+def _linear_solve(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
     counts = step.eqn.params["const_lengths"]
     start = counts.matvec + counts.vecmat
-    return tracker.program(step.bodies[0], [*axes[start : start + counts.solve], *axes[sum(counts) :]], where)
+    return tracker.program(step.bodies[0], [*seen[start : start + counts.solve], *seen[sum(counts) :]], where)
 
 
-def _while(tracker: _Tracker, step: Step, axes: list[Axis], where: _Where) -> list[Axis]:
+def _while(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
     cond, body = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-    cond_axes, body_axes, state = axes[:cond], axes[cond : cond + body], axes[cond + body :]
-    for _ in range(len(state) + 1):
-        out = tracker.program(step.bodies[1], [*body_axes, *state], where)
-        merged = [_join(a, b) for a, b in zip(state, out, strict=True)]
-        if merged == state:
-            if tracker.program(step.bodies[0], [*cond_axes, *state], where) != [None]:
-                raise Mixed("the length of a while loop depends on the examples")
-            return merged
-        state = merged
-    raise Mixed("while moves the example axis")
+    before, fixed, state = seen[:cond], seen[cond : cond + body], seen[cond + body :]
+    while True:
+        joined = [
+            a.join(b) for a, b in zip(state, tracker.program(step.bodies[1], [*fixed, *state], where), strict=True)
+        ]
+        if joined == state:
+            (more,) = tracker.program(step.bodies[0], [*before, *state], where)
+            if more.axis is not None or more.lost:
+                raise Mixed(more.lost or "the length of a while loop depends on the examples")
+            return state
+        state = joined
 
 
-def _cond(tracker: _Tracker, step: Step, axes: list[Axis], where: _Where) -> list[Axis]:
-    if axes[0] is not None:
-        raise Mixed("cond branches on the examples")
-    branches = [tracker.program(branch, axes[1:], where) for branch in step.bodies]
-    result = branches[0]
-    for branch in branches[1:]:
-        result = [_join(a, b) for a, b in zip(result, branch, strict=True)]
-    return result
+def _cond(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    if seen[0].axis is not None or seen[0].lost:
+        raise Mixed(seen[0].lost or "cond branches on the examples")
+    first, *others = (tracker.program(branch, seen[1:], where) for branch in step.bodies)
+    for other in others:
+        first = [a.join(b) for a, b in zip(first, other, strict=True)]
+    return first
 
 
-def _barrier(_: _Tracker, step: Step, axes: list[Axis], where: _Where) -> list[Axis]:
+def _barrier(_: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
     del step, where
-    return axes
+    return seen
 
 
-_CONTROL: dict[str, Callable[[_Tracker, Step, list[Axis], _Where], list[Axis]]] = {
+_CONTROL: dict[str, Callable[[_Tracker, Step, list[_Seen], _Where], list[_Seen]]] = {
+    **dict.fromkeys(REMATERIALISED | CUSTOM, _call),
     SCAN: _scan,
     "while": _while,
     "cond": _cond,

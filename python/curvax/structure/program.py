@@ -1,9 +1,9 @@
 """A model's jaxpr as nested lists of equations, and its evaluation with perturbations and recordings along the way.
 
-Only what the outputs depend on is in it (`curvax.live`). Reading which parameter enters where is easier when inner `jit`
-calls are no walls: they are inlined. The bodies of scans and of rematerialised calls stay programs of their own, so that
-they can be evaluated as what they are. Every other call stays one equation, above all `custom_jvp` and `custom_vjp`,
-whose derivative rules inlining would lose.
+Only what the outputs depend on is in it (`curvax.live`). Reading which parameter enters where is easier when inner
+`jit` calls are no walls: they are inlined. The bodies of scans and of rematerialised calls stay programs of their own,
+so that they can be evaluated as what they are. Every other call stays one equation, above all `custom_jvp` and
+`custom_vjp`, whose derivative rules inlining would lose.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def program(live: LiveJaxpr) -> Program:
     return Program(arguments, constants, tuple(steps), tuple(results))
 
 
-def traced_program(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Program:
+def traced_program(predict: Callable[[PyTree, Any], PyTree], params: PyTree, inputs: Any) -> Program:
     """`predict` on arrays or shapes, differentiated by the parameters; the arguments are the leaves of both."""
     varying = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(inputs))
     return program(live_part(jax.make_jaxpr(predict)(params, inputs), varying))

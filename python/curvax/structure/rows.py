@@ -24,6 +24,7 @@ from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.tree import PyTree
 
 
@@ -34,6 +35,7 @@ def row_gram(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
@@ -46,6 +48,8 @@ def row_gram(
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       pull: u -> J^T u over the whole batch.
+      weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
+        model's examples (positions) do not interact. `None` by default.
       max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
         that they meet.
       implementation: of the op `gram_accumulate`.
@@ -63,7 +67,8 @@ def row_gram(
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     captured = _captured(predict, params, inputs, output)
     if captured is not None:
-        return gram(example_groups(captured, params, inputs, output), max_bytes, implementation)
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
+        return gram(example_groups(captured, params, own, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
 
@@ -74,6 +79,7 @@ def row_diagonal(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The diagonal of J^T S S^T J, the sum of the squared rows; arguments as in `row_gram`.
@@ -83,7 +89,8 @@ def row_diagonal(
     """
     captured = _captured(predict, params, inputs, output)
     if captured is not None:
-        return example_diagonal(captured, params, inputs, output, max_bytes)
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
+        return example_diagonal(captured, params, own, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
 
 
