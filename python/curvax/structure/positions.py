@@ -141,6 +141,11 @@ class Spans:
         clear = bool(np.all(distinct[1:, 0] > distinct[:-1, 1]))
         return clear and (len(distinct) > 1 or len(self.first) == 1)
 
+    @property
+    def one_to_one(self) -> bool:
+        """Whether positions act by themselves and no two of them reach the same."""
+        return self.apart and len(self._distinct[0]) == np.sum(self.reached)
+
     def means(self, flat: jax.Array) -> jax.Array:
         """(B, T) means of the weights (B, entries) that positions reach.
 
@@ -182,18 +187,12 @@ def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWei
     inputs = list(inputs)
     if weights.within:
         reaches = weights.reached(capture).arguments[-len(inputs) :]
-        inputs = [_from_counted_positions(x, reach, weights.flat) for x, reach in zip(inputs, reaches, strict=True)]
+        inputs = [_sound_positions(x, reach, weights.flat) for x, reach in zip(inputs, reaches, strict=True)]
     counted = jnp.any(weights.flat != 0, axis=1)
-    source = jnp.argmax(counted)
-
-    def from_counted(x: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_index_in_dim(x, source, axis=0, keepdims=True)
-        return jnp.where(counted.reshape(-1, *[1] * (x.ndim - 1)), x, one)
-
-    return [from_counted(x) for x in inputs]
+    return [jnp.where(_like(counted, x), x, _first(x, counted, 0)) for x in inputs]
 
 
-def _from_counted_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:
+def _sound_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:
     """One leaf of the inputs (B, ...), whose axes of positions are the longest run behind the first that is apart."""
     for axes in range(x.ndim - 1, 0, -1) if reach.ndim == x.ndim else ():
         shape = x.shape[1 : 1 + axes]
@@ -202,14 +201,33 @@ def _from_counted_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.
             for part, join in ((reach.first, np.min), (reach.last, np.max))
         )
         spans = Spans(first, last)
-        distinct = len(np.unique(first[spans.reached])) == np.sum(spans.reached)
-        if not spans.reached.any() or not (spans.apart and distinct):
-            continue
-        counted = spans.counted(flat)
-        positions = x.reshape(x.shape[0], -1, *x.shape[1 + axes :])
-        source = jnp.argmax(counted, axis=1)
-        one = jax.vmap(lambda part, i: jax.lax.dynamic_index_in_dim(part, i, axis=0, keepdims=True))(positions, source)
-        # Of an example that counts nowhere any position will do; all of it is replaced.
-        kept = (counted | ~jnp.asarray(spans.reached)).reshape(*counted.shape, *[1] * (positions.ndim - 2))
-        return jnp.where(kept, positions, one).reshape(x.shape)
+        if spans.one_to_one:
+            positions = x.reshape(x.shape[0], len(first), *x.shape[1 + axes :])
+            counted = spans.counted(flat)
+            # What reaches nothing is left alone, and lends itself to nobody.
+            return jnp.where(
+                _like(counted | ~jnp.asarray(spans.reached), positions), positions, _first(positions, counted, 1)
+            ).reshape(x.shape)
     return x
+
+
+def _like(mask: jax.Array, x: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
+def _first(x: jax.Array, counted: jax.Array, axis: int) -> jax.Array:
+    """The first entry of `x` along `axis` that counts, the axis kept.
+
+    It is found by a sum with one term: a lookup would gather a batch that is sharded over devices. Where nothing counts
+    any finite number will do: ones, of which logarithm, root and quotient have a slope.
+    """
+    first = _like(counted & (jnp.cumsum(counted, axis, dtype=jnp.int32) == 1), x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        # A random key is as good as another.
+        return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    if x.dtype == jnp.bool_:
+        return jnp.any(x & first, axis, keepdims=True)
+    entry = jnp.sum(jnp.where(first, x, jnp.zeros_like(x)), axis, keepdims=True, dtype=x.dtype)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return entry
+    return jnp.where(_like(jnp.any(counted, axis, keepdims=True), x), entry, jnp.ones_like(entry))
