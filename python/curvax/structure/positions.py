@@ -99,6 +99,10 @@ def _of_site(site: Site, reach: Reach, flat: jax.Array, d: jax.Array) -> jax.Arr
     if spans.apart:
         return spans.means(flat) * (flat.shape[1] / site.positions)
     alive = spans.counted(flat) & jnp.any(d != 0, axis=(1, 3, 4))
+    if math.prod(site.output_shape[i] for i in site.position_axes) == flat.shape[1]:
+        # As many positions as the loss weighs are its tokens or pixels: one that counts does so even if its cotangent
+        # is zero by chance, of a unit that is off or a softmax of one key.
+        alive |= jnp.tile(flat != 0, (1, site.positions // flat.shape[1]))
     alive = jnp.where(_partial(flat), alive, jnp.ones_like(alive))
     count = jnp.maximum(jnp.sum(alive, axis=1, keepdims=True), 1).astype(flat.dtype)
     return jnp.where(alive, jnp.sum(flat, axis=1, keepdims=True) / count, jnp.zeros((), flat.dtype))

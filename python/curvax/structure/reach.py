@@ -193,8 +193,15 @@ def _stack(parts: Sequence[Reach]) -> Reach:
 
 
 def _elementwise(step: Step, out: Reach) -> list[Reach]:
+    """An axis of length one is repeated; so is a number."""
     shape = step.output_avals[0].shape
-    return [out if aval.shape == shape else out.everywhere(len(aval.shape)) for aval in step.input_avals]
+
+    def operand(mine: tuple[int, ...]) -> Reach:
+        if len(mine) != len(shape):
+            return out.everywhere(len(mine))
+        return out.over(i for i, (a, b) in enumerate(zip(mine, shape, strict=True)) if a != b)
+
+    return [operand(aval.shape) for aval in step.input_avals]
 
 
 def _broadcast(step: Step, out: Reach) -> list[Reach]:
