@@ -19,7 +19,7 @@ from curvax.curvature import GeneralizedGaussNewton, MonteCarloFisher, ObservedF
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.structure import empirical_fisher_diagonal, ggn_diagonal, per_example_gradient_norms
 from curvax.structure.capture import capture
-from curvax.structure.kronecker import FactorSums, WeightSharing, projected_squares
+from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums, projected_squares
 from curvax.structure.positions import LossWeights, Spans, sound_inputs
 from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
@@ -171,10 +171,9 @@ def test_a_linear_layer_is_exact_whatever_positions_weigh(linear: Linear) -> Non
 def summing(problem: Problem, sharing: WeightSharing = EXPAND, metric: Any = None) -> Callable[[Any], FactorSums]:
     """batch -> its sums, compiled once."""
 
-    def sums(batch: Any) -> FactorSums:
-        return dataclasses.replace(problem, batch=batch).sums(sharing, metric)
-
-    return quick_jit(sums)
+    blocks = problem.blocks
+    compiled = problem.measuring(lambda examples: factor_sums(blocks, examples, sharing), metric)
+    return lambda batch: compiled(problem.params, batch)
 
 
 @x64
