@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax import tree
 from curvax.curvature import Evaluation
 from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
@@ -67,7 +68,7 @@ class Method:
             preconditioner=self._preconditioner(params, like, batch, model_state),
             solver=self.assembly.solver.init(like),
             transform=self.assembly.transform.init(wide),
-            model_state=model_state,
+            model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
         )
 

@@ -31,6 +31,19 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def fixed(tree: PyTree) -> PyTree:
+    """Every leaf as an array of a dtype that is its own.
+
+    What JAX calls weakly typed, a Python number that became an array, gives way to the dtype of what it meets; a state
+    that starts with one comes back as another type, and what takes it is compiled a second time.
+    """
+
+    def one(x: Any) -> Any:
+        return x if isinstance(x, jax.ShapeDtypeStruct) else jax.lax.convert_element_type(x, jnp.result_type(x))
+
+    return jax.tree.map(one, tree)
+
+
 def zeros_like(tree: PyTree) -> PyTree:
     """A wide zero vector with the structure and shapes of `tree` (arrays or `jax.ShapeDtypeStruct`s)."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), tree)

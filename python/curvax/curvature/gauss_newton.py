@@ -17,10 +17,11 @@ from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.blocks import Blocks, find_blocks
 from curvax.structure.capture import Capture, capture
-from curvax.structure.kronecker import masked
+from curvax.structure.kronecker import examples_of
+from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
@@ -143,13 +144,13 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        independent, reason = examples_independent(predict, params, inputs)
-        if not independent:
+        try:
+            return capture(predict, params, inputs)
+        except Mixed as mixed:
             raise ValueError(
-                f"Kronecker factors are taken example by example, and the model mixes examples ({reason}): "
+                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): "
                 "make it treat examples one by one, or use another preconditioner."
-            )
-        return capture(predict, params, inputs)
+            ) from None
 
     def _site_factors(
         self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, omega: jax.Array
@@ -158,9 +159,10 @@ class GaussNewton(Curvature):
             targets, signs = jax.random.split(key)
             output = metric.bind(self.loss, outputs, self.model.targets(evaluation.batch), omega, targets)
             captured, inputs = self._capture(params, evaluation), self.model.inputs(evaluation.batch)
-            factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), output.cotangents(signs))
-            weights = jnp.sum(omega.reshape(omega.shape[0], -1), axis=1)
-            examples = masked(captured, factors, weights)
+            weights = LossWeights.of(omega, outputs, self.model.weights(evaluation.batch))
+            sound = sound_inputs(captured, jax.tree.leaves(inputs), weights)
+            factors = captured.batch(jax.tree.leaves(params), sound, output.cotangents(signs))
+            examples = examples_of(captured, factors, weights)
             return lambda measure: measure(examples)
 
         return site_factors
@@ -180,15 +182,25 @@ class GaussNewton(Curvature):
         omega = self._omega(outputs, evaluation)
         output = self.metric.bind(self.loss, outputs, targets, omega, evaluation.sample_key)
         inputs = self.model.inputs(evaluation.batch)
+        weights = LossWeights.of(omega, outputs, self.model.weights(evaluation.batch))
 
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            return row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes, implementation=implementation)
+            return row_gram(
+                predict,
+                params,
+                inputs,
+                output,
+                pull,
+                weights=weights,
+                max_bytes=max_bytes,
+                implementation=implementation,
+            )
 
         def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(predict, params, inputs, output, pull, max_bytes=max_bytes)
+            return row_diagonal(predict, params, inputs, output, pull, weights=weights, max_bytes=max_bytes)
 
         return Rows(push, pull, output, gram, diagonal)
 

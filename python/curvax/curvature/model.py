@@ -52,9 +52,16 @@ class Extras:
         if not isinstance(returned, tuple) or len(returned) != expected:
             parts = ["result"] + ["new_state"] * self.has_state + ["aux"] * self.has_aux
             raise TypeError(f"the model must return the tuple ({', '.join(parts)}) with the has_* options as they are.")
-        state = returned[1] if self.has_state else evaluation.model_state
+        state = _as_before(returned[1], evaluation.model_state) if self.has_state else evaluation.model_state
         aux = returned[-1] if self.has_aux else None
         return returned[0], (state, aux)
+
+
+def _as_before(new: PyTree, old: PyTree) -> PyTree:
+    """The new model state with the dtypes of the old one, so that the next step is the same program."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
+    return jax.tree.map(lambda x, y: jax.lax.convert_element_type(x, jnp.result_type(y)), new, old)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ class InnerLoopMethod:
             rejected=jnp.zeros((), jnp.int32),
             inner=self.inner.init(tree.widen(jax.tree.map(jnp.asarray, trainable))),
             offset=tree.zeros_like(trainable) if self.warm_start else (),
-            model_state=model_state,
+            model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
         )
 

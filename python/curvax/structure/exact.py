@@ -21,12 +21,14 @@ from curvax.curvature.output_space import (
     Identity,
     Metric,
     ObservedFisher,
+    OutputCurvature,
 )
 from curvax.kernels import Choice, Implementation
 from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.structure.squares import squared_norms
 from curvax.tree import PyTree
@@ -114,17 +116,16 @@ def ggn_diagonal(
         return at.diagonal(GeneralizedGaussNewton(), max_bytes)
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
-    root = jnp.sqrt(at.omega)
+    root = jnp.sqrt(at.weights.omega)
 
     def residual(k: jax.Array) -> jax.Array:
         return loss.gradient(at.outputs, loss.sample_targets(at.outputs, targets, k), root)
 
-    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, at.omega.dtype)
+    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, root.dtype)
     # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
     flat = residuals.reshape(samples, at.outputs.shape[0], -1)
-    return row_diagonal(
-        _flattened(predict_fn), params, inputs, GradientOuterProduct(flat), at.pull, max_bytes=max_bytes
-    )
+    flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(at.outputs))
+    return flattened.row_diagonal(GradientOuterProduct(flat), max_bytes)
 
 
 def empirical_fisher_diagonal(
@@ -171,15 +172,19 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
-    independent, reason = examples_independent(predict_fn, params, inputs)
-    if not independent or loss.couples_examples:
-        because = reason if not independent else "the loss couples them"
-        raise ValueError(f"examples have no gradients of their own ({because}): use a model and loss without that.")
     at = _at(predict_fn, loss, params, inputs, targets, weights)
-    captured = capture(predict_fn, params, inputs)
-    residual = loss.gradient(at.outputs, targets, at.omega)
-    factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), residual[None])
-    return jnp.sqrt(squared_norms(captured, factors)[:, 0])
+    try:
+        if loss.couples_examples:
+            raise Mixed("the loss couples them")
+        captured = capture(predict_fn, params, inputs)
+    except Mixed as mixed:
+        because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
+        raise ValueError(because) from None
+    residual = loss.gradient(at.outputs, targets, at.weights.omega)
+    own = sound_inputs(captured, jax.tree.leaves(inputs), at.weights)
+    factors = captured.batch(jax.tree.leaves(params), own, residual[None])
+    norms = jnp.sqrt(squared_norms(captured, factors)[:, 0])
+    return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,21 +197,31 @@ class _Point:
     inputs: Any
     targets: Any
     outputs: jax.Array
-    omega: jax.Array
+    weights: LossWeights
     pull: Callable[[jax.Array], PyTree]
 
     def diagonal(self, metric: Metric, max_bytes: int) -> PyTree:
         """The diagonal of J^T Q J for the metric's Q."""
-        output = metric.bind(self.loss, self.outputs, self.targets, self.omega, None)
-        return row_diagonal(self.predict, self.params, self.inputs, output, self.pull, max_bytes=max_bytes)
+        output = metric.bind(self.loss, self.outputs, self.targets, self.weights.omega, None)
+        return self.row_diagonal(output, max_bytes)
+
+    def row_diagonal(self, output: OutputCurvature, max_bytes: int) -> PyTree:
+        """The diagonal of J^T Q J; zero if nothing counts."""
+        weights = self.weights
+        found = row_diagonal(
+            self.predict, self.params, self.inputs, output, self.pull, weights=weights, max_bytes=max_bytes
+        )
+        if not weights.masks:
+            return found
+        return tree.where(jnp.any(weights.flat != 0), found, tree.zeros_like(found))
 
 
 def _at(predict: Predict, loss: Loss, params: PyTree, inputs: Any, targets: Any, weights: Any) -> _Point:
     check_loss(loss)
     outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
     loss.check(outputs, targets, weights)
-    omega = loss.effective_weights(outputs, weights)
-    return _Point(predict, loss, params, inputs, targets, outputs, omega, _pull(vjp, outputs))
+    counted = LossWeights.of(loss.effective_weights(outputs, weights), outputs, weights)
+    return _Point(predict, loss, params, inputs, targets, outputs, counted, _pull(vjp, outputs))
 
 
 def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:

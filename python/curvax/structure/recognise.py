@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.jaxprs import scan_counts
+from curvax.jaxprs import REMATERIALISED, SCAN, scan_counts
 from curvax.structure.biases import with_biases
-from curvax.structure.program import REMATERIALISED, SCAN, Atom, Name, Path, Program, Step
+from curvax.structure.program import Atom, Name, Path, Program, Step
 from curvax.structure.sites import ConvolutionSite, DenseSite, EmbeddingSite, Site
 from curvax.structure.views import Stacked, View, pieces, summand, view_of
 
@@ -196,7 +196,10 @@ class _Walk:
             return known.get(atom) if isinstance(atom, int) else None
 
         for index, step in enumerate(program.steps):
-            found = [read(atom) for atom in step.inputs]
+            # A use through which no derivative passes leaves no trace in the Jacobian, and is none.
+            found = [
+                read(atom) if through else None for atom, through in zip(step.inputs, step.differentiated, strict=True)
+            ]
             free = [not isinstance(atom, int) or atom in given for atom in step.inputs]
             if all(free):
                 given.update(step.outputs)
@@ -217,8 +220,6 @@ class _Walk:
         """What the outputs are. `fixed` says of each operand whether it depends on parameters at most."""
         if step.primitive in _PASSING:
             return list(found)
-        if step.primitive == "stop_gradient":
-            return []
         if step.primitive == SCAN:
             return self._scan(step, found, fixed, path)
         if step.body is not None and step.primitive in REMATERIALISED:

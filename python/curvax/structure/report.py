@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.recognise import GENERIC, Finding
 from curvax.tree import PyTree
@@ -47,11 +47,10 @@ def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, input
       One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    independent, reason = examples_independent(predict_fn, params, inputs)
-    if independent:
+    try:
         findings = capture(predict_fn, params, inputs).structure.findings
-    else:
-        findings = (Finding(GENERIC, reason),) * len(leaves)
+    except Mixed as mixed:
+        findings = (Finding(GENERIC, str(mixed)),) * len(leaves)
     return tuple(
         LeafStructure(jax.tree_util.keystr(path), finding.rule, finding.reason)
         for (path, _), finding in zip(leaves, findings, strict=True)
