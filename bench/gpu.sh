@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under 8 minutes, on a machine without network:
+# What needs a GPU, in parts of at most four minutes each, on a machine without network:
 #
-#   bench/gpu_wheels.sh     before, where there are network and nvcc: puts wheels into wheelhouse/
-#   bench/gpu.sh            there, with wheelhouse/ beside the sources
-#   bench/gpu.sh cpu        the same on the CPU and in small, to try the script itself
+#   bench/gpu_wheels.sh --triton   before, where there are network and nvcc: puts packages into wheelhouse/
+#   bench/gpu.sh                   there, with wheelhouse/ beside the sources: all parts
+#   bench/gpu.sh cuda 1            doctor, and the tests of kernels and steps
+#   bench/gpu.sh cuda 2            limits, kernels, whole steps
+#   bench/gpu.sh cpu [PARTS]       the same on the CPU and in small, to try the script itself
 #
 # Wants python3 (3.12 or newer; PYTHON names another) with JAX for CUDA, optax, numpy, pytest. Without a wheel of curvax
 # it is built on the spot (nvcc, cmake, ninja, nanobind, scikit-build-core). Writes rows, logs and a summary into $OUT,
@@ -33,8 +35,10 @@ FAILED=()
 part() {
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
-  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  # Interrupted and not ended, pytest still says what failed.
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
   status=$?
+  # 124: cut off.
   [[ $status -ne 0 && ($status -ne 124 || -z ${MAY_BE_CUT:-}) ]] && FAILED+=("$name")
   printf '%-10s exit %d, %d s of %d\n' "$name" "$status" $((SECONDS - began)) "$limit"
   tail -n "${LINES_SHOWN:-4}" "$OUT/$name.log" | cut -c1-200 | sed 's/^/    /'
@@ -65,7 +69,7 @@ part install 60 bash -c "$(declare -f install); PYTHON='$PYTHON' SITE='$SITE' PL
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 if [[ $PARTS == *1* ]]; then
   LINES_SHOWN=30 part doctor 40 bash -c "$(declare -f facts); PYTHON='$PYTHON'; facts"
-  LINES_SHOWN=40 part tests 150 "$PYTHON" -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider --strict-backend \
+  LINES_SHOWN=40 part tests 150 "$PYTHON" -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider -p no:benchmark --strict-backend \
     --junitxml="$OUT/tests.xml" -m "not slow" ${FEWER[@]+"${FEWER[@]}"} --ignore=tests/kernels/test_dispatch.py tests/gpu tests/kernels
 fi
 if [[ $PARTS == *2* ]]; then
@@ -74,7 +78,7 @@ if [[ $PARTS == *2* ]]; then
   MAY_BE_CUT=1 part gpu_steps 60 "$PYTHON" -m bench gpu_steps ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
 fi
 # Few files come back from some machines: the logs as one.
-tar -C "$OUT" -czf "$OUT/logs.tgz" --exclude=logs.tgz . && rm -f "$OUT"/*.log
+tar -C "$OUT" -czf "$SITE/logs.tgz" --exclude=logs.tgz . && mv "$SITE/logs.tgz" "$OUT" && rm -f "$OUT"/*.log
 "$PYTHON" -m bench.summary "$OUT" 2>&1 | tee "$OUT/summary.txt" | cut -c1-160
 printf '%d s in all\n' "$SECONDS"
 if [[ ${#FAILED[@]} -gt 0 ]]; then

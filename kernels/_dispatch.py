@@ -88,9 +88,16 @@ class Request:
 Probe: TypeAlias = Callable[[Request], str | None]
 
 
-def unmeasured_on_gpu(request: Request) -> str | None:
-    """The `better_not` of a GPU implementation that nobody has timed on a GPU yet: there "auto" keeps the reference."""
-    return "it has not been timed on a GPU: ask for it by name" if request.platform == "gpu" else None
+def timed_on_hopper(request: Request) -> str | None:
+    """The `better_not` of a GPU implementation that was faster than the reference on an H200, the only GPU timed."""
+    if request.platform != "gpu" or request.capability == (9, 0):
+        return None
+    return "it has been timed on Hopper GPUs alone: ask for it by name"
+
+
+def not_faster_on_gpu(request: Request) -> str | None:
+    """The `better_not` of a GPU implementation that an H200 ran no faster than the reference."""
+    return "an H200 ran the reference as fast: ask for it by name" if request.platform == "gpu" else None
 
 
 def _no_objection(request: Request) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from curvax.kernels import _batched_native
 from curvax.kernels._batched import BatchedSolution
-from curvax.kernels._dispatch import Request, unmeasured_on_gpu
+from curvax.kernels._dispatch import Request, timed_on_hopper
 from curvax.kernels.batched_cg import reference
 
 # The largest systems whose matrix a multiprocessor holds, in registers and shared memory.
@@ -29,7 +29,7 @@ def cannot(request: Request) -> str | None:
 
 def better_not(request: Request) -> str | None:
     """Why the reference is the better choice; None if it is not: on the CPU it was slower wherever it was measured."""
-    return unmeasured_on_gpu(request)
+    return timed_on_hopper(request)
 
 
 def solve(

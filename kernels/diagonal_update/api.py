@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, timed_on_hopper
 from curvax.kernels._operands import floating, scalar
 from curvax.kernels.diagonal_update import native, reference
 from curvax.kernels.diagonal_update.rule import AccumulateRule, DiagonalEstimate, UpdateRule, UpdateScalars
@@ -37,7 +37,7 @@ from curvax.tree import PyTree, wide_dtype
 
 _GAIN = "one pass over all leaves in one C++ call, in place"
 
-_VARIANTS = (Variant("native", native.cannot, unmeasured_on_gpu, gain=_GAIN), Variant("reference"))
+_VARIANTS = (Variant("native", native.cannot, timed_on_hopper, gain=_GAIN), Variant("reference"))
 DIAGONAL_UPDATE = Op("diagonal_update", _VARIANTS)
 DIAGONAL_ACCUMULATE = Op("diagonal_accumulate", _VARIANTS)
 OPS = (DIAGONAL_UPDATE, DIAGONAL_ACCUMULATE)

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
 from curvax.kernels._operands import arrays
 from curvax.kernels.gram_accumulate import native, reference, triton
 from curvax.kernels.gram_accumulate.factors import BlockRows, block_rows, check_alike, form, formed_is_cheaper, rows
@@ -50,7 +50,7 @@ from curvax.kernels.gram_accumulate.factors import BlockRows, block_rows, check_
 GRAM_ACCUMULATE = Op(
     "gram_accumulate",
     (
-        Variant("triton", triton.cannot, unmeasured_on_gpu, gain="lower-triangular tiles on tensor cores, one launch"),
+        Variant("triton", triton.cannot, triton.better_not, gain="lower-triangular tiles on tensor cores, one launch"),
         Variant("native", native.cannot, native.better_not, gain="lower-triangular tiles, both products made in cache"),
         Variant("reference"),
     ),

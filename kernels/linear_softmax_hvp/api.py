@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import jax
 
-from curvax.kernels._dispatch import Choice, Implementation, Op, Variant, select, unmeasured_on_gpu
+from curvax.kernels._dispatch import Choice, Implementation, Op, Variant, not_faster_on_gpu, select
 from curvax.kernels.linear_softmax_hvp import pallas, reference
 from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Tangent
 from curvax.kernels.linear_softmax_hvp.operands import MAX_BYTES, Operands
@@ -39,7 +39,7 @@ from curvax.kernels.softmax_hvp import pallas as softmax_pallas
 LINEAR_SOFTMAX_HVP = Op(
     "linear_softmax_hvp",
     (
-        Variant("pallas", softmax_pallas.cannot, unmeasured_on_gpu, gain="logits and tangents are read once"),
+        Variant("pallas", softmax_pallas.cannot, not_faster_on_gpu, gain="logits and tangents are read once"),
         Variant("reference"),
     ),
 )

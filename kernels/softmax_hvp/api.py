@@ -32,14 +32,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select, unmeasured_on_gpu
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, not_faster_on_gpu, select
 from curvax.kernels._operands import arrays, row_weights
 from curvax.kernels.softmax_hvp import pallas, reference
 
 SOFTMAX_HVP = Op(
     "softmax_hvp",
     (
-        Variant("pallas", pallas.cannot, unmeasured_on_gpu, gain="logits and tangents are read once"),
+        Variant("pallas", pallas.cannot, not_faster_on_gpu, gain="logits and tangents are read once"),
         Variant("reference"),
     ),
 )

@@ -19,7 +19,7 @@ import numpy as np
 
 from curvax import ffi
 from curvax.kernels import _native
-from curvax.kernels._dispatch import Request, unmeasured_on_gpu
+from curvax.kernels._dispatch import Request, timed_on_hopper
 from curvax.kernels._vary import vary_alike
 from curvax.kernels.tree_cg import reference
 from curvax.tree import PyTree
@@ -46,7 +46,7 @@ def direction_better_not(request: Request) -> str | None:
     """
     low, high = _DIRECTION_SIZES
     if request.platform != "cpu":
-        return unmeasured_on_gpu(request)
+        return timed_on_hopper(request)
     if low <= request.size <= high:
         return None
     return f"XLA's own loop is as fast outside {low} to {high} elements, and these are {request.size}"

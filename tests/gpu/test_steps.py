@@ -1,4 +1,4 @@
-"""Steps on a GPU with each backend, against the same steps on the CPU in float64."""
+"""Steps on a GPU with each backend, against the same steps on the CPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ EXPECTED: dict[tuple[str, Backend], set[str]] = {
 }
 
 
+SAMPLED = ("sophia_g", "adahessian")
+"""Presets that draw labels or signs. Their truth is the reference in float32 on the CPU."""
+
+
 def made(network: steps.Network, dtype: Any) -> tuple[Any, Any]:
     """Parameters and a batch, the same numbers in any dtype."""
     rng = np.random.default_rng(0)
@@ -50,15 +54,16 @@ def moved(method: Any, network: steps.Network, dtype: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("preset", steps.PRESETS)
 @pytest.mark.parametrize("backend", ["reference", "native", "pallas", "triton"])
-def test_step_agrees_with_float64_on_the_cpu(preset: str, backend: Backend) -> None:
-    with warnings.catch_warnings():
+def test_step_agrees_with_the_cpu(preset: str, backend: Backend) -> None:
+    with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
         warnings.simplefilter("ignore")  # ops without this backend
         method = steps.PRESETS[preset](backend)
         chosen = {c.op for c in method.plan_for(*made(SMALL, jnp.float32)).choices if c.implementation == backend}
         assert chosen >= EXPECTED.get((preset, backend), set())
         got = moved(method, SMALL, jnp.float32)
-    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True), strict_backend():
-        exact = moved(steps.PRESETS[preset]("reference"), SMALL, jnp.float64)
-    # Sampled labels and random signs are drawn alike: threefry gives the same bits for the same shapes.
+    # Labels and signs are drawn alike only in the same dtype, since a float64 takes more random bits than a float32.
+    sampled = preset in SAMPLED
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(not sampled), strict_backend():
+        exact = moved(steps.PRESETS[preset]("reference"), SMALL, jnp.float32 if sampled else jnp.float64)
     error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
     assert error < 5e-3, f"relative error {error:.2g}"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 from oracle.compiling import quick_jit
+from oracle.mosaic import interpret
 from oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
@@ -39,13 +40,13 @@ over_implementations = pytest.mark.parametrize("implementation", (*IMPLEMENTATIO
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Mosaic kernel runs in the interpreter."""
     if _mosaic.absent() is None:
-        monkeypatch.setattr(pallas, "solve", partial(pallas.solve, interpret=_mosaic.interpreter()))
+        monkeypatch.setattr(pallas, "solve", partial(pallas.solve, interpret=interpret()))
 
 
 def supported(implementation: Implementation, *operands: jax.Array) -> Implementation | Choice:
     """What to ask `batched_cg` for, on these matrices and vectors; skips the test where that cannot run."""
     if implementation != "pallas":
-        skip_unless_supported(implementation)
+        skip_unless_supported(implementation, BATCHED_CG, *operands)
         return implementation
     dtypes = tuple(sorted({v.dtype for v in operands}, key=str))
     reason = pallas.cannot(Request("gpu", 1, dtypes, (operands[0].shape,), (9, 0)))
@@ -516,11 +517,14 @@ class TestMosaic:
             pytest.skip(str(_mosaic.absent()))
         assert re.search(reason, self.cannot(**changes) or "")
 
-    def test_auto_keeps_the_reference_until_someone_measured(self) -> None:
-        variant = BATCHED_CG.variant("pallas")
+    @pytest.mark.parametrize("name", ["pallas", "native"])
+    def test_auto_takes_it_on_gpus_that_ran_it(self, name: Implementation) -> None:
+        variant = BATCHED_CG.variant(name)
         assert variant is not None
         request = Request("gpu", 1, (np.dtype(np.float32),), ((64, 20, 20),), (9, 0))
-        assert "not been timed on a GPU" in (variant.better_not(request) or "")
+        assert variant.better_not(request) is None
+        other = dataclasses.replace(request, capability=(8, 0))
+        assert "on Hopper GPUs alone" in (variant.better_not(other) or "")
 
     def test_users_are_not_given_the_interpreter(self) -> None:
         with pytest.raises(Unsupported, match=r"pallas cannot run batched_cg: .* this is cpu"):

@@ -23,7 +23,12 @@ from oracle.systems import (
 )
 
 from curvax.kernels import Implementation
-from curvax.kernels.batched_cholesky_solve import BatchedSolution, batched_cholesky_solve, native
+from curvax.kernels.batched_cholesky_solve import (
+    BATCHED_CHOLESKY_SOLVE,
+    BatchedSolution,
+    batched_cholesky_solve,
+    native,
+)
 from curvax.solvers import Result
 
 # Systems and how many: of block columns on the CPU, with few systems all threads on each.
@@ -40,8 +45,8 @@ def compiled(a: jax.Array, b: jax.Array, damping: Any, implementation: Implement
 def solve(
     implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, damping: Any = None
 ) -> BatchedSolution:
-    skip_unless_supported(implementation)
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    skip_unless_supported(implementation, BATCHED_CHOLESKY_SOLVE, a, b)
     found = compiled(a, b, damping, implementation)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-1], np.shape(damping))
     assert found.value.shape == (*batch, b.shape[-1])
@@ -182,8 +187,8 @@ class TestBatches:
 
     @pytest.mark.parametrize("n", [16, 261])
     def test_bfloat16_matrices_are_widened(self, n: int, implementation: Implementation) -> None:
-        skip_unless_supported(implementation)
         a, b = jnp.asarray(positive((3,), n, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, n), jnp.float32)
+        skip_unless_supported(implementation, BATCHED_CHOLESKY_SOLVE, a, b)
         found = batched_cholesky_solve(a, b, implementation=implementation)
         assert found.value.dtype == jnp.float32
         np.testing.assert_allclose(found.value, exact(np.asarray(a, np.float64), np.asarray(b)), rtol=1e-3, atol=1e-3)

@@ -330,6 +330,11 @@ def test_probe_names_what_stands_in_the_way() -> None:
     assert "there are 4 devices" in str(cannot(Request("gpu", 4, f32, (), (9, 0))))
     assert "runs on cpu, and this is gpu" in str(native.cannot(Request("gpu", 1, f32, (), (9, 0))))
     assert "there are 4 devices" in str(native.cannot(Request("cpu", 4, f32, ())))
+    timed = Request("gpu", 1, f32, ((1024, 1024),), (9, 0))
+    better_not = GRAM_ACCUMULATE.variants[0].better_not
+    assert better_not(timed) is None
+    assert "below 1024 rows, and these are 512" in str(better_not(dataclasses.replace(timed, shapes=((512, 512),))))
+    assert "on Hopper GPUs alone" in str(better_not(dataclasses.replace(timed, capability=(8, 0))))
     assert "below 8 rows, and these are 7" in str(native.better_not(Request("cpu", 1, f32, ((7, 7),))))
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle.compiling import array
+from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
@@ -28,7 +29,7 @@ def plain(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any
 
 
 def interpreted(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any:
-    return pallas.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST, interpret=_mosaic.interpreter())
+    return pallas.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST, interpret=interpret())
 
 
 RUNS: dict[str, Run] = {"reference": plain, "pallas": interpreted}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle.compiling import array
+from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.sampled_softmax_residual import pallas, reference, sampled_softmax_residual
@@ -21,7 +22,7 @@ Run = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def interpreted(logits: jax.Array, uniforms: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return pallas.sampled_softmax_residual(logits, uniforms, weights, interpret=_mosaic.interpreter())
+    return pallas.sampled_softmax_residual(logits, uniforms, weights, interpret=interpret())
 
 
 RUNS: dict[str, Run] = {"reference": reference.sampled_softmax_residual, "pallas": interpreted}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -352,15 +353,16 @@ def test_native_refuses_other_platforms_and_several_devices(op: Any) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_on_a_gpu_native_runs_when_asked_for_by_name(op: Any) -> None:
-    request = Request("gpu", 1, (np.dtype(np.float32),), ((2**16,),), (9, 0))
+def test_auto_takes_native_on_the_gpus_that_ran_it(op: Any) -> None:
+    hopper = Request("gpu", 1, (np.dtype(np.float32),), ((2**16,),), (9, 0))
     status = ffi.native_status("cuda")
-    assert op.variant("native").cannot(request) == (None if status.available else status.reason)
-    choice = resolve(op, "auto", request)
-    assert choice.implementation == "reference"
-    assert "not been timed on a GPU" in choice.reason or not status.available
+    assert op.variant("native").cannot(hopper) == (None if status.available else status.reason)
+    assert op.variant("native").better_not(hopper) is None
+    ampere = resolve(op, "auto", dataclasses.replace(hopper, capability=(8, 0)))
+    assert ampere.implementation == "reference"
+    assert "on Hopper GPUs alone" in ampere.reason or not status.available
     if status.available:
-        assert resolve(op, "native", request).implementation == "native"
+        assert resolve(op, "auto", hopper).implementation == "native"
 
 
 def test_vectors_must_be_alike() -> None:

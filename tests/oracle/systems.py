@@ -5,20 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from curvax import ffi
-from curvax.kernels import Implementation
+from curvax.kernels import Implementation, Op, Request
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native")
 SIZES = (1, 2, 3, 31, 33, 64, 100, 256)
 
 
-def skip_unless_supported(implementation: Implementation) -> None:
+def skip_unless_supported(implementation: Implementation, op: Op | None = None, *operands: Any) -> None:
+    """Skips a test where the implementation is not built, or on a GPU cannot take these operands of `op`."""
     if implementation == "native" and not ffi.native_status().available:
         pytest.skip(ffi.native_status().reason)
+    variant = None if op is None or jax.default_backend() == "cpu" else op.variant(implementation)
+    reason = None if variant is None else variant.cannot(Request.of(*operands))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def positive(batch: tuple[int, ...], n: int, condition: float = 100.0, seed: int = 0) -> np.ndarray:

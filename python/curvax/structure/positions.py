@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.program import Path
+from curvax.structure.program import Path, Program
 from curvax.structure.reach import Reach, Reached, reached
 from curvax.structure.sites import Site
 
@@ -69,12 +70,12 @@ class LossWeights:
         omega = jnp.broadcast_to(self.omega.reshape(shape), outputs.shape).reshape(outputs.shape[0], -1)
         return LossWeights(omega, 2, self.axes)
 
-    def reached(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> Reached:
-        """Which weights of its example the arguments and some steps of a model reach."""
+    def reached(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
+        """Which weights of its example the arguments and some steps of a model reach, by its program on one example."""
         shape = self.omega.shape[1:]
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(1, *shape)
         outputs = Reach.of(numbers.reshape(*numbers.shape, *[1] * (self.outputs_ndim - numbers.ndim)))
-        return reached(capture.model.program, [outputs], steps)
+        return reached(program, [outputs], steps)
 
 
 def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -> list[jax.Array]:
@@ -89,7 +90,7 @@ def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -
     if not weights.within:
         each = weights.examples.astype(dtype)[:, None]
         return [jnp.broadcast_to(each / site.positions, (each.shape[0], site.positions)) for site in sites]
-    found = weights.reached(capture, frozenset(site.path for site in sites)).steps
+    found = weights.reached(capture.model.program, frozenset(site.path for site in sites)).steps
     flat = weights.flat.astype(dtype)
     return [_of_site(site, found[site.path], flat, d) for site, d in zip(sites, factors.cotangents, strict=True)]
 
@@ -174,7 +175,9 @@ class Spans:
         return before[:, end] > before[:, first]
 
 
-def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWeights | None) -> list[jax.Array]:
+def sound_inputs(
+    single: Callable[[], Program], axes: BatchAxes, inputs: Sequence[jax.Array], weights: LossWeights | None
+) -> list[jax.Array]:
     """Inputs in which examples and positions of no weight hold what others do: nothing is left of what they held.
 
     The derivatives of a model at an input that nobody counts need not be finite, and zero times infinity is no zero.
@@ -182,18 +185,22 @@ def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWei
     by themselves, a position of zero weight takes them from the first one of its example that counts.
 
     Args:
-      capture: the model.
+      single: makes the program of the model on one example.
+      axes: which leaves of the inputs hold the examples; the others keep what they hold.
       inputs: leaves of the inputs.
       weights: of the loss, or `None` if all count.
     """
     if weights is None or not weights.masks:
         return list(inputs)
-    inputs = list(inputs)
+    inputs, held = list(inputs), [i for i, axis in enumerate(axes.axes) if axis is not None]
     if weights.within:
-        reaches = weights.reached(capture).arguments[-len(inputs) :]
-        inputs = [_sound_positions(x, reach, weights.flat) for x, reach in zip(inputs, reaches, strict=True)]
+        reaches = weights.reached(single()).arguments[-len(inputs) :]
+        for i in held:
+            inputs[i] = _sound_positions(inputs[i], reaches[i], weights.flat)
     counted = jnp.any(weights.flat != 0, axis=1)
-    return [jnp.where(_like(counted, x), x, _first(x, counted, 0)) for x in inputs]
+    for i in held:
+        inputs[i] = jnp.where(_like(counted, inputs[i]), inputs[i], _first(inputs[i], counted, 0))
+    return inputs
 
 
 def _sound_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:
