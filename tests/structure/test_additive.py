@@ -53,14 +53,14 @@ MEANS: dict[str, LossFn] = {
     "sum over the number of examples": lambda w, b: jnp.sum(jnp.square(b["x"] @ w)) / b["x"].shape[0],
     "sum times a fraction": lambda w, b: (1.0 / b["y"].shape[0]) * jnp.sum(jnp.square(b["x"] @ w)),
     "and weight decay": lambda w, b: jnp.mean(jnp.square(b["x"] @ w)) + 1e-3 * jnp.sum(w * w),
-    "integer labels of Optax": lambda w, b: (
-        optax.softmax_cross_entropy_with_integer_labels(_logits(w, b), b["y"]).mean()
+    "integer labels of Optax": lambda w, b: optax.softmax_cross_entropy_with_integer_labels(
+        _logits(w, b), b["y"]
+    ).mean(),
+    "labels taken along an axis": lambda w, b: (
+        -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(_logits(w, b)), b["y"][:, None], -1))
     ),
-    "labels taken along an axis": lambda w, b: -jnp.mean(
-        jnp.take_along_axis(jax.nn.log_softmax(_logits(w, b)), b["y"][:, None], -1)
-    ),
-    "labels indexed by example": lambda w, b: -jnp.mean(
-        jax.nn.log_softmax(_logits(w, b))[jnp.arange(b["y"].shape[0]), b["y"]]
+    "labels indexed by example": lambda w, b: (
+        -jnp.mean(jax.nn.log_softmax(_logits(w, b))[jnp.arange(b["y"].shape[0]), b["y"]])
     ),
     "labels one-hot": lambda w, b: -(jax.nn.one_hot(b["y"], 4) * jax.nn.log_softmax(_logits(w, b))).sum(-1).mean(),
     "inner jit, remat and vmap": lambda w, b: jax.jit(
@@ -81,9 +81,7 @@ SUMS: dict[str, LossFn] = {
     "weighted sum": lambda w, b: jnp.sum(jnp.square(b["x"] @ w).sum(-1) * b["m"]),
     "mean over positions alone": lambda w, b: jnp.square(b["x"] @ w).sum(-1).mean(1).sum(),
     "scan over positions": _scanned,
-    "weight decay per example": lambda w, b: (
-        jnp.sum(jnp.square(b["x"] @ w)) + b["x"].shape[0] * 1e-3 * jnp.sum(w * w)
-    ),
+    "weight decay per example": lambda w, b: jnp.sum(jnp.square(b["x"] @ w)) + b["x"].shape[0] * 1e-3 * jnp.sum(w * w),
     "integer labels": lambda w, b: optax.softmax_cross_entropy_with_integer_labels(_logits(w, b), b["y"]).sum(),
 }
 PAIRS: dict[str, LossFn] = {

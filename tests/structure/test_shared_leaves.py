@@ -58,7 +58,9 @@ PLACES: dict[str, Callable[[int, int], np.ndarray]] = {
 
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize(("examples", "length"), [(4, 7), (7, 7), (7, 4), (1, 5)])
-def test_rows_of_a_model_with_position_ids_are_cheap_and_right(examples: int, length: int, places: str, x64: None) -> None:
+def test_rows_of_a_model_with_position_ids_are_cheap_and_right(
+    examples: int, length: int, places: str, x64: None
+) -> None:
     params, x = _token_params(length), _token_inputs(examples, length, PLACES[places](examples, length))
     labels = jnp.asarray(np.arange(examples) % 3)
     outputs, jacobian = dense.outputs_and_jacobian(_tokens, params, x)

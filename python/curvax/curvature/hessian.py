@@ -16,7 +16,7 @@ from curvax.curvature.differentiate import LinearModel, linear_model, second_ord
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
 from curvax.live import Wanted, live_part
-from curvax.losses.base import Loss, check_loss, is_real
+from curvax.losses.base import Loss, check_loss
 from curvax.structure.additive import additive_axes
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.report import LeafStructure
@@ -106,14 +106,15 @@ class LossFunction(Objective):
         for key in self.keys:
             if not isinstance(evaluation.batch, Mapping) or key not in evaluation.batch:
                 raise KeyError(f"the batch has no '{key}': add it or change the key's option.")
-        value = jax.eval_shape(lambda p, e: self.extras.call(self.loss_fn, p, e.batch, e)[0], params, evaluation)
-        if isinstance(value, tuple) and len(value) == 2 and all(map(_is_scalar, value)):
-            self._check_weight(params, evaluation)
-        elif not _is_scalar(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+        found = jax.eval_shape(lambda p, e: self.extras.call(self.loss_fn, p, e.batch, e)[0], params, evaluation)
+        value, *weight = found if isinstance(found, tuple) and found else (found,)
+        if not _is_scalar(value, jnp.floating) or len(weight) > 1 or not all(_is_scalar(w, jnp.number) for w in weight):
             raise TypeError(
                 "loss_fn must return a floating-point scalar, or the tuple (total, weight) of two: reduce over the "
                 "batch inside it."
             )
+        if weight:
+            self._check_weight(params, evaluation)
 
     def _check_weight(self, params: PyTree, evaluation: Evaluation) -> None:
         traced = jax.make_jaxpr(lambda p, e: self._parts(p, e)[1])(params, evaluation)
@@ -169,8 +170,8 @@ class LossFunction(Objective):
         return value, weight, rest
 
 
-def _is_scalar(x: Any) -> bool:
-    return hasattr(x, "shape") and x.shape == () and hasattr(x, "dtype") and is_real(x.dtype)
+def _is_scalar(x: Any, kind: Any) -> bool:
+    return getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, kind)
 
 
 def _quotient(total: jax.Array, weight: jax.Array, whole: jax.Array) -> jax.Array:

@@ -113,10 +113,10 @@ class Microbatched(Curvature):
     """Accumulates another operator over pieces of the batch by a scan; each piece's residuals live only while it runs.
 
     Products repeat the forward pass of each piece: memory of one microbatch against one more forward pass per product.
-    Results equal the full batch's up to rounding. A model or a `loss_fn` of which that cannot be shown is refused, unless
-    the user says where the examples are (`batch_axes`). The model state passes through the pieces in order, and dropout
-    keys are folded with the piece's index. A loss that couples examples sees the outputs of all pieces together: these
-    are made first, and a product takes one pass forward and one back.
+    Results equal the full batch's up to rounding. A model or a `loss_fn` of which that cannot be shown is refused,
+    unless the user says where the examples are (`batch_axes`). The model state passes through the pieces in order, and
+    dropout keys are folded with the piece's index. A loss that couples examples sees the outputs of all pieces
+    together: these are made first, and a product takes one pass forward and one back.
 
     Attributes:
       inner: the operator.

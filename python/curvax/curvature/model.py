@@ -74,7 +74,7 @@ def _as_before(new: PyTree, old: PyTree) -> PyTree:
 class Model:
     """`predict_fn(params, inputs) -> outputs` and where a batch holds its inputs, targets and weights.
 
-    Inputs, targets, weights and outputs are handed on with their examples on the first axis, wherever the user has them.
+    Inputs, targets, weights and outputs are handed on with their examples on the first axis, wherever they are.
 
     Attributes:
       predict_fn: acts on each example by itself.
@@ -276,7 +276,8 @@ def _places(batch: Mapping[str, Any]) -> Any:
 
 def _joined(batch: Mapping[str, Any], entries: Mapping[str, BatchAxes | None]) -> BatchAxes:
     """The axes of a whole batch from those of its entries; what is in none of them holds no examples."""
-    places, axes = _places(batch), [None] * len(jax.tree.leaves(batch))
+    places = _places(batch)
+    axes: list[int | None] = [None] * len(jax.tree.leaves(batch))
     for key, own in entries.items():
         if own is not None:
             for place, axis in zip(jax.tree.leaves(places[key]), own.axes, strict=True):

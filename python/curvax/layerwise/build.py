@@ -178,8 +178,8 @@ def _method(
     curvature = GaussNewton(model, loss)
     if shares > 1 and loss.couples_examples:
         raise ValueError(
-            f"shares={shares} takes curvature on parts of the examples, and {loss} couples them: set shares=1, or use a "
-            "loss without coupling."
+            f"shares={shares} takes curvature on parts of the examples, and {loss} couples them: set shares=1, or use "
+            "a loss without coupling."
         )
     if isinstance(inner, ConjugateGradients):
         _check_linear(inner_steps, prox_linear, inner_schedule, clip_norm)

@@ -106,8 +106,8 @@ class InnerLoopMethod:
 
         Args:
           params: parameters, laid out as for `init`.
-          batch: mapping of arrays, whose examples are cut into `parts` equal parts: the inner minibatches in order, then
-            the line search's. Leaves that all examples share go into all of them.
+          batch: mapping of arrays, whose examples are cut into `parts` equal parts: the inner minibatches in order,
+            then the line search's. Leaves that all examples share go into all of them.
           state: from `init` or the last step.
           rng: random key for models that take one; folded with step and minibatch.
 

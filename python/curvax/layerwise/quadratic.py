@@ -262,14 +262,14 @@ class InnerProblem:
 
         def push(delta: PyTree) -> PyTree:
             def visit(piece: Evaluation, *_: Any) -> tuple[Any, PyTree, PyTree]:
-                forward, _, state = maps(piece)
+                forward, _back, state = maps(piece)
                 return (), state, jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), forward(delta))
 
             return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), pieces.sum(visit)[2])
 
         def pull(u: PyTree) -> PyTree:
             def visit(piece: Evaluation, _: jax.Array, part: PyTree) -> tuple[Any, PyTree, tuple[()]]:
-                _, back, state = maps(piece)
+                _forward, back, state = maps(piece)
                 return back(jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), part)), state, ()
 
             return pieces.sum(visit, beside=jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), u))[0]

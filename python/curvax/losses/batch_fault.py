@@ -1,4 +1,4 @@
-"""What can be wrong with the values of a batch: seen where they are at hand, and reported by steps where they are not."""
+"""What can be wrong with the values of a batch: refused where they are at hand, reported where not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SENTENCES = {
     BatchFault.NEGATIVE_WEIGHT: "A weight is negative or not a number, and curvature with such weights is no longer "
     "positive: give the curvature weights that are not negative, and hand the gradient of the signed loss in as the "
     "updates of curvax.optax.scale_by_ggn (or another scale_by_*).",
-    BatchFault.LABEL_OUT_OF_RANGE: "A label with a weight is not in 0 .. classes - 1: give such positions weight zero by "
+    BatchFault.LABEL_OUT_OF_RANGE: "A label that counts is not in 0 .. classes - 1: give such positions weight zero by "
     "weight_key, or name their label by SoftmaxCrossEntropy(ignore_index=).",
 }
 

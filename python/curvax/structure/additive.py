@@ -59,9 +59,9 @@ def additive_axes(
       params, batch: arrays or shapes.
       given: the axes, if the user says them: then he is believed where nothing can be shown.
       sizes: number of examples -> those of the pieces; none if the batch is one piece.
-      mean: whether a loss is to be the mean of those of the pieces, weighted with their numbers of examples, or the sum.
+      mean: whether a loss is to be the mean of those of the pieces, each weighted with its examples, or their sum.
     """
-    search = _Search(loss, *shapes_of((params, batch)), sizes, mean)
+    search = _Search(loss, shapes_of(params), shapes_of(batch), sizes, mean)
     groups = search.groups() if given is None else [given]
     reason = "no leaf of the batch has an axis of examples"
     for place, alike in enumerate(groups):
@@ -76,8 +76,8 @@ def additive_axes(
     if given is not None:
         return ExampleAxes(given, reason)
     refused = (
-        f"{reason}; drop microbatch_size, or say by batch_axes= which axes hold the examples, if every piece is to count "
-        "as a batch of its own"
+        f"{reason}; drop microbatch_size, or say by batch_axes= which axes hold the examples, if every piece is to "
+        "count as a batch of its own"
     )
     return ExampleAxes(groups[0] if groups else BatchAxes((None,) * len(jax.tree.leaves(batch))), reason, refused)
 

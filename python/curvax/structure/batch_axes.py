@@ -43,7 +43,8 @@ class BatchAxes:
 
     def grown(self, fits: Callable[[BatchAxes], bool]) -> Iterator[BatchAxes]:
         """Sets of these leaves that fit and to which none can be added; other sets than all of them."""
-        leaves, tried = [i for i, axis in enumerate(self.axes) if axis is not None], {self}
+        leaves = [i for i, axis in enumerate(self.axes) if axis is not None]
+        tried: set[BatchAxes] = {self}
         for seed in leaves:
             chosen: list[int] = []
             for leaf in dict.fromkeys([seed, *leaves]):

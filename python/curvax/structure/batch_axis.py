@@ -262,6 +262,7 @@ def _random_steps(program: Program, path: Path = ()) -> Iterator[Path]:
 
 
 def probe_size(params: PyTree, inputs: Any) -> int:
+    """A number of examples that no axis, or product of axes, of these shapes is a multiple of."""
     shapes = [leaf.shape for leaf in jax.tree.leaves((params, inputs))]
     sizes = [d for shape in shapes for d in shape] + [math.prod(shape) for shape in shapes]
     for size in _PROBE_SIZES:
@@ -306,6 +307,7 @@ def _signature(program: Program) -> Iterator[Any]:
 
 
 def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
+    """What a jaxpr does, whatever the shapes."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name not in REARRANGING:
             yield from equation_signature(eqn, eqn.invars)
@@ -314,6 +316,7 @@ def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def equation_signature(eqn: Any, operands: Sequence[Any]) -> Iterator[Any]:
+    """What an equation does to these operands, whatever the shapes."""
     yield eqn.primitive.name
     yield from (repr(v.val) for v in operands if isinstance(v, Literal))
     # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
@@ -339,6 +342,7 @@ def _same_shapes(program: Program, probe: Program, size: int, probe_size: int) -
 
 
 def same_constant(a: Any, b: Any) -> bool:
+    """Whether two constants are surely equal."""
     if a is b:
         return True
     if isinstance(a, Tracer) or isinstance(b, Tracer) or a.shape != b.shape:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,9 @@ class LossWeights:
     axes: int
 
     @staticmethod
-    def of(omega: jax.Array, outputs: jax.Array, weights: object) -> LossWeights:
+    def of(omega: jax.Array, outputs: Any, weights: object) -> LossWeights:
         """Of effective weights, outputs and the batch's own weights or `None`."""
-        return LossWeights(omega, outputs.ndim, 0 if weights is None else np.ndim(weights))  # type: ignore[arg-type]
+        return LossWeights(omega, len(outputs.shape), 0 if weights is None else np.ndim(weights))  # type: ignore[arg-type]
 
     @property
     def flat(self) -> jax.Array:
