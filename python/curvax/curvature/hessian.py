@@ -307,11 +307,17 @@ class Hessian(Curvature):
             raise ValueError(_NO_ROWS)
         evaluation = self.prepare(params, evaluation)
         at = second_order(lambda p: self.objective(p, evaluation), params, product=needs.product, shared=needs.shared)
+        own = self.total_weight(params, evaluation) if evaluation.total_weight is not None else None
+
+        def counted(v: PyTree) -> PyTree:
+            # A piece without weight adds nothing, whatever its total and the derivatives of that are.
+            return v if own is None else tree.where(own != 0, v, jax.tree.map(jnp.zeros_like, v))
+
         return Linearization(
             params_like=jax.eval_shape(tree.widen, params),
             loss=at.value,
-            gradient=at.gradient if needs.gradient else None,
-            product=at.product,
+            gradient=counted(at.gradient) if needs.gradient else None,
+            product=None if at.product is None else lambda v: counted(at.hvp(v)),
             sampled_gradient=self._sampled_gradient(params, evaluation) if needs.sampling else None,
             model_state=at.rest[0],
             aux=at.rest[1],

@@ -126,7 +126,8 @@ class Loss(abc.ABC):
         del outputs, targets
         if weights is None or (signed and self.reduction == "sum"):
             return jnp.asarray(int(BatchFault.NONE), jnp.int32)
-        fine = jnp.all(jnp.asarray(weights) >= 0)
+        w = jnp.asarray(weights)
+        fine = jnp.all(w >= jnp.zeros((), w.dtype))
         return jnp.where(fine, int(BatchFault.NONE), int(BatchFault.NEGATIVE_WEIGHT)).astype(jnp.int32)
 
     def check_values(self, outputs: Shaped, targets: Any, weights: Any = None, *, signed: bool = True) -> None:

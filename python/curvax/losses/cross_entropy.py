@@ -79,7 +79,7 @@ class SoftmaxCrossEntropy(Loss):
         """Zero where the label is `ignore_index`; see `Loss.observed_weights`."""
         if self.ignore_index is None or len(targets.shape) == len(outputs.shape):
             return weights
-        counted = jnp.asarray(targets) != self.ignore_index
+        counted = jnp.asarray(targets).astype(jnp.int32) != self.ignore_index
         if weights is None:
             return counted
         w = append_axes(jnp.asarray(weights), counted.ndim)
@@ -90,10 +90,10 @@ class SoftmaxCrossEntropy(Loss):
         fault = super().batch_fault(outputs, targets, weights, signed=signed)
         if len(targets.shape) == len(outputs.shape):
             return fault
-        labels, counted = jnp.asarray(targets), self.observed_weights(outputs, targets, weights)
+        labels, counted = jnp.asarray(targets).astype(jnp.int32), self.observed_weights(outputs, targets, weights)
         known = (labels >= 0) & (labels < outputs.shape[-1])
         if counted is not None:
-            known |= append_axes(jnp.asarray(counted), labels.ndim) == 0
+            known |= ~append_axes(jnp.asarray(counted).astype(jnp.bool_), labels.ndim)
         return jnp.where((fault == 0) & ~jnp.all(known), int(BatchFault.LABEL_OUT_OF_RANGE), fault).astype(jnp.int32)
 
     def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
