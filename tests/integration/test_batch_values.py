@@ -109,7 +109,11 @@ def test_ignored_labels_at_a_head(x64: None) -> None:
     )
     found = []
     for method in (with_head, plain, weighted):
-        batch = {"x": x, "y": y} if method is not weighted else {"x": x, "y": jnp.abs(y) % 5, "w": (y >= 0) * 1.0}
+        batch = (
+            {"x": x, "y": y}
+            if method is not weighted
+            else {"x": x, "y": jnp.abs(y) % 5, "w": (y >= 0).astype(jnp.float64)}
+        )
         new, _, info = quick_jit(method.step)(params, batch, method.init(params))
         assert bool(info["accepted"]) and int(info["batch_fault"]) == 0
         found.append(dense.vector(new))

@@ -348,7 +348,8 @@ def test_kronecker_factors_and_plans_of_a_model_with_position_ids(x64: None) -> 
     params, batch = _token_params(7), _token_batch(7, 7, np.arange(7))
     given = {"x": {"tokens": 0, "places": None}, "y": 0}
     found = []
-    for options in ({}, {"microbatch_size": 3}, {"microbatch_size": 3, "batch_axes": given}):
+    variants: list[dict[str, Any]] = [{}, {"microbatch_size": 3}, {"microbatch_size": 3, "batch_axes": given}]
+    for options in variants:
         method = curvax.kfac(predict_fn=_tokens, loss=SoftmaxCrossEntropy(), fisher=_GGN, lam0=1.0, **options)
         got, _ = _step(method, params, batch)
         found.append(got)

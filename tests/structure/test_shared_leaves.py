@@ -158,10 +158,18 @@ def test_what_is_shared_is_found(name: str, x64: None) -> None:
     np.testing.assert_allclose(gram.reshape(outputs.size, -1), jacobian @ jacobian.T, rtol=1e-10, atol=1e-12)
 
 
+def _recurrent(params: PyTree) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def cell(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.tanh(h + x @ params["w"])
+        return h, h
+
+    return cell
+
+
 MIXED: dict[str, tuple[Callable[..., jax.Array], PyTree, str]] = {
     "logits of all pairs": (lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, (5, 3), "dot_general"),
     "time first": (
-        lambda p, x: jax.lax.scan(lambda h, t: (jnp.tanh(h + t @ p["w"]),) * 2, jnp.zeros((x.shape[1], 4)), x)[1],
+        lambda p, x: jax.lax.scan(_recurrent(p), jnp.zeros((x.shape[1], 4)), x)[1],
         (5, 2, 3),
         "scan",
     ),

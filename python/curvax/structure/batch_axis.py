@@ -114,10 +114,6 @@ class ByExample:
     examples: int
     axes: BatchAxes
 
-    def single(self) -> Program:
-        """The program."""
-        return self.program
-
 
 def by_example(
     predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None

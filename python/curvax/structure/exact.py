@@ -193,7 +193,7 @@ def per_example_gradient_norms(
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
     residual = loss.gradient(at.outputs, targets, at.weights.omega)
-    own = sound_inputs(captured.model.single, captured.model.axes, jax.tree.leaves(inputs), at.weights)
+    own = sound_inputs(captured, jax.tree.leaves(inputs), at.weights)
     factors = captured.batch(jax.tree.leaves(params), own, residual[None])
     norms = jnp.sqrt(squared_norms(captured, factors)[:, 0])
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms

@@ -71,8 +71,12 @@ class LossWeights:
         omega = jnp.broadcast_to(self.omega.reshape(shape), outputs.shape).reshape(outputs.shape[0], -1)
         return LossWeights(omega, 2, self.axes)
 
-    def reached(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
-        """Which weights of its example the arguments and some steps of a model reach, by its program on one example."""
+    def reached(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> Reached:
+        """Which weights of its example the arguments and some steps of a model reach."""
+        return self.reached_in(capture.model.program, steps)
+
+    def reached_in(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
+        """The same of the program of a model on one example."""
         shape = self.omega.shape[1:]
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(1, *shape)
         outputs = Reach.of(numbers.reshape(*numbers.shape, *[1] * (self.outputs_ndim - numbers.ndim)))
@@ -91,7 +95,7 @@ def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -
     if not weights.within:
         each = weights.examples.astype(dtype)[:, None]
         return [jnp.broadcast_to(each / site.positions, (each.shape[0], site.positions)) for site in sites]
-    found = weights.reached(capture.model.program, frozenset(site.path for site in sites)).steps
+    found = weights.reached(capture, frozenset(site.path for site in sites)).steps
     flat = weights.flat.astype(dtype)
     return [_of_site(site, found[site.path], flat, d) for site, d in zip(sites, factors.cotangents, strict=True)]
 
@@ -176,8 +180,15 @@ class Spans:
         return before[:, end] > before[:, first]
 
 
-def sound_inputs(
-    single: Callable[[], Program], axes: BatchAxes, inputs: Sequence[jax.Array], weights: LossWeights | None
+def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWeights | None) -> list[jax.Array]:
+    """`sound_leaves` of the inputs of a captured model; `weights` are `None` if all examples count."""
+    if weights is None:
+        return list(inputs)
+    return sound_leaves(lambda: capture.model.program, capture.model.axes, inputs, weights)
+
+
+def sound_leaves(
+    single: Callable[[], Program], axes: BatchAxes, inputs: Sequence[jax.Array], weights: LossWeights
 ) -> list[jax.Array]:
     """Inputs in which examples and positions of no weight hold what others do: nothing is left of what they held.
 
@@ -189,13 +200,13 @@ def sound_inputs(
       single: makes the program of the model on one example.
       axes: which leaves of the inputs hold the examples; the others keep what they hold.
       inputs: leaves of the inputs.
-      weights: of the loss, or `None` if all count.
+      weights: of the loss.
     """
-    if weights is None or not weights.masks:
+    if not weights.masks:
         return list(inputs)
     inputs, held = list(inputs), [i for i, axis in enumerate(axes.axes) if axis is not None]
     if weights.within:
-        reaches = weights.reached(single()).arguments[-len(inputs) :]
+        reaches = weights.reached_in(single()).arguments[-len(inputs) :]
         for i in held:
             inputs[i] = _sound_positions(inputs[i], reaches[i], weights.flat)
     counted = jnp.any(weights.flat != 0, axis=1)

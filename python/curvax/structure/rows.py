@@ -73,7 +73,7 @@ def row_gram(
     if captured is not None and output.couples_examples:
         return _coupled_gram(captured, params, inputs, output, max_bytes, implementation)
     if captured is not None:
-        own = sound_inputs(captured.model.single, captured.model.axes, jax.tree.leaves(inputs), weights)
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return gram(example_groups(captured, params, own, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
@@ -98,7 +98,7 @@ def row_diagonal(
     if predict is not None and not output.couples_examples:
         captured = _captured(predict, params, inputs, axes)
     if captured is not None:
-        own = sound_inputs(captured.model.single, captured.model.axes, jax.tree.leaves(inputs), weights)
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return example_diagonal(captured, params, own, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
 
