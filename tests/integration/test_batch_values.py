@@ -70,7 +70,8 @@ def test_ignored_labels_and_weights_of_positions(x64: None) -> None:
     truth = truth_of(model, "ce", params, {**batch, "w": mask * weights[:, None]})
     loss = SoftmaxCrossEntropy(ignore_index=-7)
     ignored = {"x": batch["x"], "y": jnp.asarray(labels), "w": jnp.asarray(weights)}
-    for options in ({}, {"microbatch_size": 2}):
+    variants: list[dict[str, Any]] = [{}, {"microbatch_size": 2}]
+    for options in variants:
         method = curvax.egn(predict_fn=model.predict, loss=loss, weight_key="w", lam0=LAM, **options)
         (got,), (info,) = directions(method, params, ignored)
         assert_close(got, truth.direction(LAM), 1e-8)
