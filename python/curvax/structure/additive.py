@@ -57,7 +57,7 @@ def additive_axes(
     Args:
       loss: the function.
       params, batch: arrays or shapes.
-      given: the axes, if the user says them: then he is believed where nothing can be shown.
+      given: the axes, if the user says them: they are taken at their word where nothing can be shown.
       sizes: number of examples -> those of the pieces; none if the batch is one piece.
       mean: whether a loss is to be the mean of those of the pieces, each weighted with its examples, or their sum.
     """
