@@ -85,6 +85,7 @@ class Method:
         keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
         evaluation = self._evaluation(batch, frozen, model_state, keys)
         curvature.check(trainable, evaluation)
+        evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
         return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
 
     def step(
@@ -143,11 +144,13 @@ class Method:
         state.layout.check(trainable)
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
-        self.assembly.curvature.check(trainable, evaluation)
-        apart = None
+        curvature = self.assembly.curvature
+        curvature.check(trainable, evaluation)
+        evaluation, apart = curvature.prepare(trainable, evaluation), None
         if curvature_batch is not None:
             apart = self._evaluation(curvature_batch, frozen, state.model_state, keys)
-            self.assembly.curvature.check(trainable, apart)
+            curvature.check(trainable, apart)
+            apart = curvature.prepare(trainable, apart)
         own = apart is None and gradient is None
         plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
@@ -163,6 +166,8 @@ class Method:
         keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
         evaluation = self._evaluation(batch, frozen, model_state, keys)
         self.assembly.curvature.check(trainable, evaluation)
+        evaluation = dataclasses.replace(evaluation, batch=_shapes(batch))
+        evaluation = self.assembly.curvature.prepare(trainable, evaluation)
         return plan_for_shapes(self.assembly, trainable, evaluation)
 
     def _evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: _Keys) -> Evaluation:
@@ -174,6 +179,10 @@ class Method:
             model_key=keys.model if curvature.needs_model_key else None,
             sample_key=keys.sample if curvature.is_random else None,
         )
+
+
+def _shapes(batch: Any) -> Any:
+    return jax.eval_shape(lambda: batch)
 
 
 @dataclasses.dataclass(frozen=True)

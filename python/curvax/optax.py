@@ -32,6 +32,7 @@ from curvax.method import Method
 from curvax.methods.assemble import assemble
 from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import CG, Cholesky, Diagonal, RowSpace, Solver
+from curvax.structure.batch_axes import AxesPrefix
 from curvax.telemetry import Telemetry
 from curvax.tree import PyTree
 
@@ -134,6 +135,7 @@ def scale_by_ggn(
     weight_key: str | None = None,
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (C + lam I)^-1 g with C from the Gauss-Newton family.
@@ -147,9 +149,10 @@ def scale_by_ggn(
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
+      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
       backend: preferred implementation of kernels.
     """
-    model = Model(predict_fn, x_key, y_key, weight_key, extras)
+    model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
     method = assemble(
         curvature=GaussNewton(model, loss, metric),
         solver=solver,
@@ -176,11 +179,12 @@ def scale_by_newton_cg(
     solver: Solver = CG(),
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`; arguments as in `scale_by_ggn`."""
     method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
+        curvature=Hessian(LossFunction(loss_fn, extras, batch_axes=batch_axes)),
         solver=solver,
         damping=Constant(lam),
         telemetry=Telemetry(()),
@@ -203,6 +207,7 @@ def scale_by_kfac(
     weight_key: str | None = None,
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`.
 
@@ -215,9 +220,10 @@ def scale_by_kfac(
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
+      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
     """
     method = assemble(
-        curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
+        curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
         solver=Diagonal(),
         damping=Constant(lam),
         preconditioner=preconditioner or KFAC(),

@@ -23,6 +23,7 @@ class Metric(enum.StrEnum):
     ACCEPTED = "accepted"
     FINITE = "finite"
     REJECTED = "rejected"
+    BATCH_FAULT = "batch_fault"
     RESULT = "result"
     ITERATIONS = "iterations"
     RESIDUAL = "residual"
@@ -59,7 +60,7 @@ class Metric(enum.StrEnum):
 
 
 _BOOLEANS = (Metric.ACCEPTED, Metric.FINITE)
-_INTEGERS = (Metric.STEP, Metric.REJECTED, Metric.RESULT, Metric.ITERATIONS)
+_INTEGERS = (Metric.STEP, Metric.REJECTED, Metric.BATCH_FAULT, Metric.RESULT, Metric.ITERATIONS)
 _MEANING = {
     Metric.STEP: "number of steps before this one",
     Metric.LOSS: "loss before the step, on the step's batch",
@@ -67,6 +68,7 @@ _MEANING = {
     Metric.ACCEPTED: "the step was taken",
     Metric.FINITE: "the step is made of finite numbers",
     Metric.REJECTED: "steps not taken so far, this one included",
+    Metric.BATCH_FAULT: "what is wrong with the values of the batch, a curvax.losses.BatchFault",
     Metric.RESULT: "how the solve ended, a curvax.solvers.Result",
     Metric.ITERATIONS: "iterations of the solver",
     Metric.RESIDUAL: "true residual of the linear system relative to its right-hand side",
@@ -93,12 +95,12 @@ class Record:
             raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")
 
 
-ALWAYS = (Record(Metric.STEP), Record(Metric.ACCEPTED), Record(Metric.FINITE), Record(Metric.REJECTED))
+ALWAYS = tuple(map(Record, (Metric.STEP, Metric.ACCEPTED, Metric.FINITE, Metric.REJECTED, Metric.BATCH_FAULT)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-    """The records of a method; `step`, `accepted`, `finite` and `rejected` are always among them."""
+    """The records of a method; `step`, `accepted`, `finite`, `rejected` and `batch_fault` are always among them."""
 
     records: tuple[Record, ...] = (Record(Metric.LOSS), Record(Metric.LAM))
 

@@ -39,3 +39,11 @@ def test_the_layerwise_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, str(page), "exec"), {"__name__": "layerwise"})
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("6 inner steps", "layers/1", "5 step sizes and 0 on 2 minibatches"))
+
+
+def test_the_page_on_batches_runs() -> None:
+    page = README.parent / "docs" / "batches.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope = {"__name__": "batches"}
+    exec(compile(block, str(page), "exec"), scope)
+    assert bool(scope["info"]["accepted"])  # type: ignore[index]

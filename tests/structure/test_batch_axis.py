@@ -126,12 +126,6 @@ def test_mixing_operations_are_never_called_independent(name: str) -> None:
     assert not independent and reason
 
 
-def test_several_input_arrays_need_one_leading_axis() -> None:
-    inputs = {"inner": jnp.ones((6, 2)), "edge": jnp.ones((3, 2))}
-    independent, reason = examples_independent(lambda w, x: x["inner"] @ w[:2], W, inputs)
-    assert not independent and "leading" in reason
-
-
 def test_parameters_as_long_as_the_probe_do_not_confuse_it() -> None:
     w = jnp.ones((5, 1009), jnp.float32)
     independent, reason = examples_independent(lambda w, x: x @ w, w, X)

@@ -164,7 +164,10 @@ def _linearize(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem)
         at = curvature.linearize(params, problem.evaluation, needs)
         return at, at
     at = curvature.linearize(params, problem.evaluation, Needs(gradient=problem.gradient is None))
-    return at, curvature.linearize(params, apart, dataclasses.replace(plan.needs, gradient=False))
+    curved = curvature.linearize(params, apart, dataclasses.replace(plan.needs, gradient=False))
+    if at.batch_fault is not None and curved.batch_fault is not None:
+        at = dataclasses.replace(at, batch_fault=jnp.maximum(at.batch_fault, curved.batch_fault))
+    return at, curved
 
 
 def _curvature_batch(problem: Problem) -> Evaluation:
@@ -293,6 +296,7 @@ def _info(
         Metric.ACCEPTED: accepted,
         Metric.FINITE: outcome.finite,
         Metric.REJECTED: following.rejected,
+        Metric.BATCH_FAULT: jnp.zeros((), jnp.int32) if at.batch_fault is None else at.batch_fault,
         Metric.RESULT: solution.result,
         Metric.ITERATIONS: solution.iterations,
         Metric.RESIDUAL: solution.residual,

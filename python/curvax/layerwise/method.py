@@ -19,6 +19,7 @@ from curvax.layerwise.search import LineSearch
 from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
 from curvax.result import Result, code
+from curvax.structure.batch_axes import BatchAxes, Parts
 from curvax.tree import PyTree
 
 Info = dict[str, Any]
@@ -105,8 +106,8 @@ class InnerLoopMethod:
 
         Args:
           params: parameters, laid out as for `init`.
-          batch: mapping of arrays whose leading axis is cut into `parts` equal parts: the inner minibatches in order,
-            then the line search's.
+          batch: mapping of arrays, whose examples are cut into `parts` equal parts: the inner minibatches in order,
+            then the line search's. Leaves that all examples share go into all of them.
           state: from `init` or the last step.
           rng: random key for models that take one; folded with step and minibatch.
 
@@ -114,21 +115,24 @@ class InnerLoopMethod:
           (params, state, info). A step that is not taken, because of a number that is not finite or because no
           candidate of the line search is better, returns parameters and inner state as they were. Info holds
           "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
-          and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search
+          and inner state are), "rejected" (steps not taken so far), "batch_fault" (what is wrong with the values of the
+          batch, a `curvax.losses.BatchFault`), "step_size" and "update_norm"; with a line search
           "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
           "result", "iterations" and "residual".
 
         Raises:
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
         """
-        minibatches, search_batch = self._cut(batch)
         carry = self.start(params, state, rng)
+        minibatches, search_batch = self._cut(batch, self._axes(carry, batch))
 
         @for_loop_body
         def advance(progress: Progress, minibatch: Any) -> Progress:
             return self._advance(carry, progress, minibatch)
 
-        progress, _ = jax.lax.scan(lambda p, m: (advance(p, m), None), carry.progress, minibatches)
+        progress, _ = jax.lax.scan(
+            lambda p, held: (advance(p, minibatches.part(held)), None), carry.progress, minibatches.held
+        )
         return self.finish(dataclasses.replace(carry, progress=progress), search_batch)
 
     def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
@@ -157,6 +161,7 @@ class InnerLoopMethod:
             result=code(Result.CONVERGED),
             iterations=jnp.zeros((), jnp.int32),
             residual=jnp.zeros((), dtype),
+            batch_fault=jnp.zeros((), jnp.int32),
         )
         key = None if rng is None else jax.random.fold_in(rng, state.step)
         return Carry(params, state, key, progress)
@@ -174,7 +179,7 @@ class InnerLoopMethod:
 
         Args:
           carry: from `accumulate`.
-          search_batch: fresh data of the line search, `None` without one; its leading axis is cut into the search's
+          search_batch: fresh data of the line search, `None` without one; its examples are cut into the search's
             `minibatches`.
 
         Returns:
@@ -213,6 +218,7 @@ class InnerLoopMethod:
             "accepted": accepted,
             "finite": finite,
             "rejected": rejected,
+            "batch_fault": progress.batch_fault,
             "step_size": size,
             "update_norm": jnp.where(accepted, size * tree.norm(progress.delta).astype(size.dtype), 0),
             **extra,
@@ -229,9 +235,10 @@ class InnerLoopMethod:
           model_state: as for `init`.
         """
         trainable, frozen = self.problem.curvature.partition.split(params)
-        minibatches, _ = jax.eval_shape(self._cut, batch)
-        minibatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), minibatches)
         key = jax.random.key(0) if self.problem.curvature.needs_model_key else None
+        shapes = jax.eval_shape(lambda: batch)
+        axes = self.problem.axes(trainable, Evaluation(shapes, frozen, model_state, key))
+        minibatch = jax.eval_shape(lambda b: self._minibatch(*self._cut(b, axes)), shapes)
         evaluation = Evaluation(minibatch, frozen, model_state, key)
         self.problem.outputs.check(trainable, evaluation)
         choices = self.kernel_choices(trainable, evaluation)
@@ -242,24 +249,34 @@ class InnerLoopMethod:
         wanted = self.problem.outputs.kernels(params, evaluation)
         return tuple(resolve(op, self.backend, request) for op, request in wanted)
 
-    def _cut(self, batch: Any) -> tuple[Any, Any]:
-        """(minibatches with a leading axis of inner steps, search batch or `None`)."""
-        leaves = jax.tree.leaves(batch)
-        sizes = {x.shape[0] if x.ndim else 0 for x in leaves}
-        if len(sizes) != 1 or min(sizes) == 0 or min(sizes) % self.parts:
+    def _axes(self, carry: Carry, batch: Any) -> BatchAxes:
+        trainable, evaluation = self._evaluation(carry, carry.progress, batch)
+        return self.problem.axes(trainable, evaluation)
+
+    def _cut(self, batch: Any, axes: BatchAxes) -> tuple[Parts, Any]:
+        """(inner minibatches, search batch or `None`)."""
+        examples = axes.count(batch)
+        if examples == 0 or examples % self.parts:
             search = "" if self.search is None else f" and {self.search.minibatches} of the line search"
             raise ValueError(
-                f"the batch has leading axes of {sorted(sizes)}: give every leaf the same leading axis of examples, a "
-                f"multiple of {self.parts} ({self.inner_steps} inner minibatches{search})."
+                f"the batch has {examples} examples: give it a multiple of {self.parts} ({self.inner_steps} inner "
+                f"minibatches{search})."
             )
-        each = min(sizes) // self.parts
+        each = examples // self.parts
         inside = each * self.inner_steps
-        minibatches = jax.tree.map(lambda x: x[:inside].reshape(self.inner_steps, each, *x.shape[1:]), batch)
-        return minibatches, None if self.search is None else jax.tree.map(lambda x: x[inside:], batch)
+        search_batch = None if self.search is None else axes.slice(batch, inside, examples)
+        return axes.parts(batch, each, self.inner_steps), search_batch
+
+    @staticmethod
+    def _minibatch(minibatches: Parts, search_batch: Any) -> Any:
+        """The first inner minibatch of what `_cut` returns."""
+        del search_batch
+        return minibatches.part([x[0] for x in minibatches.held])
 
     def _advance(self, carry: Carry, progress: Progress, minibatch: Any) -> Progress:
         trainable, evaluation = self._evaluation(carry, progress, minibatch)
         self.problem.outputs.check(trainable, evaluation)
+        evaluation = self.problem.prepare(trainable, evaluation)
         problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
         found = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
         return Progress(
@@ -271,6 +288,7 @@ class InnerLoopMethod:
             result=found.result,
             iterations=found.iterations,
             residual=found.residual.astype(progress.residual.dtype),
+            batch_fault=jnp.maximum(progress.batch_fault, self.problem.outputs.batch_fault(trainable, evaluation)),
         )
 
     def _evaluation(self, carry: Carry, progress: Progress, batch: Any) -> tuple[PyTree, Evaluation]:
@@ -285,10 +303,11 @@ class InnerLoopMethod:
         if self.search is None:
             raise AssertionError("only a method with a line search searches.")
         progress = carry.progress
-        _, evaluation = self._evaluation(carry, progress, self.search.pieces(search_batch))
+        _, evaluation = self._evaluation(carry, progress, None)
+        parts = self.search.parts(search_batch, self._axes(carry, search_batch))
         sizes = self.search.step_sizes(progress.loss.dtype)
         losses = self.search.losses(
-            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation
+            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation, parts
         )
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
         return sizes[best], {"search_loss": losses[0], "search_loss_after": losses[best]}

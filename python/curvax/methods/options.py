@@ -23,6 +23,7 @@ from curvax.methods.names import build_estimator, build_preconditioner, from_map
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import Identity, Preconditioner
 from curvax.solvers import CG, MartensStop, Solver
+from curvax.structure.batch_axes import AxesPrefix
 from curvax.telemetry import Metric, Record, Telemetry
 from curvax.transform import ScalarOrSchedule, build_transform
 
@@ -37,6 +38,8 @@ class CommonOptions:
       has_state, has_aux, has_rng: what the model takes and returns beside the plain signature (`curvature.Extras`).
       frozen: tree of booleans (or a function to one): True keeps a parameter as it is.
       microbatch_size: accumulate over pieces of so many examples; `None` takes the batch at once.
+      batch_axes: which axis of each leaf of the batch holds the examples, `None` for a leaf that all examples share: a
+        prefix of the batch, as `in_axes` of `jax.vmap`. By default, `None`, it is found (docs/structure.md).
     """
 
     backend: Backend = "auto"
@@ -46,6 +49,7 @@ class CommonOptions:
     has_rng: bool = False
     frozen: Mask | None = None
     microbatch_size: int | None = None
+    batch_axes: AxesPrefix | None = None
 
     @property
     def extras(self) -> Extras:
@@ -99,7 +103,7 @@ class ModelOptions(CommonOptions):
     def model(self) -> Model:
         if not callable(self.predict_fn):
             raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
-        return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras)
+        return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ model on one example (`ByExample`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr, Literal
 
 from curvax.jaxprs import CUSTOM, REMATERIALISED, SCAN, scan_counts, subjaxprs
+from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
 from curvax.structure.program import Atom, Name, Path, Program, Step, traced_program
 from curvax.tree import PyTree
@@ -37,21 +39,47 @@ _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
 def examples_independent(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> tuple[bool, str]:
     """Whether row i of `predict(params, inputs)` depends on example i of the inputs alone, and if not, why.
 
-    What is random does not count: of a value for the whole batch made of one key, each example has its own part.
+    Leaves of the inputs that all examples share (a grid, position ids) may enter every row. What is random does not
+    count: of a value for the whole batch made of one key, each example has its own part.
 
     Args:
       predict: the model.
       params: parameters (arrays or shapes).
-      inputs: inputs with a common leading example axis (arrays or shapes).
+      inputs: inputs (arrays or shapes).
 
     Returns:
       (True, "") or (False, reason).
     """
-    try:
-        by_example(predict, params, inputs)
-    except Mixed as mixed:
-        return False, str(mixed)
-    return True, ""
+    _, reason = example_axes(predict, params, inputs)
+    return not reason, reason
+
+
+def example_axes(
+    predict: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    axes: BatchAxes | None = None,
+    *,
+    sizes: Callable[[int], Sequence[int]] = lambda count: (1,),
+) -> tuple[BatchAxes, str]:
+    """Which leaves of the inputs hold the examples, so that row i of the outputs depends on their entries i alone.
+
+    Only leaves as long as the outputs can hold them. A leaf of that length by chance, as T position ids are in a batch
+    of T sequences, gives itself away: on another number of examples the model does not run, or it pairs the examples
+    with the leaf's entries. What is returned is proved for all leaves together, however it was found.
+
+    Args:
+      predict: the model; its one output has the examples on the same axis as the inputs.
+      params: parameters (arrays or shapes).
+      inputs: inputs (arrays or shapes).
+      axes: where the inputs hold the examples, if that is known and to be proved.
+      sizes: number of examples -> other numbers of them, on which the model must compute as it does on all; 1, by
+        default, where rows are to be made example by example.
+
+    Returns:
+      (axes, "") if that is so; else (axes, reason), with the axes of all leaves that are as long as the outputs.
+    """
+    return ExampleModel.of(predict, params, inputs).examples(axes, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,45 +105,147 @@ class ByExample:
       whole: the same on the batch.
       draws: steps of `program` whose results are to be the examples' parts of those of `whole`.
       examples: batch size of `whole`.
+      axes: which leaves of the inputs hold the examples, on their first axis; the others are shared.
     """
 
     program: Program
     whole: Program
     draws: tuple[Draw, ...]
     examples: int
+    axes: BatchAxes
 
 
-def by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> ByExample:
+def by_example(
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+) -> ByExample:
     """The programs of a model whose examples do not interact, from shapes alone.
+
+    Args:
+      predict, params, inputs: the model and its arguments.
+      axes: which leaves of the inputs hold the examples, on their first axis, if that is known.
 
     Raises:
       Mixed: the examples interact, or nobody can tell; the text says where.
     """
-    leaves = jax.tree.leaves(inputs)
-    if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) != 1:
-        raise Mixed("the inputs have no common leading example axis")
-    size, batch = leaves[0].shape[0], _probe_size(params, inputs)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-    def trace(size: int) -> Program:
-        resized = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), inputs)
-        return traced_program(predict, shapes, resized)
-
-    try:
-        probe, whole, single = trace(batch), trace(size), trace(1)
-    except (TypeError, ValueError) as error:
-        raise Mixed("the model does not accept another batch size") from error
-    alike = _same_computation(whole, probe) and _same_computation(single, probe)
-    if not alike or not (size == 1 or _same_shapes(whole, probe, size, batch)):
-        raise Mixed("the model computes differently for different batch sizes")
-    tracker = _Tracker(batch, {})
-    given = [_Seen()] * len(jax.tree.leaves(params)) + [_Seen(0, free=False)] * len(leaves)
-    (outputs,) = tracker.program(probe, given, _Where())
-    if outputs.lost or outputs.axis != 0:
-        raise Mixed(outputs.lost or "the outputs do not carry the example axis first")
-    steps = zip(*(list(_random_steps(p)) for p in (single, whole, probe)), strict=True)
+    model = ExampleModel.of(predict, params, inputs)
+    axes, reason = model.examples(axes, lambda count: (1,))
+    if reason:
+        raise Mixed(reason)
+    single, (probe, tracker) = model.at(axes, 1), model.followed(axes)
+    steps = zip(*(list(_random_steps(p)) for p in (single, model.whole, probe)), strict=True)
     draws = tuple(Draw(one, all_, tracker.drawn[path]) for one, all_, path in steps if path in tracker.drawn)
-    return ByExample(single, whole, draws, size)
+    return ByExample(single, model.whole, draws, model.count, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleModel:
+    """A model whose examples are looked for.
+
+    Attributes:
+      predict, params, inputs: the model and the shapes of its arguments.
+      whole: its program on these.
+    """
+
+    predict: Callable[[PyTree, Any], jax.Array]
+    params: PyTree
+    inputs: PyTree
+    whole: Program
+    _traced: dict[tuple[BatchAxes, int], Program] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: PyTree) -> ExampleModel:
+        """Of arrays or shapes."""
+        params, inputs = shapes_of((params, inputs))
+        return ExampleModel(predict, params, inputs, traced_program(predict, params, inputs))
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return self.whole.shapes[0][0]
+
+    def examples(self, axes: BatchAxes | None, sizes: Callable[[int], Sequence[int]]) -> tuple[BatchAxes, str]:
+        """See `example_axes`."""
+        leaves = jax.tree.leaves(self.inputs)
+        if not self.whole.shapes[0]:
+            return BatchAxes((None,) * len(leaves)), "the outputs have no axis for the examples"
+        alike = BatchAxes(tuple(0 if leaf.shape[:1] == (self.count,) else None for leaf in leaves))
+        first = alike if axes is None else axes
+        if not first.any:
+            return first, f"no leaf of the inputs is as long as the outputs, {self.count}"
+        reason = self.refuted(first, sizes)
+        if not reason or axes is not None:
+            return first, reason
+        for guess in self._guesses(alike):
+            if not self.refuted(guess, sizes):
+                return guess, ""
+        return alike, reason
+
+    def refuted(self, axes: BatchAxes, sizes: Callable[[int], Sequence[int]]) -> str:
+        """Why these axes do not hold the examples; empty if it is proved that they do."""
+        try:
+            probe, _ = self.followed(axes)
+            others = [(self.count, self.whole), *((size, self.at(axes, size)) for size in sizes(self.count))]
+            if not all(_alike(other, size, probe, self.probe) for size, other in others):
+                return "the model computes differently for different batch sizes"
+        except Mixed as mixed:
+            return str(mixed)
+        return ""
+
+    def followed(self, axes: BatchAxes) -> tuple[Program, _Tracker]:
+        """The program on the probe's number of examples, and what followed them to the outputs.
+
+        Raises:
+          Mixed: the examples interact, or do not arrive where they should.
+        """
+        probe, tracker = self.at(axes, self.probe), _Tracker(self.probe, {})
+        found = self._arrive(tracker, probe, axes)
+        if found.lost or found.axis != 0:
+            raise Mixed(found.lost or "the outputs do not carry the example axis first")
+        return probe, tracker
+
+    def _arrive(self, tracker: _Tracker, program: Program, axes: BatchAxes) -> _Seen:
+        own = [_Seen() if axis is None else _Seen(axis, free=False) for axis in axes.axes]
+        (found,) = tracker.program(program, [*(_Seen() for _ in jax.tree.leaves(self.params)), *own], _Where())
+        return found
+
+    def _guesses(self, alike: BatchAxes) -> Iterator[BatchAxes]:
+        """Sets of leaves whose examples stay apart, and in place, when they are followed through the model.
+
+        They are followed at the batch size that there is, where other axes may be as long: a guess, and no proof.
+        """
+
+        def stays(axes: BatchAxes) -> bool:
+            try:
+                return self._arrive(_Flow(self.count, {}), self.whole, axes).axis == 0
+            except Mixed:
+                return False
+
+        yield from alike.grown(stays)
+
+    @functools.cached_property
+    def probe(self) -> int:
+        """A number of examples that no other axis, or product of axes, is a multiple of."""
+        return probe_size(self.params, self.inputs)
+
+    def at(self, axes: BatchAxes, size: int) -> Program:
+        """The program on another number of examples."""
+        if (axes, size) not in self._traced:
+            try:
+                self._traced[axes, size] = traced_program(self.predict, self.params, axes.resized(self.inputs, size))
+            except Exception as error:  # A model refuses a size that it was not written for in whatever way it likes.
+                raise Mixed("the model does not accept another batch size") from error
+        return self._traced[axes, size]
+
+
+def shapes_of(values: PyTree) -> PyTree:
+    """Shapes and dtypes."""
+    return jax.eval_shape(lambda x: x, values)
+
+
+def _alike(program: Program, size: int, probe: Program, probe_size: int) -> bool:
+    """Whether programs on two numbers of examples do the same computation."""
+    shaped = size == 1 or _same_shapes(program, probe, size, probe_size)
+    return shaped and _same_computation(program, probe)
 
 
 def _random_steps(program: Program, path: Path = ()) -> Iterator[Path]:
@@ -127,7 +257,8 @@ def _random_steps(program: Program, path: Path = ()) -> Iterator[Path]:
             yield from _random_steps(step.body, (*path, index))
 
 
-def _probe_size(params: PyTree, inputs: Any) -> int:
+def probe_size(params: PyTree, inputs: Any) -> int:
+    """A number of examples that no axis, or product of axes, of these shapes is a multiple of."""
     shapes = [leaf.shape for leaf in jax.tree.leaves((params, inputs))]
     sizes = [d for shape in shapes for d in shape] + [math.prod(shape) for shape in shapes]
     for size in _PROBE_SIZES:
@@ -137,7 +268,7 @@ def _probe_size(params: PyTree, inputs: Any) -> int:
 
 
 # Equations that only rearrange: JAX leaves them out where an axis has length one.
-_REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
+REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
 
 
 def _same_computation(program: Program, probe: Program) -> bool:
@@ -149,7 +280,7 @@ def _same_computation(program: Program, probe: Program) -> bool:
     mine, theirs = list(_constants(program)), list(_constants(probe))
     if list(_signature(program)) != list(_signature(probe)) or len(mine) != len(theirs):
         return False
-    return all(map(_same_constant, mine, theirs))
+    return all(map(same_constant, mine, theirs))
 
 
 def _constants(program: Program) -> Iterator[Any]:
@@ -161,25 +292,27 @@ def _constants(program: Program) -> Iterator[Any]:
 
 def _signature(program: Program) -> Iterator[Any]:
     for step in program.steps:
-        if step.primitive in _REARRANGING:
+        if step.primitive in REARRANGING:
             continue
-        yield from _equation_signature(step.eqn, step.inputs)
+        yield from equation_signature(step.eqn, step.inputs)
         for body in step.bodies:
             yield from _signature(body)
         if not step.bodies:
             for jaxpr in subjaxprs(step.eqn.params):
-                yield from _jaxpr_signature(jaxpr)
+                yield from jaxpr_signature(jaxpr)
 
 
-def _jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
+def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
+    """What a jaxpr does, whatever the shapes."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name not in _REARRANGING:
-            yield from _equation_signature(eqn, eqn.invars)
+        if eqn.primitive.name not in REARRANGING:
+            yield from equation_signature(eqn, eqn.invars)
             for inner in subjaxprs(eqn.params):
-                yield from _jaxpr_signature(inner)
+                yield from jaxpr_signature(inner)
 
 
-def _equation_signature(eqn: Any, operands: Sequence[Any]) -> Iterator[Any]:
+def equation_signature(eqn: Any, operands: Sequence[Any]) -> Iterator[Any]:
+    """What an equation does to these operands, whatever the shapes."""
     yield eqn.primitive.name
     yield from (repr(v.val) for v in operands if isinstance(v, Literal))
     # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
@@ -204,7 +337,8 @@ def _same_shapes(program: Program, probe: Program, size: int, probe_size: int) -
     return len(program.steps) == len(probe.steps) and all(map(same, program.steps, probe.steps))
 
 
-def _same_constant(a: Any, b: Any) -> bool:
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether two constants are surely equal."""
     if a is b:
         return True
     if isinstance(a, Tracer) or isinstance(b, Tracer) or a.shape != b.shape:
@@ -268,6 +402,9 @@ class _Tracker:
         """What is known of the results."""
         if any(self._long(np.shape(value)) for value in program.constants.values()):
             raise Mixed("a constant as long as the batch tells examples apart")
+        return self._follow(program, given, where)
+
+    def _follow(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
         known: dict[Name, _Seen] = dict(zip(program.arguments, given, strict=True))
 
         def read(atom: Atom) -> _Seen:
@@ -317,6 +454,18 @@ class _Tracker:
             return [_Seen(lost=reason)] * len(step.outputs)
         self.drawn[(*where.path, index)] = where.scans + long[0]
         return [_Seen(long[0])]
+
+
+class _Flow(_Tracker):
+    """Follows the examples where other axes may be as long: what does not come from them is taken to be shared."""
+
+    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
+        return self._follow(program, given, where)
+
+    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
+        if all(s.axis is None for s in seen):
+            return [_Seen()] * len(step.outputs)
+        return super()._step(step, seen, index, where)
 
 
 def _call(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
 from curvax.structure.program import RESULT, Hooks, Path, replay, traced_program
 from curvax.structure.recognise import Structure, recognise
@@ -54,7 +55,7 @@ class Capture:
     dtype: np.dtype
 
     def inputs(self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """All that examples have of their own, each with the example axis first: the inputs, then what was drawn.
+        """The inputs, then what was drawn for each example, with the example axis first.
 
         Args:
           leaves: of the parameters.
@@ -78,6 +79,15 @@ class Capture:
         shape = (*x.shape[:axis], self.model.examples, x.shape[axis] // self.model.examples, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
+    def one(self, own: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
+        """What an example has of `inputs`, its axis kept with length one; what is shared stays whole."""
+        return self._axes.example(own, index)
+
+    @property
+    def _axes(self) -> BatchAxes:
+        """Of `inputs`: what is drawn has the examples in front."""
+        return BatchAxes((*self.model.axes.axes, *(0 for _ in self.model.draws)))
+
     def example(
         self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], rows: Callable[[jax.Array], jax.Array]
     ) -> Factors:
@@ -85,7 +95,7 @@ class Capture:
 
         Args:
           leaves: of the parameters.
-          inputs: what `Capture.inputs` has of the example, with an example axis of length one.
+          inputs: what `Capture.one` has of the example.
           rows: outputs (1, ...) -> the output cotangents that make the rows, (R, 1, ...).
         """
         sites, taken = self.structure.sites, self.structure.explicit
@@ -101,9 +111,9 @@ class Capture:
         """The factors of all examples, for output cotangents (R, B, ...) and leaves of the inputs: one more axis B."""
 
         def one(x: Sequence[jax.Array], u: jax.Array) -> Factors:
-            return self.example(leaves, [leaf[None] for leaf in x], lambda _: u[:, None])
+            return self.example(leaves, self._axes.expanded(x), lambda _: u[:, None])
 
-        return jax.vmap(one, in_axes=(0, 1))(self.inputs(leaves, inputs), cotangents)
+        return jax.vmap(one, in_axes=(list(self._axes.axes), 1))(self.inputs(leaves, inputs), cotangents)
 
     def _perturbed(
         self,
@@ -138,12 +148,14 @@ def _summed(paths: Sequence[Path], perturbations: Sequence[jax.Array]) -> dict[P
     return found
 
 
-def capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Capture:
-    """The capture of a model whose examples do not interact, from shapes alone.
+def capture(
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+) -> Capture:
+    """The capture of a model whose examples do not interact, from shapes alone; arguments as for `by_example`.
 
     Raises:
       Mixed: the examples interact.
     """
-    model = by_example(predict, params, inputs)
+    model = by_example(predict, params, inputs, axes)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
     return Capture(model, recognise(model.program, shapes), tree.scalar_dtype(params))

@@ -25,7 +25,7 @@ def example_diagonal(captured: Capture, params: PyTree, inputs: Any, output: Out
 
     def make(example: jax.Array, chosen: jax.Array) -> Factors:
         """Factors of some rows of an example; a row past the end is zero."""
-        one = [jax.lax.dynamic_slice_in_dim(x, example, 1, axis=0) for x in own]
+        one = captured.one(own, example)
         return captured.example(leaves, one, lambda outputs: _columns(output.example(example), chosen, outputs))
 
     per_row = _row_bytes(captured, make, shapes)

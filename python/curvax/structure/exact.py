@@ -25,6 +25,7 @@ from curvax.curvature.output_space import (
 )
 from curvax.kernels import Choice, Implementation
 from curvax.losses.base import Loss, check_loss
+from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
@@ -41,6 +42,7 @@ def jacobian_gram(
     params: PyTree,
     inputs: Any,
     *,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
@@ -49,7 +51,10 @@ def jacobian_gram(
     Args:
       predict_fn: (params, inputs) -> outputs (B, ...).
       params: parameters, at least one.
-      inputs: inputs with a common leading example axis of length B.
+      inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
+        ids) keep their shape.
+      batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
+        `in_axes` of `jax.vmap`; by default `None`, it is found from the model (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
         factors anew for each pair of blocks of examples that meet.
       implementation: of the op `gram_accumulate`; `None` for the best supported one.
@@ -68,6 +73,7 @@ def jacobian_gram(
         inputs,
         Identity(outputs),
         _pull(vjp, outputs),
+        axes=leading_axes(batch_axes, inputs),
         max_bytes=max_bytes,
         implementation=implementation,
     )
@@ -86,6 +92,7 @@ def ggn_diagonal(
     *,
     samples: int | None = None,
     key: jax.Array | None = None,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The diagonal of the generalized Gauss-Newton matrix of a loss: exact, or an unbiased Monte Carlo estimate.
@@ -99,10 +106,11 @@ def ggn_diagonal(
       predict_fn: (params, inputs) -> outputs (B, ...).
       loss: a loss of `curvax.losses`.
       params: parameters.
-      inputs: inputs with a common leading example axis.
+      inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
       samples: number of samples of all targets; `None` for the exact diagonal.
       key: where samples come from; needed for the estimate alone.
+      batch_axes: as in `jacobian_gram`.
       max_bytes: bound on the memory of factors and formed rows; 2 GiB by default.
 
     Returns:
@@ -111,7 +119,7 @@ def ggn_diagonal(
     Raises:
       ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
     """
-    at = _at(predict_fn, loss, params, inputs, targets, weights)
+    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
     if samples is None:
         return at.diagonal(GeneralizedGaussNewton(), max_bytes)
     if key is None or samples < 1:
@@ -136,6 +144,7 @@ def empirical_fisher_diagonal(
     targets: Any,
     weights: Any = None,
     *,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The exact diagonal of the empirical Fisher: weighted squares of the gradients of every position's own loss.
@@ -143,7 +152,7 @@ def empirical_fisher_diagonal(
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
     Arguments, result and errors as in `ggn_diagonal`.
     """
-    return _at(predict_fn, loss, params, inputs, targets, weights).diagonal(ObservedFisher(), max_bytes)
+    return _at(predict_fn, loss, params, inputs, targets, weights, batch_axes).diagonal(ObservedFisher(), max_bytes)
 
 
 def per_example_gradient_norms(
@@ -153,6 +162,8 @@ def per_example_gradient_norms(
     inputs: Any,
     targets: Any,
     weights: Any = None,
+    *,
+    batch_axes: AxesPrefix | None = None,
 ) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
@@ -163,8 +174,9 @@ def per_example_gradient_norms(
       predict_fn: (params, inputs) -> outputs (B, ...), which must treat each example by itself.
       loss: a loss of `curvax.losses`.
       params: parameters.
-      inputs: inputs with a common leading example axis.
+      inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
+      batch_axes: as in `jacobian_gram`.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -172,11 +184,11 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
-    at = _at(predict_fn, loss, params, inputs, targets, weights)
+    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
     try:
         if loss.couples_examples:
             raise Mixed("the loss couples them")
-        captured = capture(predict_fn, params, inputs)
+        captured = capture(predict_fn, params, inputs, at.axes)
     except Mixed as mixed:
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
@@ -199,6 +211,7 @@ class _Point:
     outputs: jax.Array
     weights: LossWeights
     pull: Callable[[jax.Array], PyTree]
+    axes: BatchAxes | None
 
     def diagonal(self, metric: Metric, max_bytes: int) -> PyTree:
         """The diagonal of J^T Q J for the metric's Q."""
@@ -209,19 +222,37 @@ class _Point:
         """The diagonal of J^T Q J; zero if nothing counts."""
         weights = self.weights
         found = row_diagonal(
-            self.predict, self.params, self.inputs, output, self.pull, weights=weights, max_bytes=max_bytes
+            self.predict,
+            self.params,
+            self.inputs,
+            output,
+            self.pull,
+            axes=self.axes,
+            weights=weights,
+            max_bytes=max_bytes,
         )
         if not weights.masks:
             return found
         return tree.where(jnp.any(weights.flat != 0), found, tree.zeros_like(found))
 
 
-def _at(predict: Predict, loss: Loss, params: PyTree, inputs: Any, targets: Any, weights: Any) -> _Point:
+def _at(
+    predict: Predict,
+    loss: Loss,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    weights: Any,
+    batch_axes: AxesPrefix | None,
+) -> _Point:
     check_loss(loss)
     outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
     loss.check(outputs, targets, weights)
-    counted = LossWeights.of(loss.effective_weights(outputs, weights), outputs, weights)
-    return _Point(predict, loss, params, inputs, targets, outputs, counted, _pull(vjp, outputs))
+    loss.check_values(outputs, targets, weights)
+    observed = loss.observed_weights(outputs, targets, weights)
+    counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
+    axes = leading_axes(batch_axes, inputs)
+    return _Point(predict, loss, params, inputs, targets, outputs, counted, _pull(vjp, outputs), axes)
 
 
 def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:

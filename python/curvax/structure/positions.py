@@ -12,14 +12,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.program import Path
+from curvax.structure.program import Path, Program
 from curvax.structure.reach import Reach, Reached, reached
 from curvax.structure.sites import Site
 
@@ -39,9 +41,9 @@ class LossWeights:
     axes: int
 
     @staticmethod
-    def of(omega: jax.Array, outputs: jax.Array, weights: object) -> LossWeights:
+    def of(omega: jax.Array, outputs: Any, weights: object) -> LossWeights:
         """Of effective weights, outputs and the batch's own weights or `None`."""
-        return LossWeights(omega, outputs.ndim, 0 if weights is None else np.ndim(weights))  # type: ignore[arg-type]
+        return LossWeights(omega, len(outputs.shape), 0 if weights is None else np.ndim(weights))  # type: ignore[arg-type]
 
     @property
     def flat(self) -> jax.Array:
@@ -71,10 +73,14 @@ class LossWeights:
 
     def reached(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> Reached:
         """Which weights of its example the arguments and some steps of a model reach."""
+        return self.reached_in(capture.model.program, steps)
+
+    def reached_in(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
+        """The same of the program of a model on one example."""
         shape = self.omega.shape[1:]
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(1, *shape)
         outputs = Reach.of(numbers.reshape(*numbers.shape, *[1] * (self.outputs_ndim - numbers.ndim)))
-        return reached(capture.model.program, [outputs], steps)
+        return reached(program, [outputs], steps)
 
 
 def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -> list[jax.Array]:
@@ -175,6 +181,15 @@ class Spans:
 
 
 def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWeights | None) -> list[jax.Array]:
+    """`sound_leaves` of the inputs of a captured model; `weights` are `None` if all examples count."""
+    if weights is None:
+        return list(inputs)
+    return sound_leaves(lambda: capture.model.program, capture.model.axes, inputs, weights)
+
+
+def sound_leaves(
+    single: Callable[[], Program], axes: BatchAxes, inputs: Sequence[jax.Array], weights: LossWeights
+) -> list[jax.Array]:
     """Inputs in which examples and positions of no weight hold what others do: nothing is left of what they held.
 
     The derivatives of a model at an input that nobody counts need not be finite, and zero times infinity is no zero.
@@ -182,18 +197,22 @@ def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWei
     by themselves, a position of zero weight takes them from the first one of its example that counts.
 
     Args:
-      capture: the model.
+      single: makes the program of the model on one example.
+      axes: which leaves of the inputs hold the examples; the others keep what they hold.
       inputs: leaves of the inputs.
-      weights: of the loss, or `None` if all count.
+      weights: of the loss.
     """
-    if weights is None or not weights.masks:
+    if not weights.masks:
         return list(inputs)
-    inputs = list(inputs)
+    inputs, held = list(inputs), [i for i, axis in enumerate(axes.axes) if axis is not None]
     if weights.within:
-        reaches = weights.reached(capture).arguments[-len(inputs) :]
-        inputs = [_sound_positions(x, reach, weights.flat) for x, reach in zip(inputs, reaches, strict=True)]
+        reaches = weights.reached_in(single()).arguments[-len(inputs) :]
+        for i in held:
+            inputs[i] = _sound_positions(inputs[i], reaches[i], weights.flat)
     counted = jnp.any(weights.flat != 0, axis=1)
-    return [jnp.where(_like(counted, x), x, _first(x, counted, 0)) for x in inputs]
+    for i in held:
+        inputs[i] = jnp.where(_like(counted, inputs[i]), inputs[i], _first(inputs[i], counted, 0))
+    return inputs
 
 
 def _sound_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:

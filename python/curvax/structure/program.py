@@ -70,12 +70,16 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program without inner `jit` calls: `arguments` and `constants` in, `steps` in order, `results` out."""
+    """A program without inner `jit` calls: `arguments` and `constants` in, `steps` in order, `results` out.
+
+    `shapes` are those of the results.
+    """
 
     arguments: tuple[Name, ...]
     constants: Mapping[Name, Any]
     steps: tuple[Step, ...]
     results: tuple[Atom, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 def program(live: LiveJaxpr) -> Program:
@@ -110,7 +114,8 @@ def program(live: LiveJaxpr) -> Program:
 
     arguments = tuple(next(names) for _ in live.jaxpr.invars)
     results = inline(live, arguments)
-    return Program(arguments, constants, tuple(steps), tuple(results))
+    shapes = tuple(tuple(getattr(v.aval, "shape", ())) for v in live.jaxpr.outvars)
+    return Program(arguments, constants, tuple(steps), tuple(results), shapes)
 
 
 def traced_program(predict: Callable[[PyTree, Any], PyTree], params: PyTree, inputs: Any) -> Program:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.recognise import GENERIC, Finding
@@ -32,7 +33,13 @@ class LeafStructure:
         return f"{self.path}: {self.rule}" + (f": {self.reason}" if self.reason else "")
 
 
-def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> tuple[LeafStructure, ...]:
+def report(
+    predict_fn: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    *,
+    batch_axes: AxesPrefix | BatchAxes | None = None,
+) -> tuple[LeafStructure, ...]:
     """The structure that the Gram matrix of the rows makes use of, one entry per parameter leaf.
 
     Nothing is computed. A loss that couples examples (`Loss.couples_examples`) takes explicit rows whatever is said
@@ -41,14 +48,15 @@ def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, input
     Args:
       predict_fn: (params, inputs) -> outputs.
       params: parameters (arrays or shapes).
-      inputs: inputs with a common leading example axis (arrays or shapes).
+      inputs: inputs (arrays or shapes).
+      batch_axes: as in `jacobian_gram`.
 
     Returns:
       One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     try:
-        findings = capture(predict_fn, params, inputs).structure.findings
+        findings = capture(predict_fn, params, inputs, leading_axes(batch_axes, inputs)).structure.findings
     except Mixed as mixed:
         findings = (Finding(GENERIC, str(mixed)),) * len(leaves)
     return tuple(

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import OutputCurvature
+from curvax.curvature.output_space import Identity, OutputCurvature
 from curvax.kernels import Choice, Implementation
+from curvax.kernels.gram_accumulate.whole import mirror
+from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
@@ -35,6 +37,7 @@ def row_gram(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    axes: BatchAxes | None = None,
     weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
@@ -48,6 +51,7 @@ def row_gram(
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       pull: u -> J^T u over the whole batch.
+      axes: which leaves of the inputs hold the examples, if that is known; it is found out otherwise.
       weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
         model's examples (positions) do not interact. `None` by default.
       max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
@@ -65,7 +69,9 @@ def row_gram(
     """
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    captured = _captured(predict, params, inputs, output)
+    captured = None if predict is None else _captured(predict, params, inputs, axes)
+    if captured is not None and output.couples_examples:
+        return _coupled_gram(captured, params, inputs, output, max_bytes, implementation)
     if captured is not None:
         own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return gram(example_groups(captured, params, own, output), max_bytes, implementation)
@@ -79,6 +85,7 @@ def row_diagonal(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    axes: BatchAxes | None = None,
     weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
@@ -87,7 +94,9 @@ def row_diagonal(
     Returns:
       A wide tree with the structure of `params`.
     """
-    captured = _captured(predict, params, inputs, output)
+    captured = None
+    if predict is not None and not output.couples_examples:
+        captured = _captured(predict, params, inputs, axes)
     if captured is not None:
         own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return example_diagonal(captured, params, own, output, max_bytes)
@@ -95,13 +104,11 @@ def row_diagonal(
 
 
 def _captured(
-    predict: Callable[[PyTree, Any], jax.Array] | None, params: PyTree, inputs: Any, output: OutputCurvature
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None
 ) -> Capture | None:
-    """The model by example, or `None` if its rows mix examples; warns if the model does, for that is seldom meant."""
-    if predict is None or output.couples_examples:
-        return None
+    """The model by example, or `None` if it mixes examples; warns if it does, for that is seldom meant."""
     try:
-        return capture(predict, params, inputs)
+        return capture(predict, params, inputs, axes)
     except Mixed as mixed:
         # Python shows a warning with the same words once.
         warnings.warn(
@@ -120,7 +127,7 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
     own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
     def make(index: jax.Array) -> list[Layer]:
-        one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in own]
+        one = captured.one(own, index)
         local = output.example(index)
 
         def cotangents(outputs: jax.Array) -> jax.Array:
@@ -130,6 +137,25 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
         return layers(captured, captured.example(leaves, one, cotangents))
 
     return RowGroups(output.row_shape[0], rows, captured.dtype, make)
+
+
+def _coupled_gram(
+    captured: Capture,
+    params: PyTree,
+    inputs: Any,
+    output: OutputCurvature,
+    max_bytes: int,
+    implementation: Implementation | Choice | None,
+) -> jax.Array:
+    """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
+    like = _outputs_like(output)
+    rows = example_groups(captured, params, inputs, Identity(jnp.zeros(like.shape, like.dtype)))
+
+    def each_row(matrix: jax.Array) -> jax.Array:
+        """S^T times every row of a matrix."""
+        return jax.vmap(lambda row: output.factor_transpose(row.reshape(like.shape)).reshape(-1))(matrix)
+
+    return mirror(each_row(each_row(gram(rows, max_bytes, implementation)).T))
 
 
 def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> RowGroups:
