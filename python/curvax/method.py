@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature import Evaluation
-from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
-from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
+from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, propose, wide_shapes
+from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
 from curvax.tree import PyTree
 
@@ -68,8 +68,13 @@ class Method:
             solver=self.assembly.solver.init(like),
             transform=self.assembly.transform.init(wide),
             model_state=model_state,
+            last=LastStep(jax.tree.map(jnp.copy, trainable), jnp.asarray(False)) if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
+
+    @property
+    def _takes_unseen_steps(self) -> bool:
+        return self.assembly.damping.evaluate_every not in (None, 1)
 
     def _preconditioner(self, params: PyTree, like: PyTree, batch: Any | None, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
@@ -149,6 +154,7 @@ class Method:
             self.assembly.curvature.check(trainable, apart)
         own = apart is None and gradient is None
         plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
+        warn_of_expense(self.assembly, plan, trainable, apart or evaluation)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
 
     def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:

@@ -99,7 +99,9 @@ def over_and_over(body: Callable[[Any, Any], Any], count: int) -> Callable[[Any,
     """
     barrier = jax.lax.optimization_barrier
     if not accelerated():
-        return jax.jit(lambda c, f: jax.lax.fori_loop(0, count, lambda _, c: body(*barrier((c, f))), c), donate_argnums=(0,))
+        return jax.jit(
+            lambda c, f: jax.lax.fori_loop(0, count, lambda _, c: body(*barrier((c, f))), c), donate_argnums=(0,)
+        )
 
     def spelt_out(carry: Any, fixed: Any) -> Any:
         for _ in range(count):

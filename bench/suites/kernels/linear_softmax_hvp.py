@@ -69,7 +69,6 @@ def _looped(
     goal: float | None,
 ) -> run.Candidate:
     """The product over and over, each of the last one's result."""
-
     looped = over_and_over(lambda carry, at: product(*at, *carry), count)
     return run.Candidate(
         name, lambda carry: looped(carry, at), lambda: tuple(map(jnp.copy, tangent)), baseline=baseline, goal=goal

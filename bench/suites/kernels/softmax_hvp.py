@@ -68,4 +68,6 @@ def _looped(
     """The product over and over, each of the last one's result."""
     step = over_and_over(lambda carry, fixed: product(fixed[0], carry, fixed[1]), count)
     fixed = (logits, weights)
-    return run.Candidate(name, lambda carry: step(carry, fixed), lambda: jnp.copy(tangents), baseline=baseline, goal=goal)
+    return run.Candidate(
+        name, lambda carry: step(carry, fixed), lambda: jnp.copy(tangents), baseline=baseline, goal=goal
+    )

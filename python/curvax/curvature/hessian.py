@@ -16,6 +16,7 @@ from curvax.curvature.differentiate import linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
 from curvax.losses.base import Loss, check_loss
+from curvax.losses.rounding import measured_rounding
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
@@ -42,6 +43,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         """Weights of the examples in the loss, normaliser included."""
+
+    @abc.abstractmethod
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        """How far rounding may move the loss, whose value at `params` is `loss`."""
 
     @abc.abstractmethod
     def __call__(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
@@ -92,6 +97,10 @@ class LossFunction(Objective):
         share = jnp.sum(evaluation.omega) if self.reduction == "mean" else jnp.ones((), value.dtype)
         return value * share.astype(value.dtype), rest
 
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        # What is rounded inside is not known, so it is measured, by four forward passes.
+        return measured_rounding(lambda p: self(p, evaluation)[0], params, loss)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelLoss(Objective):
@@ -126,6 +135,12 @@ class ModelLoss(Objective):
         outputs, rest = self.model.outputs(params, evaluation)
         omega = self.effective_weights(params, evaluation)
         return self.loss.value(outputs, self.model.targets(evaluation.batch), omega), rest
+
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        # The forward pass is the linearization's own: the compiler merges them.
+        outputs = self.model.outputs(params, evaluation)[0]
+        omega = self.effective_weights(params, evaluation)
+        return self.loss.rounding(outputs, self.model.targets(evaluation.batch), omega)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +199,7 @@ class Hessian(Curvature):
             gradient=at.gradient if needs.gradient else None,
             product=at.product,
             sampled_gradient=self._sampled_gradient(params, evaluation) if needs.sampling else None,
+            rounding=lambda: self.objective.rounding(params, evaluation, at.value),
             model_state=at.rest[0],
             aux=at.rest[1],
         )

@@ -1,5 +1,6 @@
 """Execution: the planned step."""
 
+from curvax.execute.state import LastStep as LastStep
 from curvax.execute.state import Layout as Layout
 from curvax.execute.state import MethodState as MethodState
 from curvax.execute.state import wide_shapes as wide_shapes

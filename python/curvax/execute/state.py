@@ -46,6 +46,20 @@ def _paths(params: PyTree) -> list[str]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LastStep:
+    """The last step, as far as it takes to undo it.
+
+    Attributes:
+      before: the trainable parameters before it.
+      unseen: it was taken without a look at the loss behind it.
+    """
+
+    before: PyTree
+    unseen: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MethodState:
     """State of a method; a pytree of arrays with fixed shapes and dtypes.
 
@@ -54,6 +68,7 @@ class MethodState:
       rejected: steps not taken so far, int32.
       damping, preconditioner, solver, transform: the modules' states.
       model_state: mutable model state (BatchNorm statistics), or `None`.
+      last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
       layout: what parameters the state belongs to; static.
     """
 
@@ -64,6 +79,7 @@ class MethodState:
     solver: Any
     transform: Any
     model_state: PyTree
+    last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from curvax.method import Method
-from curvax.methods.names import check_keywords, nearest
+from curvax.spelling import check_keywords, nearest
 
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")

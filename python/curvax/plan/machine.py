@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 
@@ -89,6 +90,17 @@ GPU = Machine(
 )
 """NVIDIA H100 SXM: float32 outside tensor cores (products at highest precision) and HBM3. Nothing of it was measured:
 launches and the factorisation are guesses."""
+
+
+def memory() -> int | None:
+    """Bytes that arrays of the default device may take up in all; `None` where that is not known."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such function on Windows, no such name elsewhere
+        return None
 
 
 def machine() -> Machine:
