@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -13,9 +13,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(choices)}."
 
 
-def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for the first keyword that is not known, naming the nearest that is."""
+def check_keywords(
+    owner: str, given: Iterable[str], known: Iterable[str], instead: Mapping[str, str] | None = None
+) -> None:
+    """Raises TypeError for the first keyword that is not known, with what to write instead or the nearest that is."""
     choices = set(known)
     for word in given:
-        if word not in choices:
-            raise TypeError(f"{owner} has no keyword '{word}'.{nearest(word, choices)}")
+        if word in choices:
+            continue
+        if instead is not None and word in instead:
+            raise TypeError(f"{owner} has no keyword '{word}': {instead[word]}")
+        raise TypeError(f"{owner} has no keyword '{word}'.{nearest(word, choices)}")

@@ -140,8 +140,28 @@ class EntrywiseUpdate(RatedUpdate):
 
 def check_learning_rate(learning_rate: Any) -> None:
     """Raises TypeError for what is neither a number nor a schedule. None would leave out the sign of descent."""
-    if learning_rate is None or isinstance(learning_rate, str):
+    if learning_rate is None or isinstance(learning_rate, str | bool | dict | list | tuple):
         raise TypeError("learning_rate must be a number or an Optax schedule: 1.0 takes the full direction.")
+
+
+def check_rates(learning_rate: Any, weight_decay: Any, **decays: Any) -> None:
+    """Raises for rates that no optimizer takes; what is traced or a schedule is believed.
+
+    Args:
+      learning_rate: a number or a schedule.
+      weight_decay: at least 0.
+      decays: decays of running averages by name, in [0, 1).
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range.
+    """
+    check_learning_rate(learning_rate)
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be at least 0 and finite, not {value}.")
+    for name, value in decays.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {value}.")
 
 
 def trainable_mask(mask: Any | None) -> Any | None:

@@ -215,7 +215,11 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     rhs = pair(r)
     start = None
     if cg.warm_start and shift is None:
-        start = _warm_start(system.space, rows.output, task.lam, pair(r - rows.output.product(rows.push(state))), rhs)
+        w = pair(r - rows.output.product(rows.push(state)))
+        # Nothing to start from: a start along r would be an iteration without its share in the conjugate directions.
+        start = tree.scale(
+            (tree.max_abs(state) > 0).astype(rhs[0].dtype), _warm_start(system.space, rows.output, task.lam, w, rhs)
+        )
     # Vector and image under K drift apart at rounding level; a residual below that steers by noise.
     floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
     solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)

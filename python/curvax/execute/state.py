@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from curvax import tree
 from curvax.tree import PyTree
@@ -38,6 +39,11 @@ class Layout:
                     f"parameter {path} is {theirs[1]}{list(theirs[0])}, but the state was made for "
                     f"{mine[1]}{list(mine[0])}: call init again."
                 )
+
+    def wide(self) -> PyTree:
+        """Shapes of wide vectors over such parameters."""
+        shapes = [jax.ShapeDtypeStruct(shape, tree.wide_dtype(jnp.dtype(dtype))) for shape, dtype in self.leaves]
+        return jax.tree.unflatten(self.structure, shapes)
 
 
 def _paths(params: PyTree) -> list[str]:
@@ -81,6 +87,23 @@ class MethodState:
     model_state: PyTree
     last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+def check_part(name: str, state: Any, expected: Any) -> None:
+    """Raises ValueError for a module's state that is another module's.
+
+    Args:
+      name: of the module, as the user set it.
+      state: what is at hand.
+      expected: what the module's `init` returns, or its shapes.
+    """
+    if jax.tree.structure(state) == jax.tree.structure(expected):
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+        if all(tuple(jnp.shape(a)) == tuple(b.shape) for a, b in pairs):
+            return
+    raise ValueError(
+        f"the state's {name} part was made by another method: pass what this method's init or its last step returned."
+    )
 
 
 def wide_shapes(params: PyTree) -> PyTree:

@@ -44,7 +44,8 @@ class Progress:
       index: minibatches so far, int32.
       loss: sum of their losses at theta0.
       model_state: the model's state.
-      result, iterations, residual: of the last linear solve.
+      result, residual: of the linear solve with the largest residual so far.
+      iterations: of all of them.
     """
 
     delta: PyTree

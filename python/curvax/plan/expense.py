@@ -15,7 +15,7 @@ from curvax.solvers import CG, Automatic, Cholesky, RowSpace, Solver
 from curvax.tree import PyTree
 
 MEMORY_SHARE = 0.5
-"""Share of the device's memory above which a step is too large: parameters, batch and XLA's own copies want the rest."""
+"""Share of the device's memory above which a step is too large: parameters, batch and XLA's copies want the rest."""
 SECONDS, RATIO = 1.0, 100.0
 """A step of a second or more, a hundred times what another lane takes, is slow by mistake."""
 # Fewer unknowns are a fraction of a second and some megabytes anywhere, and not worth a trace.
@@ -25,7 +25,7 @@ _LEAST_UNKNOWNS = 1024
 def warn_of_expense(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluation) -> None:
     """Warns of a dense system that is predicted to take half of the device's memory, or a hundred times too long.
 
-    From shapes alone. The prediction is that of `Method.plan_for`; only systems of 1,024 unknowns and more are looked at.
+    From shapes alone. The prediction is that of `Method.plan_for`; only systems of 1,024 unknowns and more are tried.
 
     Warns:
       UserWarning: with time and memory, those of the fastest other lane, and what to do instead.

@@ -20,8 +20,8 @@ from curvax.result import solved as solved
 from curvax.tree import PyTree
 
 
-class Lane(enum.Enum):
-    """Where the linear system lives."""
+class Lane(enum.StrEnum):
+    """Where the linear system lives; a string, so that `plan.lane == "row"` says what it seems to."""
 
     DIAGONAL = "diag"
     PARAMETER = "param"
