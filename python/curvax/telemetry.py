@@ -96,7 +96,7 @@ class Record:
     def __post_init__(self) -> None:
         known = [metric.value for metric in Metric]
         if self.metric not in known:
-            raise ValueError(f"there is no metric {self.metric!r}.{nearest(str(self.metric), known)}")
+            raise ValueError(f"there is no metric {self.metric!r}.{nearest(str(self.metric).lower(), known)}")
         object.__setattr__(self, "metric", Metric(self.metric))  # its name will do
         if self.every < 1:
             raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")

@@ -116,7 +116,7 @@ class InnerLoopMethod:
           "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
           and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search
           "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
-          "result" and "residual", those of the minibatch with the largest residual, and "iterations", their sum.
+          "result", "iterations" and "residual".
 
         Raises:
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
@@ -262,19 +262,15 @@ class InnerLoopMethod:
         self.problem.outputs.check(trainable, evaluation)
         problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
         found = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
-        residual = found.residual.astype(progress.residual.dtype)
-        # What is reported of several solves is the worst, and what is not finite stays.
-        worse = ~jnp.isnan(progress.residual) & ~(residual <= progress.residual)
-        first = progress.index == 0
         return Progress(
             delta=found.delta,
             inner=found.state,
             index=progress.index + 1,
             loss=progress.loss + found.loss.astype(progress.loss.dtype),
             model_state=found.model_state,
-            result=jnp.where(first | worse, found.result, progress.result),
-            iterations=progress.iterations + found.iterations,
-            residual=jnp.where(first | worse, residual, progress.residual),
+            result=found.result,
+            iterations=found.iterations,
+            residual=found.residual.astype(progress.residual.dtype),
         )
 
     def _evaluation(self, carry: Carry, progress: Progress, batch: Any) -> tuple[PyTree, Evaluation]:

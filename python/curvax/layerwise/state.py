@@ -44,8 +44,7 @@ class Progress:
       index: minibatches so far, int32.
       loss: sum of their losses at theta0.
       model_state: the model's state.
-      result, residual: of the linear solve with the largest residual so far.
-      iterations: of all of them.
+      result, iterations, residual: of the last linear solve.
     """
 
     delta: PyTree

@@ -61,7 +61,8 @@ def policy_name(policy: str) -> str:
     found = _POLICY_OF.get(policy.lower())
     if found is None:
         raise ValueError(
-            f'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", not {policy!r}.'
+            'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
+            f"not {policy!r}."
         )
     return found
 

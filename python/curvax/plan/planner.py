@@ -13,10 +13,10 @@ from curvax.jaxprs import uses_custom_vjp
 from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.kernels._dispatch import Choice, Op, Request, resolve
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
+from curvax.plan import machine as machines
 from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.expense import MEMORY_SHARE
-from curvax.plan.machine import machine, memory
 from curvax.plan.plan import Candidate, PartCost, Plan
 from curvax.plan.predict import Shapes, block_state, candidate, solve_cost, unknowns
 from curvax.plan.requirements import Cadence, Part, Requirement
@@ -145,12 +145,12 @@ def _candidates(solver: Automatic, shapes: Shapes, own_gradient: bool) -> tuple[
     """The solvers that can serve, with their predicted cost; all of them if none can, so that one says why."""
     known = list(enumerate(solver.candidates))
     able = [(i, c) for i, c in known if own_gradient or not _needs_own_gradient(c)]
-    return tuple(candidate(i, c, shapes, machine()) for i, c in able or known)
+    return tuple(candidate(i, c, shapes, machines.machine()) for i, c in able or known)
 
 
 def _best(candidates: tuple[Candidate, ...]) -> Candidate:
     """The fastest that fits into memory; the smallest if none does."""
-    there = memory()
+    there = machines.memory()
     fitting = [c for c in candidates if there is None or c.cost.memory <= MEMORY_SHARE * there]
     if not fitting:
         return min(candidates, key=lambda c: c.cost.memory)
@@ -287,7 +287,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
 
 def _prediction_notes(candidates: tuple[Candidate, ...]) -> list[str]:
     return (
-        [f"candidates' times are predicted for a {machine()}; CG is taken to use all its iterations"]
+        [f"candidates' times are predicted for a {machines.machine()}; CG is taken to use all its iterations"]
         if candidates
         else []
     )
