@@ -225,9 +225,10 @@ def _unit_scale(rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     A norm whose inverse is not a normal number, which processors may take for zero, counts as infinite.
     """
     largest = jnp.max(jnp.abs(rhs))
-    # The inverse of what is divided by must be a normal number: see `tree.divisor`.
+    # A power of two whose inverse is a normal number: see `tree.divisor`.
     usable = (largest > 0) & _is_finite(largest)
-    safe = jnp.where(usable, jnp.clip(largest, jnp.float32(2.0**-100), jnp.float32(2.0**100)), jnp.float32(1))
+    exponent = _exponent(jnp.where(usable, largest, jnp.float32(1)))
+    safe = jnp.where(usable, _power(jnp.clip(exponent, -100, 100)), jnp.float32(1))
     scaled = rhs / safe
     size = safe * jnp.sqrt(_dot(scaled, scaled))
     size = jnp.where(size > 1 / float(jnp.finfo(jnp.float32).tiny), jnp.float32(jnp.inf), size)

@@ -72,12 +72,15 @@ def max_abs(tree: PyTree) -> jax.Array:
 def divisor(largest: jax.Array) -> jax.Array:
     """What numbers up to `largest` are divided by before they are squared; 1 where it is zero or not finite.
 
-    Held back from both ends of the range by so much that its inverse is a normal number (compilers multiply by that,
-    and processors take others for zero); what remains of the size of the numbers their squares can bear.
+    A power of two, so that the division is exact, and held back from both ends of the range by so much that its inverse
+    is a normal number (compilers multiply by that, and processors take others for zero); what remains of the size of
+    the numbers their squares can bear.
     """
-    bound = 2.0 ** (jnp.finfo(largest.dtype).maxexp - 28)
+    bound = jnp.finfo(largest.dtype).maxexp - 28
     usable = (largest > 0) & jnp.isfinite(largest)
-    return jnp.where(usable, jnp.clip(largest, 1 / bound, bound), jnp.ones_like(largest))
+    one = jnp.ones_like(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, one))
+    return jnp.where(usable, jnp.ldexp(one, jnp.clip(exponent, -bound, bound)), one)
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def _problem(kind: str, dtype: Any) -> tuple[Any, dict[str, jax.Array]]:
             "w": jnp.asarray(rng.standard_normal((a, b)) / np.sqrt(a), dtype),
             "b": jnp.asarray(0.3 * rng.standard_normal(b), dtype),
         }
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in itertools.pairwise(widths)
     ]
     return params, {"x": jnp.asarray(x, dtype), "y": jnp.asarray(y, jnp.int32 if kind == "classes" else dtype)}
 
@@ -67,7 +68,7 @@ def _loss_function(kind: str) -> Any:
     return loss_fn
 
 
-REGION = {"lam_policy": "trust_region"}
+REGION: dict[str, Any] = {"lam_policy": "trust_region"}
 METHODS = {
     "gauss_newton": lambda kind: curvax.gauss_newton(predict_fn=_mlp, loss=_loss(kind)),
     "sgn": lambda kind: curvax.sgn(predict_fn=_mlp, loss=_loss(kind), **REGION),

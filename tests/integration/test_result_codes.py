@@ -16,8 +16,10 @@ from oracle.compiling import quick_jit
 
 import curvax
 from curvax.preconditioners import Preconditioner
+from curvax.preconditioners.nystrom import NystromState
 from curvax.solvers import CG, Cholesky, Lineax, Result, Solution, Solver, System, batched_cg, batched_cholesky_solve
-from curvax.solvers.base import Lane, audited
+from curvax.solvers.base import Lane, audited, relative_residual
+from curvax.telemetry import Metric, Record, Telemetry
 from integration import presets
 from integration.harness import batch_of, key, moved, precision
 
@@ -177,7 +179,7 @@ class _Lying(Solver):
 
     def solve(self, system, rhs, state, lam):
         value = jax.tree.map(lambda x: jnp.asarray(self.multiple, x.dtype) * x, rhs)
-        residual = curvax.solvers.base.relative_residual(system, lam, rhs, value)
+        residual = relative_residual(system, lam, rhs, value)
         zero = jnp.zeros((), jnp.int32)
         return Solution(value, jnp.asarray(int(Result.CONVERGED), jnp.int32), zero, residual, ())
 
@@ -195,7 +197,7 @@ def test_a_solver_of_ones_own_is_not_believed_blindly(multiple, code, rows):
             ),
             solver=solver,
             damping=curvax.damping.Constant(0.1),
-            telemetry=curvax.telemetry.Telemetry((curvax.telemetry.Record("result"),)),
+            telemetry=Telemetry((Record(Metric.RESULT),)),
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         _, _, info = quick_jit(method.step)(params, batch, method.init(params), key())
@@ -215,8 +217,8 @@ def test_a_loose_tolerance_is_kept_and_not_called_inaccurate():
 
 
 def test_the_diagonal_lane_solves_no_system_and_claims_none():
-    records = tuple(curvax.telemetry.Record(name) for name in ("result", "residual", "iterations"))
-    for extra in ((), (curvax.telemetry.Record("update_norm"),)):  # in one pass, and part by part
+    records = tuple(Record(metric) for metric in (Metric.RESULT, Metric.RESIDUAL, Metric.ITERATIONS))
+    for extra in ((), (Record(Metric.UPDATE_NORM),)):  # in one pass, and part by part
         with precision("float32"):
             method = curvax.sophia_g(predict_fn=MODEL.predict, metrics=records + extra)
             params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
@@ -243,7 +245,7 @@ class _Rejecting(Preconditioner):
         return False
 
     def init(self, params_like):
-        return curvax.preconditioners.nystrom.NystromState(jnp.zeros((1, 1)), jnp.zeros(1), jnp.zeros((), jnp.int32))
+        return NystromState(jnp.zeros((1, 1)), jnp.zeros(1), jnp.zeros((), jnp.int32))
 
     def refresh(self, state, linearization, key):
         return dataclasses.replace(state, rejected=state.rejected + 1)
@@ -312,4 +314,4 @@ def test_a_scheduled_learning_rate_is_in_the_info():
 
 def test_a_learning_rate_of_somebody_elses_chain_is_not_guessed():
     with pytest.raises(ValueError, match="tx="):
-        curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1), metrics=(curvax.telemetry.Record("learning_rate"),))
+        curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1), metrics=(Record(Metric.LEARNING_RATE),))

@@ -115,7 +115,8 @@ def test_weight_decay_masks_have_one_name_everywhere():
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         results = []
         for word in ("mask", "weight_decay_mask"):
-            method = curvax.sophia_g(predict_fn=MODEL.predict, weight_decay=0.5, learning_rate=0.1, **{word: mask})
+            given: dict[str, Any] = {word: mask}
+            method = curvax.sophia_g(predict_fn=MODEL.predict, weight_decay=0.5, learning_rate=0.1, **given)
             results.append(quick_jit(method.step)(params, batch, method.init(params), key())[0])
     assert same_bits(*results)
     with pytest.raises(ValueError, match="weight_decay_mask alone"):
