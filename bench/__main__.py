@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import sys
 
 # One platform for all candidates; the environment's word counts if it has spoken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
+from curvax.pipes import until_closed
 
 SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "gpu_compile", "gpu_steps")
 
@@ -42,4 +44,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_closed(main))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 from bench import schema
@@ -18,6 +19,7 @@ from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
+from curvax.pipes import until_closed
 
 _Group = tuple[str, str]
 
@@ -187,4 +189,4 @@ def _with_prediction(rows: Sequence[Row], provider: str) -> str:
 TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise}
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_closed(main))

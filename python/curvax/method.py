@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Evaluation
-from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
-from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
+from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, wide_shapes
+from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
 from curvax.tree import PyTree
 
@@ -69,8 +69,13 @@ class Method:
             solver=self.assembly.solver.init(like),
             transform=self.assembly.transform.init(wide),
             model_state=tree.fixed(model_state),
+            last=LastStep(jax.tree.map(jnp.copy, trainable), jnp.asarray(False)) if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
+
+    @property
+    def _takes_unseen_steps(self) -> bool:
+        return self.assembly.damping.evaluate_every not in (None, 1)
 
     def _preconditioner(self, params: PyTree, like: PyTree, batch: Any | None, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
@@ -142,6 +147,7 @@ class Method:
                 "the last step returned."
             )
         state.layout.check(trainable)
+        self._check_state(state)
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
         curvature = self.assembly.curvature
@@ -153,7 +159,29 @@ class Method:
             apart = curvature.prepare(trainable, apart)
         own = apart is None and gradient is None
         plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
+        warn_of_expense(self.assembly, plan, trainable, apart or evaluation)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
+
+    def _check_state(self, state: MethodState) -> None:
+        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged."""
+        assembly, like = self.assembly, state.layout.wide()
+        check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
+        check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
+        check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
+        preconditioner = assembly.preconditioner
+        if not isinstance(preconditioner, BlockPreconditioner):
+            expected = jax.eval_shape(preconditioner.init, like)
+        elif hasattr(state.preconditioner, "blocks"):
+            expected = jax.eval_shape(lambda: preconditioner.init_blocks(state.preconditioner.blocks))
+        else:
+            expected = None
+        check_part("preconditioner", state.preconditioner, expected)
+        if (state.last is not None) != self._takes_unseen_steps or (state.model_state is None) == (
+            assembly.curvature.has_state
+        ):
+            raise ValueError(
+                "the state was made by another method: pass what this method's init or its last step returned."
+            )
 
     def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:
         """The plan for these shapes, with costs; nothing is computed.

@@ -82,12 +82,35 @@ def max_abs(tree: PyTree) -> jax.Array:
     return largest
 
 
+def divisor(largest: jax.Array) -> jax.Array:
+    """What numbers up to `largest` are divided by before they are squared; 1 where it is zero or not finite.
+
+    A power of two, so that the division is exact, and held back from both ends of the range by so much that its inverse
+    is a normal number (compilers multiply by that, and processors take others for zero); what remains of the size of
+    the numbers their squares can bear.
+    """
+    bound = jnp.finfo(largest.dtype).maxexp - 28
+    usable = (largest > 0) & jnp.isfinite(largest)
+    one = jnp.ones_like(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, one))
+    return jnp.where(usable, jnp.ldexp(one, jnp.clip(exponent, -bound, bound)), one)
+
+
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm, safe against overflow and underflow of the squares."""
     scale = max_abs(tree)
-    safe = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
+    safe = divisor(scale)
     unit = jax.tree.map(lambda x: x.astype(scale.dtype) / safe, tree)
     return jnp.where(jnp.isfinite(scale), safe * jnp.sqrt(vdot(unit, unit)), scale)
+
+
+def relative_norm(part: PyTree, whole: PyTree) -> jax.Array:
+    """|part| / |whole|, where neither norm need fit its dtype; 0 if `whole` is zero."""
+    scale = max_abs(whole)
+    safe = divisor(scale)
+    above, below = (norm(jax.tree.map(lambda x: x.astype(scale.dtype) / safe, v)) for v in (part, whole))
+    ratio = above / jnp.where(below > 0, below, jnp.ones_like(below))
+    return jnp.where(below > 0, ratio, jnp.zeros_like(ratio))
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -126,6 +126,8 @@ class Linearization:
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
       site_factors: activations and cotangents at the model's sites, example by example, or `None`.
+      rounding: () -> how far rounding may move the loss (`losses.rounding`), a scalar; `None` for an operator that
+        cannot say.
       model_state: the model's new state.
       aux: what the model returned beside its outputs.
       batch_fault: what is wrong with the values of the batch, a `curvax.losses.BatchFault` as an int32 scalar; `None`
@@ -140,6 +142,7 @@ class Linearization:
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: Rows | None = None
     site_factors: SiteFactors | None = None
+    rounding: Callable[[], jax.Array] | None = None
     model_state: PyTree = None
     aux: Any = None
     batch_fault: jax.Array | None = None

@@ -149,6 +149,7 @@ class GaussNewton(Curvature):
             sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
             rows=rows if needs.rows else None,
             site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
+            rounding=lambda: self.loss.rounding(at.outputs, targets, omega),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self._batch_fault(at.outputs, evaluation),

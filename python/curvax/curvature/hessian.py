@@ -17,6 +17,7 @@ from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
 from curvax.live import Wanted, live_part
 from curvax.losses.base import Loss, check_loss
+from curvax.losses.rounding import measured_rounding
 from curvax.structure.additive import additive_axes
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.report import LeafStructure
@@ -69,6 +70,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         """Weights of the examples in the loss, normaliser included."""
+
+    @abc.abstractmethod
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        """How far rounding may move the loss, whose value at `params` is `loss`."""
 
     @abc.abstractmethod
     def __call__(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
@@ -169,6 +174,10 @@ class LossFunction(Objective):
             weight = jnp.asarray(weight).astype(value.dtype)
         return value, weight, rest
 
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        # What is rounded inside is not known, so it is measured, by four forward passes.
+        return measured_rounding(lambda p: self(p, evaluation)[0], params, loss)
+
 
 def _is_scalar(x: Any, kind: Any) -> bool:
     return getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, kind)
@@ -226,6 +235,12 @@ class ModelLoss(Objective):
         outputs, rest = self.model.outputs(params, evaluation)
         omega = self.effective_weights(params, evaluation)
         return self.loss.value(outputs, self.model.targets(evaluation.batch), omega), rest
+
+    def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
+        # The forward pass is the linearization's own: the compiler merges them.
+        outputs = self.model.outputs(params, evaluation)[0]
+        omega = self.effective_weights(params, evaluation)
+        return self.loss.rounding(outputs, self.model.targets(evaluation.batch), omega)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +334,7 @@ class Hessian(Curvature):
             gradient=counted(at.gradient) if needs.gradient else None,
             product=None if at.product is None else lambda v: counted(at.hvp(v)),
             sampled_gradient=self._sampled_gradient(params, evaluation) if needs.sampling else None,
+            rounding=lambda: self.objective.rounding(params, evaluation, at.value),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self.batch_fault(params, evaluation),
@@ -342,6 +358,7 @@ class Hessian(Curvature):
             gradient=at.pull(residual) if needs.gradient else None,
             product=product if needs.product else None,
             sampled_gradient=self._sampled(at, targets, omega) if needs.sampling else None,
+            rounding=lambda: loss.rounding(at.outputs, targets, omega),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self.batch_fault(params, evaluation),

@@ -16,6 +16,7 @@ from curvax.curvature.output_space import Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
+from curvax.losses.rounding import loss_rounding
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.report import LeafStructure
@@ -268,6 +269,7 @@ class Microbatched(Curvature):
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             site_factors=self._site_factors(params, pieces) if needs.factors else None,
+            rounding=lambda: self._rounding(params, pieces),
             model_state=model_state,
             aux=aux,
             batch_fault=self.inner.batch_fault(params, pieces.evaluation),
@@ -300,6 +302,13 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return product
+
+    def _rounding(self, params: PyTree, pieces: Pieces) -> jax.Array:
+        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+            at = self.inner.linearize(params, piece, Needs())
+            return loss_rounding(at.loss) if at.rounding is None else at.rounding(), at.model_state, ()
+
+        return pieces.sum(visit)[0]
 
     def _sampled_gradient(self, params: PyTree, pieces: Pieces) -> Callable[[jax.Array], PyTree] | None:
         if not self.has_sampling:

@@ -58,9 +58,20 @@ class Extras:
         if not isinstance(returned, tuple) or len(returned) != expected:
             parts = ["result"] + ["new_state"] * self.has_state + ["aux"] * self.has_aux
             raise TypeError(f"the model must return the tuple ({', '.join(parts)}) with the has_* options as they are.")
-        state = _as_before(returned[1], evaluation.model_state) if self.has_state else evaluation.model_state
+        state = evaluation.model_state
+        if self.has_state:
+            self._check_state(returned[1], state)
+            state = _as_before(returned[1], state)
         aux = returned[-1] if self.has_aux else None
         return returned[0], (state, aux)
+
+    def _check_state(self, new: PyTree, old: PyTree) -> None:
+        found, expected = jax.tree.structure(new), jax.tree.structure(old)
+        if self.has_state and old is not None and found != expected:
+            raise ValueError(
+                f"the model returns its new state as {found} and got it as {expected}: return it in the form of "
+                "init's model_state (boxed variables or plain arrays, both times alike)."
+            )
 
 
 def _as_before(new: PyTree, old: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from curvax import tree
 from curvax.tree import PyTree
@@ -39,9 +40,28 @@ class Layout:
                     f"{mine[1]}{list(mine[0])}: call init again."
                 )
 
+    def wide(self) -> PyTree:
+        """Shapes of wide vectors over such parameters."""
+        shapes = [jax.ShapeDtypeStruct(shape, tree.wide_dtype(jnp.dtype(dtype))) for shape, dtype in self.leaves]
+        return jax.tree.unflatten(self.structure, shapes)
+
 
 def _paths(params: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path) or "(the only leaf)" for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LastStep:
+    """The last step, as far as it takes to undo it.
+
+    Attributes:
+      before: the trainable parameters before it.
+      unseen: it was taken without a look at the loss behind it.
+    """
+
+    before: PyTree
+    unseen: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +74,7 @@ class MethodState:
       rejected: steps not taken so far, int32.
       damping, preconditioner, solver, transform: the modules' states.
       model_state: mutable model state (BatchNorm statistics), or `None`.
+      last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
       layout: what parameters the state belongs to; static.
     """
 
@@ -64,7 +85,25 @@ class MethodState:
     solver: Any
     transform: Any
     model_state: PyTree
+    last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+def check_part(name: str, state: Any, expected: Any) -> None:
+    """Raises ValueError for a module's state that is another module's.
+
+    Args:
+      name: of the module, as the user set it.
+      state: what is at hand.
+      expected: what the module's `init` returns, or its shapes.
+    """
+    if jax.tree.structure(state) == jax.tree.structure(expected):
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+        if all(tuple(jnp.shape(a)) == tuple(b.shape) for a, b in pairs):
+            return
+    raise ValueError(
+        f"the state's {name} part was made by another method: pass what this method's init or its last step returned."
+    )
 
 
 def wide_shapes(params: PyTree) -> PyTree:

@@ -309,7 +309,8 @@ class InnerLoopMethod:
         losses = self.search.losses(
             self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation, parts
         )
-        best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+        # A loss of minus infinity is no better than one of plus infinity or NaN.
+        best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
         return sizes[best], {"search_loss": losses[0], "search_loss_after": losses[best]}
 
     def _offset(self, trainable: PyTree, delta: PyTree, moved: PyTree, accepted: jax.Array) -> PyTree:

@@ -15,6 +15,7 @@ import numpy as np
 from curvax import tree
 from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.losses.batch_fault import BatchFault, at_hand, refuse
+from curvax.losses.rounding import loss_rounding
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -200,6 +201,11 @@ class Loss(abc.ABC):
     @abc.abstractmethod
     def gradient(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
         """The gradient with respect to the outputs: omega_i l'(f_i), outputs-shaped and wide."""
+
+    def rounding(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
+        """How far rounding may move the value (`losses.rounding`): a wide scalar, at least 0."""
+        value, slope = self.value(outputs, targets, omega), self.gradient(outputs, targets, omega)
+        return loss_rounding(value, jnp.asarray(outputs), slope.reshape(outputs.shape))
 
     @abc.abstractmethod
     def hessian_product(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:

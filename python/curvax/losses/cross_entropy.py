@@ -26,6 +26,7 @@ from curvax.losses.base import (
     wide_dtype,
 )
 from curvax.losses.batch_fault import BatchFault
+from curvax.losses.rounding import MARGIN
 
 
 @final
@@ -105,6 +106,14 @@ class SoftmaxCrossEntropy(Loss):
         """The gradient omega (c p - y); see `Loss.gradient`."""
         log_p, y, mass, weight = self._prepare(outputs, targets, omega)
         return weigh(weight, mass * jnp.exp(log_p) - y)
+
+    def rounding(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+        """That of any loss, and what each -log p of a certain p, the logarithm of a sum near 1, is off by.
+
+        See `Loss.rounding`.
+        """
+        certain = tree.norm(omega) * jnp.asarray(MARGIN * float(jnp.finfo(omega.dtype).eps), omega.dtype)
+        return super().rounding(outputs, targets, omega) + certain
 
     def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
         """The product omega c p (v - p.v); see `Loss.hessian_product`."""

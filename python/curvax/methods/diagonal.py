@@ -32,7 +32,8 @@ class SophiaOptions(LossRecordOptions):
       learning_rate: 1e-3, of the order that the paper trains language models with.
       weight_decay: decoupled; 0.2.
       clip_value: bound on each entry of the direction; 1.
-      mask: what weight decay applies to.
+      weight_decay_mask: what weight decay applies to: tree of booleans like the parameters, or a function to one.
+      mask: the same, by Somax's name for it.
       tx: an Optax chain in place of clipping, weight decay and learning rate.
     """
 
@@ -44,18 +45,21 @@ class SophiaOptions(LossRecordOptions):
     learning_rate: ScalarOrSchedule = 1e-3
     weight_decay: float = 0.2
     clip_value: float = 1.0
+    weight_decay_mask: Any | None = None
     mask: Any | None = None
     tx: optax.GradientTransformation | None = None
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
+        if self.mask is not None and self.weight_decay_mask is not None:
+            raise ValueError("mask and weight_decay_mask are one thing: give weight_decay_mask alone.")
         if self.tx is not None:
             return optax.with_extra_args_support(self.tx)
         return EntrywiseUpdate(
             self.learning_rate,
             clip_value=self.clip_value,
             weight_decay=self.weight_decay,
-            weight_decay_mask=self.mask,
+            weight_decay_mask=self.mask if self.weight_decay_mask is None else self.weight_decay_mask,
         )
 
     def preconditioner(self, estimator: DiagonalEstimator) -> EmaDiagonal:

@@ -19,7 +19,7 @@ from curvax.damping.base import ScalarLike
 from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
 from curvax.method import Method
-from curvax.methods.names import build_estimator, build_preconditioner, from_mapping
+from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import Identity, Preconditioner
 from curvax.solvers import CG, MartensStop, Solver
@@ -111,12 +111,13 @@ class DampingOptions:
     """Keywords of presets that solve a damped system.
 
     Attributes:
-      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`.
+      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`;
+        Somax's other names for them will do.
       lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule".
       lam_kwargs: further fields of the policy, checked by name.
     """
 
-    lam_policy: Damping | Literal["const", "schedule", "trust_region"] = "const"
+    lam_policy: Damping | str = "const"
     lam0: ScalarLike | optax.Schedule = 1.0
     lam_kwargs: Mapping[str, Any] | None = None
 
@@ -126,22 +127,18 @@ class DampingOptions:
             if self.lam_kwargs:
                 raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
             return self.lam_policy
+        policy = policy_name(self.lam_policy)
         if callable(self.lam0):
             if self.lam_kwargs:
                 raise ValueError("with a schedule as lam0 there is no trust region for lam_kwargs: drop one of them.")
             return Scheduled(self.lam0)
-        if self.lam_policy == "schedule":
+        if policy == "schedule":
             raise TypeError("lam_policy='schedule' needs lam0 to be an Optax schedule.")
-        if self.lam_policy == "const" and self.lam_kwargs:
+        if policy == "trust_region":
+            return build_damping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0})
+        if self.lam_kwargs:
             raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
-        if self.lam_policy == "const":
-            return from_mapping(Constant, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
-        if self.lam_policy == "trust_region":
-            return from_mapping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
-        raise ValueError(
-            f'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
-            f"not {self.lam_policy!r}."
-        )
+        return Constant(self.lam0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

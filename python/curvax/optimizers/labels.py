@@ -10,6 +10,8 @@ import optax
 import optax.contrib
 from jax.tree_util import keystr
 
+from curvax.transform import check_rates
+
 
 def hidden_matrices(*others: str) -> Callable[[Any], Any]:
     """Labels for `optax.partition`: "muon" for matrices, "adamw" for vectors, scalars and the named entries.
@@ -61,12 +63,15 @@ def muon_adamw(
       weight_decay: of both, times the learning rate.
 
     Raises:
-      TypeError: `others` is a single string.
+      TypeError: `others` is a single string, or a rate is neither a number nor a schedule.
+      ValueError: a rate is out of its range.
       ValueError (in `init`): one of `others` is no top-level entry of the parameters.
     """
     if isinstance(others, str):
         raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
     rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
+    check_rates(learning_rate, weight_decay, beta1=beta1, beta2=beta2)
+    check_rates(rate, weight_decay)
     stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrices = optax.contrib.muon(
         learning_rate,

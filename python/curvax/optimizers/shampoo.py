@@ -10,6 +10,7 @@ import optax
 
 from curvax import tree
 from curvax.optimizers.matrices import Factors, multiply, outer, sides
+from curvax.transform import check_rates
 
 
 class ShampooState(NamedTuple):
@@ -108,7 +109,11 @@ def shampoo(
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
       beta2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_shampoo`.
     """
+    check_rates(learning_rate, weight_decay, momentum=momentum)
     return optax.chain(
         scale_by_shampoo(beta2=beta2, eps=eps, every=every, max_dim=max_dim, graft=graft),
         optax.ema(momentum, debias=False),

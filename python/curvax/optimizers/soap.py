@@ -10,6 +10,7 @@ import optax
 
 from curvax import tree
 from curvax.optimizers.matrices import multiply, outer, sides
+from curvax.transform import check_rates
 
 
 class SoapState(NamedTuple):
@@ -117,7 +118,11 @@ def soap(
         `static_args=`: what shapes the state cannot be traced.
       weight_decay: times the learning rate.
       beta1, beta2, eps, every, max_dim: as in `scale_by_soap`.
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_soap`.
     """
+    check_rates(learning_rate, weight_decay)
     return optax.chain(
         scale_by_soap(beta1=beta1, beta2=beta2, eps=eps, every=every, max_dim=max_dim),
         optax.add_decayed_weights(weight_decay),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
+from curvax.solvers.base import Lane, Solution, Solver, System, unsolved
 from curvax.tree import PyTree
 
 
@@ -63,5 +63,4 @@ class Diagonal(Solver):
             following = DiagonalState(raw, count)
             mean = tree.scale(self.correction(count, tree.scalar_dtype(rhs)), raw)
         value = system.precondition(mean)
-        zero = jnp.zeros((), tree.scalar_dtype(rhs))
-        return Solution(value, code(Result.CONVERGED), jnp.zeros((), jnp.int32), zero, following)
+        return unsolved(tree.all_finite(value), tree.scalar_dtype(rhs), value, following)
