@@ -404,7 +404,7 @@ def _info(
         Metric.ACCEPTED: accepted,
         Metric.FINITE: outcome.finite,
         Metric.REJECTED: following.rejected,
-        Metric.BATCH_FAULT: jnp.zeros((), jnp.int32) if at.batch_fault is None else at.batch_fault,
+        Metric.BATCH_FAULT: jnp.int32(0) if point.at.batch_fault is None else point.at.batch_fault,
         Metric.RESULT: solution.result,
         Metric.ITERATIONS: solution.iterations,
         Metric.RESIDUAL: solution.residual,
