@@ -36,6 +36,16 @@ def zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), tree)
 
 
+def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
+    """A tuple with what `make` makes of each leaf, for a state that follows the parameters and is none of them.
+
+    Of a tree without leaves, one scalar. So a state of no parameters has a leaf where that of others has a subtree:
+    `optax.tree.map_params` makes one to tell what in a state are parameters, and takes the subtree as one that is not.
+    """
+    leaves = jax.tree.leaves(tree)
+    return tuple(map(make, leaves)) if leaves else jnp.zeros(())
+
+
 def scalar_dtype(tree: PyTree) -> np.dtype:
     """The dtype of scalars (dot products, `lam`) that go with `tree`: the widest of its leaves, at least float32."""
     wide = {wide_dtype(x.dtype) for x in jax.tree.leaves(tree)}

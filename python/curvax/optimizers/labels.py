@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.tree_util import keystr
@@ -18,14 +20,18 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
       others: top-level entries of the parameters, such as "embed" and "head", whose matrices are no hidden ones.
 
     Returns:
-      A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices.
+      A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices; one without
+      entries is none.
 
     Raises (the returned function):
       ValueError: a name is no top-level entry of the parameters.
+      TypeError: a hidden matrix is complex.
     """
 
     def labels(params: Any) -> Any:
         paths = jax.tree_util.tree_leaves_with_path(params)
+        if not paths:
+            return params  # `optax.tree.map_params` asks without parameters
         groups = {keystr(path[:1], simple=True) for path, _ in paths}
         for name in others:
             if name not in groups:
@@ -35,7 +41,14 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
                 )
 
         def label(path: Any, leaf: Any) -> str:
-            return "adamw" if leaf.ndim < 2 or keystr(path[:1], simple=True) in others else "muon"
+            if len(leaf.shape) < 2 or not math.prod(leaf.shape) or keystr(path[:1], simple=True) in others:
+                return "adamw"
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"{keystr(path)} is complex, and Muon orthogonalises real matrices: wrap the optimizer in "
+                    "optax.contrib.split_real_and_imaginary, or name its entry in others=."
+                )
+            return "muon"
 
         return jax.tree_util.tree_map_with_path(label, params)
 
@@ -63,6 +76,7 @@ def muon_adamw(
     Raises:
       TypeError: `others` is a single string.
       ValueError (in `init`): one of `others` is no top-level entry of the parameters.
+      TypeError (in `init`): a matrix that Muon would take is complex.
     """
     if isinstance(others, str):
         raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
