@@ -54,6 +54,17 @@ def test_updates_do_not_depend_on_the_scale_of_gradients(make: Any) -> None:
                 np.testing.assert_allclose(b[name], a[name], atol=2e-5 * float(size))
 
 
+@jax.numpy_dtype_promotion("standard")  # Optax's Muon relies on promotion
+def test_muon_does_not_either() -> None:
+    grads = [{name: g[name] for name in ("matrix", "stack", "low")} for g in gradients(3)]
+    plain, *others = many_updates(
+        muon_adamw(1.0, others=()),
+        [single(jax.tree.map(lambda g, e=e: g * 2.0**e, grads)) for e in (0, -40, 40)],
+    )
+    for scaled in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, scaled)
+
+
 @pytest.mark.parametrize(
     ("shape", "rank"), [((32, 64), 8), ((64, 32), 1), ((48, 48), 20), ((128, 256), 32), ((16, 200), 5)], ids=str
 )
@@ -130,6 +141,15 @@ def test_complex_matrices_have_conjugates_where_they_belong(every: int, x64: Non
     factor = sum(np.outer(v, v.conj()) for v in vectors)
     damped = factor + 1e-2 * np.mean(np.diag(factor)) * np.eye(5)
     np.testing.assert_allclose(whole[4]["v"], power(damped, -0.5) @ vectors[4], rtol=1e-8)
+
+
+@pytest.mark.parametrize("make", [scale_by_soap, scale_by_shampoo])
+def test_a_gradient_that_is_not_a_number_stays_visible(make: Any) -> None:
+    good = np.random.default_rng(10).standard_normal((4, 3))
+    bad = good.copy()
+    bad[0, 0] = np.nan
+    for found in run(make(), single([{"w": bad}, {"w": good}])):
+        assert not np.any(np.isfinite(found["w"]))
 
 
 @pytest.mark.parametrize(("make", "rate"), [(soap, 0.05), (shampoo, 0.5)])

@@ -12,6 +12,9 @@ import optax
 import optax.contrib
 from jax.tree_util import keystr
 
+# Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
+_TINY = 1e-30
+
 
 def hidden_matrices(*others: str) -> Callable[[Any], Any]:
     """Labels for `optax.partition`: "muon" for matrices, "adamw" for vectors, scalars and the named entries.
@@ -84,6 +87,7 @@ def muon_adamw(
     stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrices = optax.contrib.muon(
         learning_rate,
+        eps=_TINY,
         weight_decay=weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
     )

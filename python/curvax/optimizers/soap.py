@@ -187,9 +187,9 @@ def _adam(mean: jax.Array, square: jax.Array, bases: Bases, eps: Number) -> jax.
     axes = tuple(range(max(square.ndim - 2, 0), square.ndim))
     scale = jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
     divisor = jnp.sqrt(square) + jnp.asarray(eps, square.dtype) * scale
-    moves = square > _unresolved(square, bases)
-    quotient = mean / jnp.where(moves, divisor, jnp.ones_like(divisor)).astype(mean.dtype)
-    return jnp.where(moves, quotient, jnp.zeros_like(quotient))
+    still = square <= _unresolved(square, bases)  # false of NaN, which must stay visible
+    quotient = mean / jnp.where(still, jnp.ones_like(divisor), divisor).astype(mean.dtype)
+    return jnp.where(still, jnp.zeros_like(quotient), quotient)
 
 
 def _unresolved(square: jax.Array, bases: Bases) -> jax.Array:
