@@ -20,7 +20,7 @@ def many_updates(tx: Any, histories: list[list[Any]]) -> list[list[Any]]:
     for grads in histories:
         state, own = tx.init(grads[0]), []
         for g in grads:
-            u, state = update(g, state)
+            u, state = update(g, state, grads[0])  # parameters that no weight decay looks at
             own.append(u)
         found.append(own)
     return found
