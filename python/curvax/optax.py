@@ -14,6 +14,7 @@ still needs all of them: pass `full_params=params` to `update`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from curvax.tree import PyTree
 
 
 def as_gradient_transformation(
-    method: Method, *, batch: Any | None = None, model_state: PyTree = None
+    method: Method, *, batch: Any | None = None, model_state: PyTree = None, full_params: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
@@ -48,10 +49,12 @@ def as_gradient_transformation(
       method: any method.
       batch: the shapes of a batch, for methods whose `init` needs them (`kfac`, `ekfac`).
       model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
+      full_params: all parameters of the model, or their shapes, for such a method within `optax.masked`,
+        `optax.partition` and the like: its `init` sees a part of them, and layers are found in the whole model.
 
     Raises:
       TypeError: the method is none of these; those of `curvax.layerwise` have a function of their own.
-      ValueError (in `update`): `params`, `batch` or `full_params` is missing where it is needed.
+      ValueError (in `init` and `update`): `params`, `batch` or `full_params` is missing where it is needed.
     """
     if not isinstance(method, Method):
         raise TypeError(
@@ -60,7 +63,17 @@ def as_gradient_transformation(
         )
 
     def init(params: PyTree) -> MethodState:
-        return method.init(params, batch=batch, model_state=model_state)
+        if not jax.tree.leaves(params):
+            return method.init_empty(params, model_state=model_state)
+        trainable, frozen = method.assembly.partition.split(params)
+        if _is_masked(params) and method.needs_batch:
+            if full_params is None:
+                raise ValueError(
+                    "these parameters are masked (optax.masked or optax.partition), and layers are found in the whole "
+                    "model: pass full_params=params, or their shapes, where the transformation is made."
+                )
+            frozen = _filled(params, frozen, full_params)
+        return method.init_split(trainable, frozen, batch=batch, model_state=model_state)
 
     def update(
         updates: PyTree,
@@ -74,6 +87,8 @@ def as_gradient_transformation(
         **unused: Any,
     ) -> tuple[PyTree, MethodState]:
         del unused  # Optax passes every extra argument to every transformation of a chain.
+        if not jax.tree.leaves(updates):
+            return updates, dataclasses.replace(state, step=state.step + 1)
         if params is None:
             raise ValueError("curvature is taken at the parameters: call update(grads, state, params, batch=batch).")
         if batch is None:
@@ -100,18 +115,27 @@ def _is_hole(x: Any) -> bool:
 def _split(method: Method, params: PyTree, full_params: PyTree | None) -> tuple[PyTree, PyTree]:
     """Trainable parameters (holes stay holes) and the rest, from the full parameters where there are holes."""
     trainable, frozen = method.assembly.partition.split(params)
-    if not any(_is_hole(x) for x in jax.tree.leaves(params, is_leaf=_is_hole)):
+    if not _is_masked(params):
         return trainable, frozen
     if full_params is None:
         raise ValueError(
             "these parameters are masked (optax.masked or optax.partition), and the model needs all of them: "
             "pass full_params=params to update."
         )
+    return trainable, _filled(params, frozen, full_params)
+
+
+def _is_masked(params: PyTree) -> bool:
+    return any(_is_hole(x) for x in jax.tree.leaves(params, is_leaf=_is_hole))
+
+
+def _filled(params: PyTree, frozen: PyTree, full_params: PyTree) -> PyTree:
+    """The frozen parameters with those that `params` has holes for."""
 
     def choose(p: Any, own: Any, full: Any) -> Any:
         return full if _is_hole(p) else own
 
-    return trainable, jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
+    return jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
 
 
 def _fill(update: PyTree, trainable: PyTree, updates: PyTree) -> PyTree:
@@ -203,6 +227,8 @@ def scale_by_kfac(
     weight_key: str | None = None,
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    backend: Backend = "auto",
+    full_params: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`.
 
@@ -215,6 +241,8 @@ def scale_by_kfac(
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
+      backend: preferred implementation of kernels.
+      full_params: all parameters of the model, or their shapes, within `optax.masked` and the like.
     """
     method = assemble(
         curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
@@ -224,9 +252,13 @@ def scale_by_kfac(
         telemetry=Telemetry(()),
         tx=optax.identity(),
         microbatch_size=microbatch_size,
+        backend=backend,
     )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    return as_gradient_transformation(method, batch=shapes)
+    return as_gradient_transformation(method, batch=_shapes(batch), full_params=_shapes(full_params))
+
+
+def _shapes(arrays: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def scale_by_sophia_g(

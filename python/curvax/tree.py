@@ -22,8 +22,42 @@ def wide_dtype(dtype: Any) -> np.dtype:
 
 
 def widen(tree: PyTree) -> PyTree:
-    """Casts every leaf to its wide dtype."""
-    return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
+    """Casts every leaf to its wide dtype; a `jax.ShapeDtypeStruct` stays one."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, wide_dtype(x.dtype))
+        return jnp.asarray(x).astype(wide_dtype(x.dtype))
+
+    return jax.tree.map(one, tree)
+
+
+def hollow(tree: PyTree) -> PyTree:
+    """Zeros that take no memory in the place of every `jax.ShapeDtypeStruct`, for functions that must be traced."""
+
+    def one(x: Any) -> Any:
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(one, tree)
+
+
+def places(tree: PyTree) -> tuple[str, ...]:
+    """Where each leaf is, as `jax.tree_util.keystr` writes it.
+
+    Boxes are left out: `nnx.Optimizer` makes a state of parameters in their `nnx.Param`s and updates it with bare
+    arrays, as Flax's other boxes (`nn.Partitioned`) come and go. A box is a node with one child, its `value`.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    bare = [path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path for path in paths]
+    return tuple(map(jax.tree_util.keystr, bare))
+
+
+def in_boxes_of(like: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the boxes, and other containers, of `like`; as it is if its leaves are at other places."""
+    structure = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure or places(tree) != places(like):
+        return tree
+    return jax.tree.unflatten(structure, jax.tree.leaves(tree))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

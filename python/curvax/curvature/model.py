@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax import tree
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import Partition
 from curvax.tree import PyTree
@@ -52,9 +53,21 @@ class Extras:
         if not isinstance(returned, tuple) or len(returned) != expected:
             parts = ["result"] + ["new_state"] * self.has_state + ["aux"] * self.has_aux
             raise TypeError(f"the model must return the tuple ({', '.join(parts)}) with the has_* options as they are.")
-        state = returned[1] if self.has_state else evaluation.model_state
+        state = self._state(returned[1], evaluation) if self.has_state else evaluation.model_state
         aux = returned[-1] if self.has_aux else None
         return returned[0], (state, aux)
+
+    @staticmethod
+    def _state(returned: PyTree, evaluation: Evaluation) -> PyTree:
+        state = tree.in_boxes_of(evaluation.model_state, returned)
+        if jax.tree.structure(state) == jax.tree.structure(evaluation.model_state):
+            return state
+        differ = sorted(set(tree.places(state)) ^ set(tree.places(evaluation.model_state)))
+        raise TypeError(
+            "the model returned a state unlike the one that it took"
+            + (f" (not in both: {', '.join(differ[:4])})" if differ else "")
+            + ": return the whole new state, in the containers of the old one."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
