@@ -138,7 +138,7 @@ def _equation_kinds(eqn: JaxprEqn, kinds: list[Kind]) -> list[Kind]:
     if name == "optimization_barrier":
         return kinds
     floating = [kind for kind, atom in zip(kinds, eqn.invars, strict=True) if _inexact(atom)]
-    if name in _PRODUCTS and Kind.ZERO in kinds or name == "div" and kinds[0] is Kind.ZERO:
+    if (name in _PRODUCTS and Kind.ZERO in kinds) or (name == "div" and kinds[0] is Kind.ZERO):
         return [Kind.ZERO]
     if name in _LINEAR and set(floating or kinds) == {Kind.ZERO}:
         return [Kind.ZERO] * len(eqn.outvars)

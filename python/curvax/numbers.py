@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Number: TypeAlias = float | jax.Array
 """A real number, possibly traced."""
@@ -19,6 +21,21 @@ def is_known(*values: Number | None) -> bool:
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+def as_dtype(value: Number, dtype: Any) -> Number:
+    """A number to compute with in `dtype`: a Python number as it is, an array cast."""
+    return value if isinstance(value, int | float) else jnp.asarray(value, dtype)
+
+
+def root(value: Number) -> Number:
+    """The square root, by Python's precision where the number is Python's."""
+    return math.sqrt(value) if isinstance(value, int | float) else jnp.sqrt(value)
+
+
+def shown(value: Number) -> str:
+    """The number for people."""
+    return f"{value:g}" if is_known(value) else "traced"
+
+
 def check_fraction(name: str, value: Number) -> None:
     """Raises ValueError for a known number that is not in [0, 1), where the decays of averages are."""
     if is_known(value) and not 0 <= value < 1:
@@ -26,9 +43,15 @@ def check_fraction(name: str, value: Number) -> None:
 
 
 def check_positive(name: str, value: Number) -> None:
-    """Raises ValueError for a known number that is not positive."""
-    if is_known(value) and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}.")
+    """Raises ValueError for a known number that is not positive and finite."""
+    if is_known(value) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def check_not_negative(name: str, value: Number) -> None:
+    """Raises ValueError for a known number that is negative or not finite."""
+    if is_known(value) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be non-negative and finite, got {value}.")
 
 
 def whole(name: str, value: int | jax.Array) -> int:

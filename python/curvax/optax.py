@@ -15,14 +15,24 @@ still needs all of them: pass `full_params=params` to `update`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.curvature import Extras, GaussNewton, GeneralizedGaussNewton, Hessian, LossFunction, Metric, Model
+from curvax.curvature import (
+    Curvature,
+    Extras,
+    GaussNewton,
+    GeneralizedGaussNewton,
+    Hessian,
+    LossFunction,
+    Metric,
+    Model,
+)
 from curvax.damping import Constant
 from curvax.damping.base import ScalarLike
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
@@ -31,8 +41,10 @@ from curvax.kernels._dispatch import Backend
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
 from curvax.methods.assemble import assemble
-from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, SophiaFloor
+from curvax.numbers import Number, whole
+from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, Preconditioner, SophiaFloor
 from curvax.solvers import CG, Cholesky, Diagonal, RowSpace, Solver
+from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.telemetry import Telemetry
 from curvax.tree import PyTree
 
@@ -152,6 +164,7 @@ def scale_by_ggn(
     lam: ScalarLike = 1.0,
     *,
     solver: Solver = CG(),
+    preconditioner: Preconditioner | None = None,
     metric: Metric = GeneralizedGaussNewton(),
     x_key: str = "x",
     y_key: str = "y",
@@ -167,6 +180,7 @@ def scale_by_ggn(
       loss: loss in output space.
       lam: damping; `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` can schedule it.
       solver: `CG()`, `RowSpace(Cholesky())`, ...
+      preconditioner: of CG; none by default.
       metric: GGN, Monte Carlo Fisher or empirical Fisher.
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
@@ -174,23 +188,45 @@ def scale_by_ggn(
       backend: preferred implementation of kernels.
     """
     model = Model(predict_fn, x_key, y_key, weight_key, extras)
-    method = assemble(
-        curvature=GaussNewton(model, loss, metric),
-        solver=solver,
-        damping=Constant(lam),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
-        microbatch_size=microbatch_size,
-        backend=backend,
+    return _face(
+        GaussNewton(model, loss, metric), solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_egn(
-    predict_fn: Callable[..., Any], loss: Loss, lam: ScalarLike = 1.0, *, x_key: str = "x", y_key: str = "y"
+    predict_fn: Callable[..., Any],
+    loss: Loss,
+    lam: ScalarLike = 1.0,
+    *,
+    metric: Metric = GeneralizedGaussNewton(),
+    max_bytes: int | None = None,
+    x_key: str = "x",
+    y_key: str = "y",
+    weight_key: str | None = None,
+    extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_ggn` solved exactly in row space."""
-    return scale_by_ggn(predict_fn, loss, lam, solver=RowSpace(Cholesky()), x_key=x_key, y_key=y_key)
+    """`scale_by_ggn` solved exactly in row space.
+
+    Args:
+      predict_fn, loss, lam, metric: as in `scale_by_ggn`.
+      max_bytes: bound on the memory of explicit rows; `None` for 2 GiB.
+      x_key, y_key, weight_key, extras, microbatch_size, backend: as in `scale_by_ggn`.
+    """
+    return scale_by_ggn(
+        predict_fn,
+        loss,
+        lam,
+        solver=RowSpace(Cholesky(), max_bytes=_count("max_bytes", max_bytes, DEFAULT_MAX_BYTES)),
+        metric=metric,
+        x_key=x_key,
+        y_key=y_key,
+        weight_key=weight_key,
+        extras=extras,
+        microbatch_size=microbatch_size,
+        backend=backend,
+    )
 
 
 def scale_by_newton_cg(
@@ -198,21 +234,21 @@ def scale_by_newton_cg(
     lam: ScalarLike = 1.0,
     *,
     solver: Solver = CG(),
+    preconditioner: Preconditioner | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
     backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`; arguments as in `scale_by_ggn`."""
-    method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=solver,
-        damping=Constant(lam),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
-        microbatch_size=microbatch_size,
-        backend=backend,
-    )
-    return as_gradient_transformation(method)
+    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      reduction: how it combines examples, for microbatches.
+      lam, solver, preconditioner, extras, microbatch_size, backend: as in `scale_by_ggn`.
+    """
+    curvature = Hessian(LossFunction(loss_fn, extras, reduction))
+    return _face(curvature, solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend)
 
 
 def scale_by_kfac(
@@ -244,94 +280,172 @@ def scale_by_kfac(
       backend: preferred implementation of kernels.
       full_params: all parameters of the model, or their shapes, within `optax.masked` and the like.
     """
-    method = assemble(
-        curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
-        solver=Diagonal(),
-        damping=Constant(lam),
-        preconditioner=preconditioner or KFAC(),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
+    return _face(
+        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
+        Diagonal(),
+        lam,
+        preconditioner or KFAC(),
         microbatch_size=microbatch_size,
         backend=backend,
+        shapes={"batch": _shapes(batch), "full_params": _shapes(full_params)},
     )
-    return as_gradient_transformation(method, batch=_shapes(batch), full_params=_shapes(full_params))
-
-
-def _shapes(arrays: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def scale_by_sophia_g(
     predict_fn: Callable[..., Any],
     loss: Loss = SoftmaxCrossEntropy(),
     *,
-    beta1: float = 0.965,
-    beta2: float = 0.99,
-    gamma: float = 0.05,
-    every: int = 10,
-    clip_value: float = 1.0,
-    n_samples: int = 1,
+    beta1: Number = 0.965,
+    beta2: Number = 0.99,
+    gamma: Number = 0.05,
+    eps: Number = 1e-8,
+    every: int | None = None,
+    clip_value: Number = 1.0,
+    n_samples: int | None = None,
     x_key: str = "x",
     y_key: str = "y",
+    weight_key: str | None = None,
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels; see `curvax.sophia_g`."""
-    preconditioner = EmaDiagonal(
-        GaussNewtonBartlett(n_samples), beta2=beta2, every=every, denominator=SophiaFloor(gamma)
-    )
-    method = assemble(
-        curvature=GaussNewton(Model(predict_fn, x_key, y_key, None, extras), loss),
-        solver=Diagonal(beta1),
-        preconditioner=preconditioner,
-        telemetry=Telemetry(()),
+    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels.
+
+    Args:
+      predict_fn, loss: the model.
+      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_g`; `optax.inject_hyperparams(scale_by_sophia_g,
+        static_args=("predict_fn",))` can schedule them.
+      every, n_samples: steps between refreshes of h, and label samples of each; `None` for 10 and 1. They shape what is
+        computed, so numbers in their place go into `static_args`.
+      x_key, y_key, weight_key, extras, microbatch_size, backend: as in `scale_by_ggn`.
+    """
+    return _face(
+        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            GaussNewtonBartlett(_count("n_samples", n_samples, 1)),
+            beta2=beta2,
+            every=_count("every", every, 10),
+            denominator=SophiaFloor(gamma, eps),
+        ),
         tx=optax.clip(clip_value),
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_sophia_h(
     loss_fn: Callable[..., Any],
     *,
-    beta1: float = 0.965,
-    beta2: float = 0.99,
-    gamma: float = 0.01,
-    every: int = 10,
-    clip_value: float = 1.0,
-    n_probes: int = 1,
+    beta1: Number = 0.965,
+    beta2: Number = 0.99,
+    gamma: Number = 0.01,
+    eps: Number = 1e-8,
+    every: int | None = None,
+    clip_value: Number = 1.0,
+    n_probes: int | None = None,
+    use_abs: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes; see `curvax.sophia_h`."""
-    preconditioner = EmaDiagonal(Hutchinson(n_probes), beta2=beta2, every=every, denominator=SophiaFloor(gamma))
-    method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=Diagonal(beta1),
-        preconditioner=preconditioner,
-        telemetry=Telemetry(()),
+    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
+      every, n_probes: steps between refreshes of h, and probes of each; `None` for 10 and 1.
+      use_abs: take the magnitude of each estimate.
+      reduction: how `loss_fn` combines examples, for microbatches.
+      extras, microbatch_size, backend: as in `scale_by_ggn`.
+    """
+    return _face(
+        Hessian(LossFunction(loss_fn, extras, reduction)),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            Hutchinson(_count("n_probes", n_probes, 1), use_abs),
+            beta2=beta2,
+            every=_count("every", every, 10),
+            denominator=SophiaFloor(gamma, eps),
+        ),
         tx=optax.clip(clip_value),
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_adahessian(
     loss_fn: Callable[..., Any],
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    power: float = 1.0,
-    eps: float = 1e-4,
-    every: int = 1,
-    n_probes: int = 1,
-    block_average: BlockAverage | None = BlockAverage(),
+    beta1: Number = 0.9,
+    beta2: Number = 0.999,
+    power: Number = 1.0,
+    eps: Number = 1e-4,
+    every: int | None = None,
+    n_probes: int | None = None,
+    use_abs: bool = False,
+    block_average: BlockAverage | bool | None = True,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> mean of g / (root mean square diagonal + floor); see `curvax.adahessian`."""
-    estimator = Hutchinson(n_probes, block_average=block_average)
-    preconditioner = EmaDiagonal(estimator, beta2=beta2, every=every, denominator=AdaHessianPower(power, eps))
+    """g -> mean of g / (root mean square diagonal + floor).
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      beta1, beta2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
+      every, n_probes: steps between refreshes of the diagonal, and probes of each; `None` for 1 both.
+      use_abs: take the magnitude of each estimate before averaging.
+      block_average: which entries are averaged; `True`, the default, for `BlockAverage()`, `None` or `False` for none.
+      reduction: how `loss_fn` combines examples, for microbatches.
+      extras, microbatch_size, backend: as in `scale_by_ggn`.
+    """
+    average = BlockAverage() if block_average is True else block_average
+    return _face(
+        Hessian(LossFunction(loss_fn, extras, reduction)),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            Hutchinson(_count("n_probes", n_probes, 1), use_abs, average or None),
+            beta2=beta2,
+            every=_count("every", every, 1),
+            denominator=AdaHessianPower(power, eps),
+        ),
+        microbatch_size=microbatch_size,
+        backend=backend,
+    )
+
+
+def _face(
+    curvature: Curvature,
+    solver: Solver,
+    lam: ScalarLike = 0.0,
+    preconditioner: Preconditioner | None = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    microbatch_size: int | None,
+    backend: Backend,
+    shapes: Mapping[str, Any] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    """The direction alone, without sign, learning rate or telemetry; `shapes` go to `as_gradient_transformation`."""
     method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=Diagonal(beta1),
+        curvature=curvature,
+        solver=solver,
+        damping=Constant(lam),
         preconditioner=preconditioner,
         telemetry=Telemetry(()),
-        tx=optax.identity(),
+        tx=optax.identity() if tx is None else tx,
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
+    return as_gradient_transformation(method, **shapes)
+
+
+def _count(name: str, value: int | None, default: int) -> int:
+    """A count; `None`, which unlike a number `optax.inject_hyperparams` does not trace, for the default."""
+    return default if value is None else whole(name, value)
+
+
+def _shapes(arrays: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

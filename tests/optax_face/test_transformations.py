@@ -15,7 +15,9 @@ from oracle.compiling import quick_jit
 from oracle.losses import softmax_cross_entropy
 
 import curvax
+from curvax.curvature import GeneralizedGaussNewton
 from curvax.losses import SoftmaxCrossEntropy
+from curvax.preconditioners import KFAC
 from curvax.solvers import CG, Cholesky
 
 LAM = 0.1
@@ -126,6 +128,52 @@ def test_partition_with_sgd_for_the_rest(problem: Any) -> None:
     assert_close(updates["first"], grads["first"], -0.1)
     updates = jax.tree.map(lambda x: x, tx.update(grads, state, params, batch=batch, full_params=params)[0])
     assert bool(jnp.all(jnp.isfinite(updates["last"])))
+
+
+def kfac(problem: Any, predict_fn: Any = predict, **keywords: Any) -> Any:
+    preconditioner = KFAC(GeneralizedGaussNewton(), inverse_every=1)
+    return curvax.optax.scale_by_kfac(
+        predict_fn, SoftmaxCrossEntropy(), problem[1], LAM, preconditioner=preconditioner, **keywords
+    )
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, {"first": False, "last": True}),
+        lambda tx: optax.partition({"sgd": optax.sgd(0.1), "kfac": tx}, {"first": "sgd", "last": "kfac"}),
+        lambda tx: optax.transforms.selective_transform(tx, freeze_mask={"first": {"w": True}, "last": False}),
+    ],
+    ids=["masked", "partition", "selective_transform"],
+)
+def test_kfac_of_a_part_is_kfac_of_a_model_with_that_part(problem: Any, wrap: Any, shapes: bool) -> None:
+    params, batch = problem
+    grads, key = jax.grad(loss)(params, batch), jax.random.key(0)
+    part = kfac(problem, lambda last, x: predict({**params, "last": last}, x))
+    expected, _ = part.update(grads["last"], part.init(params["last"]), params["last"], batch=batch, rng=key)
+    tx = wrap(kfac(problem, full_params=jax.eval_shape(lambda: params) if shapes else params))
+    update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch, full_params=params, rng=key))
+    updates, state = update(grads, tx.init(params))
+    assert_close(updates["last"], expected)
+    optax.tree.map_params(tx, lambda x: x, state)
+
+
+def test_a_masked_whole_method_of_a_part(problem: Any) -> None:
+    params, batch = problem
+    method = curvax.kfac(predict_fn=predict, loss=SoftmaxCrossEntropy())
+    tx = optax.masked(
+        curvax.as_gradient_transformation(method, batch=batch, full_params=params), {"first": False, "last": True}
+    )
+    update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch, full_params=params, rng=jax.random.key(0)))
+    updates, _ = update(jax.grad(loss)(params, batch), tx.init(params))
+    assert np.any(updates["last"]) and np.all(np.isfinite(updates["last"]))
+
+
+def test_masked_kfac_without_the_full_parameters_says_so(problem: Any) -> None:
+    params, _ = problem
+    with pytest.raises(ValueError, match=r"masked.*full_params=params"):
+        optax.masked(kfac(problem), {"first": False, "last": True}).init(params)
 
 
 def test_masked_without_the_full_parameters_says_so(problem: Any) -> None:

@@ -144,9 +144,9 @@ def _is_shape(x: Any) -> bool:
 
 
 def test_errors_name_the_mend() -> None:
-    with pytest.raises(ValueError, match="every must be positive, got 0"):
+    with pytest.raises(ValueError, match="every must be positive and finite, got 0"):
         scale_by_soap(every=0)
-    with pytest.raises(ValueError, match=r"eps must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"eps must be positive and finite, got 0\.0"):
         scale_by_shampoo(eps=0.0)
     with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1"):
         shampoo(0.1, beta2=1)

@@ -53,16 +53,16 @@ def scale_by_shampoo(
 ) -> optax.GradientTransformation:
     """G -> L^(-1/4) G R^(-1/4) with L = sum G G^T and R = sum G^T G, each plus eps I; of a vector H^(-1/2) g.
 
-    Leaves with more than two axes are stacks of matrices over their last two; scalars are vectors of length one. Complex
-    leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
+    Leaves with more than two axes are stacks of matrices over their last two; scalars are vectors of length one.
+    Complex leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
 
     Args:
       beta2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
       eps: the multiple of the identity, relative to the mean diagonal of the factor. 1e-4 by default, the paper's
         figure, which is an absolute one there.
       every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
-      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None` stands
-        for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
+      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None`
+        stands for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
       graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
         update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
         2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.

@@ -64,9 +64,9 @@ def scale_by_soap(
     Leaves with more than two axes are stacks of matrices over their last two; vectors and scalars get plain Adam.
     Complex leaves have conjugates where these belong.
 
-    Nothing depends on the scale of the gradients. Adam divides by the root of a second moment however small it is; where
-    that moment is nothing but rounding, below the precision of its row's or column's sum, the quotient would be a random
-    sign, and the update is zero.
+    Nothing depends on the scale of the gradients. Adam divides by the root of a second moment however small it is;
+    where that moment is nothing but rounding, below the precision of its row's or column's sum, the quotient would be a
+    random sign, and the update is zero.
 
     Args:
       beta1, beta2: decay of first and second moments; beta2 also of the factors. 0.95 both, as in the paper.
@@ -211,9 +211,9 @@ def _unresolved(square: jax.Array, bases: Bases) -> jax.Array:
 def _eigenvectors(factor: jax.Array) -> jax.Array:
     """Orthonormal eigenvectors in columns, largest eigenvalue first.
 
-    Where eigenvalues are rounding, as of every factor of fewer examples than rows, any basis of their span would do, and
-    rounding would choose it: on another number of devices another model would train. There it is the basis in which a
-    fixed diagonal matrix is diagonal, which also leaves rows that have no gradient to themselves.
+    Where eigenvalues are rounding, as of every factor of fewer examples than rows, any basis of their span would do,
+    and rounding would choose it: on another number of devices another model would train. There it is the basis in which
+    a fixed diagonal matrix is diagonal, which also leaves rows that have no gradient to themselves.
     """
     n = factor.shape[-1]
     values, vectors = jnp.linalg.eigh(factor / unit_scale(factor).astype(factor.dtype))
