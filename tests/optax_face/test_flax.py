@@ -70,7 +70,6 @@ def inner(case: Case, predict: Any, make: Any = layerwise.full_gn, **keywords: A
 
 MAKERS: dict[str, Any] = {
     "sgn": lambda c: whole(curvax.sgn_mse(predict_fn=c.predict)),
-    "gauss_newton": lambda c: whole(curvax.gauss_newton(predict_fn=c.predict, loss=LOSS)),
     "kfac": lambda c: whole(curvax.kfac(predict_fn=c.predict, loss=LOSS), batch=BATCH),
     "adahessian": lambda c: whole(curvax.adahessian(loss_fn=c.loss)),
     "sgn, BatchNorm": lambda c: whole(
@@ -79,12 +78,9 @@ MAKERS: dict[str, Any] = {
     "full_gn": lambda c: inner(c, c.predict),
     "layerwise_gn": lambda c: inner(c, c.predict, layerwise.layerwise_gn),
     "full_gn, BatchNorm": lambda c: inner(c, c.predict_in_training, has_state=True),
-    "scale_by_egn": lambda c: scaled(curvax.optax.scale_by_egn(c.predict, LOSS), 1.0),
     "scale_by_kfac": lambda c: scaled(curvax.optax.scale_by_kfac(c.predict, LOSS, BATCH, 1.0), 0.5),
     "scale_by_sophia_g": lambda c: scaled(curvax.optax.scale_by_sophia_g(c.predict, LOSS), 0.01),
     "soap": lambda c: curvax.optimizers.soap(0.02),
-    "shampoo": lambda c: curvax.optimizers.shampoo(0.05),
-    "muon_adamw": lambda c: curvax.optimizers.muon_adamw(0.02, others=()),
 }
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import Partition
+from curvax.structure.outputs import check_outputs
 from curvax.tree import PyTree
 
 
@@ -90,11 +90,8 @@ class Model:
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """Returns (outputs, (new model state, aux))."""
         outputs, rest = self.extras.call(self.predict_fn, params, self.inputs(evaluation.batch), evaluation)
-        if not (hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating) and outputs.ndim >= 1):
-            raise TypeError(
-                "predict_fn must return one floating-point array with a leading example axis"
-                + (" (it returned a tuple: set has_aux=True or has_state=True)." if isinstance(outputs, tuple) else ".")
-            )
+        beside = "; for what it returns beside them set has_aux=True or has_state=True"
+        check_outputs(outputs, beside if isinstance(outputs, tuple) else "")
         return outputs, rest
 
     def inputs(self, batch: Any) -> Any:

@@ -23,12 +23,14 @@ from curvax.curvature.output_space import (
     ObservedFisher,
 )
 from curvax.kernels import Choice, Implementation
+from curvax.keys import check_key
 from curvax.losses.base import Loss, check_loss
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.capture import capture
+from curvax.structure.capture import Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.outputs import check_model, check_outputs
 from curvax.structure.rows import row_diagonal, row_gram
-from curvax.structure.squares import squared_norms
+from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
 
 Predict = Callable[[PyTree, Any], jax.Array]
@@ -60,6 +62,7 @@ def jacobian_gram(
       ValueError: there are no parameters.
     """
     outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
+    check_outputs(outputs)
     kernel = row_gram(
         predict_fn,
         params,
@@ -114,6 +117,7 @@ def ggn_diagonal(
         return at.diagonal(GeneralizedGaussNewton(), max_bytes)
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
+    check_key("key", key)
     root = jnp.sqrt(at.omega)
 
     def residual(k: jax.Array) -> jax.Array:
@@ -152,6 +156,8 @@ def per_example_gradient_norms(
     inputs: Any,
     targets: Any,
     weights: Any = None,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
@@ -164,6 +170,7 @@ def per_example_gradient_norms(
       params: parameters.
       inputs: inputs with a common leading example axis.
       targets, weights: as the loss takes them.
+      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default. Less takes fewer examples at a time.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -171,6 +178,7 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
+    check_model(predict_fn, params, inputs)
     try:
         captured = capture(predict_fn, params, inputs)
         if loss.couples_examples:
@@ -180,9 +188,25 @@ def per_example_gradient_norms(
             f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         ) from None
     at = _at(predict_fn, loss, params, inputs, targets, weights)
-    residual = loss.gradient(at.outputs, targets, at.omega)
-    factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), residual[None])
-    return jnp.sqrt(squared_norms(captured, factors)[:, 0])
+    leaves, residual = jax.tree.leaves(params), loss.gradient(at.outputs, targets, at.omega)
+    own = [*captured.inputs(leaves, jax.tree.leaves(inputs)), residual]
+
+    def factors(example: list[jax.Array]) -> Factors:
+        *inputs, u = (x[None] for x in example)
+        return captured.example(leaves, inputs, lambda _: u[None])
+
+    def norms(some: list[jax.Array]) -> jax.Array:
+        return jnp.sqrt(squared_norms(captured, jax.vmap(factors)(some))[:, 0])
+
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(factors, [x[0] for x in own])))
+    each += formed_bytes(captured, [leaf.shape for leaf in leaves], rows=1)
+    examples, at_once = residual.shape[0], max(1, max_bytes // max(each, 1))
+    if at_once >= examples:
+        return norms(own)
+    # The last group is filled up with the last example.
+    groups = -(-examples // at_once)
+    index = jnp.minimum(jnp.arange(groups * at_once, dtype=jnp.int32), examples - 1).reshape(groups, at_once)
+    return jax.lax.map(lambda i: norms([x[i] for x in own]), index).reshape(-1)[:examples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +231,7 @@ class _Point:
 def _at(predict: Predict, loss: Loss, params: PyTree, inputs: Any, targets: Any, weights: Any) -> _Point:
     check_loss(loss)
     outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
+    check_outputs(outputs)
     loss.check(outputs, targets, weights)
     omega = loss.effective_weights(outputs, weights)
     return _Point(predict, loss, params, inputs, targets, outputs, omega, _pull(vjp, outputs))

@@ -10,6 +10,7 @@ import jax
 
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
+from curvax.structure.outputs import check_model
 from curvax.structure.recognise import GENERIC, Finding
 from curvax.tree import PyTree
 
@@ -46,6 +47,7 @@ def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, input
     Returns:
       One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
     """
+    check_model(predict_fn, params, inputs)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     try:
         findings = capture(predict_fn, params, inputs).structure.findings
