@@ -12,6 +12,7 @@ import jax
 from curvax.curvature.output_space import Metric, OutputCurvature
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.structure.axes import LeafAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
@@ -119,6 +120,7 @@ class Linearization:
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
       site_factors: activations and cotangents at the model's sites, example by example, or `None`.
+      leaf_axes: () -> `Curvature.leaf_axes` at the point, or `None`.
       model_state: the model's new state.
       aux: what the model returned beside its outputs.
     """
@@ -131,6 +133,7 @@ class Linearization:
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: Rows | None = None
     site_factors: SiteFactors | None = None
+    leaf_axes: Callable[[], tuple[tuple[LeafAxes, ...], ...]] | None = None
     model_state: PyTree = None
     aux: Any = None
 
@@ -216,6 +219,10 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         """How each parameter leaf enters the Gram matrix of the rows; nothing where there are no rows."""
+
+    @abc.abstractmethod
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        """Per parameter leaf, what its axes are to the layers that use it, from shapes alone."""
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         """The blocks of the parameters that Kronecker factors serve, from shapes alone.

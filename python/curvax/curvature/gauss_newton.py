@@ -17,6 +17,7 @@ from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, check_loss
+from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.blocks import Blocks, find_blocks
 from curvax.structure.capture import Capture, capture
@@ -121,12 +122,16 @@ class GaussNewton(Curvature):
             sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
             rows=rows if needs.rows else None,
             site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return report(lambda p, x: self._predict(p, x, evaluation), params, self.model.inputs(evaluation.batch))
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         found = self._capture(params, evaluation)

@@ -16,6 +16,7 @@ from curvax.curvature.differentiate import linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import Partition
 from curvax.losses.base import Loss, check_loss
+from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
 
@@ -184,6 +185,7 @@ class Hessian(Curvature):
             gradient=at.gradient if needs.gradient else None,
             product=at.product,
             sampled_gradient=self._sampled_gradient(params, evaluation) if needs.sampling else None,
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
         )
@@ -204,6 +206,9 @@ class Hessian(Curvature):
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return ()
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return leaf_axes(self.forward, params, evaluation)
 
     def rows(
         self,

@@ -15,6 +15,7 @@ from curvax.curvature.output_space import Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
+from curvax.structure.axes import LeafAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import row_diagonal, row_gram
@@ -204,12 +205,16 @@ class Microbatched(Curvature):
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             site_factors=self._site_factors(params, pieces) if needs.factors else None,
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=model_state,
             aux=aux,
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return self.inner.structure(params, evaluation)
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return self.inner.leaf_axes(params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         return self.inner.blocks(params, evaluation)
