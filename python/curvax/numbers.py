@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 Number: TypeAlias = float | jax.Array
 """A real number, possibly traced."""
@@ -18,7 +19,7 @@ Count: TypeAlias = int | jax.Array
 
 def is_known(*values: Number | None) -> bool:
     """Whether none of the values is traced, so that Python can look at them."""
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    return not any(isinstance(value, Tracer) for value in values)
 
 
 def as_dtype(value: Number, dtype: Any) -> Number:

@@ -118,7 +118,7 @@ def vmapped(layer: Layer, weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def unrolled(layer: Layer, weights: Any, x: jax.Array) -> jax.Array:
-    return sum(weighted_squares(layer, w, part) for w, part in zip(weights, x, strict=True))
+    return jnp.sum(jnp.stack([weighted_squares(layer, w, part) for w, part in zip(weights, x, strict=True)]))
 
 
 @functools.cache
@@ -157,7 +157,7 @@ def test_layers_of_a_stack_are_averaged_each_for_itself(kind: Any, x64: None) ->
     weights, batch, directions = by_hand()
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        return sum(kind(layer, params[name], batch[name]) for name, layer in LAYERS.items())
+        return jnp.sum(jnp.stack([kind(layer, params[name], batch[name]) for name, layer in LAYERS.items()]))
 
     params = {name: list(w) for name, w in weights.items()} if kind is unrolled else weights
     method = curvax.adahessian(loss_fn=loss)

@@ -41,7 +41,7 @@ def shampoo_by_hand(history: list[np.ndarray], eps: float, every: int, beta2: fl
     g = history[-1]
 
     def damped(products: Any) -> np.ndarray:
-        factor = sum(w * x for w, x in zip(weights, products, strict=True))
+        factor = np.sum([w * x for w, x in zip(weights, products, strict=True)], axis=0)
         return factor + eps * np.mean(np.diag(factor)) * np.eye(factor.shape[0])
 
     if g.ndim == 1:

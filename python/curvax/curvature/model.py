@@ -91,8 +91,7 @@ class Model:
         """Returns (outputs, (new model state, aux))."""
         outputs, rest = self.extras.call(self.predict_fn, params, self.inputs(evaluation.batch), evaluation)
         beside = "; for what it returns beside them set has_aux=True or has_state=True"
-        check_outputs(outputs, beside if isinstance(outputs, tuple) else "")
-        return outputs, rest
+        return check_outputs(outputs, beside), rest
 
     def inputs(self, batch: Any) -> Any:
         """The model inputs in a batch."""

@@ -93,10 +93,11 @@ def scale_by_shampoo(
         factors = tuple(_accumulated(g, old, beta2) for g, old in zip(wide, state.factors, strict=True))
 
         def refresh() -> tuple[Factors, ...]:
-            means = factors if beta2 is None else jax.tree.map(lambda f: corrected(f, beta2, count), factors)
-            return tuple(
-                tuple(_inverse_root(f, g, 2 * len(of), eps) for f in of) for of, g in zip(means, wide, strict=True)
-            )
+            def root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
+                mean = factor if beta2 is None else corrected(factor, beta2, count)
+                return _inverse_root(mean, gradient, order, eps)
+
+            return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, wide, strict=True))
 
         due = (state.count % every == 0) | _blind(factors, state.roots, wide)
         roots = jax.lax.cond(due, refresh, lambda: state.roots)
