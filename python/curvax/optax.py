@@ -32,6 +32,7 @@ from curvax.curvature import (
     LossFunction,
     Metric,
     Model,
+    Objective,
 )
 from curvax.damping import Constant
 from curvax.damping.base import ScalarLike
@@ -230,7 +231,7 @@ def scale_by_egn(
 
 
 def scale_by_newton_cg(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     lam: ScalarLike = 1.0,
     *,
     solver: Solver = CG(),
@@ -243,11 +244,11 @@ def scale_by_newton_cg(
     """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`.
-      reduction: how it combines examples, for microbatches.
+      loss_fn: `loss_fn(params, batch) -> scalar`, or a model with a loss: `curvature.ModelLoss(Model(predict), loss)`.
+      reduction: how `loss_fn` combines examples, for microbatches.
       lam, solver, preconditioner, extras, microbatch_size, backend: as in `scale_by_ggn`.
     """
-    curvature = Hessian(LossFunction(loss_fn, extras, reduction))
+    curvature = _hessian(loss_fn, extras, reduction)
     return _face(curvature, solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend)
 
 
@@ -335,7 +336,7 @@ def scale_by_sophia_g(
 
 
 def scale_by_sophia_h(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     *,
     beta1: Number = 0.965,
     beta2: Number = 0.99,
@@ -353,7 +354,7 @@ def scale_by_sophia_h(
     """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`.
+      loss_fn: as in `scale_by_newton_cg`.
       beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
       every, n_probes: steps between refreshes of h, and probes of each; `None` for 10 and 1.
       use_abs: take the magnitude of each estimate.
@@ -361,7 +362,7 @@ def scale_by_sophia_h(
       extras, microbatch_size, backend: as in `scale_by_ggn`.
     """
     return _face(
-        Hessian(LossFunction(loss_fn, extras, reduction)),
+        _hessian(loss_fn, extras, reduction),
         Diagonal(beta1),
         preconditioner=EmaDiagonal(
             Hutchinson(_count("n_probes", n_probes, 1), use_abs),
@@ -376,7 +377,7 @@ def scale_by_sophia_h(
 
 
 def scale_by_adahessian(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     *,
     beta1: Number = 0.9,
     beta2: Number = 0.999,
@@ -394,7 +395,7 @@ def scale_by_adahessian(
     """g -> mean of g / (root mean square diagonal + floor).
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`.
+      loss_fn: as in `scale_by_newton_cg`.
       beta1, beta2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
       every, n_probes: steps between refreshes of the diagonal, and probes of each; `None` for 1 both.
       use_abs: take the magnitude of each estimate before averaging.
@@ -404,7 +405,7 @@ def scale_by_adahessian(
     """
     average = BlockAverage() if block_average is True else block_average
     return _face(
-        Hessian(LossFunction(loss_fn, extras, reduction)),
+        _hessian(loss_fn, extras, reduction),
         Diagonal(beta1),
         preconditioner=EmaDiagonal(
             Hutchinson(_count("n_probes", n_probes, 1), use_abs, average or None),
@@ -440,6 +441,14 @@ def _face(
         backend=backend,
     )
     return as_gradient_transformation(method, **shapes)
+
+
+def _hessian(loss_fn: Callable[..., Any] | Objective, extras: Extras, reduction: Literal["mean", "sum"]) -> Hessian:
+    if not isinstance(loss_fn, Objective):
+        return Hessian(LossFunction(loss_fn, extras, reduction))
+    if extras != Extras() or reduction != "mean":
+        raise ValueError("extras and reduction go into the objective that loss_fn is: drop them here.")
+    return Hessian(loss_fn)
 
 
 def _count(name: str, value: int | None, default: int) -> int:

@@ -15,7 +15,7 @@ from oracle.compiling import quick_jit
 from oracle.losses import softmax_cross_entropy
 
 import curvax
-from curvax.curvature import GeneralizedGaussNewton
+from curvax.curvature import GeneralizedGaussNewton, Model, ModelLoss
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.preconditioners import KFAC
 from curvax.solvers import CG, Cholesky
@@ -87,6 +87,39 @@ def test_newton_form_uses_the_hessian(problem: Any) -> None:
     gradient = np.asarray(jax.grad(lambda v: loss(unravel(v), batch))(flat))
     expected = np.linalg.solve(hessian + 5.0 * np.eye(flat.size), gradient)
     np.testing.assert_allclose(np.asarray(ravel_pytree(updates)[0]), expected, rtol=1e-8)
+
+
+def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: Any) -> None:
+    """What weighs nothing is as if it were not there, in whatever pieces."""
+    params, batch = problem
+    padded = {
+        "x": jnp.concatenate([batch["x"], 7 * batch["x"][:2]]),
+        "y": jnp.concatenate([batch["y"], batch["y"][:2]]),
+        "weight": jnp.asarray([1.0] * 6 + [0.0] * 2),
+    }
+    ce, key, grads = SoftmaxCrossEntropy(), jax.random.key(0), jax.grad(loss)(params, batch)
+    objective = ModelLoss(Model(predict, weight_key="weight"), ce)
+    plain = ModelLoss(Model(predict), ce)
+    pieces = {"weight_key": "weight", "microbatch_size": 3}
+    pairs = [
+        (curvax.optax.scale_by_egn(predict, ce, LAM), curvax.optax.scale_by_egn(predict, ce, LAM, **pieces)),
+        (
+            curvax.optax.scale_by_newton_cg(plain, 5.0, solver=EXACT),
+            curvax.optax.scale_by_newton_cg(objective, 5.0, solver=EXACT, microbatch_size=3),
+        ),
+        (curvax.optax.scale_by_adahessian(plain), curvax.optax.scale_by_adahessian(objective, microbatch_size=3)),
+    ]
+    for whole, cut in pairs:
+        expected, found = (
+            quick_jit(lambda tx=tx, of=of: tx.update(grads, tx.init(params), params, batch=of, rng=key)[0])()
+            for tx, of in ((whole, batch), (cut, padded))
+        )
+        assert_close(found, expected)
+    sampled = curvax.optax.scale_by_sophia_g(predict, ce, n_samples=2, **pieces)
+    run = quick_jit(lambda of: sampled.update(grads, sampled.init(params), params, batch=of, rng=key)[0])
+    assert_close(run(padded), run({**padded, "x": padded["x"].at[6:].set(-3.0)}))
+    with pytest.raises(ValueError, match="extras and reduction go into the objective"):
+        curvax.optax.scale_by_sophia_h(objective, reduction="sum")
 
 
 def test_whole_method_equals_its_step(problem: Any) -> None:
