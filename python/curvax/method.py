@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature import Evaluation
 from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, wide_shapes
+from curvax.keys import check_key
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
 from curvax.tree import PyTree
@@ -38,11 +39,17 @@ class Method:
     def __repr__(self) -> str:
         return f"<curvax.Method, {self.plan.explain().splitlines()[0]}>"
 
+    @property
+    def needs_batch(self) -> bool:
+        """Whether `init` needs a batch, or its shapes."""
+        return isinstance(self.assembly.preconditioner, BlockPreconditioner)
+
     def init(self, params: PyTree, *, batch: Any | None = None, model_state: PyTree = None) -> MethodState:
         """The state before the first step.
 
         Args:
-          params: the parameters; nothing of them but shapes and dtypes enters, save what the transform keeps.
+          params: the parameters, or `jax.ShapeDtypeStruct`s: nothing of them but shapes and dtypes enters, save what
+            the transform keeps.
           batch: a batch (arrays or `jax.ShapeDtypeStruct`s), of which shapes alone enter. Needed by methods with a
             state per layer (`kfac`, `ekfac`): parameters alone do not tell the layers. Others do without it.
           model_state: mutable model state (BatchNorm statistics), for models with `has_state`.
@@ -51,7 +58,13 @@ class Method:
           TypeError: a leaf of the parameters is not a real array.
           ValueError: nothing trains, or `batch` or `model_state` is missing.
         """
-        trainable, _ = self.assembly.partition.split(params)
+        trainable, frozen = self.assembly.partition.split(params)
+        return self.init_split(trainable, frozen, batch=batch, model_state=model_state)
+
+    def init_split(
+        self, trainable: PyTree, frozen: PyTree, *, batch: Any | None = None, model_state: PyTree = None
+    ) -> MethodState:
+        """`init` of parameters as split by the method's partition, as for `propose`."""
         if not jax.tree.leaves(trainable):
             raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
         if self.assembly.curvature.has_state != (model_state is not None):
@@ -59,17 +72,28 @@ class Method:
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
-        like = wide_shapes(trainable)
-        wide = jax.tree.map(lambda p, w: jnp.asarray(p).astype(w.dtype), trainable, like)
+        preconditioner = self._preconditioner(trainable, frozen, batch, model_state)
+        return self._state(trainable, preconditioner, model_state)
+
+    def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
+        """The state of a tree without leaves: what is like the parameters in it is `params`.
+
+        `optax.tree.map_params` asks for one to tell which parts of a state are parameters. A state that follows the
+        blocks of a model is one scalar here, so that all of it counts as one part that is no parameters.
+        """
+        preconditioner = jnp.zeros(()) if self.needs_batch else self.assembly.preconditioner.init(params)
+        return self._state(params, preconditioner, model_state)
+
+    def _state(self, trainable: PyTree, preconditioner: Any, model_state: PyTree) -> MethodState:
         return MethodState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             damping=self.assembly.damping.init(),
-            preconditioner=self._preconditioner(params, like, batch, model_state),
-            solver=self.assembly.solver.init(like),
-            transform=self.assembly.transform.init(wide),
+            preconditioner=preconditioner,
+            solver=self.assembly.solver.init(wide_shapes(trainable)),
+            transform=self.assembly.transform.init(tree.widen(trainable)),
             model_state=tree.fixed(model_state),
-            last=LastStep(jax.tree.map(jnp.copy, trainable), jnp.asarray(False)) if self._takes_unseen_steps else None,
+            last=LastStep(tree.copied(trainable), jnp.asarray(False)) if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
 
@@ -77,18 +101,17 @@ class Method:
     def _takes_unseen_steps(self) -> bool:
         return self.assembly.damping.evaluate_every not in (None, 1)
 
-    def _preconditioner(self, params: PyTree, like: PyTree, batch: Any | None, model_state: PyTree) -> Any:
+    def _preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any | None, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
         if not isinstance(preconditioner, BlockPreconditioner):
-            return preconditioner.init(like)
+            return preconditioner.init(wide_shapes(trainable))
         if batch is None:
             raise ValueError(
                 f"{type(preconditioner).__name__} keeps a state per layer, and layers are found from the shapes of a "
                 "batch: call init(params, batch=batch)."
             )
-        trainable, frozen = self.assembly.partition.split(params)
         keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
-        evaluation = self._evaluation(batch, frozen, model_state, keys)
+        evaluation = self._evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), keys)
         curvature.check(trainable, evaluation)
         evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
         return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
@@ -229,7 +252,6 @@ class _Keys:
     def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
         if rng is None:
             return _Keys(None, None, None)
-        if not hasattr(rng, "dtype"):
-            raise TypeError(f"rng must be a random key such as jax.random.key(0), not a {type(rng).__name__}.")
+        check_key("rng", rng)
         model, sample, _ = jax.random.split(jax.random.fold_in(rng, step), 3)
         return _Keys(model, sample, lambda: jax.random.split(jax.random.fold_in(rng, step), 3)[2])

@@ -17,7 +17,6 @@ ScalarOrSchedule = float | jax.Array | optax.Schedule
 
 def build_transform(
     *,
-    tx: optax.GradientTransformation | None = None,
     learning_rate: ScalarOrSchedule = 1.0,
     clip_norm: float | None = None,
     weight_decay: float | None = None,
@@ -25,11 +24,9 @@ def build_transform(
     direction_momentum: float | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """momentum, then clipping by global norm, then decoupled weight decay, then minus the learning rate; or `tx`.
+    """momentum, then clipping by global norm, then decoupled weight decay, then minus the learning rate.
 
     Args:
-      tx: an Optax chain that turns the direction into the update, sign included (end it with
-        `optax.scale_by_learning_rate`). All other arguments must then keep their defaults.
       learning_rate: scalar or schedule; 1 takes the full direction.
       clip_norm: bound on the global norm of the direction.
       weight_decay: coefficient of decoupled weight decay.
@@ -38,21 +35,8 @@ def build_transform(
       nesterov: Nesterov form of that trace.
 
     Raises:
-      ValueError: both `tx` and another knob are given, or `nesterov` without momentum.
+      ValueError: `nesterov` without momentum.
     """
-    knobs = {
-        "clip_norm": clip_norm,
-        "weight_decay": weight_decay,
-        "weight_decay_mask": weight_decay_mask,
-        "direction_momentum": direction_momentum,
-        "nesterov": nesterov or None,
-        "learning_rate": None if isinstance(learning_rate, int | float) and learning_rate == 1 else learning_rate,
-    }
-    given = [name for name, value in knobs.items() if value is not None]
-    if tx is not None:
-        if given:
-            raise ValueError(f"tx already is the whole transform: drop {', '.join(given)}, or drop tx.")
-        return optax.with_extra_args_support(tx)
     check_learning_rate(learning_rate)
     if nesterov and direction_momentum is None:
         raise ValueError("nesterov needs direction_momentum.")

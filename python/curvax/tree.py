@@ -22,8 +22,47 @@ def wide_dtype(dtype: Any) -> np.dtype:
 
 
 def widen(tree: PyTree) -> PyTree:
-    """Casts every leaf to its wide dtype."""
-    return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
+    """Casts every leaf to its wide dtype; a `jax.ShapeDtypeStruct` stays one."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, wide_dtype(x.dtype))
+        return jnp.asarray(x).astype(wide_dtype(x.dtype))
+
+    return jax.tree.map(one, tree)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """Every leaf in a buffer of its own, so that donating one does not take the other; a `jax.ShapeDtypeStruct` stays."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x), tree)
+
+
+def hollow(tree: PyTree) -> PyTree:
+    """Zeros that take no memory in the place of every `jax.ShapeDtypeStruct`, for functions that must be traced."""
+
+    def one(x: Any) -> Any:
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(one, tree)
+
+
+def places(tree: PyTree) -> tuple[str, ...]:
+    """Where each leaf is, as `jax.tree_util.keystr` writes it.
+
+    Boxes are left out: `nnx.Optimizer` makes a state of parameters in their `nnx.Param`s and updates it with bare
+    arrays, as Flax's other boxes (`nn.Partitioned`) come and go. A box is a node with one child, its `value`.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    bare = [path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path for path in paths]
+    return tuple(map(jax.tree_util.keystr, bare))
+
+
+def in_boxes_of(like: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the boxes, and other containers, of `like`; as it is if its leaves are at other places."""
+    structure = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure or places(tree) != places(like):
+        return tree
+    return jax.tree.unflatten(structure, jax.tree.leaves(tree))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -47,6 +86,16 @@ def fixed(tree: PyTree) -> PyTree:
 def zeros_like(tree: PyTree) -> PyTree:
     """A wide zero vector with the structure and shapes of `tree` (arrays or `jax.ShapeDtypeStruct`s)."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), tree)
+
+
+def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
+    """A tuple with what `make` makes of each leaf, for a state that follows the parameters and is none of them.
+
+    Of a tree without leaves, one scalar. So a state of no parameters has a leaf where that of others has a subtree:
+    `optax.tree.map_params` makes one to tell what in a state are parameters, and takes the subtree as one that is not.
+    """
+    leaves = jax.tree.leaves(tree)
+    return tuple(map(make, leaves)) if leaves else jnp.zeros(())
 
 
 def scalar_dtype(tree: PyTree) -> np.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +13,7 @@ from oracle import models
 from oracle.compiling import quick_jit
 
 import curvax
+from curvax.losses import SoftmaxCrossEntropy
 from integration.harness import batch_of, key, precision
 
 MODEL = models.MLP_TANH
@@ -162,6 +164,47 @@ def test_model_that_returns_a_tuple():
     with pytest.raises((TypeError, ValueError)) as raised:
         _step(curvax.sgn_ce(predict_fn=predict), _batch())
     _says(raised, "has_aux")
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda o: (o, o), lambda o: [o, o], lambda o: {"a": o, "b": o}, lambda o: jnp.argmax(o, -1)]
+)
+def test_outputs_that_are_no_array(kind):
+    """One sentence, whoever asks the model: a method, its plan, or a function of `structure`."""
+    params, batch, loss = MODEL.params(jnp.float32), _batch(), SoftmaxCrossEntropy()
+
+    def predict(p, x):
+        return kind(MODEL.predict(p, x))
+
+    problem = (predict, loss, params, batch["x"], batch["y"])
+    asked = [
+        lambda: _step(curvax.sgn_ce(predict_fn=predict), batch),
+        lambda: curvax.kfac(predict_fn=predict, loss=loss).init(params, batch=batch),
+        lambda: curvax.structure.report(predict, params, batch["x"]),
+        lambda: curvax.structure.jacobian_gram(predict, params, batch["x"]),
+        lambda: curvax.structure.ggn_diagonal(*problem),
+        lambda: curvax.structure.empirical_fisher_diagonal(*problem),
+        lambda: curvax.structure.per_example_gradient_norms(*problem),
+    ]
+    for ask in asked:
+        with pytest.raises(TypeError) as raised:
+            ask()
+        _says(raised, "predict_fn", "array")
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("rng", [3, jnp.asarray(3), jnp.asarray([1, 2]), 0.5, "key"], ids=str)
+def test_a_key_that_is_none(rng, jitted):
+    """A number is no key, whether JAX has made an array of it or not."""
+    method = curvax.sophia_g(predict_fn=MODEL.predict)
+    params, state = _start(method)
+    step = (lambda *arguments: jax.eval_shape(method.step, *arguments)) if jitted else method.step
+    if jitted and isinstance(rng, str):
+        return
+    with pytest.raises(TypeError, match=r"rng must be a random key such as jax\.random\.key\(0\), not an? "):
+        step(params, _batch(), state, rng)
+    for real in (jax.random.key(0), jax.random.PRNGKey(0)):
+        jax.eval_shape(method.step, params, _batch(), state, real)
 
 
 @pytest.mark.parametrize("how", ["leaf", "shape", "dtype"])

@@ -14,6 +14,7 @@ from curvax.curvature.differentiate import LinearModel
 from curvax.curvature.output_space import Metric, OutputCurvature
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.kronecker import Examples
@@ -128,6 +129,7 @@ class Linearization:
       site_factors: activations and cotangents at the model's sites, example by example, or `None`.
       rounding: () -> how far rounding may move the loss (`losses.rounding`), a scalar; `None` for an operator that
         cannot say.
+      leaf_axes: () -> `Curvature.leaf_axes` at the point, or `None`.
       model_state: the model's new state.
       aux: what the model returned beside its outputs.
       batch_fault: what is wrong with the values of the batch, a `curvax.losses.BatchFault` as an int32 scalar; `None`
@@ -143,6 +145,7 @@ class Linearization:
     rows: Rows | None = None
     site_factors: SiteFactors | None = None
     rounding: Callable[[], jax.Array] | None = None
+    leaf_axes: Callable[[], tuple[tuple[LeafAxes, ...], ...]] | None = None
     model_state: PyTree = None
     aux: Any = None
     batch_fault: jax.Array | None = None
@@ -284,6 +287,10 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         """How each parameter leaf enters the Gram matrix of the rows; nothing where there are no rows."""
+
+    @abc.abstractmethod
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        """Per parameter leaf, what its axes are to the layers that use it, from shapes alone."""
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         """The blocks of the parameters that Kronecker factors serve, from shapes alone.

@@ -17,6 +17,7 @@ from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, Shaped, check_loss
+from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import ExampleAxes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.blocks import Blocks, find_blocks
@@ -150,6 +151,7 @@ class GaussNewton(Curvature):
             rows=rows if needs.rows else None,
             site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
             rounding=lambda: self.loss.rounding(at.outputs, targets, omega),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self._batch_fault(at.outputs, evaluation),
@@ -158,6 +160,9 @@ class GaussNewton(Curvature):
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         inputs, axes = self.model.inputs(evaluation.batch), self.model.input_axes(evaluation)
         return report(lambda p, x: self._predict(p, x, evaluation), params, inputs, batch_axes=axes)
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         found = self._capture(params, evaluation)

@@ -19,6 +19,7 @@ from curvax.live import Wanted, live_part
 from curvax.losses.base import Loss, check_loss
 from curvax.losses.rounding import measured_rounding
 from curvax.structure.additive import additive_axes
+from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
@@ -335,6 +336,7 @@ class Hessian(Curvature):
             product=None if at.product is None else lambda v: counted(at.hvp(v)),
             sampled_gradient=self._sampled_gradient(params, evaluation) if needs.sampling else None,
             rounding=lambda: self.objective.rounding(params, evaluation, at.value),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self.batch_fault(params, evaluation),
@@ -359,6 +361,7 @@ class Hessian(Curvature):
             product=product if needs.product else None,
             sampled_gradient=self._sampled(at, targets, omega) if needs.sampling else None,
             rounding=lambda: loss.rounding(at.outputs, targets, omega),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
             batch_fault=self.batch_fault(params, evaluation),
@@ -393,6 +396,9 @@ class Hessian(Curvature):
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return ()
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return leaf_axes(self.forward, params, evaluation)
 
     def rows(
         self,

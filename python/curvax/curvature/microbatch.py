@@ -17,6 +17,7 @@ from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
+from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.report import LeafStructure
@@ -270,6 +271,7 @@ class Microbatched(Curvature):
             rows=rows,
             site_factors=self._site_factors(params, pieces) if needs.factors else None,
             rounding=lambda: self._rounding(params, pieces),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=model_state,
             aux=aux,
             batch_fault=self.inner.batch_fault(params, pieces.evaluation),
@@ -277,6 +279,9 @@ class Microbatched(Curvature):
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return self.inner.structure(params, evaluation)
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return self.inner.leaf_axes(params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         return self.inner.blocks(params, evaluation)

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import tree
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import Partition
 from curvax.losses.base import Loss, Shaped
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.batch_axis import ExampleModel
+from curvax.structure.outputs import check_outputs
 from curvax.structure.positions import LossWeights, sound_leaves
 from curvax.tree import PyTree
 
@@ -58,27 +60,25 @@ class Extras:
         if not isinstance(returned, tuple) or len(returned) != expected:
             parts = ["result"] + ["new_state"] * self.has_state + ["aux"] * self.has_aux
             raise TypeError(f"the model must return the tuple ({', '.join(parts)}) with the has_* options as they are.")
-        state = evaluation.model_state
-        if self.has_state:
-            self._check_state(returned[1], state)
-            state = _as_before(returned[1], state)
+        state = self._state(returned[1], evaluation) if self.has_state else evaluation.model_state
         aux = returned[-1] if self.has_aux else None
         return returned[0], (state, aux)
 
-    def _check_state(self, new: PyTree, old: PyTree) -> None:
-        found, expected = jax.tree.structure(new), jax.tree.structure(old)
-        if self.has_state and old is not None and found != expected:
-            raise ValueError(
-                f"the model returns its new state as {found} and got it as {expected}: return it in the form of "
-                "init's model_state (boxed variables or plain arrays, both times alike)."
-            )
-
-
-def _as_before(new: PyTree, old: PyTree) -> PyTree:
-    """The new model state with the dtypes of the old one, so that the next step is the same program."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        return new
-    return jax.tree.map(lambda x, y: jax.lax.convert_element_type(x, jnp.result_type(y)), new, old)
+    @staticmethod
+    def _state(returned: PyTree, evaluation: Evaluation) -> PyTree:
+        """The new model state in the boxes and dtypes of the old one, so that the next step is the same program."""
+        old = evaluation.model_state
+        if old is None:
+            return returned
+        new = tree.in_boxes_of(old, returned)
+        if jax.tree.structure(new) == jax.tree.structure(old):
+            return jax.tree.map(lambda x, y: jax.lax.convert_element_type(x, jnp.result_type(y)), new, old)
+        differ = sorted(set(tree.places(new)) ^ set(tree.places(old)))
+        raise TypeError(
+            "the model returned a state unlike the one that it took"
+            + (f" (not in both: {', '.join(differ[:4])})" if differ else "")
+            + ": return the whole new state, in the containers of the old one."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +115,7 @@ class Model:
         if axes is not None:
             inputs = axes.from_front(inputs)
         outputs, rest = self.extras.call(self.predict_fn, params, inputs, evaluation)
-        if not (hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating) and outputs.ndim >= 1):
-            raise TypeError(
-                "predict_fn must return one floating-point array with a leading example axis"
-                + (" (it returned a tuple: set has_aux=True or has_state=True)." if isinstance(outputs, tuple) else ".")
-            )
+        outputs = check_outputs(outputs, "; for what it returns beside them set has_aux=True or has_state=True")
         return (jnp.moveaxis(outputs, axis, 0) if axis else outputs), rest
 
     def inputs(self, batch: Any) -> Any:

@@ -12,6 +12,7 @@ from curvax import tree
 from curvax.curvature import Evaluation
 from curvax.execute import Layout
 from curvax.kernels._dispatch import Backend, Choice, resolve
+from curvax.keys import check_key
 from curvax.layerwise.inner import InnerSolver
 from curvax.layerwise.plan import InnerLoopPlan, plan_for_shapes, plan_without_shapes
 from curvax.layerwise.quadratic import InnerProblem
@@ -73,7 +74,7 @@ class InnerLoopMethod:
         """The state before the first step.
 
         Args:
-          params: the parameters.
+          params: the parameters, or `jax.ShapeDtypeStruct`s.
           model_state: mutable model state, for models with `has_state`.
 
         Raises:
@@ -90,10 +91,17 @@ class InnerLoopMethod:
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
+        return self._state(trainable, model_state)
+
+    def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> OuterState:
+        """The state of a tree without leaves, as `Method.init_empty` for `optax.tree.map_params`."""
+        return self._state(params, model_state)
+
+    def _state(self, trainable: PyTree, model_state: PyTree) -> OuterState:
         return OuterState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
-            inner=self.inner.init(tree.widen(jax.tree.map(jnp.asarray, trainable))),
+            inner=self.inner.init(tree.widen(trainable)),
             offset=tree.zeros_like(trainable) if self.warm_start else (),
             model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
@@ -163,6 +171,8 @@ class InnerLoopMethod:
             residual=jnp.zeros((), dtype),
             batch_fault=jnp.zeros((), jnp.int32),
         )
+        if rng is not None:
+            check_key("rng", rng)
         key = None if rng is None else jax.random.fold_in(rng, state.step)
         return Carry(params, state, key, progress)
 

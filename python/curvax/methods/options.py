@@ -195,7 +195,8 @@ class TransformOptions:
       clip_norm: bound on the direction's global norm.
       weight_decay, weight_decay_mask: decoupled weight decay and what it applies to.
       direction_momentum, nesterov: momentum on the direction.
-      tx: an Optax chain in place of all of these.
+      tx: an Optax chain in place of all of these, which turns the direction into the update, sign included: end it with
+        `optax.scale_by_learning_rate`.
     """
 
     learning_rate: ScalarOrSchedule = 1.0
@@ -208,8 +209,9 @@ class TransformOptions:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
+        if self.tx is not None:
+            return whole_transform(self, self.tx, TransformOptions)
         return build_transform(
-            tx=self.tx,
             learning_rate=self.learning_rate,
             clip_norm=self.clip_norm,
             weight_decay=self.weight_decay,
@@ -217,6 +219,31 @@ class TransformOptions:
             direction_momentum=self.direction_momentum,
             nesterov=self.nesterov,
         )
+
+
+def whole_transform(
+    options: Any, tx: optax.GradientTransformation, group: type[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, if the other keywords of its group have their defaults, which may be the preset's own.
+
+    Raises:
+      ValueError: `tx` and another keyword of the group are both given.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    changed = [
+        field.name
+        for field in dataclasses.fields(group)
+        if field.name != "tx" and _differs(getattr(options, field.name), defaults[field.name])
+    ]
+    if changed:
+        raise ValueError(f"tx already is the whole transform: drop {', '.join(changed)}, or drop tx.")
+    return optax.with_extra_args_support(tx)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default:
+        return False
+    return not (isinstance(value, int | float) and isinstance(default, int | float) and value == default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,16 @@ from curvax.curvature.output_space import (
     OutputCurvature,
 )
 from curvax.kernels import Choice, Implementation
+from curvax.keys import check_key
 from curvax.losses.base import Loss, check_loss
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.capture import capture
+from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.outputs import check_model, check_outputs
 from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.structure.rows import row_diagonal, row_gram
-from curvax.structure.squares import squared_norms
+from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
 
 Predict = Callable[[PyTree, Any], jax.Array]
@@ -67,6 +69,7 @@ def jacobian_gram(
       ValueError: there are no parameters.
     """
     outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
+    check_outputs(outputs)
     kernel = row_gram(
         predict_fn,
         params,
@@ -124,6 +127,7 @@ def ggn_diagonal(
         return at.diagonal(GeneralizedGaussNewton(), max_bytes)
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
+    check_key("key", key)
     root = jnp.sqrt(at.weights.omega)
 
     def residual(k: jax.Array) -> jax.Array:
@@ -164,6 +168,7 @@ def per_example_gradient_norms(
     weights: Any = None,
     *,
     batch_axes: AxesPrefix | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
@@ -177,6 +182,7 @@ def per_example_gradient_norms(
       inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
       batch_axes: as in `jacobian_gram`.
+      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default. Less takes fewer examples at a time.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -184,6 +190,7 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
+    check_model(predict_fn, params, inputs)
     at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
     try:
         if loss.couples_examples:
@@ -193,10 +200,32 @@ def per_example_gradient_norms(
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
     residual = loss.gradient(at.outputs, targets, at.weights.omega)
-    own = sound_inputs(captured, jax.tree.leaves(inputs), at.weights)
-    factors = captured.batch(jax.tree.leaves(params), own, residual[None])
-    norms = jnp.sqrt(squared_norms(captured, factors)[:, 0])
+    norms = _norms(captured, params, sound_inputs(captured, jax.tree.leaves(inputs), at.weights), residual, max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
+
+
+def _norms(
+    captured: Capture, params: PyTree, inputs: list[jax.Array], residual: jax.Array, max_bytes: int
+) -> jax.Array:
+    """Norms of J_i^T r_i, (B,), for as many examples at a time as fit."""
+    leaves, examples = jax.tree.leaves(params), residual.shape[0]
+    own = captured.inputs(leaves, inputs)
+
+    def factors(i: jax.Array) -> Factors:
+        return captured.example(leaves, captured.one(own, i), lambda _: residual[i][None, None])
+
+    def norms(some: jax.Array) -> jax.Array:
+        return jnp.sqrt(squared_norms(captured, jax.vmap(factors)(some))[:, 0])
+
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(factors, jnp.int32(0))))
+    each += formed_bytes(captured, [leaf.shape for leaf in leaves], rows=1)
+    at_once = max(1, max_bytes // max(each, 1))
+    if at_once >= examples:
+        return jnp.sqrt(squared_norms(captured, captured.batch(leaves, inputs, residual[None]))[:, 0])
+    # The last group is filled up with the last example.
+    groups = -(-examples // at_once)
+    index = jnp.minimum(jnp.arange(groups * at_once, dtype=jnp.int32), examples - 1).reshape(groups, at_once)
+    return jax.lax.map(norms, index).reshape(-1)[:examples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +276,7 @@ def _at(
 ) -> _Point:
     check_loss(loss)
     outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
+    check_outputs(outputs)
     loss.check(outputs, targets, weights)
     loss.check_values(outputs, targets, weights)
     observed = loss.observed_weights(outputs, targets, weights)

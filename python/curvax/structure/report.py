@@ -11,6 +11,7 @@ import jax
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
+from curvax.structure.outputs import check_model
 from curvax.structure.recognise import GENERIC, Finding
 from curvax.tree import PyTree
 
@@ -54,6 +55,7 @@ def report(
     Returns:
       One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
     """
+    check_model(predict_fn, params, inputs)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     try:
         findings = capture(predict_fn, params, inputs, leading_axes(batch_axes, inputs)).structure.findings
