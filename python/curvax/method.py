@@ -170,7 +170,7 @@ class Method:
                 "the last step returned."
             )
         state.layout.check(trainable)
-        self._check_state(state)
+        self._check_state(state, wide_shapes(trainable))
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
         curvature = self.assembly.curvature
@@ -185,9 +185,14 @@ class Method:
         warn_of_expense(self.assembly, plan, trainable, apart or evaluation)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
 
-    def _check_state(self, state: MethodState) -> None:
-        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged."""
-        assembly, like = self.assembly, state.layout.wide()
+    def _check_state(self, state: MethodState, like: PyTree) -> None:
+        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged.
+
+        Args:
+          state: what is looked at.
+          like: shapes of wide vectors over the trainable parameters.
+        """
+        assembly = self.assembly
         check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
         check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
         check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))

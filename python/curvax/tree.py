@@ -33,7 +33,7 @@ def widen(tree: PyTree) -> PyTree:
 
 
 def copied(tree: PyTree) -> PyTree:
-    """Every leaf in a buffer of its own, so that donating one does not take the other; a `jax.ShapeDtypeStruct` stays."""
+    """Every leaf in a buffer of its own, which donation of the tree leaves alone; a `jax.ShapeDtypeStruct` stays."""
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x), tree)
 
 

@@ -165,7 +165,11 @@ def test_what_mixes_examples_is_refused_in_pieces_and_shares_alone(x64: None) ->
     whole = full_gn(**options)
     _, _, info = quick_jit(whole.step)(_params(), batch, whole.init(_params()))
     assert bool(info["accepted"])
-    for build, cut in ((full_gn, {"microbatch_size": 2}), (layerwise_gn, {"shares": 2, "partition": ByLeaf()})):
+    cuts: list[tuple[Any, dict[str, Any]]] = [
+        (full_gn, {"microbatch_size": 2}),
+        (layerwise_gn, {"shares": 2, "partition": ByLeaf()}),
+    ]
+    for build, cut in cuts:
         method = build(**options, **cut)
         with pytest.raises(ValueError, match=r"mixes examples .*reduce_sum"):
             quick_jit(method.step)(_params(), batch, method.init(_params()))

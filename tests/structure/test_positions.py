@@ -318,7 +318,8 @@ def padded(lengths: tuple[int, ...]) -> Problem:
     rng, valid = np.random.default_rng(0), ragged(*lengths)
     x = {"ids": jnp.asarray(rng.integers(0, 7, valid.shape), jnp.int32), "valid": valid > 0}
     y = jnp.asarray(rng.integers(0, 3, valid.shape), jnp.int32)
-    return Problem(attention, params, {"x": x, "y": y, "w": valid}, SoftmaxCrossEntropy(reduction="sum"))
+    batch: dict[str, Any] = {"x": x, "y": y, "w": valid}
+    return Problem(attention, params, batch, SoftmaxCrossEntropy(reduction="sum"))
 
 
 @x64

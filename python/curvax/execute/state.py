@@ -50,11 +50,6 @@ class Layout:
                     f"{own[1]}{list(own[0])}: call init again."
                 )
 
-    def wide(self) -> PyTree:
-        """Shapes of wide vectors over such parameters."""
-        shapes = [jax.ShapeDtypeStruct(shape, tree.wide_dtype(jnp.dtype(dtype))) for shape, dtype in self.leaves]
-        return jax.tree.unflatten(self.structure, shapes)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +98,7 @@ def check_part(name: str, state: Any, expected: Any) -> None:
       state: what is at hand.
       expected: what the module's `init` returns, or its shapes.
     """
-    if jax.tree.structure(state) == jax.tree.structure(expected):
+    if tree.places(state) == tree.places(expected):
         pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
         if all(tuple(jnp.shape(a)) == tuple(b.shape) for a, b in pairs):
             return
