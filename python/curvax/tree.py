@@ -32,11 +32,6 @@ def widen(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def copied(tree: PyTree) -> PyTree:
-    """Every leaf in a buffer of its own, which donation of the tree leaves alone; a `jax.ShapeDtypeStruct` stays."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x), tree)
-
-
 def hollow(tree: PyTree) -> PyTree:
     """Zeros that take no memory in the place of every `jax.ShapeDtypeStruct`, for functions that must be traced."""
 

@@ -124,4 +124,4 @@ def test_switched_off_metrics_are_not_in_the_info():
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         _, _, info = quick_jit(method.step)(params, batch, method.init(params), key())
-    assert set(info) == {"step", "accepted", "finite", "rejected"}
+    assert set(info) == {"step", "accepted", "finite", "rejected", "batch_fault"}

@@ -112,9 +112,14 @@ def test_adahessian_averages_over_the_spatial_axes_of_a_convolution_kernel():
     rng = np.random.default_rng(0)
     scale = np.exp(rng.standard_normal((3, 3, 2, 2)))
     start = rng.standard_normal((3, 3, 2, 2))
+    # Inputs with a single entry of one: the outputs are the kernel itself, and `scale` is the Hessian's diagonal.
+    inputs = np.eye(18).reshape(18, 3, 3, 2)
 
     def loss_fn(params, batch):
-        return 0.5 * jnp.sum(jnp.asarray(scale, params.dtype) * params**2)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jnp.asarray(inputs, params.dtype)
+        outputs = jax.lax.conv_general_dilated(x, params, (1, 1), "VALID", dimension_numbers=dimensions)
+        return 0.5 * jnp.sum(jnp.asarray(scale, params.dtype) * outputs.reshape(scale.shape) ** 2)
 
     method = curvax.adahessian(loss_fn=loss_fn, eps=0.0, learning_rate=1.0, spatial_averaging=True)
     (got,) = _run(method, start, 1)

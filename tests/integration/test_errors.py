@@ -271,9 +271,9 @@ def test_model_state_in_another_form():
     method = curvax.sgn_ce(predict_fn=predict, has_state=True)
     params = MODEL.params(jnp.float32)
     state = method.init(params, model_state={"box": {"mean": jnp.zeros(3)}})
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(TypeError) as raised:
         method.step(params, _batch(), state, key())
-    _says(raised, "new state", "model_state", "alike")
+    _says(raised, "['box']['mean']", "whole new state", "containers of the old one")
 
 
 @pytest.mark.parametrize(

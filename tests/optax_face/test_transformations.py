@@ -118,7 +118,7 @@ def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: An
     sampled = curvax.optax.scale_by_sophia_g(predict, ce, n_samples=2, **pieces)
     run = quick_jit(lambda of: sampled.update(grads, sampled.init(params), params, batch=of, rng=key)[0])
     assert_close(run(padded), run({**padded, "x": padded["x"].at[6:].set(-3.0)}))
-    with pytest.raises(ValueError, match="extras and reduction go into the objective"):
+    with pytest.raises(ValueError, match="extras, reduction and batch_axes go into the objective"):
         curvax.optax.scale_by_sophia_h(objective, reduction="sum")
 
 

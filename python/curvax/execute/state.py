@@ -57,7 +57,7 @@ class LastStep:
     """The last step, as far as it takes to undo it.
 
     Attributes:
-      before: the trainable parameters before it.
+      before: the trainable parameters before it; zeros until there was a step.
       unseen: it was taken without a look at the loss behind it.
     """
 
