@@ -6,6 +6,7 @@
 #include "cpu/batched_handlers.h"
 #include "cpu/diagonal.h"
 #include "cpu/gram.h"
+#include "cpu/linalg/handlers.h"
 #include "cpu/simd.h"
 #include "cpu/tree_cg.h"
 #include "xla/ffi/api/c_api.h"
@@ -29,6 +30,7 @@ nb::dict Handlers() {
   handlers["curvax_gram_accumulate"] = Encapsulate(curvax::GramAccumulateHandler);
   handlers["curvax_diagonal_update"] = Encapsulate(curvax::DiagonalUpdateHandler);
   handlers["curvax_diagonal_accumulate"] = Encapsulate(curvax::DiagonalAccumulateHandler);
+  handlers["curvax_eigh"] = Encapsulate(curvax::EighHandler);
   return handlers;
 }
 
