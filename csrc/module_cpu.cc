@@ -30,7 +30,10 @@ nb::dict Handlers() {
   handlers["curvax_gram_accumulate"] = Encapsulate(curvax::GramAccumulateHandler);
   handlers["curvax_diagonal_update"] = Encapsulate(curvax::DiagonalUpdateHandler);
   handlers["curvax_diagonal_accumulate"] = Encapsulate(curvax::DiagonalAccumulateHandler);
+  handlers["curvax_cholesky"] = Encapsulate(curvax::CholeskyHandler);
+  handlers["curvax_triangular_solve"] = Encapsulate(curvax::TriangularSolveHandler);
   handlers["curvax_eigh"] = Encapsulate(curvax::EighHandler);
+  handlers["curvax_qr"] = Encapsulate(curvax::QrHandler);
   return handlers;
 }
 

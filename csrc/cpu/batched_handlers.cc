@@ -194,7 +194,7 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
   const int64_t n = call.n;
   Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
   Matrices<T> widened(call, packed.data());
-  LargeCholesky<T> solver(pool, threads, n);
+  LargeCholesky<T> solver({pool, threads}, n);
   int64_t held = -1;
   T damping = 0;
   for (int64_t system = begin; system < end; ++system) {

@@ -4,16 +4,16 @@
 #include <cmath>
 #include <limits>
 
-#include "common/batched_cg.h"
 #include "common/result.h"
+#include "cpu/linalg/unit_factor.h"
 #include "cpu/panels.h"
 
 namespace curvax {
 namespace {
 
-// A power of two that takes the largest magnitude of the lower triangle to about one; NaN where an entry is not finite.
+// What brings the lower triangle to size one.
 template <typename T>
-T UnitFactor(const T* matrix, int64_t n) {
+T FactorOf(const T* matrix, int64_t n) {
   T largest = 0, rest = 0;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j <= i; ++j) {
@@ -21,11 +21,7 @@ T UnitFactor(const T* matrix, int64_t n) {
       largest = std::max(largest, entry);
       rest += entry * 0;
     }
-  if (!IsFinite(rest)) return std::numeric_limits<T>::quiet_NaN();
-  int exponent = 0;
-  (void)std::frexp(largest, &exponent);
-  constexpr int most = std::numeric_limits<T>::max_exponent - 3;  // factor and inverse are normal numbers
-  return std::ldexp(T(1), -std::clamp(exponent, -most, most));
+  return UnitFactor(largest, rest);
 }
 
 }  // namespace
@@ -39,7 +35,7 @@ Eigh<T>::Eigh(const Workers& workers, int64_t n)
 
 template <typename T>
 int Eigh<T>::Solve(const T* matrix, T* values, T* vectors) {
-  const T factor = UnitFactor(matrix, n_);
+  const T factor = FactorOf(matrix, n_);
   int result = IsFinite(factor) ? kConverged : kNonFinite;
   if (result == kConverged) {
     tridiagonal_.Reduce(matrix, n_, factor);

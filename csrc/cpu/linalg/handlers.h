@@ -5,6 +5,9 @@
 
 namespace curvax {
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CholeskyHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(TriangularSolveHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(EighHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(QrHandler);
 
 }  // namespace curvax

@@ -32,6 +32,9 @@ struct LoopKernels {
   void (*dots)(const T* rows, int64_t stride, int64_t count, int64_t n, const T* x, T* sums);
   void (*add_rows)(const T* rows, int64_t stride, int64_t count, int64_t n, const T* factors, T* y);
 
+  // row_r += factors[r] x.
+  void (*add_outer)(const T* factors, const T* x, int64_t count, int64_t n, T* rows, int64_t stride);
+
   // |x|^2 in double, and y = scale x.
   double (*squares)(const T* x, int64_t n);
   void (*scale)(T factor, const T* x, int64_t n, T* y);

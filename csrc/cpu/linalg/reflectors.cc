@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "common/batched_cg.h"
+
 namespace curvax {
 namespace {
 
@@ -13,8 +15,8 @@ int64_t RoundUpTo(int64_t n, int64_t multiple) { return (n + multiple - 1) / mul
 
 template <typename T>
 Reflector<T> MakeReflector(T pivot, double others) {
-  // Whose entries have no inverse, beside numbers of size one, are zero.
-  constexpr double least = std::numeric_limits<T>::min();
+  // Beside numbers of size one, what is so small that squares or inverses leave the range is zero.
+  constexpr double least = std::max<double>(std::numeric_limits<T>::min() / Precision<T>::eps, 1e-138);
   if (!(others > least * least)) return {T(0), pivot, T(0)};
   const double alpha = pivot, beta = -std::copysign(std::sqrt(alpha * alpha + others), alpha);
   return {static_cast<T>((beta - alpha) / beta), static_cast<T>(beta), static_cast<T>(1 / (alpha - beta))};
