@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/batched_cg.h"
 #include "common/batched_operands.h"
 #include "cpu/batched.h"
 #include "cpu/large_cholesky.h"
@@ -201,10 +202,11 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
     const int64_t entry = call.matrices.broadcast.At(system);
     const T own = *call.damping.Of<T>(system);
     if (entry != held || own != damping) {
+      const T rounding = static_cast<T>(n) * Precision<T>::eps;
       if (call.narrow)
-        solver.Factorise(widened.Of(system), Padded<T>(n), own);
+        solver.Factorise(widened.Of(system), Padded<T>(n), own, rounding);
       else
-        solver.Factorise(call.matrices.Of<T>(system), n, own);
+        solver.Factorise(call.matrices.Of<T>(system), n, own, rounding);
     }
     held = entry;
     damping = own;

@@ -62,7 +62,7 @@ void LargeCholesky<T>::Pack(int64_t panel) {
     if (k < first) continue;
     T& diagonal = to[k - first];
     diagonal = k < n_ ? diagonal + damping_ : T(1);
-    least_[k] = k < n_ ? static_cast<T>(n_) * Precision<T>::eps * diagonal : T(0);
+    least_[k] = k < n_ ? rounding_ * diagonal : T(0);
   }
 }
 
@@ -82,10 +82,11 @@ bool LargeCholesky<T>::FactoriseDiagonal(int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void LargeCholesky<T>::Factorise(const T* matrix, int64_t stride, T damping) {
+void LargeCholesky<T>::Factorise(const T* matrix, int64_t stride, T damping, T rounding) {
   matrix_ = matrix;
   stride_ = stride;
   damping_ = damping;
+  rounding_ = rounding;
   sound_ = true;
   const int64_t panels = factor_.panels();
   workers_.For(panels, [&](int64_t panel) { Pack(panels - 1 - panel); });

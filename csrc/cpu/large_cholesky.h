@@ -22,8 +22,9 @@ class LargeCholesky {
  public:
   LargeCholesky(const Workers& workers, int64_t n);
 
-  // Takes rows `stride` apart; they must stay until the last Solve.
-  void Factorise(const T* matrix, int64_t stride, T damping);
+  // Takes rows `stride` apart; they must stay until the last Solve. A pivot must be above `rounding` times the entry of
+  // the diagonal that it is left of.
+  void Factorise(const T* matrix, int64_t stride, T damping, T rounding);
 
   // Solves, refines once, and says how well. NaN where the factorisation failed.
   CholeskyEnd<T> Solve(const T* rhs, T* value);
@@ -46,7 +47,7 @@ class LargeCholesky {
   T* const least_;  // a pivot up to this is rounding
   const T* matrix_ = nullptr;
   int64_t stride_ = 0;
-  T damping_ = 0;
+  T damping_ = 0, rounding_ = 0;
   bool sound_ = false;
 };
 

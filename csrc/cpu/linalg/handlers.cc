@@ -86,7 +86,7 @@ void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const Stack& stack, con
   ForEachRun(pool, threads, stack.count, n * n * n / 6, [&](const Workers& workers, int64_t begin, int64_t end) {
     LargeCholesky<T> solver(workers, n);
     for (int64_t i = begin; i < end; ++i) {
-      solver.Factorise(Data<T>(matrices) + i * n * n, n, T(0));
+      solver.Factorise(Data<T>(matrices) + i * n * n, n, T(0), T(0));
       Data<int32_t>(ends)[i] = solver.WriteFactor(Data<T>(factors) + i * n * n);
     }
   });

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.kernels.dense_linalg import eigh
 from curvax.optimizers.matrices import Factors, multiply, outer, sides
 
 
@@ -141,7 +142,8 @@ def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Arr
     """factor^(-1/order)."""
     if factor.ndim < max(gradient.ndim, 2):
         return factor ** (-1 / order)
-    values, vectors = jnp.linalg.eigh(factor)
+    pairs = eigh(factor)
+    values, vectors = pairs.values, pairs.vectors
     # Rounding may leave an eigenvalue below the eps that was added: no eigenvalue is known better than to this.
     least = jnp.finfo(values.dtype).eps * values[..., -1:]
     scaled = vectors * (jnp.maximum(values, least) ** (-1 / order))[..., None, :]

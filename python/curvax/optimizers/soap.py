@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.kernels.dense_linalg import eigh, qr
 from curvax.optimizers.matrices import multiply, outer, sides
 
 
@@ -138,7 +139,7 @@ def _empty(leaf: jax.Array, max_dim: int) -> dict[int, jax.Array]:
 
 def _eigenvectors(factor: jax.Array) -> jax.Array:
     """Orthonormal eigenvectors in columns, largest eigenvalue first."""
-    return jnp.linalg.eigh(factor)[1][..., ::-1]
+    return eigh(factor).vectors[..., ::-1]
 
 
 def _rotated(x: jax.Array, bases: dict[int, jax.Array], *, transpose: bool) -> jax.Array:
@@ -171,4 +172,4 @@ def _iterated(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array
     """(QR of P Q with the columns of Q by falling q.P q, their order)."""
     product = jnp.matmul(factor, basis, precision=jax.lax.Precision.HIGHEST)
     order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
-    return jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))[0], order
+    return qr(jnp.take_along_axis(product, order[..., None, :], axis=-1)).q, order
