@@ -76,9 +76,11 @@ def _left_out_directions(r: jax.Array) -> jax.Array:
     Substitution makes each of them so to rounding of R, however small the diagonal of R is. Where that is below
     rounding itself (C of low rank) it is raised to it, which changes R by no more.
     """
-    diagonal = jnp.diagonal(r)
-    level = float(jnp.finfo(r.dtype).eps) * jnp.max(jnp.abs(r))
-    least = jnp.where(level > 0, level, jnp.ones_like(level))
+    largest = jnp.max(jnp.abs(r))
+    unit = r / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    diagonal = jnp.diagonal(unit)
+    least = jnp.where(largest > 0, float(jnp.finfo(r.dtype).eps), jnp.ones_like(largest))
     raised = jnp.where(jnp.abs(diagonal) < least, least, diagonal)
-    s = triangular_solve(r.T + jnp.diag(raised - diagonal), jnp.eye(r.shape[0], dtype=r.dtype))
+    s = triangular_solve(unit.T + jnp.diag(raised - diagonal), jnp.eye(r.shape[0], dtype=r.dtype))
+    s = s / jnp.max(jnp.abs(s), axis=0)
     return s / jnp.sqrt(jnp.sum(s * s, axis=0))
