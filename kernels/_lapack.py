@@ -38,7 +38,7 @@ def matrix_by_matrix(function: Callable[..., PyTree], *operands: jax.Array) -> A
     """`function` of matrices over the leading axes of stacks (..., m, n), which all operands share.
 
     On the CPU it is called on one matrix at a time, also where the stack has further axes by `jax.vmap`; elsewhere on
-    all at once.
+    all at once. Derivatives are the function's own.
     """
     batch = operands[0].ndim - 2
 
@@ -51,9 +51,17 @@ def matrix_by_matrix(function: Callable[..., PyTree], *operands: jax.Array) -> A
         return over_batch(function, *operands)
     return jax.lax.platform_dependent(
         *operands,
-        cpu=functools.partial(over_batch, jax.custom_batching.sequential_vmap(function)),
+        # A function with a rule of its own for `vmap` has no derivatives: JAX would have to transpose it.
+        cpu=functools.partial(over_batch, with_derivatives_of(function, jax.custom_batching.sequential_vmap(function))),
         default=functools.partial(over_batch, function),
     )
+
+
+def with_derivatives_of(function: Callable[..., PyTree], fast: Callable[..., PyTree]) -> Callable[..., Any]:
+    """`fast`, with the derivatives of a `function` that computes the same."""
+    found = jax.custom_jvp(fast)
+    found.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return found
 
 
 @functools.cache

@@ -18,7 +18,7 @@ other, with its threads held to one (`curvax.kernels._lapack` says why, and what
 
 Batching: leading axes are batch axes, and `jax.vmap` over any operand is exact.
 Partitioning: along the batch axes nothing is communicated; axes of the matrices are gathered.
-Differentiation: the native forms have none; the references differentiate where JAX's own operation does.
+Differentiation: where JAX's own operation has derivatives, and through it.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from curvax import ffi
 from curvax.kernels._dispatch import Request
+from curvax.kernels._lapack import with_derivatives_of
 from curvax.kernels._vary import vary_alike
 from curvax.kernels.dense_linalg import reference
 from curvax.kernels.dense_linalg.factors import CholeskyFactor, Eigenpairs, QrFactors
@@ -91,4 +92,6 @@ def _on_cpu(
         return made(*vary_alike(found, like=operands))
 
     ffi.require_native("cpu")
-    return jax.lax.platform_dependent(*vary_alike(operands), cpu=call, default=fallback)
+    return jax.lax.platform_dependent(
+        *vary_alike(operands), cpu=with_derivatives_of(fallback, call), default=fallback
+    )

@@ -46,7 +46,13 @@ bool DivideAndConquer<T>::SolvePart(int64_t begin, int64_t end, int depth) {
     solved[half] = half == 0 ? SolvePart(begin, middle, depth + 1) : SolvePart(middle, end, depth + 1);
   });
   if (!solved[0] || !solved[1]) return false;
-  const Part<T> part = {begin, middle, end, stride_, diagonal_, order_.data(), buffers_[(depth + 1) % 2].data(),
+  const Part<T> part = {begin,
+                        middle,
+                        end,
+                        stride_,
+                        diagonal_,
+                        order_.data(),
+                        buffers_[(depth + 1) % 2].data(),
                         buffers_[depth % 2].data()};
   Merge<T>(workers_, part, cut).Run();
   return true;

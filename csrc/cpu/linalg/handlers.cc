@@ -117,9 +117,8 @@ void RunTriangularSolve(ffi::ThreadPool& pool, int64_t threads, const Stack& sta
   ForEachRun(pool, threads, stack.count, work, [&](const Workers& workers, int64_t begin, int64_t end) {
     Triangle<T> triangle(n);
     for (int64_t i = begin; i < end; ++i) {
-      workers.Of(n * n).For(triangle.panels(), [&](int64_t panel) {
-        triangle.Pack(panel, Data<T>(lower) + i * n * n, n, transpose);
-      });
+      workers.Of(n * n).For(triangle.panels(),
+                            [&](int64_t panel) { triangle.Pack(panel, Data<T>(lower) + i * n * n, n, transpose); });
       TriangularSolve<T>(workers, triangle, Data<T>(rhs) + i * n * columns, columns, transpose,
                          Data<T>(value) + i * n * columns);
     }
@@ -155,8 +154,8 @@ void RunEigh(ffi::ThreadPool& pool, int64_t threads, const Stack& stack, const O
   ForEachRun(pool, threads, stack.count, 4 * n * n * n, [&](const Workers& workers, int64_t begin, int64_t end) {
     Eigh<T> solver(workers, n);
     for (int64_t i = begin; i < end; ++i)
-      Data<int32_t>(results[2])[i] = solver.Solve(Data<T>(matrices) + i * n * n, Data<T>(results[0]) + i * n,
-                                                  Data<T>(results[1]) + i * n * n);
+      Data<int32_t>(results[2])[i] =
+          solver.Solve(Data<T>(matrices) + i * n * n, Data<T>(results[0]) + i * n, Data<T>(results[1]) + i * n * n);
   });
 }
 
@@ -188,8 +187,8 @@ void RunQr(ffi::ThreadPool& pool, int64_t threads, const Stack& stack, const Ope
   ForEachRun(pool, threads, stack.count, 3 * m * n * k, [&](const Workers& workers, int64_t begin, int64_t end) {
     Qr<T> solver(workers, m, n);
     for (int64_t i = begin; i < end; ++i)
-      Data<int32_t>(results[2])[i] = solver.Factorise(
-          Data<T>(matrices) + i * m * n, Data<T>(results[0]) + i * m * k, Data<T>(results[1]) + i * k * n);
+      Data<int32_t>(results[2])[i] = solver.Factorise(Data<T>(matrices) + i * m * n, Data<T>(results[0]) + i * m * k,
+                                                      Data<T>(results[1]) + i * k * n);
   });
 }
 

@@ -56,8 +56,8 @@ class Merge {
   const Part<T> part_;
   const double cut_;
   double rho_;
-  std::vector<Pair> pairs_;             // by rising pole
-  std::vector<Pair> kept_, deflated_;   // of them
+  std::vector<Pair> pairs_;            // by rising pole
+  std::vector<Pair> kept_, deflated_;  // of them
   std::vector<double> poles_, squares_, origins_, shifts_;
 };
 

@@ -42,8 +42,8 @@ template <typename T>
 struct Target {
   T* data;
   int64_t stride;
-  bool accumulate = false;   // add to what is there
-  bool lower = false;        // entries above the diagonal are not wanted, and may hold anything
+  bool accumulate = false;  // add to what is there
+  bool lower = false;       // entries above the diagonal are not wanted, and may hold anything
 };
 
 // to = X Y^T for entries [from, from + depth) of the rows of X and Y.

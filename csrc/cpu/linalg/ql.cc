@@ -48,7 +48,8 @@ bool QlEigen(int64_t n, double* d, double* e, T* vectors, int64_t stride, int64_
   for (int64_t first = 0; first < n; ++first) {
     for (int step = 0;; ++step) {
       int64_t last = first;
-      while (last + 1 < n && std::abs(e[last]) > Precision<T>::eps * (std::abs(d[last]) + std::abs(d[last + 1]))) ++last;
+      while (last + 1 < n && std::abs(e[last]) > Precision<T>::eps * (std::abs(d[last]) + std::abs(d[last + 1])))
+        ++last;
       if (last == first) break;
       if (step == kSteps) return false;
       Step(first, last, d, e, vectors, stride, length);

@@ -80,7 +80,8 @@ void Qr<T>::Load(const T* matrix, int64_t panel) {
 template <typename T>
 void Qr<T>::MakeBlock(int64_t panel) {
   const LoopKernels<T>& loops = Loops<T>();
-  const int64_t first = panel * width_, count = std::min(width_, rank_ - first), kept = std::min(width_, columns_ - first);
+  const int64_t first = panel * width_, count = std::min(width_, rank_ - first),
+                kept = std::min(width_, columns_ - first);
   const int64_t length = rows_ - first, whole = RoundUp<T>(length), stride = length_;
   T *const rows = reflectors_.data(), *const columns = Panel(panel) + first * width_;
   for (int64_t c = 0; c < kept; ++c) {

@@ -59,9 +59,7 @@ class Search {
     high_ = high;
   }
 
-  SecularSums At(double shift) const {
-    return Loops<double>().secular(poles_, squares_, split_, n_, origin_, shift);
-  }
+  SecularSums At(double shift) const { return Loops<double>().secular(poles_, squares_, split_, n_, origin_, shift); }
 
   // From the nearer of the two poles, which the sign half-way tells; the first guess keeps both of them and takes the
   // others for constant.

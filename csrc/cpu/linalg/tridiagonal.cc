@@ -1,6 +1,8 @@
 #include "cpu/linalg/tridiagonal.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 
 #include "cpu/linalg/packed.h"
 #include "cpu/linalg/reflectors.h"
@@ -14,7 +16,16 @@ constexpr int64_t kBlock = 32;
 constexpr int64_t kPieces = 8;
 constexpr int64_t kParallelRows = 1536;
 
+// Turns between two tries of the slower way.
+constexpr int64_t kTurns = 8;
+
 }  // namespace
+
+bool Pace::Share() {
+  if (seconds_[0] == 0 || seconds_[1] == 0) return seconds_[1] == 0;
+  const bool faster = seconds_[1] < seconds_[0];
+  return ++turns_ % kTurns == 0 ? !faster : faster;
+}
 
 template <typename T>
 Tridiagonal<T>::Tridiagonal(const Workers& workers, int64_t n)
@@ -38,7 +49,10 @@ void Tridiagonal<T>::Reduce(const T* matrix, int64_t stride, T factor) {
   }
   for (int64_t end = n_; end > 0; end -= std::min(kBlock, end)) {
     const int64_t begin = end - std::min(kBlock, end);
+    share_ = end >= kParallelRows && workers_.threads > 1 && pace_.Share();
+    product_seconds_ = 0;
     ReduceRows(begin, end);
+    if (end >= kParallelRows) pace_.Took(share_, product_seconds_ / (static_cast<double>(end) * end));
     UpdateLeading(begin, end - begin);
   }
 }
@@ -108,14 +122,22 @@ void Tridiagonal<T>::MakeReflectorOf(int64_t i) {
 // y = A x with the leading i rows.
 template <typename T>
 void Tridiagonal<T>::SymmetricProduct(int64_t i, const T* x, T* y) {
-  const LoopKernels<T>& loops = Loops<T>();
   std::fill(y, y + stride_, T(0));
-  if (i < kParallelRows || workers_.threads == 1) return loops.symmetric_rows(rows_.data(), stride_, 0, i, x, y);
+  if (i < kParallelRows) return Loops<T>().symmetric_rows(rows_.data(), stride_, 0, i, x, y);
+  const auto begin = std::chrono::steady_clock::now();
+  ProductInPieces(i, x, y);
+  product_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+template <typename T>
+void Tridiagonal<T>::ProductInPieces(int64_t i, const T* x, T* y) {
+  const LoopKernels<T>& loops = Loops<T>();
   // Rows as long as the part of the triangle that they close: pieces of equal area.
   const auto row_of = [&](int64_t piece) {
     return static_cast<int64_t>(std::sqrt(static_cast<double>(piece) / kPieces) * i) / 4 * 4;
   };
-  workers_.For(kPieces, [&](int64_t piece) {
+  const Workers workers = {workers_.pool, share_ ? workers_.threads : 1};
+  workers.For(kPieces, [&](int64_t piece) {
     T* const part = parts_.data() + piece * stride_;
     const int64_t end = piece + 1 == kPieces ? i : row_of(piece + 1);
     std::fill(part, part + RoundUp<T>(end + 4), T(0));
@@ -153,7 +175,8 @@ void Tridiagonal<T>::UpdateLeading(int64_t begin, int64_t count) {
     }
   });
   Multiply<T>(workers, left, right, 0, 2 * count, {rows_.data(), stride_, true, true});
-  for (int64_t i = 0; i < begin; ++i) std::fill(Row(i) + i + 1, Row(i) + std::min(stride_, RoundUp<T>(i + 4) + 64), T(0));
+  for (int64_t i = 0; i < begin; ++i)
+    std::fill(Row(i) + i + 1, Row(i) + std::min(stride_, RoundUp<T>(i + 4) + 64), T(0));
 }
 
 template class Tridiagonal<float>;

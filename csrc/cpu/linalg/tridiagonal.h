@@ -10,6 +10,22 @@
 
 namespace curvax {
 
+// Which is faster, one thread or all, for many short calls of one kind. Threads have to meet after each, so where
+// others want the cores too, one of them may make the rest wait longer than the work takes; how the machine is doing
+// now, only the clock knows. Both ways have the same result.
+class Pace {
+ public:
+  // Whether the next calls are to share their work among all threads: the way that was faster last, and from time to
+  // time the other.
+  bool Share();
+  // How long they took, per unit of work.
+  void Took(bool shared, double seconds) { seconds_[shared] = seconds; }
+
+ private:
+  double seconds_[2] = {0, 0};  // alone, shared; 0 for never tried
+  int64_t turns_ = 0;
+};
+
 // Rows go from the last one up: reflector i takes the i entries of row i left of the diagonal to a multiple of the last
 // of them. So what is left to do is always the leading part of the matrix, whose rows begin on a boundary, and each
 // reflector stays in the row that it came from. Q = H_(n-1) ... H_1.
@@ -36,6 +52,7 @@ class Tridiagonal {
   void UpdateRow(int64_t i, int64_t done);
   void MakeReflectorOf(int64_t i);
   void SymmetricProduct(int64_t i, const T* x, T* y);
+  void ProductInPieces(int64_t i, const T* x, T* y);
   void UpdateLeading(int64_t begin, int64_t count);
 
   const Workers& workers_;
@@ -43,6 +60,9 @@ class Tridiagonal {
   Scratch<T> rows_;
   Scratch<T> left_, right_;  // v and w of the present block: A less v w^T + w v^T is what is left
   Scratch<T> parts_;         // a product's share of each piece
+  Pace pace_;
+  bool share_ = false;
+  double product_seconds_ = 0;  // of the present block
   std::vector<double> diagonal_, beside_;
   std::vector<T> tau_;
 };
