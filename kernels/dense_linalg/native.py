@@ -92,6 +92,4 @@ def _on_cpu(
         return made(*vary_alike(found, like=operands))
 
     ffi.require_native("cpu")
-    return jax.lax.platform_dependent(
-        *vary_alike(operands), cpu=with_derivatives_of(fallback, call), default=fallback
-    )
+    return jax.lax.platform_dependent(*vary_alike(operands), cpu=with_derivatives_of(fallback, call), default=fallback)

@@ -7,6 +7,7 @@ Prints a line per method when all of its updates are done.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def method(made: curvax.Method, rng: np.random.Generator, updates: int, *models:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal((*models, *shape)) / 4, jnp.float32)
 
-    params = [(normal(m, n), normal(n)) for m, n in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    params = [(normal(m, n), normal(n)) for m, n in itertools.pairwise(WIDTHS)]
     batch = {"x": normal(16, WIDTHS[0]), "y": jnp.asarray(rng.integers(0, WIDTHS[-1], (*models, 16)))}
     key = jax.random.key(0)
 

@@ -24,7 +24,20 @@ over_implementations = pytest.mark.parametrize("implementation", ["native", "ref
 
 # Empty, below and above a vector, a panel, a leaf of divide and conquer, a block of reflectors; several merges.
 SIZES = (0, 1, 2, 5, 16, 17, 33, 64, 65, 100, 129, 200)
-SHAPES = ((0, 3), (3, 0), (1, 1), (1, 7), (7, 1), (5, 5), (31, 33), (33, 31), (64, 64), (100, 17), (17, 100), (200, 129))
+SHAPES = (
+    (0, 3),
+    (3, 0),
+    (1, 1),
+    (1, 7),
+    (7, 1),
+    (5, 5),
+    (31, 33),
+    (33, 31),
+    (64, 64),
+    (100, 17),
+    (17, 100),
+    (200, 129),
+)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -38,6 +51,12 @@ def orthogonal(n: int) -> np.ndarray:
 def with_values(values: np.ndarray) -> np.ndarray:
     q = orthogonal(len(values))
     return q * values @ q.T
+
+
+def graded(n: int, first: float, last: float) -> np.ndarray:
+    """D A D with the entries of D from 10^-first to 10^-last."""
+    d = 10.0 ** -np.linspace(first, last, n)
+    return d[:, None] * positive((), n, 10.0) * d
 
 
 # Spectra of every kind: spread, of low rank, clustered, of two values, graded; and matrices that need no rotation, or
@@ -55,8 +74,8 @@ SYMMETRIC: dict[str, Callable[[int], np.ndarray]] = {
     "second difference": lambda n: 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1),
     "Wilkinson's": lambda n: np.diag(np.abs(np.arange(n) - (n - 1) / 2)) + np.eye(n, k=1) + np.eye(n, k=-1),
     "equal blocks": lambda n: np.kron(np.eye(-(-n // 4)), np.ones((4, 4)))[:n, :n],
-    "rows over eight orders": lambda n: 10.0 ** -np.linspace(0, 8, n)[:, None] * positive((), n, 10.0) * 10.0 ** -np.linspace(0, 8, n),
-    "rows over eight orders, rising": lambda n: 10.0 ** -np.linspace(8, 0, n)[:, None] * positive((), n, 10.0) * 10.0 ** -np.linspace(8, 0, n),
+    "rows over eight orders": lambda n: graded(n, 0, 8),
+    "rows over eight orders, rising": lambda n: graded(n, 8, 0),
 }  # fmt: skip
 
 
@@ -337,7 +356,6 @@ class TestRefusals:
         assert found.vectors.dtype == jnp.float32
         np.testing.assert_allclose(found.values, np.linalg.eigvalsh(np.asarray(narrow, np.float64)), rtol=1e-5)
         assert cholesky([[4.0, 0.0], [0.0, 9.0]]).lower.tolist() == [[2.0, 0.0], [0.0, 3.0]]  # type: ignore[arg-type]
-
 
 
 def test_the_plan_of_each_op() -> None:

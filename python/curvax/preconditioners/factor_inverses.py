@@ -192,7 +192,7 @@ class CholeskyInverse(FactorInverse):
     def _inverse(self, matrices: jax.Array) -> jax.Array:
         """L^-T L^-1, symmetric up to rounding by construction."""
         lower = cholesky(matrices, implementation=self.factorise).lower
-        identity = identities(*matrices.shape[:2], matrices.dtype)
+        identity = identities(matrices.shape[0], matrices.shape[-1], matrices.dtype)
         root = triangular_solve(lower, identity, implementation=self.substitute)
         return matmul(jnp.swapaxes(root, -1, -2), root)
 
