@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench import run, schema
 from bench.generic import without_structure
-from bench.suites import kernels, lanes, layerwise, plan, steps, structure
+from bench.suites import kernels, lanes, layerwise, linalg, plan, steps, structure
 from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
@@ -23,9 +23,9 @@ import curvax
 from curvax.solvers import Automatic
 
 
-@pytest.mark.parametrize("suite", [steps, plan, kernels, structure], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+@pytest.mark.parametrize("suite", [steps, plan, kernels, structure, linalg], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
 def test_quick_run_gives_rows(suite, tmp_path):
-    only = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal"}.get(suite.SUITE, "")
+    only = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}.get(suite.SUITE, "")
     # python-somax relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         rows = [row for case in suite.run_suite(quick=True, only=only) for row in case]
