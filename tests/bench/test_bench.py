@@ -53,10 +53,10 @@ def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
 
 
 def test_update_replaces_the_cases_that_were_run(tmp_path):
-    old = [schema.Row("s", case, "p", "m", "x", 1.0, 1.0, 1.0) for case in ("a", "b")]
+    old = [schema.Row("s", case, "p", "m", x, 1.0, 1.0, 1.0) for case, x in (("a", "x"), ("b", "x"), ("a", "y"))]
     new = [dataclasses.replace(old[0], p50=2.0)]
     schema.write(old, "s", tmp_path)
-    assert schema.read(schema.update(new, "s", tmp_path)) == [old[1], new[0]]
+    assert schema.read(schema.update(new, "s", tmp_path)) == [*old[1:], new[0]]
     assert schema.read(schema.update(new, "t", tmp_path)) == new
 
 
