@@ -23,9 +23,13 @@ import curvax
 from curvax.solvers import Automatic
 
 
-@pytest.mark.parametrize("suite", [steps, plan, kernels, structure, linalg], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+SUITES = (steps, plan, kernels, structure, linalg)
+ONLY = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda m: m.__name__.rsplit(".", 1)[-1])
 def test_quick_run_gives_rows(suite, tmp_path):
-    only = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}.get(suite.SUITE, "")
+    only = ONLY.get(suite.SUITE, "")
     # python-somax relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         rows = [row for case in suite.run_suite(quick=True, only=only) for row in case]
