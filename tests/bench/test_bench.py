@@ -22,7 +22,6 @@ from bench.workloads import CNN, MLP, SMALL
 import curvax
 from curvax.solvers import Automatic
 
-
 SUITES = (steps, plan, kernels, structure, linalg)
 ONLY = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}
 
