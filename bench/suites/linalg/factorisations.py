@@ -27,7 +27,7 @@ SIZES = (
 )  # fmt: skip
 _SIDE = 1024
 # Seconds of the timed rounds of a case.
-_BUDGET = 20.0
+_BUDGET = 5.0
 # Operations of a call that is too short to be timed by itself.
 _SHORT = 1e7
 
