@@ -121,7 +121,7 @@ def _costs(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _ratio(row: Row) -> str:
-    goal = {None: "", True: f" (goal {row.goal or 0:.2g} met)", False: f" (goal {row.goal or 0:.2g} missed)"}
+    goal = {None: "", True: f" (goal {row.goal or 0:.3g} met)", False: f" (goal {row.goal or 0:.3g} missed)"}
     return "" if row.ratio is None else f"{row.ratio:.2f}{goal[row.meets_goal]}"
 
 
