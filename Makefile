@@ -4,9 +4,6 @@ VENV ?= .venv
 EXTRAS ?= test,examples
 JOBS ?= 2
 
-# LAPACK's own threads and XLA's wait for each other's cores; one LAPACK thread is as fast and never stalls.
-export OPENBLAS_NUM_THREADS ?= 1
-
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')

@@ -1,4 +1,4 @@
-"""`python -m bench steps|plan|structure|lanes|kernels|limits|layerwise|gpu_compile|gpu_steps`."""
+"""`python -m bench steps|plan|structure|lanes|kernels|limits|layerwise|linalg|gpu_compile|gpu_steps`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 
 # One platform for all candidates; the environment's word counts if it has spoken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LAPACK's threads against XLA's would make every factorisation a lottery, for all candidates.
+# LAPACK's threads against XLA's would make every factorisation of the peers a lottery. curvax does not look at it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
 from curvax.pipes import until_closed
 
-SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "gpu_compile", "gpu_steps")
+SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "gpu_compile", "gpu_steps")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -102,9 +102,9 @@ def matmul_flops(work: Workload, batch: int, count: int) -> float:
     return count * 2.0 * batch * (2 * sum(sizes) + 2 * sum(sizes[1:]))
 
 
-def square_matmul(side: int) -> tuple[Step, Callable[[], Any]]:
-    """One large square matrix product: the machine's rate for float32 matrix products."""
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32) / side**0.5
+def square_matmul(side: int, dtype: str = "float32") -> tuple[Step, Callable[[], Any]]:
+    """One large square matrix product: the machine's rate for matrix products."""
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype) / side**0.5
     jitted = jax.jit(lambda x: x @ a, donate_argnums=(0,))
     return jitted, lambda: a * 1.0
 

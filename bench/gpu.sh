@@ -22,7 +22,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
-export PYTHONUNBUFFERED=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=$PLATFORM
+export PYTHONUNBUFFERED=1 JAX_PLATFORMS=$PLATFORM
 # The tests compare with the CPU.
 [[ $PLATFORM == cuda ]] && export JAX_PLATFORMS=cuda,cpu
 # Several test processes share the GPU.

@@ -1,6 +1,6 @@
-"""The tables of `bench/README.md` for structure, lanes and layerwise, from their rows.
+"""The tables of `bench/README.md` for structure, lanes, layerwise and linalg, from their rows.
 
-python -m bench.markdown structure|lanes|layerwise [FOLDER]
+python -m bench.markdown structure|lanes|layerwise|linalg [FOLDER]
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
+from bench.suites.linalg.factorisations import ALONE, FREE
+from bench.suites.linalg.steps import UNSET
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
@@ -68,6 +70,28 @@ def layerwise(rows: Sequence[Row]) -> Iterator[str]:
             yield from (f"\n{case} ({x})\n", *_runs(found, rows))
 
 
+def linalg(rows: Sequence[Row]) -> Iterator[str]:
+    """Factorisations beside LAPACK, then steps beside the best that its threads allow."""
+    grouped = groups(rows)
+    heads = ("operation", "matrices", f"{ALONE}, ms", f"{FREE}, ms", "curvax, ms", "over one thread", "of a product")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---|---|---|---|---|---|---|"
+    for (case, x), found in grouped.items():
+        ours = next((r for r in found if (r.provider, r.metric) == (CURVAX, "GFLOP/s")), None)
+        if ours is not None:
+            times = [_number(value(found, p, "ms")) for p in (ALONE, FREE, CURVAX)]
+            over = next(r for r in found if (r.provider, r.metric) == (CURVAX, "ms"))
+            yield f"| {case} | {x} | {' | '.join(times)} | {_ratio(over)} | {100 * (ours.ratio or 0):.0f} % |"
+    yield ""
+    yield f"| step | machine | {UNSET}, ms | with the best setting, ms | ratio |"
+    yield "|---|---|---|---|---|"
+    for (case, x), found in grouped.items():
+        own = next((r for r in found if r.provider == UNSET), None)
+        if own is not None and own.baseline is not None:
+            best = value(found, own.baseline, own.metric)
+            yield f"| {case} | {x} | {own.p50:.4g} | {_number(best)} ({own.baseline}) | {_ratio(own)} |"
+
+
 def _runs(found: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
     yield "| method | steps | of SOAP's | tokens | ms/step | s to the target | test loss |"
     yield "|---|---|---|---|---|---|---|"
@@ -99,7 +123,7 @@ def _costs(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _ratio(row: Row) -> str:
-    goal = {None: "", True: f" (goal {row.goal or 0:.2g} met)", False: f" (goal {row.goal or 0:.2g} missed)"}
+    goal = {None: "", True: f" (goal {row.goal or 0:.3g} met)", False: f" (goal {row.goal or 0:.3g} missed)"}
     return "" if row.ratio is None else f"{row.ratio:.2f}{goal[row.meets_goal]}"
 
 
@@ -186,7 +210,7 @@ def _with_prediction(rows: Sequence[Row], provider: str) -> str:
     return f"{_number(measured)} ({'-' if predicted is None else f'{predicted:.3g}'})"
 
 
-TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise}
+TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise, "linalg": linalg}
 
 if __name__ == "__main__":
     sys.exit(until_closed(main))

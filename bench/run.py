@@ -31,6 +31,8 @@ class Candidate:
       goal: largest ratio aimed at, or `None`.
       untimed: calls before the timed ones of a round: beside candidates of seconds and gigabytes, whose pages and cache
         lines the next one pays for, one or two.
+      rest: seconds before these. XLA gives memory back on a thread of its own when the result is ready; where that is
+        gigabytes, the next candidate would have one core less until it is done.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Candidate:
     baseline: str | None = None
     goal: float | None = None
     untimed: int = 0
+    rest: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ def _warm(candidate: Candidate) -> Any:
 
 
 def _once(candidate: Candidate, carry: Any) -> tuple[Any, float]:
+    time.sleep(candidate.rest)
     for _ in range(candidate.untimed):
         carry = candidate.step(carry)
     jax.block_until_ready(carry)

@@ -120,9 +120,9 @@ def write(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathli
 
 
 def update(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
-    """Writes the rows in the place of those of the same cases, behind all other rows of the file."""
-    path, cases = folder / f"{suite}.jsonl", {row.case for row in rows}
-    kept = [row for row in read(path) if row.case not in cases] if path.exists() else []
+    """Writes the rows in the place of those of the same cases and x, behind all other rows of the file."""
+    path, cases = folder / f"{suite}.jsonl", {(row.case, row.x) for row in rows}
+    kept = [row for row in read(path) if (row.case, row.x) not in cases] if path.exists() else []
     return write([*kept, *rows], suite, folder)
 
 

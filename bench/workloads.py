@@ -121,6 +121,7 @@ def pinn(width: int, depth: int = 5) -> Workload:
 MLP = mlp(256, 10)
 REGRESSION = mlp(256, 1)
 SMALL = Workload("mlp 8-16-5", _layers(8, 16, 5), _dense, (8,), 5)
+UNEVEN = Workload("mlp 700-240-260-10", _layers(700, 240, 260, 10), _dense, (700,), 10)
 WIDE = Workload("mlp 784-1024-512-10", _layers(784, 1024, 512, 10), _dense, (784,), 10)
 CNN = cnn(32, 10)
 PINN = pinn(64)

@@ -6,6 +6,7 @@
 #include "cpu/batched_handlers.h"
 #include "cpu/diagonal.h"
 #include "cpu/gram.h"
+#include "cpu/linalg/handlers.h"
 #include "cpu/simd.h"
 #include "cpu/tree_cg.h"
 #include "xla/ffi/api/c_api.h"
@@ -15,7 +16,7 @@ namespace nb = nanobind;
 namespace {
 
 // Counts changes of what the handlers take and give: python/curvax/ffi.py refuses a build of another number.
-constexpr int kOperands = 4;
+constexpr int kOperands = 5;
 
 nb::capsule Encapsulate(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
@@ -29,6 +30,10 @@ nb::dict Handlers() {
   handlers["curvax_gram_accumulate"] = Encapsulate(curvax::GramAccumulateHandler);
   handlers["curvax_diagonal_update"] = Encapsulate(curvax::DiagonalUpdateHandler);
   handlers["curvax_diagonal_accumulate"] = Encapsulate(curvax::DiagonalAccumulateHandler);
+  handlers["curvax_cholesky"] = Encapsulate(curvax::CholeskyHandler);
+  handlers["curvax_triangular_solve"] = Encapsulate(curvax::TriangularSolveHandler);
+  handlers["curvax_eigh"] = Encapsulate(curvax::EighHandler);
+  handlers["curvax_qr"] = Encapsulate(curvax::QrHandler);
   return handlers;
 }
 

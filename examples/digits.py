@@ -12,14 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# The factorisations of egn_ce: LAPACK's threads and XLA's would wait for each other's cores.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ from typing import Any
 from bench import floors, libraries, run
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
-from bench.workloads import CNN, MLP, REGRESSION, SMALL, Workload
+from bench.workloads import CNN, MLP, REGRESSION, SMALL, UNEVEN, Workload
 
 SUITE = "steps"
 _FIRST_ORDER = "value_and_grad + optax.adamw"
@@ -29,6 +29,8 @@ class Pair:
       rounds: fewer for slow ones.
       calls: calls per round: 10 where every tenth has more work.
       regression: real targets instead of labels.
+      goal: largest share of python-somax's time aimed at.
+      rest: seconds for python-somax's memory to go back before the others are timed.
     """
 
     preset: str
@@ -38,6 +40,8 @@ class Pair:
     rounds: int = 30
     calls: int = 1
     regression: bool = False
+    goal: float = 1.0
+    rest: float = 0.0
 
     @property
     def case(self) -> str:
@@ -55,6 +59,7 @@ def pairs() -> tuple[Pair, ...]:
         Pair("newton_cg", MLP, 128, {**cg, "lam0": 10.0}),
         Pair("egn_ce", MLP, 32, _DAMPED, rounds=6),
         Pair("egn_ce", MLP, 128, _DAMPED, rounds=3),
+        Pair("egn_ce", UNEVEN, 96, _DAMPED, rounds=12, goal=1 / 150, rest=1.0),
         Pair("egn_mse", REGRESSION, 128, _DAMPED, rounds=6, regression=True),
         Pair("egn_mse_cg", REGRESSION, 128, cg, rounds=6, regression=True),
         Pair("sophia_g", MLP, 128, _DIAGONAL, calls=10),
@@ -99,8 +104,10 @@ def _compare(pair: Pair, rounds: int) -> list[Row]:
     peer = SOMAX if libraries.has_somax() else _FIRST_ORDER
     method = libraries.make(CURVAX, pair.preset, **options)
     pieces = libraries.stepper(method, pair.work, batch)
-    goal = 1.0 if peer is SOMAX else None
+    goal = pair.goal if peer is SOMAX else None
     candidates.append(run.Candidate(CURVAX, *pieces, calls=pair.calls, baseline=peer, goal=goal))
+    if pair.rest > 0:
+        candidates = [dataclasses.replace(c, rest=pair.rest, untimed=int(c.name != SOMAX)) for c in candidates]
     return run.rows(SUITE, pair.case, f"batch {pair.batch}", run.time_all(candidates, rounds))
 
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/batched_cg.h"
 #include "common/batched_operands.h"
 #include "cpu/batched.h"
 #include "cpu/large_cholesky.h"
@@ -194,17 +195,18 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
   const int64_t n = call.n;
   Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
   Matrices<T> widened(call, packed.data());
-  LargeCholesky<T> solver(pool, threads, n);
+  LargeCholesky<T> solver({pool, threads}, n);
   int64_t held = -1;
   T damping = 0;
   for (int64_t system = begin; system < end; ++system) {
     const int64_t entry = call.matrices.broadcast.At(system);
     const T own = *call.damping.Of<T>(system);
     if (entry != held || own != damping) {
+      const T rounding = static_cast<T>(n) * Precision<T>::eps;
       if (call.narrow)
-        solver.Factorise(widened.Of(system), Padded<T>(n), own);
+        solver.Factorise(widened.Of(system), Padded<T>(n), own, rounding);
       else
-        solver.Factorise(call.matrices.Of<T>(system), n, own);
+        solver.Factorise(call.matrices.Of<T>(system), n, own, rounding);
     }
     held = entry;
     damping = own;

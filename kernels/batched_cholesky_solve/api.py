@@ -20,6 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from curvax.kernels import _lapack
 from curvax.kernels._batched import (
     BatchedSolution,
     align,
@@ -82,6 +83,8 @@ def batched_cholesky_solve(
     matrices = align(widen_matrices(matrices, dtype), 2, len(batch))
     rhs = align(rhs.astype(dtype), 1, len(batch))
     lam = align(lam, 0, len(batch))
-    if select(BATCHED_CHOLESKY_SOLVE, implementation, Request.of(matrices, rhs)).implementation == "native":
+    request = Request.of(matrices, rhs)
+    if select(BATCHED_CHOLESKY_SOLVE, implementation, request).implementation == "native":
         return native.solve(matrices, rhs, lam, batch)
+    _lapack.prepare(request)
     return reference.solve(matrices, rhs, lam, batch)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels._batched import BatchedSolution, unit_scale
+from curvax.kernels.dense_linalg import reference as dense
 from curvax.result import Result, code
 
 
@@ -16,7 +17,7 @@ def solve(matrices: jax.Array, rhs: jax.Array, damping: jax.Array, batch: tuple[
     rhs = jnp.broadcast_to(rhs, (*batch, n))
     size, unit = unit_scale(rhs)
     b = rhs * unit[..., None]
-    factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
+    factor = dense.cholesky(a).lower
     x = _substitute(factor, b)
     x = x + _substitute(factor, b - _product(a, x))
     rest = b - _product(a, x)
@@ -49,6 +50,5 @@ def _substitute(factor: jax.Array, b: jax.Array) -> jax.Array:
     shared = factor.ndim > 2 and factor.shape[-3] == 1
     columns = jnp.swapaxes(b, -1, -2) if shared else b[..., None]
     lower = jnp.broadcast_to(factor[..., 0, :, :] if shared else factor, (*columns.shape[:-1], factor.shape[-1]))
-    y = jax.lax.linalg.triangular_solve(lower, columns, left_side=True, lower=True)
-    x = jax.lax.linalg.triangular_solve(lower, y, left_side=True, lower=True, transpose_a=True)
+    x = dense.triangular_solve(lower, dense.triangular_solve(lower, columns, False), True)
     return jnp.swapaxes(x, -1, -2) if shared else x[..., 0]

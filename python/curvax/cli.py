@@ -34,6 +34,7 @@ from curvax import ffi, kernels, methods, versions
 from curvax.kernels import (
     batched_cg,
     batched_cholesky_solve,
+    dense_linalg,
     diagonal_update,
     gram_accumulate,
     hutchinson_reduce,
@@ -411,6 +412,27 @@ _CHECKS = (
         batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE,
         lambda: Request.of(*_systems()),
         lambda name: batched_cholesky_solve.batched_cholesky_solve(*_systems(), implementation=name).value,
+    ),
+    _Check(
+        dense_linalg.CHOLESKY,
+        lambda: Request.of(_systems()[0]),
+        lambda name: dense_linalg.cholesky(_systems()[0], implementation=name).lower,
+    ),
+    _Check(
+        dense_linalg.TRIANGULAR_SOLVE,
+        lambda: Request.of(_systems()[0]),
+        lambda name: dense_linalg.triangular_solve(*[_systems()[0]] * 2, implementation=name),
+    ),
+    _Check(
+        dense_linalg.EIGH,
+        lambda: Request.of(_systems()[0]),
+        # Vectors have either sign.
+        lambda name: dense_linalg.eigh(_systems()[0], implementation=name).values,
+    ),
+    _Check(
+        dense_linalg.QR,
+        lambda: Request.of(_systems()[0]),
+        lambda name: jnp.abs(dense_linalg.qr(_systems()[0], implementation=name).r),
     ),
     _Check(
         diagonal_update.DIAGONAL_ACCUMULATE,

@@ -52,7 +52,9 @@ _MODULES: Mapping[Platform, _Module] = {
 }
 
 # What the handlers take and give, as csrc/module_cpu.cc and csrc/module_cuda.cc count its changes.
-_OPERANDS: Mapping[Platform, int] = {"cpu": 4, "cuda": 2}
+_OPERANDS: Mapping[Platform, int] = {"cpu": 5, "cuda": 2}
+# Handlers on stacks of matrices: XLA may give each device its part of the leading axes.
+_OF_STACKS = ("curvax_cholesky", "curvax_triangular_solve", "curvax_eigh", "curvax_qr")
 _lock = threading.Lock()
 _statuses: dict[Platform, Status] = {}
 
@@ -117,6 +119,8 @@ def _inspect(platform: Platform) -> Status:
         return Status(False, refusal, build)
     for name, capsule in module.handlers().items():
         jax.ffi.register_ffi_target(name, capsule, platform=described.platform)
+        if name in _OF_STACKS:
+            jax.ffi.register_ffi_target_as_batch_partitionable(name)
     api = ".".join(map(str, build["ffi_api"]))
     target = f"running {build['simd']}" if "simd" in build else f"for {build['architectures']}"
     reason = f"built on jaxlib {build['jaxlib']} (XLA FFI {api}) with {build['compiler']}, {target}"

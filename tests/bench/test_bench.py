@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench import run, schema
 from bench.generic import without_structure
-from bench.suites import kernels, lanes, layerwise, plan, steps, structure
+from bench.suites import kernels, lanes, layerwise, linalg, plan, steps, structure
 from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
@@ -22,10 +22,13 @@ from bench.workloads import CNN, MLP, SMALL
 import curvax
 from curvax.solvers import Automatic
 
+SUITES = (steps, plan, kernels, structure, linalg)
+ONLY = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}
 
-@pytest.mark.parametrize("suite", [steps, plan, kernels, structure], ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda m: m.__name__.rsplit(".", 1)[-1])
 def test_quick_run_gives_rows(suite, tmp_path):
-    only = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal"}.get(suite.SUITE, "")
+    only = ONLY.get(suite.SUITE, "")
     # python-somax relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         rows = [row for case in suite.run_suite(quick=True, only=only) for row in case]
@@ -53,10 +56,10 @@ def test_layerwise_study_reaches_its_target_and_says_in_how_many_steps():
 
 
 def test_update_replaces_the_cases_that_were_run(tmp_path):
-    old = [schema.Row("s", case, "p", "m", "x", 1.0, 1.0, 1.0) for case in ("a", "b")]
+    old = [schema.Row("s", case, "p", "m", x, 1.0, 1.0, 1.0) for case, x in (("a", "x"), ("b", "x"), ("a", "y"))]
     new = [dataclasses.replace(old[0], p50=2.0)]
     schema.write(old, "s", tmp_path)
-    assert schema.read(schema.update(new, "s", tmp_path)) == [old[1], new[0]]
+    assert schema.read(schema.update(new, "s", tmp_path)) == [*old[1:], new[0]]
     assert schema.read(schema.update(new, "t", tmp_path)) == new
 
 

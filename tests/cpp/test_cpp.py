@@ -25,12 +25,17 @@ THREADS = "thread"
 
 
 # What a program needs beside its own source: sources under csrc/, and sanitizers other than MEMORY.
-PANELS = ("batched", "batched_handlers", "gram", "large_cholesky", "panels")
+PANELS = ("batched", "batched_handlers", "gram", "large_cholesky", "linalg/triangle", "panels", "simd")
+LINALG = (
+    *("large_cholesky", "panels", "simd"),
+    *(f"linalg/{path.stem}" for path in sorted((ROOT / "csrc" / "cpu" / "linalg").glob("*.cc"))),
+)
 SOURCES = {
     "test_diagonal_handlers": ("cpu/diagonal.cc", "cpu/diagonal_simd.cc", "cpu/simd.cc"),
     "test_handlers": ("cpu/tree_cg.cc", "cpu/simd.cc"),
-    "test_panels": (*(f"cpu/{name}.cc" for name in PANELS), "cpu/simd.cc"),
-    "test_threads": (*(f"cpu/{name}.cc" for name in PANELS), "cpu/tree_cg.cc", "cpu/simd.cc"),
+    "test_linalg": tuple(f"cpu/{name}.cc" for name in LINALG),
+    "test_panels": tuple(f"cpu/{name}.cc" for name in PANELS),
+    "test_threads": tuple(f"cpu/{name}.cc" for name in dict.fromkeys((*PANELS, *LINALG, "tree_cg"))),
 }
 SANITIZERS = {"test_threads": THREADS}
 PROGRAMS = sorted(path.stem for path in HERE.glob("test_*.cc"))

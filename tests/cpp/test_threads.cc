@@ -11,6 +11,7 @@
 #include "check.h"
 #include "cpu/batched_handlers.h"
 #include "cpu/gram.h"
+#include "cpu/linalg/handlers.h"
 #include "cpu/parallel.h"
 #include "cpu/tree_cg.h"
 
@@ -122,6 +123,32 @@ void TestBlocks() {
   }
 }
 
+// A factorisation that shares each of its steps, two of them at once, and a stack with threads inside and around.
+void TestFactorisations() {
+  const int64_t n = 180;
+  const Buffer large = Filled({1, n, n}, 0), small = Filled({9, 20, 20}, 0);
+  const auto run = [](const Buffer& matrices, int64_t threads) {
+    const int64_t count = matrices.dims[0], size = matrices.dims[1];
+    std::vector<Buffer> results = {Filled({count, size}, 0), Filled({count, size, size}, 0),
+                                   Buffer(DataType::S32, {count}), Filled({count, size, size}, 0),
+                                   Filled({count, size, size}, 0)};
+    CHECK(!Call(EighHandler, {matrices}, {results[0], results[1], results[2]}, {{"threads", {threads}}}, 4), "eigh");
+    CHECK(!Call(QrHandler, {matrices}, {results[3], results[4], results[2]}, {{"threads", {threads}}}, 4), "qr");
+    return results;
+  };
+  for (const Buffer& matrices : {large, small}) {
+    const std::vector<Buffer> one = run(matrices, 1);
+    std::vector<std::vector<Buffer>> others(2);
+    std::vector<std::thread> callers;
+    for (auto& other : others) callers.emplace_back([&] { other = run(matrices, 3); });
+    for (std::thread& caller : callers) caller.join();
+    for (const auto& other : others)
+      for (size_t i = 0; i < one.size(); ++i)
+        CHECK(std::memcmp(one[i].data, other[i].data, 4 * one[i].size()) == 0, "result %d depends on the threads",
+              static_cast<int>(i));
+  }
+}
+
 }  // namespace
 }  // namespace curvax
 
@@ -129,5 +156,6 @@ int main() {
   curvax::TestParallelFor();
   curvax::TestHandlers();
   curvax::TestBlocks();
+  curvax::TestFactorisations();
   std::puts("ok");
 }

@@ -27,11 +27,13 @@ jax.config.update("jax_enable_x64", True)
 
 # What every refusal says after the op's name: a count, a shape or a dtype, and what would fit.
 SENTENCE = re.compile(
-    r"curvax (cg_update|cg_direction|dots|gram_accumulate|batched_cholesky_solve): ("
+    r"curvax (cg_update|cg_direction|dots|gram_accumulate|batched_cholesky_solve"
+    r"|cholesky|triangular_solve|eigh|qr): ("
     r"got \d+ (operands|results).*, expected .*"
     r"|(operand|result) \d+ has (shape \(.*\)|dtype \w+), expected .*"
     r"|dtype \w+ is not supported; use F32 or F64"
     r"|result 0 is a scalar, expected \(\.\.\., n\)"
+    r"|operand 0 has shape \(.*\), expected (square matrices|\(\.\.\., rows, columns\))"
     r"|leaf \d+ of shape \(.*\) does not begin with the batch axes \(.*\) of the scalar)"
 )
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 1e18)
@@ -104,7 +106,8 @@ class Maker:
         return values
 
     def call(self) -> Call:
-        return (self.vectors, self.gram, self.systems)[self.rng.choice(3, p=(0.6, 0.25, 0.15))]()
+        kinds = (self.vectors, self.gram, self.systems, self.factorisations)
+        return kinds[self.rng.choice(4, p=(0.5, 0.2, 0.15, 0.15))]()
 
     def gram(self) -> Call:
         """Layers of factors, of one side or two, with or without what they are added to."""
@@ -182,6 +185,43 @@ class Maker:
             return [(x, size), (code, code), (0 * code, 0 * code), (wide(results[3]), code)]
 
         return Call("curvax_batched_cholesky_solve", [matrices, rhs, damping], results, answer)
+
+    def factorisations(self) -> Call:
+        """Stacks of matrices that are nearly diagonal; what factors make together is the answer."""
+        dtype = (np.float32, np.float64)[self.rng.integers(2)]
+        batch = ((), (3,), (2, 2), (0,))[self.rng.integers(4)]
+        n, c = (int(k) for k in self.rng.choice([0, 1, 5, 33, 70], 2))
+        half = self.rng.standard_normal((*batch, n, n))
+        matrices = np.asarray(half + np.swapaxes(half, -1, -2) + 6 * math.sqrt(n + 1) * np.eye(n), dtype)
+        a, identity = wide(matrices), np.broadcast_to(np.eye(n), matrices.shape)
+        size, ends = np.full(matrices.shape, 20.0 * (n + 1)), (np.zeros(batch), np.zeros(batch))
+        square, end = jax.ShapeDtypeStruct(matrices.shape, dtype), jax.ShapeDtypeStruct(batch, np.int32)
+
+        def same(given: np.ndarray, product: np.ndarray, want: np.ndarray) -> Answer:
+            return wide(given) + want - product, size
+
+        def eigh(results: list[np.ndarray]) -> list[Answer]:
+            values, vectors = wide(results[0]), wide(results[1])
+            made = vectors * values[..., None, :] @ np.swapaxes(vectors, -1, -2)
+            return [(np.linalg.eigvalsh(a), np.full(values.shape, 20.0 * (n + 1))), same(vectors, made, a), ends]
+
+        def qr(results: list[np.ndarray]) -> list[Answer]:
+            q, r = map(wide, results[:2])
+            return [same(q, np.swapaxes(q, -1, -2) @ q, identity), same(r, q @ r, a), ends]
+
+        kind = self.rng.integers(4)
+        if kind == 0:
+            values = jax.ShapeDtypeStruct(matrices.shape[:-1], dtype)
+            return Call("curvax_eigh", [matrices], [values, square, end], eigh)
+        if kind == 1:
+            return Call("curvax_qr", [matrices], [square, square, end], qr)
+        if kind == 2:
+            return Call("curvax_cholesky", [matrices], [square, end], lambda _: [(np.linalg.cholesky(a), size), ends])
+        rhs = np.asarray(self.rng.standard_normal((*batch, n, c)), dtype)
+        answer = np.linalg.solve(np.tril(a), wide(rhs)), np.full(rhs.shape, 20.0 * (n + 1))
+        result = jax.ShapeDtypeStruct(rhs.shape, dtype)
+        attributes = {"transpose": np.int64(0)}
+        return Call("curvax_triangular_solve", [matrices, rhs], [result], lambda _: [answer], attributes)
 
     def vectors(self) -> Call:
         """The vector work of conjugate gradients."""

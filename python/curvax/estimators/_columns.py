@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.estimators.base import Product, TraceEstimate
+from curvax.kernels.dense_linalg import qr
 from curvax.tree import PyTree
 
 
@@ -29,13 +30,8 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def orthonormal(columns: jax.Array) -> jax.Array:
-    """Orthonormal (n, m) basis Q whose span holds the columns (n, m), n >= m; well defined for dependent columns too.
-
-    Where the triangular factor is wanted, take it as Q^T columns: a decomposition of the R that comes with Q could
-    run at the same time as the forming of Q, and two batched LAPACK calls at once can block each other for good on
-    the CPU, where each waits for its share of one small thread pool.
-    """
-    return jnp.linalg.qr(columns)[0]
+    """Orthonormal (n, m) basis Q whose span holds the columns (n, m), n >= m, also where they depend on each other."""
+    return qr(columns).q
 
 
 def exact_trace(product: Product, like: PyTree) -> TraceEstimate:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.estimators._columns import columns_product, matmul, orthonormal
 from curvax.estimators.base import LowRank, LowRankEstimator, Product, check_count
+from curvax.kernels.dense_linalg import eigh, qr
 from curvax.tree import PyTree
 
 
@@ -62,13 +63,15 @@ def _nystrom(test: jax.Array, image: jax.Array) -> LowRank:
     size = tree.norm(image)
     image = image / jnp.where(size == 0, jnp.ones_like(size), size)
     core = matmul(test.T, image)
-    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+    pairs = eigh((core + core.T) / 2)
+    values, vectors = pairs.values, pairs.vectors
     shift = _shift(values, test.shape[0])
     halves = matmul(image + shift * test, vectors) / jnp.sqrt(jnp.maximum(values + shift, shift / 2))
-    q = orthonormal(halves)
-    left, singular, _ = jnp.linalg.svd(matmul(q.T, halves))
-    values = jnp.maximum(singular * singular - shift, jnp.zeros_like(shift))
-    return LowRank(matmul(q, left), size * values)
+    # The left singular vectors of B = Q R, and its squared singular values to rounding of the largest, which nu is.
+    factors = qr(halves)
+    pairs = eigh(matmul(factors.r, factors.r.T))
+    values = jnp.maximum(pairs.values - shift, jnp.zeros_like(shift))
+    return LowRank(matmul(factors.q, pairs.vectors)[:, ::-1], size * values[::-1])
 
 
 def _shift(core_values: jax.Array, n: int) -> jax.Array:
@@ -88,6 +91,6 @@ def _rayleigh_ritz(multiply: Callable[[jax.Array], jax.Array], image: jax.Array)
     """Eigenpairs of C restricted to the range of Y, negative values set to zero."""
     q = orthonormal(image)
     core = matmul(q.T, multiply(q))
-    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
-    values = jnp.maximum(values, jnp.zeros_like(values))
-    return LowRank(matmul(q, vectors)[:, ::-1], values[::-1])
+    pairs = eigh((core + core.T) / 2)
+    values = jnp.maximum(pairs.values, jnp.zeros_like(pairs.values))
+    return LowRank(matmul(q, pairs.vectors)[:, ::-1], values[::-1])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.estimators._columns import columns_product, exact_trace, matmul, mean_and_error, orthonormal
 from curvax.estimators.base import Product, TraceEstimate, TraceEstimator, check_count
+from curvax.kernels.dense_linalg import triangular_solve
 from curvax.tree import PyTree
 
 
@@ -72,11 +73,14 @@ def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, z: jax.Array) -
 def _left_out_directions(r: jax.Array) -> jax.Array:
     """Unit s_i (columns) orthogonal to every column of R but the i-th: the normalised columns of R^-T.
 
-    With R = A diag(sigma) B^T they are the columns of A diag(1/sigma) B^T. Singular values below rounding (C of low
-    rank) are raised to it: the s_i then lie in the null space of R^T to that accuracy, as they should.
+    Substitution makes each of them so to rounding of R, however small the diagonal of R is. Where that is below
+    rounding itself (C of low rank) it is raised to it, which changes R by no more.
     """
-    a, sigma, bt = jnp.linalg.svd(r)
-    largest = sigma[0]
-    relative = sigma / jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    s = matmul(a, bt / jnp.maximum(relative, float(jnp.finfo(r.dtype).eps))[:, None])
+    largest = jnp.max(jnp.abs(r))
+    unit = r / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    diagonal = jnp.diagonal(unit)
+    least = jnp.where(largest > 0, float(jnp.finfo(r.dtype).eps), jnp.ones_like(largest))
+    raised = jnp.where(jnp.abs(diagonal) < least, least, diagonal)
+    s = triangular_solve(unit.T + jnp.diag(raised - diagonal), jnp.eye(r.shape[0], dtype=r.dtype))
+    s = s / jnp.max(jnp.abs(s), axis=0)
     return s / jnp.sqrt(jnp.sum(s * s, axis=0))

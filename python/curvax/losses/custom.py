@@ -10,6 +10,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
+from curvax.kernels.dense_linalg import eigh
 from curvax.losses.base import Loss, Shaped, append_axes, positions_shape, root, shaped, weigh, wide_dtype
 from curvax.tree import PyTree
 
@@ -100,7 +101,8 @@ class CustomLoss(Loss):
 
     def _row_factor(self, row: jax.Array, target: PyTree, u: jax.Array) -> jax.Array:
         hessian = jax.hessian(self._row_value)(row, target).reshape(row.size, row.size)
-        values, vectors = jnp.linalg.eigh(hessian)
+        pairs = eigh((hessian + hessian.T) / 2)
+        values, vectors = pairs.values, pairs.vectors
         # V sqrt(D) V^T rather than V sqrt(D): it does not depend on the choice of eigenvectors, so factor and
         # factor_transpose agree even if they are compiled apart.
         scale = root(jnp.maximum(values, jnp.zeros_like(values)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.kernels.dense_linalg import eigh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     Factors,
@@ -184,7 +185,8 @@ def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int, eps: Numbe
     if not _is_dense(factor, gradient):
         return _damped_power(factor, order, eps)
     scale = unit_scale(factor)
-    values, vectors = jnp.linalg.eigh(factor / scale.astype(factor.dtype))
+    pairs = eigh(factor / scale.astype(factor.dtype))
+    values, vectors = pairs.values, pairs.vectors
     # Alike where they are rounding, so that the root there is a multiple of the identity on what has no gradient.
     values = jnp.where(values > rounding(values), values, jnp.zeros_like(values))
     powers = _damped_power(values, order, eps) * scale[..., 0] ** (-1 / order)

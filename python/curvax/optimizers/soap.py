@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.kernels.dense_linalg import eigh, qr
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     adjoint,
@@ -221,13 +222,13 @@ def _eigenvectors(factor: jax.Array) -> jax.Array:
     a fixed diagonal matrix is diagonal, which also leaves rows that have no gradient to themselves.
     """
     n = factor.shape[-1]
-    values, vectors = jnp.linalg.eigh(factor / unit_scale(factor).astype(factor.dtype))
-    values, vectors = values[..., ::-1], vectors[..., ::-1]
+    pairs = eigh(factor / unit_scale(factor).astype(factor.dtype))
+    values, vectors = pairs.values[..., ::-1], pairs.vectors[..., ::-1]
     known = values > rounding(values)
     seen = jnp.where(known[..., None, :], vectors, jnp.zeros_like(vectors))
     rest = jnp.eye(n, dtype=factor.dtype) - jnp.matmul(seen, adjoint(seen), precision=jax.lax.Precision.HIGHEST)
     weights = jnp.linspace(1, 2, n, dtype=values.dtype).astype(factor.dtype)
-    fixed = jnp.linalg.eigh(jnp.matmul(rest * weights, rest, precision=jax.lax.Precision.HIGHEST))[1][..., ::-1]
+    fixed = eigh(jnp.matmul(rest * weights, rest, precision=jax.lax.Precision.HIGHEST)).vectors[..., ::-1]
     # The rest has as many columns as are not known, and they come first.
     place = (jnp.arange(n) - jnp.sum(known, axis=-1, keepdims=True)) % n
     return jnp.where(known[..., None, :], vectors, jnp.take_along_axis(fixed, place[..., None, :], axis=-1))
@@ -264,4 +265,4 @@ def _iterated(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array
     least = rounding(values)
     order = jnp.argsort(-jnp.where(values > least, values, jnp.zeros_like(values)), axis=-1)
     product = product + least[..., None].astype(basis.dtype) * basis
-    return jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))[0], order
+    return qr(jnp.take_along_axis(product, order[..., None, :], axis=-1)).q, order

@@ -112,26 +112,16 @@ def when_due(due: jax.Array, always: bool, work: Callable[[], T], otherwise: Cal
 def by_size(
     function: Callable[[jax.Array], Sequence[jax.Array]], matrices: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, ...]]:
-    """`function` on stacks of square matrices, (G, n, n), one call per size n.
-
-    One call after another, each waiting for the one before: two batched LAPACK calls at once can block each other for
-    good on the CPU, where each waits for its share of one small thread pool.
-    """
+    """`function` on stacks of square matrices, (G, n, n), one call per size n."""
     sizes: dict[int, list[int]] = collections.defaultdict(list)
     for index, matrix in enumerate(matrices):
         sizes[matrix.shape[-1]].append(index)
     found: dict[int, tuple[jax.Array, ...]] = {}
-    before: jax.Array | None = None
     for indices in sizes.values():
-        stacked = jnp.concatenate([matrices[i] for i in indices])
-        if before is not None:
-            stacked = stacked + before
-        results = function(stacked)
+        results = function(jnp.concatenate([matrices[i] for i in indices]))
         cuts = [sum(matrices[i].shape[0] for i in indices[:k]) for k in range(1, len(indices))]
         parts = [jnp.split(x, cuts) for x in results]
         found |= {i: tuple(part[k] for part in parts) for k, i in enumerate(indices)}
-        # Zero times a result: a sum that XLA cannot drop, since the result might not be finite.
-        before = jnp.zeros((), stacked.dtype) * jnp.sum(results[0].ravel()[:1])
     return [found[i] for i in range(len(matrices))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.output_space import Metric, MonteCarloFisher
 from curvax.estimators.base import check_count
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.kernels.dense_linalg import EIGH
 from curvax.preconditioners._blocks import (
     MAX_WIDTH,
     FactorAverages,
@@ -29,6 +32,7 @@ from curvax.preconditioners.factor_inverses import (
     identities,
     into_basis,
     matmul,
+    of_matrices,
     out_of_basis,
 )
 from curvax.structure.blocks import Blocks
@@ -76,6 +80,7 @@ class EKFAC(BlockPreconditioner):
     Attributes:
       metric, sharing, decay, every, inverse_every, max_width: as in `KFAC`; `sharing` shapes the basis alone, as s is
         measured on the rows themselves, summed over positions.
+      decompose: implementation of `eigh`, by name or as the planner's choice; `None` takes the best one.
     """
 
     metric: Metric = MonteCarloFisher()
@@ -84,10 +89,19 @@ class EKFAC(BlockPreconditioner):
     every: int = 1
     inverse_every: int = 10
     max_width: int = MAX_WIDTH
+    decompose: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The op `eigh`."""
+        return ((EIGH, of_matrices(wide)),)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> EKFAC:
+        """With the choice for `eigh`."""
+        return dataclasses.replace(self, decompose=choices.get(EIGH.name, self.decompose))
 
     def init_blocks(self, blocks: Blocks) -> EKFACState:
         """No curvature seen."""
@@ -114,7 +128,8 @@ class EKFAC(BlockPreconditioner):
 
         def turn() -> tuple[list[tuple[jax.Array | None, jax.Array]], list[jax.Array], jax.Array]:
             now = factors.corrected(self.decay)
-            bases = [(e.input_vectors, e.output_vectors) for e in eigen(now.inputs, now.outputs)]
+            pairs = eigen(now.inputs, now.outputs, self.decompose)
+            bases = [(e.input_vectors, e.output_vectors) for e in pairs]
             turned = [_turned(s, old, new) for s, old, new in zip(state.squares, state.bases, bases, strict=True)]
             sound = finite & tree.all_finite((bases, turned))
             return *tree.where(sound, (bases, turned), (state.bases, state.squares)), finite & ~sound

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvax import tree
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.kernels.dense_linalg import CHOLESKY, EIGH, TRIANGULAR_SOLVE, cholesky, eigh, triangular_solve
 from curvax.preconditioners._blocks import by_size, trace
 from curvax.structure.blocks import Blocks, KroneckerBlock
+from curvax.tree import PyTree
 
 
 class FactorInverse(abc.ABC):
@@ -34,6 +38,16 @@ class FactorInverse(abc.ABC):
         self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
     ) -> list[Any]:
         """What is held of all blocks, from factors A and B, at damping `lam`."""
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that `compute` calls for wide parameters, and what it asks of them; see `Preconditioner.kernels`."""
+        del wide
+        return ()
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> FactorInverse:
+        """The same form with the planner's choices for its ops, by name."""
+        del choices
+        return self
 
     @abc.abstractmethod
     def apply(self, held: Any, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
@@ -71,9 +85,19 @@ class EigenInverse(FactorInverse):
     Attributes:
       factored: damp the factors as `CholeskyInverse` does, in place of their product. False by default: factored
         damping is what one settles for where only inverses of the factors are at hand.
+      decompose: implementation of `eigh`, by name or as the planner's choice; `None` takes the best one.
     """
 
     factored: bool = False
+    decompose: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The op `eigh`."""
+        return ((EIGH, of_matrices(wide)),)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> EigenInverse:
+        """With the choice for `eigh`."""
+        return dataclasses.replace(self, decompose=choices.get(EIGH.name, self.decompose))
 
     def init(self, block: KroneckerBlock, dtype: Any) -> Eigen:
         """No curvature: zero values in the basis of the entries."""
@@ -88,7 +112,7 @@ class EigenInverse(FactorInverse):
     ) -> list[Eigen]:
         """Eigendecompositions, one batched call per size."""
         del blocks, lam
-        return eigen(inputs, outputs)
+        return eigen(inputs, outputs, self.decompose)
 
     def apply(self, held: Eigen, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
         """Into the eigenbasis, divided by its damped values, and back."""
@@ -117,7 +141,27 @@ class CholeskyInverse(FactorInverse):
 
     Damping is factored, at the lam of the refresh that made the inverses. A factor that is singular to rounding is
     damped by rounding at least.
+
+    Attributes:
+      factorise, substitute: implementations of `cholesky` and `triangular_solve`, by name or as the planner's choices;
+        `None` takes the best ones.
     """
+
+    factorise: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
+    substitute: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops `cholesky` and `triangular_solve`."""
+        request = of_matrices(wide)
+        return ((CHOLESKY, request), (TRIANGULAR_SOLVE, request))
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> CholeskyInverse:
+        """With the choices for both."""
+        return dataclasses.replace(
+            self,
+            factorise=choices.get(CHOLESKY.name, self.factorise),
+            substitute=choices.get(TRIANGULAR_SOLVE.name, self.substitute),
+        )
 
     def init(self, block: KroneckerBlock, dtype: Any) -> Inverses:
         """The identity."""
@@ -135,7 +179,7 @@ class CholeskyInverse(FactorInverse):
             on_inputs, on_outputs = split_damping(trace(a) / n, trace(b) / m, lam)
             damped += [_damped(a, on_inputs), _damped(b, on_outputs)]
         dense = [x for x in damped if x.ndim == 3]
-        inverted = iter(x for (x,) in by_size(lambda x: (_inverse(x),), dense))
+        inverted = iter(x for (x,) in by_size(lambda x: (self._inverse(x),), dense))
         found = [next(inverted) if x.ndim == 3 else 1 / x for x in damped]
         return [Inverses(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
 
@@ -145,11 +189,30 @@ class CholeskyInverse(FactorInverse):
         left = held.inputs[..., None] * v if held.inputs.ndim == 2 else matmul(held.inputs, v)
         return matmul(left, held.outputs)
 
+    def _inverse(self, matrices: jax.Array) -> jax.Array:
+        """L^-T L^-1, symmetric up to rounding by construction."""
+        lower = cholesky(matrices, implementation=self.factorise).lower
+        identity = identities(matrices.shape[0], matrices.shape[-1], matrices.dtype)
+        root = triangular_solve(lower, identity, implementation=self.substitute)
+        return matmul(jnp.swapaxes(root, -1, -2), root)
 
-def eigen(inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[Eigen]:
+
+def of_matrices(wide: PyTree) -> Request:
+    """What is asked of the ops on factors of wide parameters: how large they are does not matter to them."""
+    return Request.of(jax.ShapeDtypeStruct((1, 1), tree.scalar_dtype(wide)))
+
+
+def eigen(
+    inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], implementation: Implementation | Choice | None = None
+) -> list[Eigen]:
     """Eigendecompositions of all factors, one batched call per size."""
+
+    def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pairs = eigh(matrices, implementation=implementation)
+        return pairs.values, pairs.vectors
+
     dense = [x for pair in zip(inputs, outputs, strict=True) for x in pair if x.ndim == 3]
-    pairs = iter(by_size(_eigh, dense))
+    pairs = iter(by_size(decompose, dense))
     found = []
     for a, _ in zip(inputs, outputs, strict=True):
         values, vectors = next(pairs) if a.ndim == 3 else (a, None)
@@ -206,11 +269,6 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=False)
-    return values, vectors
-
-
 def _damped(factor: jax.Array, damping: jax.Array) -> jax.Array:
     """The factor plus a multiple of the identity that leaves it positive definite: 1 if there is nothing else."""
     least = float(jnp.finfo(factor.dtype).eps) * trace(factor)
@@ -219,11 +277,3 @@ def _damped(factor: jax.Array, damping: jax.Array) -> jax.Array:
     if factor.ndim == 2:
         return factor + total[:, None]
     return factor + total[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-
-
-def _inverse(matrices: jax.Array) -> jax.Array:
-    """L^-T L^-1, symmetric up to rounding by construction."""
-    lower = jnp.linalg.cholesky(matrices, symmetrize_input=False)
-    identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-    root = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return matmul(jnp.swapaxes(root, -1, -2), root)

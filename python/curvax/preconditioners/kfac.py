@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature.output_space import Metric, MonteCarloFisher
 from curvax.estimators.base import check_count
+from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.preconditioners._blocks import (
     MAX_WIDTH,
     FactorAverages,
@@ -88,6 +90,14 @@ class KFAC(BlockPreconditioner):
     def __post_init__(self) -> None:
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
+
+    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """Those of the inverses."""
+        return self.inverse.kernels(wide)
+
+    def with_kernels(self, choices: Mapping[str, Choice]) -> KFAC:
+        """With the choices for the inverses."""
+        return dataclasses.replace(self, inverse=self.inverse.with_kernels(choices))
 
     def init_blocks(self, blocks: Blocks) -> KFACState:
         """No curvature seen."""
