@@ -85,6 +85,7 @@ class Method:
         return self._state(params, preconditioner, model_state)
 
     def _state(self, trainable: PyTree, preconditioner: Any, model_state: PyTree) -> MethodState:
+        first = LastStep(jax.tree.map(jnp.zeros_like, trainable), jnp.asarray(False))
         return MethodState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),

@@ -332,13 +332,14 @@ def test_complex_matrices_take_the_reference(x64: None) -> None:
     rng = np.random.default_rng(0)
     tall = rng.standard_normal((2, 3, 6, 4)) + 1j * rng.standard_normal((2, 3, 6, 4))
     q, r, result = jax.tree.leaves(jax.jit(qr)(tall))
-    np.testing.assert_allclose(q @ r, tall, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(np.asarray(q) @ np.asarray(r), tall, rtol=0, atol=1e-13)
     assert np.all(np.asarray(result) == int(Result.CONVERGED))
     hermitian = np.swapaxes(tall.conj(), -1, -2) @ tall
     pairs = jax.vmap(eigh)(jnp.asarray(hermitian))
     assert pairs.values.dtype == jnp.float64
     np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(hermitian), rtol=1e-12)
-    np.testing.assert_allclose(hermitian @ pairs.vectors, pairs.vectors * pairs.values[..., None, :], atol=1e-11)
+    values, vectors = np.asarray(pairs.values), np.asarray(pairs.vectors)
+    np.testing.assert_allclose(hermitian @ vectors, vectors * values[..., None, :], atol=1e-11)
     with pytest.raises(TypeError, match="matrices has dtype complex128: convert it to a floating dtype"):
         cholesky(jnp.asarray(hermitian))
 

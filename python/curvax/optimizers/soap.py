@@ -265,4 +265,9 @@ def _iterated(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array
     least = rounding(values)
     order = jnp.argsort(-jnp.where(values > least, values, jnp.zeros_like(values)), axis=-1)
     product = product + least[..., None].astype(basis.dtype) * basis
-    return qr(jnp.take_along_axis(product, order[..., None, :], axis=-1)).q, order
+    # Householder's reflector of column k is made at row k, and rounds there as at the largest: rows without gradients,
+    # which have nothing but zeros until then, come last.
+    rows = jnp.argsort(-jnp.diagonal(scaled, axis1=-2, axis2=-1).real, axis=-1)
+    product = jnp.take_along_axis(product, rows[..., :, None], axis=-2)
+    turned = qr(jnp.take_along_axis(product, order[..., None, :], axis=-1)).q
+    return jnp.take_along_axis(turned, jnp.argsort(rows, axis=-1)[..., :, None], axis=-2), order
