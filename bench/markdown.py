@@ -1,6 +1,6 @@
-"""The tables of `bench/README.md` for structure, lanes and layerwise, from their rows.
+"""The tables of suites that `bench/README.md` shows, from their rows.
 
-python -m bench.markdown structure|lanes|layerwise [FOLDER]
+python -m bench.markdown structure|lanes|layerwise|untuned|robustness [FOLDER]
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bench import schema
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
+from bench.suites.robustness import table as robustness
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
+from bench.suites.untuned import table as untuned
 
 _Group = tuple[str, str]
 
@@ -184,7 +186,13 @@ def _with_prediction(rows: Sequence[Row], provider: str) -> str:
     return f"{_number(measured)} ({'-' if predicted is None else f'{predicted:.3g}'})"
 
 
-TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise}
+TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
+    "structure": structure,
+    "lanes": lanes,
+    "layerwise": layerwise,
+    "untuned": untuned.table,
+    "robustness": robustness.table,
+}
 
 if __name__ == "__main__":
     main()
