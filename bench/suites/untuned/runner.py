@@ -124,12 +124,15 @@ class Course:
 
     def loss(self, params: Params) -> float:
         """The loss on all training examples; infinite where it is no number."""
-        value = float(self._objective(params, self.train))
-        return value if math.isfinite(value) else math.inf
+        return _number(self._objective(params, self.train))
 
     def measure(self, params: Params) -> float:
-        """The problem's metric on held-out data."""
-        return float(self._evaluate(params, self.held_out))
+        """The problem's metric on held-out data; infinite where it is no number."""
+        return _number(self._evaluate(params, self.held_out))
+
+
+def _number(value: jax.Array) -> float:
+    return float(value) if math.isfinite(value) else math.inf
 
 
 class _Carry(NamedTuple):
