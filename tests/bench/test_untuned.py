@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from bench import __main__ as command
 from bench import schema
 from bench.suites import untuned
-from bench.suites.untuned import runner, table, tuning
+from bench.suites.untuned import contenders, runner, table, tuning
 from bench.suites.untuned.contenders import ADAMW, CONTENDERS, GAUSS_NEWTON, Contender, Trainer, chosen
 from bench.suites.untuned.problems import PROBLEMS, Problem
 from bench.suites.untuned.problems.physics import FREQUENCY, local_energy, poisson_residuals, poisson_solution
@@ -113,6 +113,20 @@ def test_rows_of_a_race_and_what_later_runs_read_from_them():
     assert rose[WORST].p50 >= rose[START].p50
     assert rose[tuning.TARGET_TIME].p50 == math.inf
     assert "**" in "\n".join(table.table(found))
+
+
+def test_a_later_run_of_fewer_seeds_is_compared_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "RESULTS", tmp_path)
+    everybody = (descent(), descent(-1.0, "kfac", "preset"))
+    monkeypatch.setattr(contenders, "CONTENDERS", everybody)
+    options = untuned.Options(contender=ADAMW, budget=EFFORT.budget, clock=Clock.CPU, seeds=2)
+    (first,) = untuned.run_suite(only="logistic", options=options)
+    schema.write(first, "untuned", tmp_path)
+    (second,) = untuned.run_suite(only="logistic", options=untuned.Options(contender="kfac", seeds=1))
+    assert {(r.provider, r.x, r.rounds) for r in second} == {("kfac", EFFORT.x, 1)}
+    against = next(r for r in second if r.metric == tuning.FINAL)
+    reference = next(r for r in first if r.metric == tuning.by_seed(tuning.FINAL, 0))
+    assert against.ratio == pytest.approx(against.p50 / reference.p50)
 
 
 def test_a_run_whose_loss_is_no_number_ends_there_and_counts_as_infinite():

@@ -117,7 +117,7 @@ def _problem(
         Result(c.contender, rates.get(c.contender.name), c.seconds, tuple(itertools.islice(trajectories, effort.seeds)))
         for c in compiled
     ]
-    baseline = _baseline(results, earlier)
+    baseline = _baseline(results, earlier).first(effort.seeds)
     for result in results:
         yield from rows(problem, result, baseline, effort)
 

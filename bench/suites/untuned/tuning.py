@@ -44,6 +44,10 @@ class Baseline:
         seconds = tuple(t.seconds_to(loss) for t, loss in zip(runs, losses, strict=True))
         return Baseline(losses, seconds, compile_seconds)
 
+    def first(self, seeds: int) -> Baseline:
+        """Of the first seeds alone."""
+        return dataclasses.replace(self, losses=self.losses[:seeds], seconds=self.seconds[:seeds])
+
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
