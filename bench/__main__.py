@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import sys
 from typing import Any
 
 # One platform for all candidates; the environment's word counts if it has spoken.
@@ -14,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema
+from curvax.pipes import until_closed
 
 SUITES = (
     *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "untuned", "robustness"),
@@ -60,4 +62,4 @@ def _suite(arguments: list[str] | None) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_closed(main))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from bench import schema
@@ -20,6 +21,7 @@ from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
 from bench.suites.untuned import table as untuned
+from curvax.pipes import until_closed
 
 _Group = tuple[str, str]
 
@@ -195,4 +197,4 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_closed(main))

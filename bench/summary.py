@@ -10,6 +10,7 @@ import sys
 
 from bench import schema
 from bench.schema import Row
+from curvax.pipes import until_closed
 
 
 def main(folder: pathlib.Path) -> None:
@@ -45,4 +46,5 @@ def _share(row: Row, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS)
+    given = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS
+    sys.exit(until_closed(lambda: main(given)))

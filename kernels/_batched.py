@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.tree import wide_dtype
+from curvax.tree import divisor, wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -74,9 +74,13 @@ def widen_matrices(matrices: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def unit_scale(rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(|b|, 1 / |b|) of each system, safe against overflow and underflow of the squares; 0 where |b| has no inverse."""
+    """(|b|, 1 / |b|) of each system, safe against overflow and underflow of the squares; 0 where |b| has no inverse.
+
+    A norm whose inverse is not a normal number, which processors may take for zero, counts as infinite.
+    """
     largest = jnp.max(jnp.abs(rhs), axis=-1, initial=0)
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    safe = divisor(largest)
     size = safe * jnp.sqrt(jnp.sum(jnp.square(rhs / safe[..., None]), axis=-1))
+    size = jnp.where(size > 1 / float(jnp.finfo(size.dtype).tiny), jnp.full_like(size, jnp.inf), size)
     usable = (size > 0) & jnp.isfinite(size)
     return size, jnp.where(usable, 1 / jnp.where(usable, size, jnp.ones_like(size)), jnp.zeros_like(size))

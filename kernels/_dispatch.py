@@ -278,10 +278,10 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
         if key in _warned:
             return
         _warned.add(key)
-    warnings.warn(f'backend="{backend}": {op} {reason}', UserWarning, stacklevel=_caller())
+    warnings.warn(f'backend="{backend}": {op} {reason}', UserWarning, stacklevel=caller_level())
 
 
-def _caller() -> int:
+def caller_level() -> int:
     """The `stacklevel`, for who calls this, of the nearest frame outside of curvax and JAX: who asked for a backend."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvax", "jax"):

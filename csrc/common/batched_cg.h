@@ -5,6 +5,7 @@
 
 #include <cfloat>
 #include <cmath>
+#include <limits>
 
 #include "common/result.h"
 #include "common/vector.h"
@@ -22,10 +23,12 @@ struct Precision;
 template <>
 struct Precision<float> {
   static constexpr float eps = FLT_EPSILON;
+  static constexpr float least = FLT_MIN;
 };
 template <>
 struct Precision<double> {
   static constexpr double eps = DBL_EPSILON;
+  static constexpr double least = DBL_MIN;
 };
 
 // An infinity or NaN less itself is NaN.
@@ -57,11 +60,13 @@ CURVAX_INLINE PowersOfTwo<T> DivideBy(T largest_q, T largest_p) {
 }
 
 // |b| for b whose largest magnitude is `largest` and whose sum of squares, divided by that, is `squares`; and 1 / |b|,
-// 0 where there is none.
+// 0 where there is none. A norm whose inverse is not a normal number, which processors may take for zero, counts as
+// infinite.
 template <typename T>
 CURVAX_INLINE void UnitScale(T largest, T squares, T& size, T& unit) {
   const T safe = largest > 0 && IsFinite(largest) ? largest : T(1);
   size = safe * static_cast<T>(std::sqrt(squares));
+  if (size > T(1) / Precision<T>::least) size = std::numeric_limits<T>::infinity();
   unit = size > 0 && IsFinite(size) ? T(1) / size : T(0);
 }
 

@@ -220,11 +220,18 @@ def _is_finite(v: jax.Array) -> jax.Array:
 
 
 def _unit_scale(rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(|b|, 1 / |b|), safe against overflow and underflow of the squares; 0 where |b| has no inverse."""
+    """(|b|, 1 / |b|), safe against overflow and underflow of the squares; 0 where |b| has no inverse.
+
+    A norm whose inverse is not a normal number, which processors may take for zero, counts as infinite.
+    """
     largest = jnp.max(jnp.abs(rhs))
-    safe = jnp.where((largest > 0) & _is_finite(largest), largest, jnp.float32(1))
+    # A power of two whose inverse is a normal number: see `tree.divisor`.
+    usable = (largest > 0) & _is_finite(largest)
+    exponent = _exponent(jnp.where(usable, largest, jnp.float32(1)))
+    safe = jnp.where(usable, _power(jnp.clip(exponent, -100, 100)), jnp.float32(1))
     scaled = rhs / safe
     size = safe * jnp.sqrt(_dot(scaled, scaled))
+    size = jnp.where(size > 1 / float(jnp.finfo(jnp.float32).tiny), jnp.float32(jnp.inf), size)
     usable = (size > 0) & _is_finite(size)
     return size, jnp.where(usable, 1 / jnp.where(usable, size, jnp.float32(1)), jnp.float32(0))
 

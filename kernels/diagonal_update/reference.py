@@ -15,6 +15,7 @@ from curvax.kernels.diagonal_update.rule import (
     UpdateRule,
     UpdateScalars,
 )
+from curvax.numbers import as_dtype, root
 from curvax.tree import PyTree, all_finite, cast_like, scalar_dtype, size
 
 
@@ -71,9 +72,10 @@ def diagonal_accumulate(
     dtype = scalar_dtype(average)
 
     def mix(a: jax.Array, d: jax.Array) -> jax.Array:
+        beta2 = as_dtype(rule.beta2, a.dtype)
         if rule.root_mean_square:
-            return jnp.hypot(math.sqrt(rule.beta2) * a, math.sqrt(1 - rule.beta2) * d)
-        return rule.beta2 * a + (1 - rule.beta2) * d
+            return jnp.hypot(root(beta2) * a, root(1 - beta2) * d)
+        return beta2 * a + (1 - beta2) * d
 
     # Squares and products of narrow factors would lose digits, or overflow (float16: from 256 on).
     wide = DiagonalEstimate(tuple(cast_like(factor, average) for factor in estimate.factors), estimate.kind)

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
+from curvax.numbers import Number
 from curvax.tree import PyTree
 
 DenominatorKind: TypeAlias = Literal["floor", "power", "damped"]
@@ -77,11 +78,11 @@ class AccumulateRule:
     """How an estimate enters the running average of the diagonal.
 
     Attributes:
-      beta2: weight of the past.
+      beta2: weight of the past; only the reference takes one that is traced.
       root_mean_square: the average is the root of the averaged squares instead of the averaged diagonal.
     """
 
-    beta2: float
+    beta2: Number
     root_mean_square: bool = False
 
 

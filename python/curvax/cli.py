@@ -45,6 +45,7 @@ from curvax.kernels.linear_softmax_residual import LINEAR_SOFTMAX_RESIDUAL, line
 from curvax.kernels.sampled_softmax_residual import SAMPLED_SOFTMAX_RESIDUAL, sampled_softmax_residual
 from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
+from curvax.pipes import until_closed
 from curvax.tree import PyTree
 
 _MODEL_KEYWORDS = ("predict_fn", "loss", "loss_fn", "x_key", "y_key", "weight_key", "backend")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
-        return options.run(options)
+        return until_closed(lambda: options.run(options))
     except UsageError as error:
         print(f"curvax: {error}", file=sys.stderr)
         return 2

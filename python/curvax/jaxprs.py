@@ -11,6 +11,29 @@ from jax.extend.core.primitives import custom_vjp_call_p
 
 from curvax.tree import PyTree
 
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+"""Primitives that evaluate their jaxpr and nothing else, whose equations may stand in their place."""
+
+REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
+"""The same, but for what is kept for the backward pass."""
+
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
+"""The same, but with a derivative of their own."""
+
+SCAN = "scan"
+
+
+def opened(jaxpr: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and the values of its constants, which JAX's releases keep at different places."""
+    if isinstance(jaxpr, ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def called(eqn: Any) -> ClosedJaxpr | Jaxpr:
+    """The jaxpr of a call (`CALLS`, `REMATERIALISED`, `CUSTOM`) or the body of a scan."""
+    return eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"]
+
 
 def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
     """The jaxprs among an equation's parameters (the bodies of scans, conds, calls)."""
@@ -39,7 +62,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
     What is scanned over, and what is stacked, has one axis more outside of the body.
     """
-    body = eqn.params["jaxpr"].jaxpr
+    body = opened(eqn.params["jaxpr"])[0]
     scanned = _count_deeper(eqn.invars, body.invars)
     carry = len(eqn.outvars) - _count_deeper(eqn.outvars, body.outvars)
     return len(eqn.invars) - scanned - carry, carry

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax import tree
 from curvax.curvature import Evaluation
-from curvax.execute import Layout, MethodState, Problem, Proposal, propose, wide_shapes
-from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method
+from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, wide_shapes
+from curvax.keys import check_key
+from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
 from curvax.tree import PyTree
 
@@ -37,11 +39,17 @@ class Method:
     def __repr__(self) -> str:
         return f"<curvax.Method, {self.plan.explain().splitlines()[0]}>"
 
+    @property
+    def needs_batch(self) -> bool:
+        """Whether `init` needs a batch, or its shapes."""
+        return isinstance(self.assembly.preconditioner, BlockPreconditioner)
+
     def init(self, params: PyTree, *, batch: Any | None = None, model_state: PyTree = None) -> MethodState:
         """The state before the first step.
 
         Args:
-          params: the parameters; nothing of them but shapes and dtypes enters, save what the transform keeps.
+          params: the parameters, or `jax.ShapeDtypeStruct`s: nothing of them but shapes and dtypes enters, save what
+            the transform keeps.
           batch: a batch (arrays or `jax.ShapeDtypeStruct`s), of which shapes alone enter. Needed by methods with a
             state per layer (`kfac`, `ekfac`): parameters alone do not tell the layers. Others do without it.
           model_state: mutable model state (BatchNorm statistics), for models with `has_state`.
@@ -50,7 +58,13 @@ class Method:
           TypeError: a leaf of the parameters is not a real array.
           ValueError: nothing trains, or `batch` or `model_state` is missing.
         """
-        trainable, _ = self.assembly.partition.split(params)
+        trainable, frozen = self.assembly.partition.split(params)
+        return self.init_split(trainable, frozen, batch=batch, model_state=model_state)
+
+    def init_split(
+        self, trainable: PyTree, frozen: PyTree, *, batch: Any | None = None, model_state: PyTree = None
+    ) -> MethodState:
+        """`init` of parameters as split by the method's partition, as for `propose`."""
         if not jax.tree.leaves(trainable):
             raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
         if self.assembly.curvature.has_state != (model_state is not None):
@@ -58,32 +72,48 @@ class Method:
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
-        like = wide_shapes(trainable)
-        wide = jax.tree.map(lambda p, w: jnp.asarray(p).astype(w.dtype), trainable, like)
+        preconditioner = self._preconditioner(trainable, frozen, batch, model_state)
+        return self._state(trainable, preconditioner, model_state)
+
+    def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
+        """The state of a tree without leaves: what is like the parameters in it is `params`.
+
+        `optax.tree.map_params` asks for one to tell which parts of a state are parameters. A state that follows the
+        blocks of a model is one scalar here, so that all of it counts as one part that is no parameters.
+        """
+        preconditioner = jnp.zeros(()) if self.needs_batch else self.assembly.preconditioner.init(params)
+        return self._state(params, preconditioner, model_state)
+
+    def _state(self, trainable: PyTree, preconditioner: Any, model_state: PyTree) -> MethodState:
         return MethodState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             damping=self.assembly.damping.init(),
-            preconditioner=self._preconditioner(params, like, batch, model_state),
-            solver=self.assembly.solver.init(like),
-            transform=self.assembly.transform.init(wide),
-            model_state=model_state,
+            preconditioner=preconditioner,
+            solver=self.assembly.solver.init(wide_shapes(trainable)),
+            transform=self.assembly.transform.init(tree.widen(trainable)),
+            model_state=tree.fixed(model_state),
+            last=LastStep(tree.copied(trainable), jnp.asarray(False)) if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
 
-    def _preconditioner(self, params: PyTree, like: PyTree, batch: Any | None, model_state: PyTree) -> Any:
+    @property
+    def _takes_unseen_steps(self) -> bool:
+        return self.assembly.damping.evaluate_every not in (None, 1)
+
+    def _preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any | None, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
         if not isinstance(preconditioner, BlockPreconditioner):
-            return preconditioner.init(like)
+            return preconditioner.init(wide_shapes(trainable))
         if batch is None:
             raise ValueError(
                 f"{type(preconditioner).__name__} keeps a state per layer, and layers are found from the shapes of a "
                 "batch: call init(params, batch=batch)."
             )
-        trainable, frozen = self.assembly.partition.split(params)
         keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
-        evaluation = self._evaluation(batch, frozen, model_state, keys)
+        evaluation = self._evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), keys)
         curvature.check(trainable, evaluation)
+        evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
         return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
 
     def step(
@@ -140,16 +170,46 @@ class Method:
                 "the last step returned."
             )
         state.layout.check(trainable)
+        self._check_state(state, wide_shapes(trainable))
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
-        self.assembly.curvature.check(trainable, evaluation)
-        apart = None
+        curvature = self.assembly.curvature
+        curvature.check(trainable, evaluation)
+        evaluation, apart = curvature.prepare(trainable, evaluation), None
         if curvature_batch is not None:
             apart = self._evaluation(curvature_batch, frozen, state.model_state, keys)
-            self.assembly.curvature.check(trainable, apart)
+            curvature.check(trainable, apart)
+            apart = curvature.prepare(trainable, apart)
         own = apart is None and gradient is None
         plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
+        warn_of_expense(self.assembly, plan, trainable, apart or evaluation)
         return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
+
+    def _check_state(self, state: MethodState, like: PyTree) -> None:
+        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged.
+
+        Args:
+          state: what is looked at.
+          like: shapes of wide vectors over the trainable parameters.
+        """
+        assembly = self.assembly
+        check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
+        check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
+        check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
+        preconditioner = assembly.preconditioner
+        if not isinstance(preconditioner, BlockPreconditioner):
+            expected = jax.eval_shape(preconditioner.init, like)
+        elif hasattr(state.preconditioner, "blocks"):
+            expected = jax.eval_shape(lambda: preconditioner.init_blocks(state.preconditioner.blocks))
+        else:
+            expected = None
+        check_part("preconditioner", state.preconditioner, expected)
+        if (state.last is not None) != self._takes_unseen_steps or (state.model_state is None) == (
+            assembly.curvature.has_state
+        ):
+            raise ValueError(
+                "the state was made by another method: pass what this method's init or its last step returned."
+            )
 
     def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:
         """The plan for these shapes, with costs; nothing is computed.
@@ -162,6 +222,8 @@ class Method:
         keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
         evaluation = self._evaluation(batch, frozen, model_state, keys)
         self.assembly.curvature.check(trainable, evaluation)
+        evaluation = dataclasses.replace(evaluation, batch=_shapes(batch))
+        evaluation = self.assembly.curvature.prepare(trainable, evaluation)
         return plan_for_shapes(self.assembly, trainable, evaluation)
 
     def _evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: _Keys) -> Evaluation:
@@ -173,6 +235,10 @@ class Method:
             model_key=keys.model if curvature.needs_model_key else None,
             sample_key=keys.sample if curvature.is_random else None,
         )
+
+
+def _shapes(batch: Any) -> Any:
+    return jax.eval_shape(lambda: batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +257,6 @@ class _Keys:
     def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
         if rng is None:
             return _Keys(None, None, None)
-        if not hasattr(rng, "dtype"):
-            raise TypeError(f"rng must be a random key such as jax.random.key(0), not a {type(rng).__name__}.")
+        check_key("rng", rng)
         model, sample, _ = jax.random.split(jax.random.fold_in(rng, step), 3)
         return _Keys(model, sample, lambda: jax.random.split(jax.random.fold_in(rng, step), 3)[2])

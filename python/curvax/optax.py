@@ -14,14 +14,26 @@ still needs all of them: pass `full_params=params` to `update`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.curvature import Extras, GaussNewton, GeneralizedGaussNewton, Hessian, LossFunction, Metric, Model
+from curvax.curvature import (
+    Curvature,
+    Extras,
+    GaussNewton,
+    GeneralizedGaussNewton,
+    Hessian,
+    LossFunction,
+    Metric,
+    Model,
+    Objective,
+)
 from curvax.damping import Constant
 from curvax.damping.base import ScalarLike
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
@@ -30,14 +42,17 @@ from curvax.kernels._dispatch import Backend
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
 from curvax.methods.assemble import assemble
-from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, SophiaFloor
+from curvax.numbers import Number, whole
+from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, Preconditioner, SophiaFloor
 from curvax.solvers import CG, Cholesky, Diagonal, RowSpace, Solver
+from curvax.structure.batch_axes import AxesPrefix
+from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.telemetry import Telemetry
 from curvax.tree import PyTree
 
 
 def as_gradient_transformation(
-    method: Method, *, batch: Any | None = None, model_state: PyTree = None
+    method: Method, *, batch: Any | None = None, model_state: PyTree = None, full_params: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
@@ -48,10 +63,12 @@ def as_gradient_transformation(
       method: any method.
       batch: the shapes of a batch, for methods whose `init` needs them (`kfac`, `ekfac`).
       model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
+      full_params: all parameters of the model, or their shapes, for such a method within `optax.masked`,
+        `optax.partition` and the like: its `init` sees a part of them, and layers are found in the whole model.
 
     Raises:
       TypeError: the method is none of these; those of `curvax.layerwise` have a function of their own.
-      ValueError (in `update`): `params`, `batch` or `full_params` is missing where it is needed.
+      ValueError (in `init` and `update`): `params`, `batch` or `full_params` is missing where it is needed.
     """
     if not isinstance(method, Method):
         raise TypeError(
@@ -60,7 +77,17 @@ def as_gradient_transformation(
         )
 
     def init(params: PyTree) -> MethodState:
-        return method.init(params, batch=batch, model_state=model_state)
+        if not jax.tree.leaves(params):
+            return method.init_empty(params, model_state=model_state)
+        trainable, frozen = method.assembly.partition.split(params)
+        if _is_masked(params) and method.needs_batch:
+            if full_params is None:
+                raise ValueError(
+                    "these parameters are masked (optax.masked or optax.partition), and layers are found in the whole "
+                    "model: pass full_params=params, or their shapes, where the transformation is made."
+                )
+            frozen = _filled(params, frozen, full_params)
+        return method.init_split(trainable, frozen, batch=batch, model_state=model_state)
 
     def update(
         updates: PyTree,
@@ -74,6 +101,8 @@ def as_gradient_transformation(
         **unused: Any,
     ) -> tuple[PyTree, MethodState]:
         del unused  # Optax passes every extra argument to every transformation of a chain.
+        if not jax.tree.leaves(updates):
+            return updates, dataclasses.replace(state, step=state.step + 1)
         if params is None:
             raise ValueError("curvature is taken at the parameters: call update(grads, state, params, batch=batch).")
         if batch is None:
@@ -100,18 +129,27 @@ def _is_hole(x: Any) -> bool:
 def _split(method: Method, params: PyTree, full_params: PyTree | None) -> tuple[PyTree, PyTree]:
     """Trainable parameters (holes stay holes) and the rest, from the full parameters where there are holes."""
     trainable, frozen = method.assembly.partition.split(params)
-    if not any(_is_hole(x) for x in jax.tree.leaves(params, is_leaf=_is_hole)):
+    if not _is_masked(params):
         return trainable, frozen
     if full_params is None:
         raise ValueError(
             "these parameters are masked (optax.masked or optax.partition), and the model needs all of them: "
             "pass full_params=params to update."
         )
+    return trainable, _filled(params, frozen, full_params)
+
+
+def _is_masked(params: PyTree) -> bool:
+    return any(_is_hole(x) for x in jax.tree.leaves(params, is_leaf=_is_hole))
+
+
+def _filled(params: PyTree, frozen: PyTree, full_params: PyTree) -> PyTree:
+    """The frozen parameters with those that `params` has holes for."""
 
     def choose(p: Any, own: Any, full: Any) -> Any:
         return full if _is_hole(p) else own
 
-    return trainable, jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
+    return jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
 
 
 def _fill(update: PyTree, trainable: PyTree, updates: PyTree) -> PyTree:
@@ -128,12 +166,14 @@ def scale_by_ggn(
     lam: ScalarLike = 1.0,
     *,
     solver: Solver = CG(),
+    preconditioner: Preconditioner | None = None,
     metric: Metric = GeneralizedGaussNewton(),
     x_key: str = "x",
     y_key: str = "y",
     weight_key: str | None = None,
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (C + lam I)^-1 g with C from the Gauss-Newton family.
@@ -143,52 +183,79 @@ def scale_by_ggn(
       loss: loss in output space.
       lam: damping; `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` can schedule it.
       solver: `CG()`, `RowSpace(Cholesky())`, ...
+      preconditioner: of CG; none by default.
       metric: GGN, Monte Carlo Fisher or empirical Fisher.
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
+      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
       backend: preferred implementation of kernels.
     """
-    model = Model(predict_fn, x_key, y_key, weight_key, extras)
-    method = assemble(
-        curvature=GaussNewton(model, loss, metric),
-        solver=solver,
-        damping=Constant(lam),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
-        microbatch_size=microbatch_size,
-        backend=backend,
+    model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
+    return _face(
+        GaussNewton(model, loss, metric), solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_egn(
-    predict_fn: Callable[..., Any], loss: Loss, lam: ScalarLike = 1.0, *, x_key: str = "x", y_key: str = "y"
+    predict_fn: Callable[..., Any],
+    loss: Loss,
+    lam: ScalarLike = 1.0,
+    *,
+    metric: Metric = GeneralizedGaussNewton(),
+    max_bytes: int | None = None,
+    x_key: str = "x",
+    y_key: str = "y",
+    weight_key: str | None = None,
+    extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_ggn` solved exactly in row space."""
-    return scale_by_ggn(predict_fn, loss, lam, solver=RowSpace(Cholesky()), x_key=x_key, y_key=y_key)
+    """`scale_by_ggn` solved exactly in row space.
+
+    Args:
+      predict_fn, loss, lam, metric: as in `scale_by_ggn`.
+      max_bytes: bound on the memory of explicit rows; `None` for 2 GiB.
+      x_key, y_key, weight_key, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    """
+    return scale_by_ggn(
+        predict_fn,
+        loss,
+        lam,
+        solver=RowSpace(Cholesky(), max_bytes=_count("max_bytes", max_bytes, DEFAULT_MAX_BYTES)),
+        metric=metric,
+        x_key=x_key,
+        y_key=y_key,
+        weight_key=weight_key,
+        extras=extras,
+        microbatch_size=microbatch_size,
+        batch_axes=batch_axes,
+        backend=backend,
+    )
 
 
 def scale_by_newton_cg(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     lam: ScalarLike = 1.0,
     *,
     solver: Solver = CG(),
+    preconditioner: Preconditioner | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`; arguments as in `scale_by_ggn`."""
-    method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=solver,
-        damping=Constant(lam),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
-        microbatch_size=microbatch_size,
-        backend=backend,
-    )
-    return as_gradient_transformation(method)
+    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`, or a model with a loss: `curvature.ModelLoss(Model(predict), loss)`.
+      reduction: how `loss_fn` combines examples, for microbatches.
+      lam, solver, preconditioner, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    """
+    curvature = _hessian(loss_fn, extras, reduction, batch_axes)
+    return _face(curvature, solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend)
 
 
 def scale_by_kfac(
@@ -203,6 +270,9 @@ def scale_by_kfac(
     weight_key: str | None = None,
     extras: Extras = Extras(),
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
+    backend: Backend = "auto",
+    full_params: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`.
 
@@ -215,91 +285,192 @@ def scale_by_kfac(
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
+      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
+      backend: preferred implementation of kernels.
+      full_params: all parameters of the model, or their shapes, within `optax.masked` and the like.
     """
-    method = assemble(
-        curvature=GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras), loss),
-        solver=Diagonal(),
-        damping=Constant(lam),
-        preconditioner=preconditioner or KFAC(),
-        telemetry=Telemetry(()),
-        tx=optax.identity(),
+    return _face(
+        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
+        Diagonal(),
+        lam,
+        preconditioner or KFAC(),
         microbatch_size=microbatch_size,
+        backend=backend,
+        shapes={"batch": _shapes(batch), "full_params": _shapes(full_params)},
     )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    return as_gradient_transformation(method, batch=shapes)
 
 
 def scale_by_sophia_g(
     predict_fn: Callable[..., Any],
     loss: Loss = SoftmaxCrossEntropy(),
     *,
-    beta1: float = 0.965,
-    beta2: float = 0.99,
-    gamma: float = 0.05,
-    every: int = 10,
-    clip_value: float = 1.0,
-    n_samples: int = 1,
+    beta1: Number = 0.965,
+    beta2: Number = 0.99,
+    gamma: Number = 0.05,
+    eps: Number = 1e-8,
+    every: int | None = None,
+    clip_value: Number = 1.0,
+    n_samples: int | None = None,
     x_key: str = "x",
     y_key: str = "y",
+    weight_key: str | None = None,
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels; see `curvax.sophia_g`."""
-    preconditioner = EmaDiagonal(
-        GaussNewtonBartlett(n_samples), beta2=beta2, every=every, denominator=SophiaFloor(gamma)
-    )
-    method = assemble(
-        curvature=GaussNewton(Model(predict_fn, x_key, y_key, None, extras), loss),
-        solver=Diagonal(beta1),
-        preconditioner=preconditioner,
-        telemetry=Telemetry(()),
+    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels.
+
+    Args:
+      predict_fn, loss: the model.
+      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_g`; `optax.inject_hyperparams(scale_by_sophia_g,
+        static_args=("predict_fn",))` can schedule them.
+      every, n_samples: steps between refreshes of h, and label samples of each; `None` for 10 and 1. They shape what is
+        computed, so numbers in their place go into `static_args`.
+      x_key, y_key, weight_key, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    """
+    return _face(
+        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            GaussNewtonBartlett(_count("n_samples", n_samples, 1)),
+            beta2=beta2,
+            every=_count("every", every, 10),
+            denominator=SophiaFloor(gamma, eps),
+        ),
         tx=optax.clip(clip_value),
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_sophia_h(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     *,
-    beta1: float = 0.965,
-    beta2: float = 0.99,
-    gamma: float = 0.01,
-    every: int = 10,
-    clip_value: float = 1.0,
-    n_probes: int = 1,
+    beta1: Number = 0.965,
+    beta2: Number = 0.99,
+    gamma: Number = 0.01,
+    eps: Number = 1e-8,
+    every: int | None = None,
+    clip_value: Number = 1.0,
+    n_probes: int | None = None,
+    use_abs: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes; see `curvax.sophia_h`."""
-    preconditioner = EmaDiagonal(Hutchinson(n_probes), beta2=beta2, every=every, denominator=SophiaFloor(gamma))
-    method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=Diagonal(beta1),
-        preconditioner=preconditioner,
-        telemetry=Telemetry(()),
+    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes.
+
+    Args:
+      loss_fn: as in `scale_by_newton_cg`.
+      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
+      every, n_probes: steps between refreshes of h, and probes of each; `None` for 10 and 1.
+      use_abs: take the magnitude of each estimate.
+      reduction: how `loss_fn` combines examples, for microbatches.
+      extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    """
+    return _face(
+        _hessian(loss_fn, extras, reduction, batch_axes),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            Hutchinson(_count("n_probes", n_probes, 1), use_abs),
+            beta2=beta2,
+            every=_count("every", every, 10),
+            denominator=SophiaFloor(gamma, eps),
+        ),
         tx=optax.clip(clip_value),
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
 
 
 def scale_by_adahessian(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Objective,
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    power: float = 1.0,
-    eps: float = 1e-4,
-    every: int = 1,
-    n_probes: int = 1,
-    block_average: BlockAverage | None = BlockAverage(),
+    beta1: Number = 0.9,
+    beta2: Number = 0.999,
+    power: Number = 1.0,
+    eps: Number = 1e-4,
+    every: int | None = None,
+    n_probes: int | None = None,
+    use_abs: bool = False,
+    block_average: BlockAverage | bool | None = True,
+    reduction: Literal["mean", "sum"] = "mean",
     extras: Extras = Extras(),
+    microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> mean of g / (root mean square diagonal + floor); see `curvax.adahessian`."""
-    estimator = Hutchinson(n_probes, block_average=block_average)
-    preconditioner = EmaDiagonal(estimator, beta2=beta2, every=every, denominator=AdaHessianPower(power, eps))
+    """g -> mean of g / (root mean square diagonal + floor).
+
+    Args:
+      loss_fn: as in `scale_by_newton_cg`.
+      beta1, beta2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
+      every, n_probes: steps between refreshes of the diagonal, and probes of each; `None` for 1 both.
+      use_abs: take the magnitude of each estimate before averaging.
+      block_average: which entries are averaged; `True`, the default, for `BlockAverage()`, `None` or `False` for none.
+      reduction: how `loss_fn` combines examples, for microbatches.
+      extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    """
+    average = BlockAverage() if block_average is True else block_average
+    return _face(
+        _hessian(loss_fn, extras, reduction, batch_axes),
+        Diagonal(beta1),
+        preconditioner=EmaDiagonal(
+            Hutchinson(_count("n_probes", n_probes, 1), use_abs, average or None),
+            beta2=beta2,
+            every=_count("every", every, 1),
+            denominator=AdaHessianPower(power, eps),
+        ),
+        microbatch_size=microbatch_size,
+        backend=backend,
+    )
+
+
+def _face(
+    curvature: Curvature,
+    solver: Solver,
+    lam: ScalarLike = 0.0,
+    preconditioner: Preconditioner | None = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    microbatch_size: int | None,
+    backend: Backend,
+    shapes: Mapping[str, Any] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    """The direction alone, without sign, learning rate or telemetry; `shapes` go to `as_gradient_transformation`."""
     method = assemble(
-        curvature=Hessian(LossFunction(loss_fn, extras)),
-        solver=Diagonal(beta1),
+        curvature=curvature,
+        solver=solver,
+        damping=Constant(lam),
         preconditioner=preconditioner,
         telemetry=Telemetry(()),
-        tx=optax.identity(),
+        tx=optax.identity() if tx is None else tx,
+        microbatch_size=microbatch_size,
+        backend=backend,
     )
-    return as_gradient_transformation(method)
+    return as_gradient_transformation(method, **shapes)
+
+
+def _hessian(
+    loss_fn: Callable[..., Any] | Objective,
+    extras: Extras,
+    reduction: Literal["mean", "sum"],
+    batch_axes: AxesPrefix | None,
+) -> Hessian:
+    if not isinstance(loss_fn, Objective):
+        return Hessian(LossFunction(loss_fn, extras, reduction, batch_axes=batch_axes))
+    if extras != Extras() or reduction != "mean" or batch_axes is not None:
+        raise ValueError("extras, reduction and batch_axes go into the objective that loss_fn is: drop them here.")
+    return Hessian(loss_fn)
+
+
+def _count(name: str, value: int | None, default: int) -> int:
+    """A count; `None`, which unlike a number `optax.inject_hyperparams` does not trace, for the default."""
+    return default if value is None else whole(name, value)
+
+
+def _shapes(arrays: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

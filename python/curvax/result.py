@@ -24,6 +24,7 @@ class Result(enum.IntEnum):
     STOPPED_EARLY = 7
     INACCURATE = 8
     NOT_POSITIVE_DEFINITE = 9
+    BAD_PRECONDITIONER = 10
 
     def describe(self) -> str:
         """What happened and what to do about it."""
@@ -36,13 +37,27 @@ _SENTENCES = {
     Result.NEGATIVE_CURVATURE: "A direction of negative curvature was met: the last iterate before it is returned; "
     "raise lam, or use a Gauss-Newton matrix, which has none.",
     Result.BREAKDOWN: "The curvature along the search direction is zero to rounding: raise lam.",
-    Result.NON_FINITE: "The system holds NaN or infinity: look at the batch and the loss.",
+    Result.NON_FINITE: "The system holds NaN, infinity or numbers at the end of their range: look at the batch and the "
+    "loss.",
     Result.INDEFINITE: "The matrix is indefinite: the magnitudes of its eigenvalues were used; raise lam.",
     Result.SINGULAR: "The matrix is singular to rounding: the minimum-norm solution was used; raise lam.",
     Result.INACCURATE: "The solution does not satisfy the system: raise lam or use float64.",
     Result.STOPPED_EARLY: "The quadratic stopped improving (Martens' rule): the direction is usable.",
     Result.NOT_POSITIVE_DEFINITE: "The matrix is not positive definite to rounding: there is no solution; raise lam.",
+    Result.BAD_PRECONDITIONER: "The preconditioner is not positive definite, or not finite: the iterate before it was "
+    "applied is returned; give a preconditioner whose inverse is positive definite.",
 }
+
+
+_SOLVED = (Result.CONVERGED, Result.MAX_ITERATIONS, Result.STOPPED_EARLY)
+
+
+def solved(result: jax.Array) -> jax.Array:
+    """Whether a solve of this code ended at a solution, or on its way to one, of the system that it was given."""
+    found = jnp.zeros(result.shape, bool)
+    for known in _SOLVED:
+        found = found | (result == int(known))
+    return found
 
 
 def code(result: Result) -> jax.Array:

@@ -13,6 +13,8 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from curvax.spelling import nearest
+
 
 class Metric(enum.StrEnum):
     """A scalar that a step can report; the value is its key in `info`."""
@@ -23,6 +25,7 @@ class Metric(enum.StrEnum):
     ACCEPTED = "accepted"
     FINITE = "finite"
     REJECTED = "rejected"
+    BATCH_FAULT = "batch_fault"
     RESULT = "result"
     ITERATIONS = "iterations"
     RESIDUAL = "residual"
@@ -33,6 +36,8 @@ class Metric(enum.StrEnum):
     GRADIENT_NORM = "gradient_norm"
     DIRECTION_NORM = "direction_norm"
     UPDATE_NORM = "update_norm"
+    LEARNING_RATE = "learning_rate"
+    REFRESHES_REJECTED = "refreshes_rejected"
 
     @property
     def meaning(self) -> str:
@@ -59,7 +64,14 @@ class Metric(enum.StrEnum):
 
 
 _BOOLEANS = (Metric.ACCEPTED, Metric.FINITE)
-_INTEGERS = (Metric.STEP, Metric.REJECTED, Metric.RESULT, Metric.ITERATIONS)
+_INTEGERS = (
+    Metric.STEP,
+    Metric.REJECTED,
+    Metric.BATCH_FAULT,
+    Metric.RESULT,
+    Metric.ITERATIONS,
+    Metric.REFRESHES_REJECTED,
+)
 _MEANING = {
     Metric.STEP: "number of steps before this one",
     Metric.LOSS: "loss before the step, on the step's batch",
@@ -67,9 +79,10 @@ _MEANING = {
     Metric.ACCEPTED: "the step was taken",
     Metric.FINITE: "the step is made of finite numbers",
     Metric.REJECTED: "steps not taken so far, this one included",
+    Metric.BATCH_FAULT: "what is wrong with the values of the batch, a curvax.losses.BatchFault",
     Metric.RESULT: "how the solve ended, a curvax.solvers.Result",
     Metric.ITERATIONS: "iterations of the solver",
-    Metric.RESIDUAL: "true residual of the linear system relative to its right-hand side",
+    Metric.RESIDUAL: "true residual of the linear system relative to its right-hand side; NaN where none is solved",
     Metric.LOSS_AFTER: "loss after the proposed step, on the same batch",
     Metric.PREDICTED: "decrease of the loss that the quadratic model predicts",
     Metric.ACTUAL: "decrease of the loss",
@@ -77,6 +90,8 @@ _MEANING = {
     Metric.GRADIENT_NORM: "Euclidean norm of the gradient",
     Metric.DIRECTION_NORM: "Euclidean norm of the solution of the linear system",
     Metric.UPDATE_NORM: "Euclidean norm of the proposed update",
+    Metric.LEARNING_RATE: "learning rate of this step",
+    Metric.REFRESHES_REJECTED: "refreshes of the preconditioner that were not finite so far, this step's included",
 }
 
 
@@ -88,25 +103,36 @@ class Record:
     every: int = 1
 
     def __post_init__(self) -> None:
+        known = [metric.value for metric in Metric]
+        if self.metric not in known:
+            raise ValueError(f"there is no metric {self.metric!r}.{nearest(str(self.metric).lower(), known)}")
         object.__setattr__(self, "metric", Metric(self.metric))  # its name will do
         if self.every < 1:
             raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")
 
 
-ALWAYS = (Record(Metric.STEP), Record(Metric.ACCEPTED), Record(Metric.FINITE), Record(Metric.REJECTED))
+ALWAYS = tuple(map(Record, (Metric.STEP, Metric.ACCEPTED, Metric.FINITE, Metric.REJECTED, Metric.BATCH_FAULT)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-    """The records of a method; `step`, `accepted`, `finite` and `rejected` are always among them."""
+    """The records of a method; `step`, `accepted`, `finite`, `rejected` and `batch_fault` are always among them."""
 
     records: tuple[Record, ...] = (Record(Metric.LOSS), Record(Metric.LAM))
 
     def __post_init__(self) -> None:
+        for record in self.records:
+            if not isinstance(record, Record):
+                raise TypeError(f"{record!r} is no record: pass curvax.telemetry.Record('gradient_norm'), say.")
         chosen = tuple(r for r in ALWAYS if r.metric not in {x.metric for x in self.records}) + self.records
         if len({r.metric for r in chosen}) != len(chosen):
             raise ValueError("a metric is recorded twice: give each one once.")
         object.__setattr__(self, "records", chosen)
+
+    def beside(self, *metrics: Metric) -> Telemetry:
+        """With those metrics in every step that no record is about yet."""
+        known = {record.metric for record in self.records}
+        return Telemetry((*self.records, *(Record(m) for m in metrics if m not in known)))
 
     def evaluate_periods(self) -> tuple[int, ...]:
         """Periods at which the loss after the step is needed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ ScalarOrSchedule = float | jax.Array | optax.Schedule
 
 def build_transform(
     *,
-    tx: optax.GradientTransformation | None = None,
     learning_rate: ScalarOrSchedule = 1.0,
     clip_norm: float | None = None,
     weight_decay: float | None = None,
@@ -24,11 +24,9 @@ def build_transform(
     direction_momentum: float | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """momentum, then clipping by global norm, then decoupled weight decay, then minus the learning rate; or `tx`.
+    """momentum, then clipping by global norm, then decoupled weight decay, then minus the learning rate.
 
     Args:
-      tx: an Optax chain that turns the direction into the update, sign included (end it with
-        `optax.scale_by_learning_rate`). All other arguments must then keep their defaults.
       learning_rate: scalar or schedule; 1 takes the full direction.
       clip_norm: bound on the global norm of the direction.
       weight_decay: coefficient of decoupled weight decay.
@@ -37,21 +35,8 @@ def build_transform(
       nesterov: Nesterov form of that trace.
 
     Raises:
-      ValueError: both `tx` and another knob are given, or `nesterov` without momentum.
+      ValueError: `nesterov` without momentum.
     """
-    knobs = {
-        "clip_norm": clip_norm,
-        "weight_decay": weight_decay,
-        "weight_decay_mask": weight_decay_mask,
-        "direction_momentum": direction_momentum,
-        "nesterov": nesterov or None,
-        "learning_rate": None if isinstance(learning_rate, int | float) and learning_rate == 1 else learning_rate,
-    }
-    given = [name for name, value in knobs.items() if value is not None]
-    if tx is not None:
-        if given:
-            raise ValueError(f"tx already is the whole transform: drop {', '.join(given)}, or drop tx.")
-        return optax.with_extra_args_support(tx)
     check_learning_rate(learning_rate)
     if nesterov and direction_momentum is None:
         raise ValueError("nesterov needs direction_momentum.")
@@ -64,11 +49,33 @@ def build_transform(
         parts.append(optax.clip_by_global_norm(clip_norm))
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(optax.chain(*parts))
+    return RatedUpdate(parts, learning_rate)
 
 
-class EntrywiseUpdate(optax.GradientTransformationExtraArgs):
+class RatedUpdate(optax.GradientTransformationExtraArgs):
+    """An Optax chain that ends with minus the learning rate, and can say what that is.
+
+    Attributes:
+      learning_rate: number or schedule.
+    """
+
+    learning_rate: ScalarOrSchedule
+
+    def __new__(cls, parts: Sequence[optax.GradientTransformation], learning_rate: ScalarOrSchedule) -> Self:
+        check_learning_rate(learning_rate)
+        chain = optax.with_extra_args_support(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+        self = super().__new__(cls, chain.init, chain.update)
+        self.learning_rate = learning_rate
+        return self
+
+    def rate(self, state: Any, dtype: Any) -> tuple[jax.Array, Any]:
+        """Minus the learning rate of this step, and the next state."""
+        *before, own = state
+        rate, own = optax.scale_by_learning_rate(self.learning_rate).update(jnp.ones((), dtype), own)
+        return jnp.asarray(rate), (*before, own)
+
+
+class EntrywiseUpdate(RatedUpdate):
     """Clipping of each entry, then decoupled weight decay, then minus the learning rate.
 
     It is the Optax chain of these, with that chain's state, and knows what it is made of, so that a kernel can do all
@@ -80,7 +87,6 @@ class EntrywiseUpdate(optax.GradientTransformationExtraArgs):
       weight_decay, weight_decay_mask: as in `build_transform`.
     """
 
-    learning_rate: ScalarOrSchedule
     clip_value: float | None
     weight_decay: ScalarOrSchedule | None
     weight_decay_mask: Any | None
@@ -92,25 +98,15 @@ class EntrywiseUpdate(optax.GradientTransformationExtraArgs):
         clip_value: float | None = None,
         weight_decay: ScalarOrSchedule | None = None,
         weight_decay_mask: Any | None = None,
-    ) -> EntrywiseUpdate:
-        check_learning_rate(learning_rate)
+    ) -> Self:
         parts: list[optax.GradientTransformation] = []
         if clip_value is not None:
             parts.append(optax.clip(clip_value))
         if weight_decay is not None:
             parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
-        parts.append(optax.scale_by_learning_rate(learning_rate))
-        chain = optax.with_extra_args_support(optax.chain(*parts))
-        self = super().__new__(cls, chain.init, chain.update)
-        self.learning_rate, self.clip_value = learning_rate, clip_value
-        self.weight_decay, self.weight_decay_mask = weight_decay, weight_decay_mask
+        self = super().__new__(cls, parts, learning_rate)
+        self.clip_value, self.weight_decay, self.weight_decay_mask = clip_value, weight_decay, weight_decay_mask
         return self
-
-    def rate(self, state: Any, dtype: Any) -> tuple[jax.Array, Any]:
-        """Minus the learning rate of this step, and the next state."""
-        *before, own = state
-        rate, own = optax.scale_by_learning_rate(self.learning_rate).update(jnp.ones((), dtype), own)
-        return jnp.asarray(rate), (*before, own)
 
     @property
     def constant_decay(self) -> jax.Array | float | None:
@@ -128,8 +124,28 @@ class EntrywiseUpdate(optax.GradientTransformationExtraArgs):
 
 def check_learning_rate(learning_rate: Any) -> None:
     """Raises TypeError for what is neither a number nor a schedule. None would leave out the sign of descent."""
-    if learning_rate is None or isinstance(learning_rate, str):
+    if learning_rate is None or isinstance(learning_rate, str | bool | dict | list | tuple):
         raise TypeError("learning_rate must be a number or an Optax schedule: 1.0 takes the full direction.")
+
+
+def check_rates(learning_rate: Any, weight_decay: Any, **decays: Any) -> None:
+    """Raises for rates that no optimizer takes; what is traced or a schedule is believed.
+
+    Args:
+      learning_rate: a number or a schedule.
+      weight_decay: at least 0.
+      decays: decays of running averages by name, in [0, 1).
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range.
+    """
+    check_learning_rate(learning_rate)
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be at least 0 and finite, not {value}.")
+    for name, value in decays.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {value}.")
 
 
 def trainable_mask(mask: Any | None) -> Any | None:

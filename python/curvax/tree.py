@@ -22,8 +22,47 @@ def wide_dtype(dtype: Any) -> np.dtype:
 
 
 def widen(tree: PyTree) -> PyTree:
-    """Casts every leaf to its wide dtype."""
-    return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
+    """Casts every leaf to its wide dtype; a `jax.ShapeDtypeStruct` stays one."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, wide_dtype(x.dtype))
+        return jnp.asarray(x).astype(wide_dtype(x.dtype))
+
+    return jax.tree.map(one, tree)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """Every leaf in a buffer of its own, which donation of the tree leaves alone; a `jax.ShapeDtypeStruct` stays."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x), tree)
+
+
+def hollow(tree: PyTree) -> PyTree:
+    """Zeros that take no memory in the place of every `jax.ShapeDtypeStruct`, for functions that must be traced."""
+
+    def one(x: Any) -> Any:
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(one, tree)
+
+
+def places(tree: PyTree) -> tuple[str, ...]:
+    """Where each leaf is, as `jax.tree_util.keystr` writes it.
+
+    Boxes are left out: `nnx.Optimizer` makes a state of parameters in their `nnx.Param`s and updates it with bare
+    arrays, as Flax's other boxes (`nn.Partitioned`) come and go. A box is a node with one child, its `value`.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    bare = [path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path for path in paths]
+    return tuple(map(jax.tree_util.keystr, bare))
+
+
+def in_boxes_of(like: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the boxes, and other containers, of `like`; as it is if its leaves are at other places."""
+    structure = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure or places(tree) != places(like):
+        return tree
+    return jax.tree.unflatten(structure, jax.tree.leaves(tree))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -31,9 +70,32 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def fixed(tree: PyTree) -> PyTree:
+    """Every leaf as an array of a dtype that is its own.
+
+    What JAX calls weakly typed, a Python number that became an array, gives way to the dtype of what it meets; a state
+    that starts with one comes back as another type, and what takes it is compiled a second time.
+    """
+
+    def one(x: Any) -> Any:
+        return x if isinstance(x, jax.ShapeDtypeStruct) else jax.lax.convert_element_type(x, jnp.result_type(x))
+
+    return jax.tree.map(one, tree)
+
+
 def zeros_like(tree: PyTree) -> PyTree:
     """A wide zero vector with the structure and shapes of `tree` (arrays or `jax.ShapeDtypeStruct`s)."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), tree)
+
+
+def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
+    """A tuple with what `make` makes of each leaf, for a state that follows the parameters and is none of them.
+
+    Of a tree without leaves, one scalar. So a state of no parameters has a leaf where that of others has a subtree:
+    `optax.tree.map_params` makes one to tell what in a state are parameters, and takes the subtree as one that is not.
+    """
+    leaves = jax.tree.leaves(tree)
+    return tuple(map(make, leaves)) if leaves else jnp.zeros(())
 
 
 def scalar_dtype(tree: PyTree) -> np.dtype:
@@ -69,12 +131,35 @@ def max_abs(tree: PyTree) -> jax.Array:
     return largest
 
 
+def divisor(largest: jax.Array) -> jax.Array:
+    """What numbers up to `largest` are divided by before they are squared; 1 where it is zero or not finite.
+
+    A power of two, so that the division is exact, and held back from both ends of the range by so much that its inverse
+    is a normal number (compilers multiply by that, and processors take others for zero); what remains of the size of
+    the numbers their squares can bear.
+    """
+    bound = jnp.finfo(largest.dtype).maxexp - 28
+    usable = (largest > 0) & jnp.isfinite(largest)
+    one = jnp.ones_like(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, one))
+    return jnp.where(usable, jnp.ldexp(one, jnp.clip(exponent, -bound, bound)), one)
+
+
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm, safe against overflow and underflow of the squares."""
     scale = max_abs(tree)
-    safe = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
+    safe = divisor(scale)
     unit = jax.tree.map(lambda x: x.astype(scale.dtype) / safe, tree)
     return jnp.where(jnp.isfinite(scale), safe * jnp.sqrt(vdot(unit, unit)), scale)
+
+
+def relative_norm(part: PyTree, whole: PyTree) -> jax.Array:
+    """|part| / |whole|, where neither norm need fit its dtype; 0 if `whole` is zero."""
+    scale = max_abs(whole)
+    safe = divisor(scale)
+    above, below = (norm(jax.tree.map(lambda x: x.astype(scale.dtype) / safe, v)) for v in (part, whole))
+    ratio = above / jnp.where(below > 0, below, jnp.ones_like(below))
+    return jnp.where(below > 0, ratio, jnp.zeros_like(ratio))
 
 
 def all_finite(tree: PyTree) -> jax.Array:

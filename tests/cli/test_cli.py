@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import curvax
 from curvax import cli, ffi, kernels, methods
 
+ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = tuple(methods.list_methods())
 
 
@@ -49,6 +51,22 @@ def test_methods_shows_each_keyword_with_default_and_text(capsys, name):
         else:
             assert f"{word}={parameter.default!r}" in line
     assert "relative residual at which CG stops" in text or "tol" not in info.signature.parameters
+
+
+@pytest.mark.parametrize("command", [["curvax", "methods"], ["curvax", "methods", "sgn_ce"], ["bench.summary"]])
+def test_a_reader_that_stops_reading_is_no_error(command, tmp_path):
+    """As in `curvax doctor | head -1`; the pipe is closed before anything is written."""
+    if command[0] == "bench.summary":
+        pytest.importorskip("bench", reason="the benchmarks are in the source checkout")
+        command = [*command, str(tmp_path)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    said = child.stderr.read()
+    child.stderr.close()
+    assert child.wait(timeout=120) == 141 and said == ""
 
 
 def test_unknown_preset_names_the_nearest(capsys):

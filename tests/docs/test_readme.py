@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
@@ -39,3 +41,21 @@ def test_the_layerwise_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, str(page), "exec"), {"__name__": "layerwise"})
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("6 inner steps", "layers/1", "5 step sizes and 0 on 2 minibatches"))
+
+
+def test_the_page_on_batches_runs() -> None:
+    page = README.parent / "docs" / "batches.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope = {"__name__": "batches"}
+    exec(compile(block, str(page), "exec"), scope)
+    assert bool(scope["info"]["accepted"])  # type: ignore[index]
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's schedules and Flax rely on promotion
+def test_the_optax_page_runs() -> None:
+    page = README.parent / "docs" / "optax.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    found: dict[str, Any] = {"__name__": "optax_page"}
+    exec(compile("\n".join(blocks), str(page), "exec"), found)
+    assert found["state_specs"][0].mean == found["specs"]
+    assert int(found["optimizer"].step[...]) == 1

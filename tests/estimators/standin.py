@@ -31,6 +31,7 @@ class Dense:
     matrix: jax.Array
     params_like: Any
     factor: jax.Array | None = None
+    leaf_axes: None = None  # there is no model
 
     def product(self, v: Any) -> Any:
         flat, unravel = tree.ravel(v)

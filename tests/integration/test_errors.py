@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracle import models
 from oracle.compiling import quick_jit
 
 import curvax
+from curvax.losses import SoftmaxCrossEntropy
 from integration.harness import batch_of, key, precision
 
 MODEL = models.MLP_TANH
@@ -163,6 +166,47 @@ def test_model_that_returns_a_tuple():
     _says(raised, "has_aux")
 
 
+@pytest.mark.parametrize(
+    "kind", [lambda o: (o, o), lambda o: [o, o], lambda o: {"a": o, "b": o}, lambda o: jnp.argmax(o, -1)]
+)
+def test_outputs_that_are_no_array(kind):
+    """One sentence, whoever asks the model: a method, its plan, or a function of `structure`."""
+    params, batch, loss = MODEL.params(jnp.float32), _batch(), SoftmaxCrossEntropy()
+
+    def predict(p, x):
+        return kind(MODEL.predict(p, x))
+
+    problem = (predict, loss, params, batch["x"], batch["y"])
+    asked = [
+        lambda: _step(curvax.sgn_ce(predict_fn=predict), batch),
+        lambda: curvax.kfac(predict_fn=predict, loss=loss).init(params, batch=batch),
+        lambda: curvax.structure.report(predict, params, batch["x"]),
+        lambda: curvax.structure.jacobian_gram(predict, params, batch["x"]),
+        lambda: curvax.structure.ggn_diagonal(*problem),
+        lambda: curvax.structure.empirical_fisher_diagonal(*problem),
+        lambda: curvax.structure.per_example_gradient_norms(*problem),
+    ]
+    for ask in asked:
+        with pytest.raises(TypeError) as raised:
+            ask()
+        _says(raised, "predict_fn", "array")
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("rng", [3, jnp.asarray(3), jnp.asarray([1, 2]), 0.5, "key"], ids=str)
+def test_a_key_that_is_none(rng, jitted):
+    """A number is no key, whether JAX has made an array of it or not."""
+    method = curvax.sophia_g(predict_fn=MODEL.predict)
+    params, state = _start(method)
+    step = (lambda *arguments: jax.eval_shape(method.step, *arguments)) if jitted else method.step
+    if jitted and isinstance(rng, str):
+        return
+    with pytest.raises(TypeError, match=r"rng must be a random key such as jax\.random\.key\(0\), not an? "):
+        step(params, _batch(), state, rng)
+    for real in (jax.random.key(0), jax.random.PRNGKey(0)):
+        jax.eval_shape(method.step, params, _batch(), state, real)
+
+
 @pytest.mark.parametrize("how", ["leaf", "shape", "dtype"])
 def test_state_of_other_parameters(how):
     method = curvax.sgn_ce(predict_fn=MODEL.predict, warm_start=True)
@@ -175,6 +219,92 @@ def test_state_of_other_parameters(how):
     with pytest.raises((TypeError, ValueError)) as raised:
         quick_jit(method.step)(params, _batch(), method.init(other), key())
     _says(raised, "state", "init")
+
+
+SAME_MODEL = {
+    "param": lambda **k: curvax.sgn_mse(predict_fn=MODEL.predict, **k),
+    "row": lambda **k: curvax.egn_mse(predict_fn=MODEL.predict, **k),
+    "diagonal": lambda **k: curvax.sophia_g(predict_fn=MODEL.predict, loss=curvax.losses.SquaredError(), **k),
+    "layers": lambda **k: curvax.kfac(predict_fn=MODEL.predict, loss=curvax.losses.SquaredError(), **k),
+    "other layers": lambda **k: curvax.ekfac(predict_fn=MODEL.predict, loss=curvax.losses.SquaredError(), **k),
+    "automatic": lambda **k: curvax.gauss_newton(predict_fn=MODEL.predict, loss=curvax.losses.SquaredError(), **k),
+}
+OTHER_OPTIONS = {
+    "damping": {"lam_policy": "trust_region"},
+    "momentum": {"direction_momentum": 0.9},
+    "schedule": {"learning_rate": optax.constant_schedule(0.1)},
+    "chain": {"tx": optax.adam(0.1)},
+    "preconditioner": {"precond": "diag_direct"},
+    "average": {"precond": "diag_ema"},
+    "cold start": {"warm_start": False},
+}
+
+
+@pytest.mark.parametrize("own", list(SAME_MODEL))
+@pytest.mark.parametrize("other", list(SAME_MODEL))
+def test_state_of_another_method(own, other):
+    if own == other:
+        return
+    method, batch = SAME_MODEL[own](), _batch("mse")
+    params = MODEL.params(jnp.float32)
+    with pytest.raises(ValueError) as raised:
+        method.step(params, batch, SAME_MODEL[other]().init(params, batch=batch), key())
+    _says(raised, "another method", "init")
+
+
+@pytest.mark.parametrize("which", list(OTHER_OPTIONS))
+def test_state_of_the_same_method_with_another_chain(which):
+    params = MODEL.params(jnp.float32)
+    plain, changed = SAME_MODEL["param"](), SAME_MODEL["param"](**OTHER_OPTIONS[which])
+    for method, state in ((plain, changed.init(params)), (changed, plain.init(params))):
+        with pytest.raises(ValueError) as raised:
+            quick_jit(method.step)(params, _batch("mse"), state, key())
+        _says(raised, "another method", "init")
+
+
+def test_model_state_in_another_form():
+    """Boxed on the way in and plain on the way out, or the other way round."""
+
+    def predict(params, x, state):
+        return MODEL.predict(params, x), state["box"] if isinstance(state["box"], dict) else {"box": state["box"]}
+
+    method = curvax.sgn_ce(predict_fn=predict, has_state=True)
+    params = MODEL.params(jnp.float32)
+    state = method.init(params, model_state={"box": {"mean": jnp.zeros(3)}})
+    with pytest.raises(ValueError) as raised:
+        method.step(params, _batch(), state, key())
+    _says(raised, "new state", "model_state", "alike")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("gradient_nrom", "'gradient_norm'"), ("LOSS", "'loss'"), ("cg_iters", "'iterations'"), ("qqq", "Known:")],
+)
+def test_unknown_metric_names_the_nearest(name, nearest):
+    with pytest.raises(ValueError) as raised:
+        curvax.telemetry.Record(name)
+    _says(raised, name, nearest)
+
+
+def test_a_metric_that_is_no_record():
+    metrics: Any = ("gradient_norm",)
+    with pytest.raises(TypeError) as raised:
+        curvax.sgn_ce(predict_fn=MODEL.predict, metrics=metrics)
+    _says(raised, "gradient_norm", "Record")
+
+
+@pytest.mark.parametrize("rates", [(None, {}), ("0.1", {}), (-0.1, {}), (0.1, {"weight_decay": -1.0})])
+@pytest.mark.parametrize("name", ["soap", "shampoo", "muon_adamw"])
+def test_rates_that_are_none(name, rates):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(curvax.optimizers, name)(rates[0], **rates[1])
+    _says(raised, next(iter(rates[1]), "learning_rate"))
+
+
+def test_momentum_that_is_none():
+    with pytest.raises(ValueError) as raised:
+        curvax.optimizers.shampoo(0.1, momentum=1.0)
+    _says(raised, "momentum", "[0, 1)")
 
 
 def test_parameters_that_are_no_arrays():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense
+from oracle import dense, losses
 from oracle.compiling import quick_jit
 from structure.kronecker_models import normal
 
@@ -189,6 +189,98 @@ def test_state_aux_and_rng_models_have_factors():
     state = made.init(params, batch=batch, model_state={"s": jnp.ones(())})
     new, state, info = quick_jit(made.step)(params, batch, state, KEY)
     assert np.all(np.isfinite(dense.vector(new))) and "aux" in info
+
+
+def tokens(p, x):
+    return x @ p["w"] + p["b"]
+
+
+MASKS = {
+    "a prefix of each": np.arange(6)[None] < np.asarray([6, 3, 1, 0])[:, None],
+    "weights": np.random.default_rng(1).uniform(0.2, 3.0, (4, 6)),
+    "one example": np.asarray([1.0, 0.0, 0.0, 0.0])[:, None] * np.ones((4, 6)),
+    "per example": np.asarray([1.0, 0.0, 2.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("weights", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_tokens_count_as_much_as_they_weigh(x64, name, weights, size):
+    """One layer on each token, squared error: the factors are exact, and the step that of the dense Gauss-Newton."""
+    params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
+    batch = {"x": normal(2, 4, 6, 3), "y": normal(3, 4, 6, 2), "m": jnp.asarray(weights, float)}
+    batch["x"] = jnp.where(jnp.expand_dims(batch["m"], (1, 2)[batch["m"].ndim - 1 :]) == 0, 1e3, batch["x"])
+    truth = dense.truth(tokens, losses.squared_error, params, batch["x"], batch["y"], batch["m"])
+    made = getattr(curvax, name)(
+        predict_fn=tokens, loss=SquaredError(), weight_key="m", microbatch_size=size, **plain()
+    )
+    new, _, info = quick_jit(made.step)(params, batch, made.init(params, batch=batch), KEY)
+    assert dense.relative_error(dense.vector(params) - dense.vector(new), truth.direction(LAM)) < 1e-8
+    assert info["accepted"] and info["loss"] == pytest.approx(truth.loss.value, rel=1e-10)
+
+
+def dropped(p, x, rng):
+    keep = jax.random.bernoulli(rng, 0.7, x.shape)
+    return tokens(p, jnp.where(keep, x / 0.7, 0.0))
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "egn", "gauss_newton"])
+@pytest.mark.filterwarnings("error:the model's examples interact")
+def test_dropout_is_that_of_the_step(x64, name):
+    """One linear layer behind dropout, which is exact for Kronecker factors: the dense step for the step's mask."""
+    params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
+    batch, seen = {"x": normal(2, 6, 3), "y": normal(3, 6, 2)}, []
+
+    def predict(p, x, rng):
+        jax.debug.callback(lambda k: seen.append(np.asarray(k)), jax.random.key_data(rng))
+        return dropped(p, x, rng)
+
+    factored = name in ("kfac", "ekfac")
+    options = plain() if factored else {"lam_policy": "const", "lam0": LAM}
+    made = getattr(curvax, name)(predict_fn=predict, loss=SquaredError(), has_rng=True, **options)
+    state = made.init(params, **({"batch": batch} if factored else {}))
+    new, _, _ = quick_jit(made.step)(params, batch, state, KEY)
+    jax.effects_barrier()
+    mask = jax.random.wrap_key_data(jnp.asarray(seen[0]))
+    truth = dense.truth(lambda p, x: dropped(p, x, mask), losses.squared_error, params, batch["x"], batch["y"])
+    assert dense.relative_error(dense.vector(params) - dense.vector(new), truth.direction(LAM)) < 1e-6
+
+
+BESIDE = {
+    "mean": lambda h: {"mean": jnp.mean(h)},
+    "largest": lambda h: {"largest": jnp.max(h, axis=0)},
+    "correlations": lambda h: {"gram": h @ h.T},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())
+@pytest.mark.parametrize("name", ["kfac", "egn", "gauss_newton"])
+@pytest.mark.filterwarnings("error")
+def test_statistics_beside_the_outputs_mix_no_examples(x64, name, beside):
+    """In aux, and in a state that is stored only: the step is that of the model without them, and nothing is said."""
+    predict, params, batch = setting("mlp")
+
+    def extra(p, x, state):
+        h = jnp.tanh(x @ p["w"] + p["b"])
+        mean = 0.9 * state["mean"] + 0.1 * jax.lax.stop_gradient(jnp.mean(h, axis=0))
+        return h @ p["v"] + p["c"], {"mean": mean}, beside(h)
+
+    moved = []
+    for function, options in ((predict, {}), (extra, {"has_state": True, "has_aux": True})):
+        known = plain() if name == "kfac" else {"lam_policy": "const", "lam0": LAM}
+        made = preset(name, function, **known, **options)
+        state = made.init(
+            params,
+            **({"batch": batch} if name == "kfac" else {}),
+            **({"model_state": {"mean": jnp.zeros(6)}} if options else {}),
+        )
+        new, state, info = quick_jit(made.step)(params, batch, state, KEY)
+        moved.append(dense.vector(params) - dense.vector(new))
+    hidden = np.tanh(np.asarray(batch["x"]) @ np.asarray(params["w"]) + np.asarray(params["b"]))
+    np.testing.assert_allclose(state.model_state["mean"], 0.1 * hidden.mean(0), rtol=1e-10)
+    assert set(info["aux"]) == set(beside(jnp.asarray(hidden)))
+    assert dense.relative_error(moved[1], moved[0]) < 1e-9
 
 
 @pytest.mark.parametrize("inverse", ["eigen", "cholesky"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracle import dense, losses, models
 from oracle.compiling import quick_jit
@@ -62,6 +63,43 @@ def test_model_state_moves_once_per_step_and_enters_the_direction(name):
             assert_close(moved(params, new), truth.direction(LAM), TOLERANCE["float64"])
         _, state, _ = step(new, batch, state, key())
         assert int(state.model_state["count"]) == 2
+
+
+@pytest.mark.parametrize("name", ["sgn_ce", "sophia_g", "full_gn"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_state_of_numbers_compiles_one_step(name, size):
+    """JAX's weakly typed numbers, Python's, and a dtype that the model itself would not keep."""
+    traces, traced = [], 0
+
+    def predict(params, x, state):
+        traces.append(1)
+        new = {
+            "momentum": state["momentum"] * 0.5 + 1,
+            "count": state["count"] + 1,
+            "mean": jnp.mean(x, axis=0).astype(jnp.bfloat16),
+            "seed": jax.random.fold_in(state["seed"], 1),
+        }
+        return MODEL.predict(params, x) * state["momentum"], new
+
+    with precision("float32"):
+        params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
+        first = {"momentum": jnp.asarray(1.0), "count": 0, "mean": np.zeros(3), "seed": jax.random.key(0)}
+        if name == "full_gn":
+            method = curvax.layerwise.full_gn(
+                predict_fn=predict, loss=curvax.losses.SoftmaxCrossEntropy(), inner=optax.sgd(0.1), inner_steps=1,
+                line_search=None, has_state=True, microbatch_size=size,
+            )  # fmt: skip
+        else:
+            method = getattr(curvax, name)(predict_fn=predict, has_state=True, microbatch_size=size, **_options(name))
+        step, state = quick_jit(method.step), method.init(params, model_state=first)
+        kinds = [(x.dtype, x.weak_type) for x in map(jax.typeof, jax.tree.leaves(state))]
+        for i in range(3):
+            params, state, _ = step(params, batch, state, key())
+            traced = len(traces) if i == 0 else traced
+            assert [(x.dtype, x.weak_type) for x in map(jax.typeof, jax.tree.leaves(state))] == kinds
+        assert not any(weak for _, weak in kinds)
+        assert len(traces) == traced
+        assert int(state.model_state["count"]) == (3 if size is None else 6)
 
 
 def test_batch_norm_in_training_mode_couples_the_batch():

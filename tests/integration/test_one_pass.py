@@ -67,6 +67,7 @@ def _run(method, kind, dtype, steps=5, spoil=()):
     for i in range(steps):
         used = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else x, batch)
         params, state, info = step(params, used if i in spoil else batch, state, key())
+        info.pop("learning_rate", None)  # the planner does not know that of a chain
         infos.append(info)
     return params, state, infos
 

@@ -11,6 +11,7 @@ from oracle import dense, models
 from oracle.compiling import quick_jit
 
 import curvax
+from curvax.losses import SoftmaxCrossEntropy
 from integration.harness import batch_of, key, precision, standard_truth, truth_of
 
 MODEL = models.MLP_TANH
@@ -75,6 +76,19 @@ def test_the_default_transform_subtracts_the_direction():
         new, _, _ = quick_jit(method.step)(params, batch, method.init(params), key())
         want = dense.vector(params) - standard_truth(MODEL, "ce").direction(LAM)
         np.testing.assert_allclose(dense.vector(new), want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", sorted(curvax.list_methods()))
+def test_every_preset_takes_a_chain_in_place_of_its_own(name):
+    """Whatever the defaults of the preset are; only a keyword that was given stands against it."""
+    known = curvax.describe(name).signature.parameters
+    options = {"predict_fn": MODEL.predict} | ({"loss": SoftmaxCrossEntropy()} if "loss" in known else {})
+    chain = optax.sgd(0.1)
+    assert curvax.make(name, **options, tx=chain).assembly.transform.init == chain.init
+    given = {"learning_rate": 0.123, "weight_decay": 0.123, "clip_norm": 0.123, "clip_value": 0.123}
+    for word in set(given) & set(known):
+        with pytest.raises(ValueError, match=f"tx already is the whole transform: drop {word}, or drop tx"):
+            curvax.make(name, **options, tx=chain, **{word: given[word]})
 
 
 def test_a_chain_and_the_knobs_it_would_replace_exclude_each_other():

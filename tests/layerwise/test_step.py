@@ -173,6 +173,30 @@ def test_search_picks_the_best_candidate_and_rejects_what_is_worse(x64: None) ->
             jax.tree.map(np.testing.assert_array_equal, (after, state.inner, state.offset), kept)
 
 
+def _near_a_pole(at: float) -> Any:
+    """One parameter that an inner step takes from 1 to 2; log|f - at| is minus infinity where the search meets `at`."""
+
+    def pole(f: jax.Array, y: jax.Array) -> jax.Array:
+        near = jnp.log(jnp.abs(f[0] - at)) * y[0]
+        return 0.5 * (f[0] - 2) ** 2 + near
+
+    return make_full(
+        predict_fn=lambda p, x: x * p["w"], loss=curvax.losses.CustomLoss(pole), inner=optax.sgd(1.0), inner_steps=1,
+        inner_schedule=optax.constant_schedule(1.0), line_search=LineSearch(3, 0.5), warm_start=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("pole", "taken"), [(2.0, 0.5), (1.5, 1.0), (1.25, 1.0)])
+def test_a_candidate_of_loss_minus_infinity_does_not_win(pole: float, taken: float, x64: None) -> None:
+    method = _near_a_pole(pole)
+    params = {"w": jnp.ones(())}
+    # The inner minibatch has no pole (its target is 0), the search's has.
+    batch = {"x": jnp.ones((2, 1)), "y": jnp.asarray([[0.0], [1e-3]])}
+    after, _, info = quick_jit(method.step)(params, batch, method.init(params))
+    assert np.isfinite(float(info["search_loss_after"])) and float(info["step_size"]) == taken
+    assert float(after["w"]) == 1 + taken and bool(info["accepted"])
+
+
 def test_a_step_that_is_not_finite_is_not_taken() -> None:
     params = MODEL.params(jnp.float32)
     method = build()

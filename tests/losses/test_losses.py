@@ -310,6 +310,10 @@ def test_samples_keep_the_kind_of_the_targets():
     sampler = CustomLoss(squared, lambda key, f: f + jax.random.normal(key, f.shape, f.dtype))
     drawn = sampler.sample_targets(jnp.zeros((2, 3, 4)), None, key)
     assert drawn.shape == (2, 3, 4) and len(np.unique(drawn)) == 24
+    masked = CustomLoss(squared, lambda key, f, y: {**y, "box": f + jax.random.normal(key, f.shape, f.dtype)})
+    observed = {"has": jnp.arange(6).reshape(2, 3), "box": jnp.zeros((2, 3, 4))}
+    drawn = masked.sample_targets(jnp.zeros((2, 3, 4)), observed, key)
+    assert np.array_equal(drawn["has"], observed["has"]) and len(np.unique(drawn["box"])) == 24
     with pytest.raises(ValueError, match="pass CustomLoss"):
         CustomLoss(squared).sample_targets(f, f, key)
 

@@ -15,7 +15,9 @@ from oracle.compiling import quick_jit
 from oracle.losses import softmax_cross_entropy
 
 import curvax
+from curvax.curvature import GeneralizedGaussNewton, Model, ModelLoss
 from curvax.losses import SoftmaxCrossEntropy
+from curvax.preconditioners import KFAC
 from curvax.solvers import CG, Cholesky
 
 LAM = 0.1
@@ -87,6 +89,39 @@ def test_newton_form_uses_the_hessian(problem: Any) -> None:
     np.testing.assert_allclose(np.asarray(ravel_pytree(updates)[0]), expected, rtol=1e-8)
 
 
+def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: Any) -> None:
+    """What weighs nothing is as if it were not there, in whatever pieces."""
+    params, batch = problem
+    padded = {
+        "x": jnp.concatenate([batch["x"], 7 * batch["x"][:2]]),
+        "y": jnp.concatenate([batch["y"], batch["y"][:2]]),
+        "weight": jnp.asarray([1.0] * 6 + [0.0] * 2),
+    }
+    ce, key, grads = SoftmaxCrossEntropy(), jax.random.key(0), jax.grad(loss)(params, batch)
+    objective = ModelLoss(Model(predict, weight_key="weight"), ce)
+    plain = ModelLoss(Model(predict), ce)
+    pieces = {"weight_key": "weight", "microbatch_size": 3}
+    pairs = [
+        (curvax.optax.scale_by_egn(predict, ce, LAM), curvax.optax.scale_by_egn(predict, ce, LAM, **pieces)),
+        (
+            curvax.optax.scale_by_newton_cg(plain, 5.0, solver=EXACT),
+            curvax.optax.scale_by_newton_cg(objective, 5.0, solver=EXACT, microbatch_size=3),
+        ),
+        (curvax.optax.scale_by_adahessian(plain), curvax.optax.scale_by_adahessian(objective, microbatch_size=3)),
+    ]
+    for whole, cut in pairs:
+        expected, found = (
+            quick_jit(lambda tx=tx, of=of: tx.update(grads, tx.init(params), params, batch=of, rng=key)[0])()
+            for tx, of in ((whole, batch), (cut, padded))
+        )
+        assert_close(found, expected)
+    sampled = curvax.optax.scale_by_sophia_g(predict, ce, n_samples=2, **pieces)
+    run = quick_jit(lambda of: sampled.update(grads, sampled.init(params), params, batch=of, rng=key)[0])
+    assert_close(run(padded), run({**padded, "x": padded["x"].at[6:].set(-3.0)}))
+    with pytest.raises(ValueError, match="extras and reduction go into the objective"):
+        curvax.optax.scale_by_sophia_h(objective, reduction="sum")
+
+
 def test_whole_method_equals_its_step(problem: Any) -> None:
     params, batch = problem
     method = curvax.sgn_ce(predict_fn=predict, lam0=LAM, learning_rate=0.3, direction_momentum=0.5)
@@ -126,6 +161,52 @@ def test_partition_with_sgd_for_the_rest(problem: Any) -> None:
     assert_close(updates["first"], grads["first"], -0.1)
     updates = jax.tree.map(lambda x: x, tx.update(grads, state, params, batch=batch, full_params=params)[0])
     assert bool(jnp.all(jnp.isfinite(updates["last"])))
+
+
+def kfac(problem: Any, predict_fn: Any = predict, **keywords: Any) -> Any:
+    preconditioner = KFAC(GeneralizedGaussNewton(), inverse_every=1)
+    return curvax.optax.scale_by_kfac(
+        predict_fn, SoftmaxCrossEntropy(), problem[1], LAM, preconditioner=preconditioner, **keywords
+    )
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, {"first": False, "last": True}),
+        lambda tx: optax.partition({"sgd": optax.sgd(0.1), "kfac": tx}, {"first": "sgd", "last": "kfac"}),
+        lambda tx: optax.transforms.selective_transform(tx, freeze_mask={"first": {"w": True}, "last": False}),
+    ],
+    ids=["masked", "partition", "selective_transform"],
+)
+def test_kfac_of_a_part_is_kfac_of_a_model_with_that_part(problem: Any, wrap: Any, shapes: bool) -> None:
+    params, batch = problem
+    grads, key = jax.grad(loss)(params, batch), jax.random.key(0)
+    part = kfac(problem, lambda last, x: predict({**params, "last": last}, x))
+    expected, _ = part.update(grads["last"], part.init(params["last"]), params["last"], batch=batch, rng=key)
+    tx = wrap(kfac(problem, full_params=jax.eval_shape(lambda: params) if shapes else params))
+    update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch, full_params=params, rng=key))
+    updates, state = update(grads, tx.init(params))
+    assert_close(updates["last"], expected)
+    optax.tree.map_params(tx, lambda x: x, state)
+
+
+def test_a_masked_whole_method_of_a_part(problem: Any) -> None:
+    params, batch = problem
+    method = curvax.kfac(predict_fn=predict, loss=SoftmaxCrossEntropy())
+    tx = optax.masked(
+        curvax.as_gradient_transformation(method, batch=batch, full_params=params), {"first": False, "last": True}
+    )
+    update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch, full_params=params, rng=jax.random.key(0)))
+    updates, _ = update(jax.grad(loss)(params, batch), tx.init(params))
+    assert np.any(updates["last"]) and np.all(np.isfinite(updates["last"]))
+
+
+def test_masked_kfac_without_the_full_parameters_says_so(problem: Any) -> None:
+    params, _ = problem
+    with pytest.raises(ValueError, match=r"masked.*full_params=params"):
+        optax.masked(kfac(problem), {"first": False, "last": True}).init(params)
 
 
 def test_masked_without_the_full_parameters_says_so(problem: Any) -> None:

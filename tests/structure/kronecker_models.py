@@ -45,14 +45,18 @@ class Problem:
 
     def measure(self, measure: Callable[[Any], Any], metric: Any = None, seed: int = 0) -> Any:
         """What `measure` finds on the batch, with exact rows by default."""
+        return self.measuring(measure, metric, seed)(self.params, self.batch)
+
+    def measuring(self, measure: Callable[[Any], Any], metric: Any = None, seed: int = 0) -> Callable[..., Any]:
+        """(params, batch) -> what `measure` finds, compiled once."""
         metric = metric or GeneralizedGaussNewton()
 
-        def run(params: PyTree) -> Any:
-            at = self.curvature.linearize(params, self.evaluation, Needs(factors=True))
+        def run(params: PyTree, batch: Any) -> Any:
+            at = self.curvature.linearize(params, Evaluation(batch), Needs(factors=True))
             assert at.site_factors is not None
             return at.site_factors(metric, jax.random.key(seed))(measure)
 
-        return quick_jit(run)(self.params)
+        return quick_jit(run)
 
     def sums(self, sharing: WeightSharing = WeightSharing.EXPAND, metric: Any = None, seed: int = 0) -> FactorSums:
         blocks = self.blocks

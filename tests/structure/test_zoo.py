@@ -160,6 +160,8 @@ def test_exact_quantities_in_little_memory(entry: Entry) -> None:
             ggn_diagonal(*problem, max_bytes=1),
             empirical_fisher_diagonal(*problem, max_bytes=1),
             per_example_gradient_norms(*problem),
+            per_example_gradient_norms(*problem, max_bytes=1),
+            per_example_gradient_norms(*problem, max_bytes=20_000),
         )
     )()
     found = [dense.vector(value) for value in made]
@@ -169,4 +171,5 @@ def test_exact_quantities_in_little_memory(entry: Entry) -> None:
     close(found[0], jacobian @ jacobian.T, 1e-10)
     close(found[1], np.square(jacobian).sum(0), 1e-10)
     close(found[2], np.square(positions).sum(0), 1e-10)
-    close(found[3], np.linalg.norm(examples, axis=1), 1e-10)
+    for norms in found[3:]:
+        close(norms, np.linalg.norm(examples, axis=1), 1e-10)

@@ -933,8 +933,8 @@ ZOO = (
         dict(w=DENSE, re=EXPLICIT, im=EXPLICIT, b=BIAS),
     ),
     Entry("magnitudes of a spectrum", _fourier_features, dict(w=(3, 4), v=(4, 2)), (3,), dict(w=DENSE, v=DENSE)),
-    Entry("cond", _branched, dict(w=(3, 2), b=(2,), s=()), (3,), dict(w=EXPLICIT, b=EXPLICIT, s=EXPLICIT)),
-    Entry("while loop", _root, dict(w=(3, 3), b=(3,)), (3,), dict(w=EXPLICIT, b=BIAS)),
+    Entry("cond", _branched, dict(w=(3, 2), b=(2,), s=()), (3,), dict(w=EXPLICIT, b=EXPLICIT, s=SCALE)),
+    Entry("while loop", _root, dict(w=(3, 3), b=(3,)), (3,), dict(w=DENSE, b=BIAS)),
     Entry(
         "bfloat16 inside",
         _half_inside,

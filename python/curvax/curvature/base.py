@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import numpy as np
 
+from curvax.curvature.differentiate import LinearModel
 from curvax.curvature.output_space import Metric, OutputCurvature
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.structure.axes import LeafAxes
+from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
@@ -24,12 +28,14 @@ class Evaluation:
     """Everything beside the trainable parameters that an evaluation of the model depends on.
 
     Attributes:
-      batch: mapping with a leading example axis on every leaf.
+      batch: mapping of inputs, targets and weights.
       frozen: the parameter tree with `None` where a leaf is trainable (`Partition.split`).
       model_state: mutable model state (BatchNorm statistics), or `None`.
       model_key: random key of the model (dropout), or `None`.
       sample_key: random key for targets that the curvature itself samples (Monte Carlo Fisher), or `None`.
       omega: effective weights (see `Loss.effective_weights`) when the caller holds a slice of a larger batch.
+      total_weight: likewise the sum of the weights that a `loss_fn` returns over the larger batch.
+      axes: which leaves of the batch hold the examples, once `Curvature.prepare` has asked; static.
     """
 
     batch: Any
@@ -38,6 +44,8 @@ class Evaluation:
     model_key: jax.Array | None = None
     sample_key: jax.Array | None = None
     omega: jax.Array | None = None
+    total_weight: jax.Array | None = None
+    axes: BatchAxes | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +127,13 @@ class Linearization:
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
       site_factors: activations and cotangents at the model's sites, example by example, or `None`.
+      rounding: () -> how far rounding may move the loss (`losses.rounding`), a scalar; `None` for an operator that
+        cannot say.
+      leaf_axes: () -> `Curvature.leaf_axes` at the point, or `None`.
       model_state: the model's new state.
       aux: what the model returned beside its outputs.
+      batch_fault: what is wrong with the values of the batch, a `curvax.losses.BatchFault` as an int32 scalar; `None`
+        where nobody looks.
     """
 
     params_like: PyTree
@@ -131,8 +144,11 @@ class Linearization:
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: Rows | None = None
     site_factors: SiteFactors | None = None
+    rounding: Callable[[], jax.Array] | None = None
+    leaf_axes: Callable[[], tuple[tuple[LeafAxes, ...], ...]] | None = None
     model_state: PyTree = None
     aux: Any = None
+    batch_fault: jax.Array | None = None
 
     @property
     def has_sampling(self) -> bool:
@@ -197,6 +213,61 @@ class Curvature(abc.ABC):
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         """Raises a one-sentence error for a batch that does not fit, from shapes alone."""
 
+    @property
+    def couples_examples(self) -> bool:
+        """Whether examples enter each other's terms of the loss, so that it takes the outputs of all of them."""
+        return False
+
+    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
+        """Where the batch holds its examples, from shapes alone; an operator that does not know takes first axes.
+
+        Args:
+          params, evaluation: as for `linearize`.
+          sizes: number of examples -> those of the pieces that the batch is to be cut into; none if it stays whole.
+        """
+        del params, sizes
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(evaluation.batch)]
+        axes = BatchAxes(tuple(0 if shape else None for shape in shapes))
+        alike = len({shape[:1] for shape in shapes}) == 1 and axes.any
+        return ExampleAxes(axes, refused="" if alike else "the leaves of the batch have no first axis in common")
+
+    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        """The evaluation with `axes`, where they are needed, and without what examples of zero weight hold.
+
+        Such an example (a position, where the model acts on each position by itself) holds a copy of one that counts:
+        with weight zero it adds zero times the other's numbers, which are finite, and not zero times its own. Given
+        shapes in the place of arrays it finds the axes and changes nothing.
+        """
+        del params
+        return evaluation
+
+    def stand_in(self, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
+        """The second half of `prepare`, of an evaluation whose examples are known."""
+        del params
+        return dataclasses.replace(evaluation, axes=examples.axes)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        """See `Linearization.batch_fault`."""
+        del params, evaluation
+        return None
+
+    def total_weight(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        """What a `loss_fn` that returns (total, weight) says of the weight of a piece; `None` for all others."""
+        del params, evaluation
+        return None
+
+    def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
+        """(model outputs, (new model state, aux)), of an operator with rows or one that couples examples."""
+        return self.forward(params, evaluation), (evaluation.model_state, None)
+
+    def value_of(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
+        """`value` from the outputs of the whole batch, of an operator that couples examples."""
+        raise ValueError(f"the {self.name} is no function of a model's outputs.")
+
+    def linearize_outputs(self, params: PyTree, evaluation: Evaluation, at: LinearModel, needs: Needs) -> Linearization:
+        """`linearize` from the outputs of the whole batch, of an operator that couples examples."""
+        raise ValueError(f"the {self.name} is no function of a model's outputs.")
+
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         """Weights omega with which the examples of `evaluation.batch` enter the loss, normaliser included."""
@@ -216,6 +287,10 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         """How each parameter leaf enters the Gram matrix of the rows; nothing where there are no rows."""
+
+    @abc.abstractmethod
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        """Per parameter leaf, what its axes are to the layers that use it, from shapes alone."""
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         """The blocks of the parameters that Kronecker factors serve, from shapes alone.

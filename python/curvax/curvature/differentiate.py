@@ -23,12 +23,20 @@ class LinearModel:
       push: v -> J v, wide parameter vector to wide outputs; `None` unless asked for.
       pull: u -> J^T u, outputs to a wide parameter vector.
       rest: (new model state, aux).
+      bend: (v, u) -> sum_i u_i H_i v with H_i the Hessian of output i; `None` unless somebody needs it.
     """
 
     outputs: PyTree
     push: Callable[[PyTree], PyTree] | None
     pull: Callable[[PyTree], PyTree]
     rest: tuple[PyTree, Any]
+    bend: Callable[[PyTree, PyTree], PyTree] | None = None
+
+    def jvp(self, v: PyTree) -> PyTree:
+        """J v, of a model linearized with `push=True`."""
+        if self.push is None:
+            raise AssertionError("J v is asked of a model that was linearized for J^T u alone.")
+        return self.push(v)
 
 
 def linear_model(
@@ -96,6 +104,12 @@ class SecondOrder:
     gradient: PyTree
     product: Callable[[PyTree], PyTree] | None
     rest: Any
+
+    def hvp(self, v: PyTree) -> PyTree:
+        """H v, of a function differentiated with `product=True`."""
+        if self.product is None:
+            raise AssertionError("H v is asked of a function that was differentiated once.")
+        return self.product(v)
 
 
 def second_order(

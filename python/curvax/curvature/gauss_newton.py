@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,13 @@ from curvax.curvature.model import Model
 from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
-from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
+from curvax.losses.base import Loss, Shaped, check_loss
+from curvax.structure.axes import LeafAxes, leaf_axes
+from curvax.structure.batch_axes import ExampleAxes
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.blocks import Blocks, find_blocks
 from curvax.structure.capture import Capture, capture
-from curvax.structure.kronecker import masked
+from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
@@ -86,31 +88,58 @@ class GaussNewton(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> GaussNewton:
         return dataclasses.replace(self, loss=self.loss.with_kernels(choices))
 
+    @property
+    def couples_examples(self) -> bool:
+        return self.loss.couples_examples
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
-        batch = evaluation.batch
-        targets, weights = self.model.targets(batch), self.model.weights(batch)
         outputs = jax.eval_shape(self.forward, params, evaluation)
         if outputs.shape[0] == 0:
             raise ValueError("the batch is empty: give it at least one example.")
-        self.loss.check(outputs, targets, weights)
+        self.model.check(self.loss, outputs, evaluation.batch, signed=False)
+
+    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
+        return self.model.examples(self.loss, params, evaluation, sizes)
+
+    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        return self.model.prepare(self.loss, params, evaluation)
+
+    def stand_in(self, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
+        return self.model.stand_in(self.loss, params, evaluation, examples)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        return self._batch_fault(jax.eval_shape(self.forward, params, evaluation), evaluation)
+
+    def _batch_fault(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
+        return self.model.batch_fault(self.loss, outputs, evaluation.batch, signed=False)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         if evaluation.omega is not None:
             return evaluation.omega
-        outputs = jax.eval_shape(self.forward, params, evaluation)
-        return self.loss.effective_weights(outputs, self.model.weights(evaluation.batch))
+        return self.weights_of(jax.eval_shape(self.forward, params, evaluation), evaluation)
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        outputs = self.forward(params, evaluation)
-        omega = self._omega(outputs, evaluation)
+        evaluation = self.prepare(params, evaluation)
+        return self.value_of(self.forward(params, evaluation), evaluation)
+
+    def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
+        return self.model.outputs(params, evaluation)
+
+    def value_of(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
+        omega = self.weights_of(outputs, evaluation)
         return self.loss.value(outputs, self.model.targets(evaluation.batch), omega)
 
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
+        evaluation = self.prepare(params, evaluation)
         curved = needs.product or needs.rows
         at = linear_model(lambda p: self.model.outputs(p, evaluation), params, push=curved, shared=needs.shared)
+        return self.linearize_outputs(params, evaluation, at, needs)
+
+    def linearize_outputs(self, params: PyTree, evaluation: Evaluation, at: LinearModel, needs: Needs) -> Linearization:
         targets = self.model.targets(evaluation.batch)
-        omega = self._omega(at.outputs, evaluation)
-        rows = self.rows(params, evaluation, at.outputs, at.push, at.pull) if at.push is not None else None
+        omega = self.weights_of(at.outputs, evaluation)
+        curved = needs.product or needs.rows
+        rows = self.rows(params, evaluation, at.outputs, at.jvp, at.pull) if curved else None
         residual = self.loss.gradient(at.outputs, targets, omega)
         return Linearization(
             params_like=jax.eval_shape(tree.widen, params),
@@ -121,12 +150,19 @@ class GaussNewton(Curvature):
             sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
             rows=rows if needs.rows else None,
             site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
+            rounding=lambda: self.loss.rounding(at.outputs, targets, omega),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
+            batch_fault=self._batch_fault(at.outputs, evaluation),
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
-        return report(lambda p, x: self._predict(p, x, evaluation), params, self.model.inputs(evaluation.batch))
+        inputs, axes = self.model.inputs(evaluation.batch), self.model.input_axes(evaluation)
+        return report(lambda p, x: self._predict(p, x, evaluation), params, inputs, batch_axes=axes)
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         found = self._capture(params, evaluation)
@@ -143,13 +179,13 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        independent, reason = examples_independent(predict, params, inputs)
-        if not independent:
+        try:
+            return capture(predict, params, inputs, self.model.input_axes(evaluation))
+        except Mixed as mixed:
             raise ValueError(
-                f"Kronecker factors are taken example by example, and the model mixes examples ({reason}): "
+                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): "
                 "make it treat examples one by one, or use another preconditioner."
-            )
-        return capture(predict, params, inputs)
+            ) from None
 
     def _site_factors(
         self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, omega: jax.Array
@@ -158,15 +194,15 @@ class GaussNewton(Curvature):
             targets, signs = jax.random.split(key)
             output = metric.bind(self.loss, outputs, self.model.targets(evaluation.batch), omega, targets)
             captured, inputs = self._capture(params, evaluation), self.model.inputs(evaluation.batch)
+            weights = self.model.loss_weights(self.loss, omega, outputs, evaluation.batch)
             factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), output.cotangents(signs))
-            weights = jnp.sum(omega.reshape(omega.shape[0], -1), axis=1)
-            examples = masked(captured, factors, weights)
+            examples = examples_of(captured, factors, weights)
             return lambda measure: measure(examples)
 
         return site_factors
 
     def _predict(self, params: PyTree, inputs: Any, evaluation: Evaluation) -> jax.Array:
-        return self.model.extras.call(self.model.predict_fn, params, inputs, evaluation)[0]
+        return self.model.call(params, inputs, evaluation)[0]
 
     def rows(
         self,
@@ -177,25 +213,28 @@ class GaussNewton(Curvature):
         pull: Callable[[jax.Array], PyTree],
     ) -> Rows:
         targets = self.model.targets(evaluation.batch)
-        omega = self._omega(outputs, evaluation)
+        omega = self.weights_of(outputs, evaluation)
         output = self.metric.bind(self.loss, outputs, targets, omega, evaluation.sample_key)
-        inputs = self.model.inputs(evaluation.batch)
+        inputs, axes = self.model.inputs(evaluation.batch), self.model.input_axes(evaluation)
 
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            return row_gram(predict, params, inputs, output, pull, max_bytes=max_bytes, implementation=implementation)
+            return row_gram(
+                predict, params, inputs, output, pull, axes=axes, max_bytes=max_bytes, implementation=implementation
+            )
 
         def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(predict, params, inputs, output, pull, max_bytes=max_bytes)
+            return row_diagonal(predict, params, inputs, output, pull, axes=axes, max_bytes=max_bytes)
 
         return Rows(push, pull, output, gram, diagonal)
 
-    def _omega(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
+    def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
+        """`effective_weights` for outputs that are at hand."""
         if evaluation.omega is not None:
             return evaluation.omega
-        return self.loss.effective_weights(outputs, self.model.weights(evaluation.batch))
+        return self.model.effective_weights(self.loss, outputs, evaluation.batch, signed=False)
 
     def _sampled_gradient(self, at: LinearModel, targets: Any, omega: jax.Array) -> Callable[[jax.Array], PyTree]:
         def sampled_gradient(key: jax.Array) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +11,20 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, Linearization, Measure, Needs, Rows, SiteFactors
+from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.output_space import Metric
 from curvax.curvature.partition import Partition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
+from curvax.losses.rounding import loss_rounding
+from curvax.structure.axes import LeafAxes
+from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import Blocks
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
-
-
-def _examples(batch: Any) -> int:
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError("microbatch_size needs every leaf of the batch to have the same leading example axis.")
-    return int(sizes.pop() or 0)
 
 
 def _append(values: jax.Array, last: jax.Array) -> jax.Array:
@@ -40,14 +37,23 @@ def _append(values: jax.Array, last: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """A batch cut along its example axis into `count` equal pieces and a shorter last one."""
+    """A batch cut along its examples into `count` equal pieces and a shorter last one; shared leaves stay whole.
+
+    Attributes:
+      evaluation: of the whole batch.
+      axes: which leaves of the batch hold the examples.
+      size: examples of a piece.
+      examples: of the batch.
+    """
 
     evaluation: Evaluation
+    axes: BatchAxes
     size: int
     examples: int
 
     @property
     def count(self) -> int:
+        """Number of equal pieces."""
         return self.examples // self.size
 
     def _piece(self, batch: Any, omega: jax.Array, index: jax.Array, state: PyTree) -> Evaluation:
@@ -68,32 +74,36 @@ class Pieces:
 
         Args:
           visit: (piece, index, the piece's part of `beside`) -> (term, new model state, values with a leading axis).
-          beside: arrays with the batch's leading axis, cut along with it.
+          beside: arrays with the examples on the first axis, cut along with the batch.
 
         Returns:
           (sum of terms, last model state, concatenated values).
         """
-        whole = self.count * self.size
-        data = (self.evaluation.batch, self.evaluation.omega, beside)
-        head = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), data)
-        tail = jax.tree.map(lambda x: x[whole:], data)
+        whole, batch = self.count * self.size, self.evaluation.batch
+        parts, weighed = self.axes.parts(batch, self.size, self.count), (self.evaluation.omega, beside)
+        stacked = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), weighed)
 
         @for_loop_body
         def run(part: Any, index: jax.Array, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-            batch, omega, aside = part
+            batch, (omega, aside) = part
             return visit(self._piece(batch, omega, index, state), index, aside)
 
         def body(carry: tuple[PyTree, PyTree], xs: tuple[Any, jax.Array]) -> tuple[tuple[PyTree, PyTree], PyTree]:
-            term, state, values = run(*xs, carry[1])
+            (held, weighed), index = xs
+            term, state, values = run((parts.part(held), weighed), index, carry[1])
             return (tree.add(carry[0], term), state), values
 
         index = jnp.zeros((), jnp.int32)
         state = self.evaluation.model_state
-        term_shape = jax.eval_shape(run, jax.tree.map(lambda x: x[0], head), index, state)[0]
+        held, first = jax.tree.map(lambda x: x[0], (parts.held, stacked))
+        term_shape = jax.eval_shape(run, (parts.part(held), first), index, state)[0]
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), term_shape)
-        (total, state), values = jax.lax.scan(body, (zero, state), (head, jnp.arange(self.count, dtype=jnp.int32)))
+        (total, state), values = jax.lax.scan(
+            body, (zero, state), ((parts.held, stacked), jnp.arange(self.count, dtype=jnp.int32))
+        )
         values = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), values)
         if whole < self.examples:
+            tail = self.axes.slice(batch, whole, self.examples), jax.tree.map(lambda x: x[whole:], weighed)
             term, state, rest = run(tail, index + self.count, state)
             total = tree.add(total, term)
             values = jax.tree.map(_append, values, rest)
@@ -105,8 +115,10 @@ class Microbatched(Curvature):
     """Accumulates another operator over pieces of the batch by a scan; each piece's residuals live only while it runs.
 
     Products repeat the forward pass of each piece: memory of one microbatch against one more forward pass per product.
-    Results equal the full batch's (up to rounding) for models that treat examples one by one; the model state passes
-    through the pieces in order, and dropout keys are folded with the piece's index.
+    Results equal the full batch's up to rounding. A model or a `loss_fn` of which that cannot be shown is refused,
+    unless the user says where the examples are (`batch_axes`). The model state passes through the pieces in order, and
+    dropout keys are folded with the piece's index. A loss that couples examples sees the outputs of all pieces
+    together: these are made first, and a product takes one pass forward and one back.
 
     Attributes:
       inner: the operator.
@@ -159,8 +171,39 @@ class Microbatched(Curvature):
         return dataclasses.replace(self, inner=self.inner.with_kernels(choices))
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
-        _examples(evaluation.batch)
         self.inner.check(params, evaluation)
+
+    @property
+    def couples_examples(self) -> bool:
+        return self.inner.couples_examples
+
+    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
+        return self.inner.examples(params, evaluation, sizes)
+
+    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        """See `Curvature.prepare`.
+
+        Raises:
+          ValueError: the batch does not come apart into pieces; one sentence that says why.
+        """
+        if evaluation.axes is not None:
+            return evaluation
+        found = self.inner.examples(params, evaluation, self._sizes)
+        if found.refused and not (found.axes.any and found.axes.count(evaluation.batch) <= self.size):
+            raise ValueError(
+                f"microbatch_size={self.size} cuts the batch into pieces, and their losses do not make up that of the "
+                f"batch: {found.refused}."
+            )
+        return self.inner.stand_in(params, evaluation, found)
+
+    def _sizes(self, examples: int) -> tuple[int, ...]:
+        """Numbers of examples of the pieces."""
+        if examples <= self.size:
+            return ()
+        return (self.size,) if examples % self.size == 0 else (self.size, examples % self.size)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        return self.inner.batch_fault(params, evaluation)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         return self.inner.effective_weights(params, evaluation)
@@ -170,22 +213,45 @@ class Microbatched(Curvature):
 
     def pieces(self, params: PyTree, evaluation: Evaluation) -> Pieces | None:
         """The batch in pieces, or `None` if it is no larger than one."""
-        examples = _examples(evaluation.batch)
+        evaluation = self.prepare(params, evaluation)
+        if evaluation.axes is None:
+            raise AssertionError("a prepared evaluation has axes.")
+        examples = evaluation.axes.count(evaluation.batch)
         if examples <= self.size:
             return None
         omega = self.inner.effective_weights(params, evaluation)
-        return Pieces(dataclasses.replace(evaluation, omega=omega), self.size, examples)
+        pieces = Pieces(dataclasses.replace(evaluation, omega=omega), evaluation.axes, self.size, examples)
+        weight = self._total_weight(params, pieces)
+        return dataclasses.replace(pieces, evaluation=dataclasses.replace(pieces.evaluation, total_weight=weight))
+
+    def _total_weight(self, params: PyTree, pieces: Pieces) -> jax.Array | None:
+        if jax.eval_shape(self.inner.total_weight, params, pieces.evaluation) is None:
+            return None
+
+        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+            return self.inner.total_weight(params, piece), piece.model_state, ()
+
+        return pieces.sum(visit)[0]
+
+    def total_weight(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        return self.inner.total_weight(params, evaluation)
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         pieces = self.pieces(params, evaluation)
         if pieces is None:
             return self.inner.value(params, evaluation)
+        if self.couples_examples:
+            return self.inner.value_of(self.linear_pieces(params, pieces).outputs, pieces.evaluation)
         return pieces.sum(lambda piece, *_: (self.inner.value(params, piece), piece.model_state, ()))[0]
 
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
         pieces = self.pieces(params, evaluation)
         if pieces is None:
             return self.inner.linearize(params, evaluation, needs)
+        if self.couples_examples:
+            # The loss needs the outputs of all examples before the first piece has a gradient.
+            at = self.inner.linearize_outputs(params, pieces.evaluation, self.linear_pieces(params, pieces), needs)
+            return at if at.rows is None else dataclasses.replace(at, rows=self._pulled(params, at.rows))
 
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
             at = self.inner.linearize(params, piece, Needs(gradient=needs.gradient))
@@ -193,7 +259,7 @@ class Microbatched(Curvature):
             return (at.loss, at.gradient), at.model_state, (aux, at.output_gradient if needs.rows else None)
 
         (loss, gradient), model_state, (aux, output_gradient) = pieces.sum(visit)
-        rows = self._rows(params, evaluation, pieces) if needs.rows else None
+        rows = self._rows(params, pieces) if needs.rows else None
         product = self._product(params, pieces) if needs.product else None
         return Linearization(
             params_like=jax.eval_shape(tree.widen, params),
@@ -204,12 +270,18 @@ class Microbatched(Curvature):
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             site_factors=self._site_factors(params, pieces) if needs.factors else None,
+            rounding=lambda: self._rounding(params, pieces),
+            leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=model_state,
             aux=aux,
+            batch_fault=self.inner.batch_fault(params, pieces.evaluation),
         )
 
     def structure(self, params: PyTree, evaluation: Evaluation) -> tuple[LeafStructure, ...]:
         return self.inner.structure(params, evaluation)
+
+    def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
+        return self.inner.leaf_axes(params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
         return self.inner.blocks(params, evaluation)
@@ -235,6 +307,13 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return product
+
+    def _rounding(self, params: PyTree, pieces: Pieces) -> jax.Array:
+        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+            at = self.inner.linearize(params, piece, Needs())
+            return loss_rounding(at.loss) if at.rounding is None else at.rounding(), at.model_state, ()
+
+        return pieces.sum(visit)[0]
 
     def _sampled_gradient(self, params: PyTree, pieces: Pieces) -> Callable[[jax.Array], PyTree] | None:
         if not self.has_sampling:
@@ -267,44 +346,58 @@ class Microbatched(Curvature):
 
         return site_factors
 
-    def _rows(self, params: PyTree, evaluation: Evaluation, pieces: Pieces) -> Rows:
-        def rows_of(piece: Evaluation) -> tuple[Rows, PyTree]:
-            at = self.inner.linearize(params, piece, Needs(rows=True))
-            if at.rows is None:
-                raise AssertionError("a linearization asked for rows has them.")
-            return at.rows, at.model_state
+    def linear_pieces(self, params: PyTree, pieces: Pieces) -> LinearModel:
+        """The model between parameters and the outputs of all pieces, linearized anew wherever it is used."""
 
         def push(v: PyTree) -> jax.Array:
             def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
-                rows, state = rows_of(piece)
-                return (), state, rows.push(v)
+                at = linear_model(lambda p: self.inner.outputs(p, piece), params, push=True)
+                return (), at.rest[0], at.jvp(v)
 
             return pieces.sum(visit)[2]
 
         def pull(u: jax.Array) -> PyTree:
             def visit(piece: Evaluation, _: jax.Array, part: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
-                rows, state = rows_of(piece)
-                return rows.pull(part), state, ()
+                at = linear_model(lambda p: self.inner.outputs(p, piece), params, push=False)
+                return at.pull(part), at.rest[0], ()
 
             return pieces.sum(visit, beside=u)[0]
 
-        outputs = self._outputs(params, pieces)
-        rows = self.inner.rows(params, evaluation, outputs, push, pull)
+        def bend(v: PyTree, u: jax.Array) -> PyTree:
+            def visit(piece: Evaluation, _: jax.Array, part: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+                def along(p: PyTree) -> tuple[jax.Array, PyTree]:
+                    outputs, (state, _) = self.inner.outputs(p, piece)
+                    return tree.vdot(outputs, part), state
+
+                at = second_order(along, params, product=True)
+                return at.hvp(v), at.rest, ()
+
+            return pieces.sum(visit, beside=u)[0]
+
+        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+            outputs, (state, aux) = self.inner.outputs(params, piece)
+            return (), state, (outputs, jax.tree.map(lambda x: x[None], aux))
+
+        _, model_state, (outputs, aux) = pieces.sum(visit)
+        return LinearModel(outputs, push, pull, (model_state, aux), bend)
+
+    def _rows(self, params: PyTree, pieces: Pieces) -> Rows:
+        at = self.linear_pieces(params, pieces)
+        return self._pulled(params, self.inner.rows(params, pieces.evaluation, at.outputs, at.jvp, at.pull))
+
+    def _pulled(self, params: PyTree, rows: Rows) -> Rows:
+        """The rows, made by J^T where each piece has a key or a state of its own.
+
+        No one function of an example describes such a model.
+        """
         if not (self.needs_model_key or self.has_state):
             return rows
 
-        # Each piece has a key and a state of its own, so no one function of an example describes the model.
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            return row_gram(None, params, None, rows.output, pull, max_bytes=max_bytes, implementation=implementation)
+            output, pull = rows.output, rows.pull
+            return row_gram(None, params, None, output, pull, max_bytes=max_bytes, implementation=implementation)
 
         def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(None, params, None, rows.output, pull, max_bytes=max_bytes)
+            return row_diagonal(None, params, None, rows.output, rows.pull, max_bytes=max_bytes)
 
         return dataclasses.replace(rows, gram=gram, diagonal=diagonal)
-
-    def _outputs(self, params: PyTree, pieces: Pieces) -> jax.Array:
-        def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
-            at = self.inner.linearize(params, piece, Needs())
-            return (), at.model_state, self.inner.forward(params, piece)
-
-        return pieces.sum(visit)[2]

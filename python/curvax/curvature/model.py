@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from curvax import tree
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import Partition
+from curvax.losses.base import Loss, Shaped
+from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
+from curvax.structure.batch_axis import ExampleModel
+from curvax.structure.outputs import check_outputs
+from curvax.structure.positions import LossWeights, sound_leaves
 from curvax.tree import PyTree
 
 
@@ -52,20 +60,42 @@ class Extras:
         if not isinstance(returned, tuple) or len(returned) != expected:
             parts = ["result"] + ["new_state"] * self.has_state + ["aux"] * self.has_aux
             raise TypeError(f"the model must return the tuple ({', '.join(parts)}) with the has_* options as they are.")
-        state = returned[1] if self.has_state else evaluation.model_state
+        state = self._state(returned[1], evaluation) if self.has_state else evaluation.model_state
         aux = returned[-1] if self.has_aux else None
         return returned[0], (state, aux)
+
+    @staticmethod
+    def _state(returned: PyTree, evaluation: Evaluation) -> PyTree:
+        """The new model state in the boxes and dtypes of the old one, so that the next step is the same program."""
+        old = evaluation.model_state
+        if old is None:
+            return returned
+        new = tree.in_boxes_of(old, returned)
+        if jax.tree.structure(new) == jax.tree.structure(old):
+            return jax.tree.map(lambda x, y: jax.lax.convert_element_type(x, jnp.result_type(y)), new, old)
+        differ = sorted(set(tree.places(new)) ^ set(tree.places(old)))
+        raise TypeError(
+            "the model returned a state unlike the one that it took"
+            + (f" (not in both: {', '.join(differ[:4])})" if differ else "")
+            + ": return the whole new state, in the containers of the old one."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """`predict_fn(params, inputs) -> outputs` and where a batch holds its inputs, targets and weights.
 
+    Inputs, targets, weights and outputs are handed on with their examples on the first axis, wherever they are.
+
     Attributes:
-      predict_fn: acts on each example of the leading axis by itself.
+      predict_fn: acts on each example by itself.
       x_key, y_key: keys of inputs and targets in the batch mapping.
       weight_key: key of per-example weights or a mask, or `None` for none.
       extras: state, aux, random key, frozen parameters.
+      batch_axes: which axis of each leaf of the batch holds the examples, `None` for a leaf that all examples share: a
+        prefix of the batch, as `in_axes` of `jax.vmap` is one of its arguments. By default, `None`, the first axis of
+        targets, weights, and those inputs that the model turns out to treat so (`curvax.structure`). The outputs have
+        their examples where the targets have theirs.
     """
 
     predict_fn: Callable[..., Any]
@@ -73,35 +103,190 @@ class Model:
     y_key: str = "y"
     weight_key: str | None = None
     extras: Extras = Extras()
+    batch_axes: AxesPrefix | None = None
 
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """Returns (outputs, (new model state, aux))."""
-        outputs, rest = self.extras.call(self.predict_fn, params, self.inputs(evaluation.batch), evaluation)
-        if not (hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating) and outputs.ndim >= 1):
-            raise TypeError(
-                "predict_fn must return one floating-point array with a leading example axis"
-                + (" (it returned a tuple: set has_aux=True or has_state=True)." if isinstance(outputs, tuple) else ".")
-            )
-        return outputs, rest
+        return self.call(params, self.inputs(evaluation.batch), evaluation)
+
+    def call(self, params: PyTree, inputs: Any, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
+        """`outputs` of these inputs instead of those of the evaluation's batch."""
+        axes, axis = self._entry_axes(self.x_key, inputs), self._output_axis(evaluation.batch)
+        if axes is not None:
+            inputs = axes.from_front(inputs)
+        outputs, rest = self.extras.call(self.predict_fn, params, inputs, evaluation)
+        outputs = check_outputs(outputs, "; for what it returns beside them set has_aux=True or has_state=True")
+        return (jnp.moveaxis(outputs, axis, 0) if axis else outputs), rest
 
     def inputs(self, batch: Any) -> Any:
         """The model inputs in a batch."""
-        return self._entry(batch, self.x_key, "x_key")
+        return self._front(batch, self.x_key)
 
     def targets(self, batch: Any) -> Any:
         """The targets in a batch."""
-        return self._entry(batch, self.y_key, "y_key")
+        return self._front(batch, self.y_key)
 
     def weights(self, batch: Any) -> jax.Array | None:
         """The weights in a batch, or `None`."""
-        return None if self.weight_key is None else self._entry(batch, self.weight_key, "weight_key")
+        return None if self.weight_key is None else self._front(batch, self.weight_key)
 
-    def _entry(self, batch: Any, key: str, option: str) -> Any:
+    def examples(
+        self, loss: Loss, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]
+    ) -> ExampleAxes:
+        """See `Curvature.examples`."""
+        batch, inputs, masks = evaluation.batch, self.inputs(evaluation.batch), self._may_mask(loss)
+        given = self._entry_axes(self.x_key, inputs)
+        if given is not None:
+            axes = _joined(batch, {key: self._entry_axes(key, self._entry(batch, key)) for key in self._keys})
+            if not masks:
+                return ExampleAxes(axes)
+        model = ExampleModel.of(lambda p, x: self.call(p, x, evaluation)[0], params, inputs)
+        # How the positions of masked examples act is seen on one example.
+        found, mixed = model.examples(
+            None if given is None else given.fronted,
+            lambda count: (*(sizes(count) if given is None else ()), *((1,) if masks else ())),
+        )
+        single = functools.partial(model.at, found, 1)
+        if given is not None:
+            # How the batch is cut is the user's word, whether examples interact or not.
+            return ExampleAxes(axes, mixed, single=single)
+        entries = {key: _leading(self._entry(batch, key)) for key in self._keys}
+        refused = (
+            f"the model mixes examples ({mixed}); drop microbatch_size, or say by batch_axes= which axes hold the "
+            "examples, if every piece is to count as a batch of its own"
+        )
+        return ExampleAxes(_joined(batch, {**entries, self.x_key: found}), mixed, refused if mixed else "", single)
+
+    def _may_mask(self, loss: Loss) -> bool:
+        return self.weight_key is not None or loss.leaves_out
+
+    def input_axes(self, evaluation: Evaluation) -> BatchAxes | None:
+        """Which leaves of `inputs` hold examples, on their first axis, if the evaluation knows."""
+        if evaluation.axes is None:
+            given = self._entry_axes(self.x_key, self._entry(evaluation.batch, self.x_key))
+            return None if given is None else given.fronted
+        places = jax.tree.leaves(_places(evaluation.batch)[self.x_key])
+        return BatchAxes(tuple(evaluation.axes.axes[place] for place in places)).fronted
+
+    def prepare(self, loss: Loss, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        """See `Curvature.prepare`: without weights there is nothing to do."""
+        if evaluation.axes is not None or not self._may_mask(loss):
+            return evaluation
+        return self.stand_in(loss, params, evaluation, self.examples(loss, params, evaluation, lambda _: ()))
+
+    def stand_in(self, loss: Loss, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
+        """See `Curvature.stand_in`. ExampleAxes that interact keep what they hold: it is part of the others."""
+        evaluation, batch = dataclasses.replace(evaluation, axes=examples.axes), evaluation.batch
+        shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch))
+        if examples.mixed or shapes or not self._may_mask(loss):
+            return evaluation
+        if examples.single is None:
+            raise AssertionError("a model whose examples were looked at has a program on one of them.")
+        outputs = jax.eval_shape(lambda p, e: self.outputs(p, e)[0], params, evaluation)
+        weights = self.loss_weights(loss, loss.effective_weights(outputs, self._observed(loss, outputs, batch)),
+                                    outputs, batch)  # fmt: skip
+        leaves, structure = jax.tree.flatten(batch)
+        inputs, places = self.inputs(batch), jax.tree.leaves(_places(batch)[self.x_key])
+        own = BatchAxes(tuple(examples.axes.axes[place] for place in places))
+        sound = sound_leaves(examples.single, own.fronted, jax.tree.leaves(inputs), weights)
+        for place, leaf in zip(places, jax.tree.leaves(own.from_front(sound)), strict=True):
+            leaves[place] = leaf
+        return dataclasses.replace(evaluation, batch=jax.tree.unflatten(structure, leaves))
+
+    def loss_weights(self, loss: Loss, omega: jax.Array, outputs: Shaped, batch: Any) -> LossWeights:
+        """Effective weights, and how they come from the batch."""
+        return LossWeights.of(omega, outputs, self._observed(loss, outputs, batch))
+
+    def _observed(self, loss: Loss, outputs: Shaped, batch: Any) -> Any:
+        return loss.observed_weights(outputs, self.targets(batch), self.weights(batch))
+
+    def check(self, loss: Loss, outputs: Shaped, batch: Any, *, signed: bool) -> None:
+        """Raises a one-sentence error for targets and weights that do not fit the outputs or the loss."""
+        targets, weights = self.targets(batch), self.weights(batch)
+        loss.check(outputs, targets, weights)
+        loss.check_values(outputs, targets, weights, signed=signed)
+
+    def batch_fault(self, loss: Loss, outputs: Shaped, batch: Any, *, signed: bool) -> jax.Array:
+        """See `Loss.batch_fault`."""
+        targets, weights = self.targets(batch), self.weights(batch)
+        return loss.batch_fault(outputs, targets, weights, signed=signed)
+
+    def effective_weights(self, loss: Loss, outputs: Shaped, batch: Any, *, signed: bool) -> jax.Array:
+        """See `Loss.effective_weights`; NaN where a weight is negative and none may be."""
+        omega = loss.effective_weights(
+            outputs, loss.observed_weights(outputs, self.targets(batch), self.weights(batch))
+        )
+        if signed or self.weight_key is None:
+            return omega
+        return jnp.where(jnp.all(omega >= 0), omega, jnp.full((), jnp.nan, omega.dtype))
+
+    @property
+    def _keys(self) -> dict[str, str]:
+        """The keys that are read, and the options that name them."""
+        named = {self.x_key: "x_key", self.y_key: "y_key"}
+        return named if self.weight_key is None else {**named, self.weight_key: "weight_key"}
+
+    def _entry_axes(self, key: str, entry: Any) -> BatchAxes | None:
+        """The axes that `batch_axes` gives to one entry of the batch; `None` without it."""
+        prefix = self.batch_axes
+        if prefix is None:
+            return None
+        if isinstance(prefix, Mapping):
+            if key not in prefix:
+                raise KeyError(
+                    f"batch_axes says nothing of '{key}': give its axis of examples, or None if all share it."
+                )
+            prefix = prefix[key]
+        if key == self.weight_key and np.shape(entry) == ():
+            prefix = None
+        return expand_axes(prefix, entry, f"batch_axes of '{key}'")
+
+    def _output_axis(self, batch: Any) -> int:
+        axes = self._entry_axes(self.y_key, self._entry(batch, self.y_key)) if self.batch_axes is not None else None
+        if axes is None:
+            return 0
+        found = set(axes.axes)
+        if len(found) != 1 or None in found:
+            raise ValueError(
+                f"batch_axes gives the targets '{self.y_key}' the axes {sorted(map(str, found))}: give all of them the "
+                "axis that holds the examples of the outputs."
+            )
+        return axes.axes[0] or 0
+
+    def _front(self, batch: Any, key: str) -> Any:
+        entry = self._entry(batch, key)
+        axes = self._entry_axes(key, entry)
+        return entry if axes is None else axes.to_front(entry)
+
+    def _entry(self, batch: Any, key: str) -> Any:
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"the batch must be a mapping such as {{'{self.x_key}': inputs, '{self.y_key}': targets}}, "
                 f"not a {type(batch).__name__}."
             )
         if key not in batch:
-            raise KeyError(f"the batch has no '{key}' (it has {sorted(map(str, batch))}): add it or set {option}.")
+            raise KeyError(
+                f"the batch has no '{key}' (it has {sorted(map(str, batch))}): add it or set {self._keys[key]}."
+            )
         return batch[key]
+
+
+def _leading(entry: Any) -> BatchAxes:
+    return BatchAxes(tuple(0 if np.shape(leaf) else None for leaf in jax.tree.leaves(entry)))
+
+
+def _places(batch: Mapping[str, Any]) -> Any:
+    """The batch with the numbers of its leaves in their place."""
+    leaves, structure = jax.tree.flatten(batch)
+    return jax.tree.unflatten(structure, list(range(len(leaves))))
+
+
+def _joined(batch: Mapping[str, Any], entries: Mapping[str, BatchAxes | None]) -> BatchAxes:
+    """The axes of a whole batch from those of its entries; what is in none of them holds no examples."""
+    places = _places(batch)
+    axes: list[int | None] = [None] * len(jax.tree.leaves(batch))
+    for key, own in entries.items():
+        if own is not None:
+            for place, axis in zip(jax.tree.leaves(places[key]), own.axes, strict=True):
+                axes[place] = axis
+    return BatchAxes(tuple(axes))

@@ -5,3 +5,4 @@ from curvax.damping.base import Outcome as Outcome
 from curvax.damping.constant import Constant as Constant
 from curvax.damping.constant import Scheduled as Scheduled
 from curvax.damping.trust_region import TrustRegion as TrustRegion
+from curvax.damping.trust_region import TrustRegionState as TrustRegionState

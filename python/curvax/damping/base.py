@@ -24,6 +24,10 @@ class Outcome:
       loss_after: loss after the proposed step, on the same batch; NaN unless evaluated.
       predicted: decrease that the quadratic model predicts for the proposed update d, -(g.d + d.Cd / 2) with the
         undamped C; NaN unless evaluated.
+      rounding: how far rounding alone may move the decrease of the loss; at least 0.
+      curvature: |d.Cd| / d.d, the curvature along the update; NaN unless evaluated.
+      norm: |d|.
+      solved: the linear system behind the step was solved, as far as the solver can tell.
     """
 
     finite: jax.Array
@@ -31,11 +35,17 @@ class Outcome:
     loss: jax.Array
     loss_after: jax.Array
     predicted: jax.Array
+    rounding: ScalarLike = 0.0
+    curvature: ScalarLike = float("nan")
+    norm: ScalarLike = 0.0
+    solved: bool | jax.Array = True
 
     @property
     def actual(self) -> jax.Array:
-        """Decrease of the loss."""
-        return self.loss - self.loss_after
+        """Decrease of the loss; minus infinity where the loss after the step was computed and is no finite number."""
+        change = self.loss - self.loss_after
+        lost = self.evaluated & ~jnp.isfinite(self.loss_after)
+        return jnp.where(lost, jnp.full_like(change, -jnp.inf), change)
 
     @property
     def rho(self) -> jax.Array:
@@ -43,6 +53,17 @@ class Outcome:
         sound = self.predicted > 0
         ratio = self.actual / jnp.where(sound, self.predicted, jnp.ones_like(self.predicted))
         return jnp.where(sound, ratio, jnp.full_like(ratio, jnp.nan))
+
+    @property
+    def safe_rho(self) -> jax.Array:
+        """Actual over predicted decrease, `rounding` added to both: near 1 where rounding is all that there is.
+
+        1 for a step that neither promises nor changes anything, NaN if more of an increase is predicted than rounding.
+        """
+        gained, promised = self.actual + self.rounding, self.predicted + self.rounding
+        ratio = gained / jnp.where(promised > 0, promised, jnp.ones_like(promised))
+        still = jnp.where(gained >= 0, jnp.ones_like(ratio), jnp.full_like(ratio, -jnp.inf))
+        return jnp.where(promised > 0, ratio, jnp.where(promised == 0, still, jnp.full_like(ratio, jnp.nan)))
 
 
 class Damping(abc.ABC):
@@ -66,6 +87,11 @@ class Damping(abc.ABC):
     def lam(self, state: Any) -> jax.Array:
         """The damping of this step."""
 
+    def demands(self, state: Any, norm: jax.Array) -> jax.Array:
+        """Whether a step of this length must be evaluated, although it is not due; never by default."""
+        del state, norm
+        return jnp.asarray(False)
+
     @abc.abstractmethod
     def accepts(self, outcome: Outcome) -> jax.Array:
         """Whether an evaluated, finite step may be taken."""
@@ -75,7 +101,8 @@ class Damping(abc.ABC):
         """The next state.
 
         Args:
-          due: whether this step is one of the policy's own (`evaluate_every`); others may have evaluated it too.
+          due: whether this step is one of the policy's own (`evaluate_every`, `demands`); others may have evaluated
+            it too.
         """
 
 

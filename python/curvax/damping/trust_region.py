@@ -11,6 +11,33 @@ from jax.core import Tracer
 from curvax.damping.base import Damping, Outcome, ScalarLike, scalar
 from curvax.damping.constant import _check_lam0, _show
 
+_MOST = 1e6
+"""Default upper bound on lam, in curvatures: far beyond, a step is a millionth of what the curvature allows."""
+_REFUSALS = 1 / 20
+"""Share of steps that a trust region at the floor of its dtype may spend on refusals; see `TrustRegion`."""
+_MEMORY = 0.99
+"""What is kept per look of the largest curvature met, so that bounds follow a curvature that fades."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrustRegionState:
+    """State of `TrustRegion`. All scalars.
+
+    Attributes:
+      lam: the damping.
+      refused: lam of the last step that was refused; 0 before any.
+      refusals: steps refused since one was taken, int32.
+      curvature: largest curvature met along a step, |d.Cd| / d.d, slowly forgotten; 0 before any.
+      radius: length up to which steps are taken unseen.
+    """
+
+    lam: jax.Array
+    refused: jax.Array
+    refusals: jax.Array
+    curvature: jax.Array
+    radius: jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class TrustRegion(Damping):
@@ -18,14 +45,27 @@ class TrustRegion(Damping):
 
     With rho = actual / predicted decrease on the step's own batch: rho < lower multiplies lam by `inc`, rho > upper by
     `dec`. A step that does not decrease the loss is rejected: parameters and transform state stay, lam rises. So it
-    does after a step that is not finite, evaluated or not.
+    does after a step that is not finite, evaluated or not. The k-th of several rejections in a row multiplies lam by
+    inc^k, so that a lam which is off by many orders is found in a few steps (Nielsen 1999).
+
+    Decreases are known to within the rounding of the loss (`Outcome.rounding`), which is added to both before they are
+    compared (Conn, Gould and Toint 2000, section 17.4.2). A step that promises less than that, and does no visible
+    harm, is taken and says nothing about the model, so lam falls: by `dec` down to where a step last did harm, and from
+    there by inc^(-1/19). One refusal takes that back, so at the floor of its dtype, where nothing is left to gain, a
+    run refuses one step in twenty and lam stays where it can return from when the data move.
+
+    Between looks (`every_k` > 1) a step is taken unseen if it is no longer than 2 / dec times the last one that was
+    looked at and taken: twice what the change of lam explains. Longer ones are evaluated although they are not due, as
+    are all steps behind one that was refused.
 
     Attributes:
       lam0: first damping, in units of the curvature.
       lower, upper: bounds on rho between which lam stays; 1/4 and 3/4 (Marquardt 1963, Martens 2010).
       inc, dec: factors for lam.
       every_k: every how many steps rho is evaluated (one forward pass and one curvature product).
-      min_lam, max_lam: bounds on lam; `None` for 1e-12 and 1e6 times lam0, so that they follow the scale of the loss.
+      min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature met
+        along a step (times `lam0` before one was met), so that they follow the scale of the loss. A damping below the
+        first is lost in the sum C + lam I.
       accept: least rho of a step that is taken.
     """
 
@@ -58,24 +98,64 @@ class TrustRegion(Damping):
     def evaluate_every(self) -> int | None:
         return self.every_k
 
-    def init(self) -> jax.Array:
-        return scalar(self.lam0)
+    def init(self) -> TrustRegionState:
+        lam0 = scalar(self.lam0)
+        # An array for each: a buffer cannot be donated twice.
+        refused, curvature, radius = (jnp.zeros_like(lam0) for _ in range(3))
+        return TrustRegionState(lam0, refused, jnp.zeros((), jnp.int32), curvature, radius)
 
-    def lam(self, state: jax.Array) -> jax.Array:
-        return state
+    def lam(self, state: TrustRegionState) -> jax.Array:
+        return state.lam
+
+    def demands(self, state: TrustRegionState, norm: jax.Array) -> jax.Array:
+        return ~(norm.astype(state.radius.dtype) <= state.radius)
 
     def accepts(self, outcome: Outcome) -> jax.Array:
-        # Where the model predicts no decrease (momentum can turn an update uphill), the loss itself decides.
-        rho = outcome.rho
-        return jnp.where(jnp.isnan(rho), outcome.actual > 0, rho > self.accept)
+        # Where the model predicts an increase (momentum can turn an update uphill), the loss itself decides.
+        downhill = outcome.predicted >= -outcome.rounding
+        return jnp.where(downhill, outcome.safe_rho >= self.accept, outcome.actual > 0)
 
-    def update(self, state: jax.Array, outcome: Outcome, due: jax.Array) -> jax.Array:
-        rho = outcome.rho
-        use = due & outcome.evaluated
-        worse = use & (~self.accepts(outcome) | (rho < self.lower))
-        better = use & ~worse & (rho > self.upper)
-        lam0 = scalar(self.lam0).astype(state.dtype)
-        low = lam0 * 1e-12 if self.min_lam is None else scalar(self.min_lam).astype(state.dtype)
-        high = lam0 * 1e6 if self.max_lam is None else scalar(self.max_lam).astype(state.dtype)
-        raised = jnp.where(worse | ~outcome.finite, state * self.inc, state)
-        return jnp.clip(jnp.where(better, raised * self.dec, raised), low, high)
+    def update(self, state: TrustRegionState, outcome: Outcome, due: jax.Array) -> TrustRegionState:
+        seen = due & outcome.evaluated
+        taken = self.accepts(outcome)
+        refused = (seen & ~taken) | ~outcome.finite
+        worse = refused | (seen & (outcome.safe_rho < self.lower))
+        # A promise below rounding: whatever became of it, it does not speak for the model.
+        silent = seen & ~refused & (jnp.abs(outcome.predicted) <= outcome.rounding)
+        better = seen & ~worse & ~silent & (outcome.safe_rho > self.upper)
+        curvature = self._largest(state, outcome, seen)
+        lam = jnp.where(better, state.lam * self.dec, state.lam)
+        lam = jnp.where(silent, self._fallen(state), lam)
+        lam = jnp.where(worse & ~silent, state.lam * self.inc, lam)
+        lam = jnp.where(silent & ~jnp.asarray(outcome.solved), state.lam * self.inc, lam)
+        refusals = jnp.where(refused, state.refusals + 1, jnp.where(seen, 0, state.refusals))
+        lam = jnp.where(refused, state.lam * self.inc ** refusals.astype(lam.dtype), lam)
+        norm = jnp.asarray(outcome.norm).astype(state.radius.dtype)
+        radius = jnp.where(seen & taken, norm * jnp.where(worse, 1.0, 2 / self.dec).astype(norm.dtype), state.radius)
+        return TrustRegionState(
+            lam=self._bounded(lam, state.lam, curvature, outcome),
+            refused=jnp.where(refused, state.lam, state.refused),
+            refusals=refusals,
+            curvature=curvature,
+            radius=jnp.where(refused, jnp.zeros_like(radius), radius),
+        )
+
+    def _fallen(self, state: TrustRegionState) -> jax.Array:
+        """lam after a step that promised less than rounding."""
+        slowly = state.lam * self.inc ** (-_REFUSALS / (1 - _REFUSALS))
+        # Fast only as far as nothing is known against it.
+        return jnp.minimum(slowly, jnp.maximum(state.lam * self.dec, state.refused * self.inc))
+
+    def _largest(self, state: TrustRegionState, outcome: Outcome, seen: jax.Array) -> jax.Array:
+        met = jnp.asarray(outcome.curvature).astype(state.curvature.dtype)
+        met = jnp.where(seen & jnp.isfinite(met), met, jnp.zeros_like(met))
+        return jnp.maximum(jnp.where(seen, _MEMORY * state.curvature, state.curvature), met)
+
+    def _bounded(self, lam: jax.Array, before: jax.Array, curvature: jax.Array, outcome: Outcome) -> jax.Array:
+        """`lam` within its bounds; the default ones stop it on its way and never move it."""
+        lam0 = scalar(self.lam0).astype(lam.dtype)
+        scale = jnp.where(curvature > 0, curvature, lam0)
+        eps = float(jnp.finfo(outcome.loss.dtype).eps)
+        low = jnp.minimum(eps * scale, before) if self.min_lam is None else scalar(self.min_lam).astype(lam.dtype)
+        high = jnp.maximum(_MOST * scale, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
+        return jnp.clip(lam, low, high)

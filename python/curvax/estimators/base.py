@@ -11,6 +11,7 @@ import jax
 
 from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
+from curvax.numbers import is_known, whole
 from curvax.tree import PyTree
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class LowRankEstimator(abc.ABC):
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raises for a setting that is not an integer of at least `least`."""
+    if not is_known(value):
+        whole(name, value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python integer, got {value!r}.")
     if value < least:

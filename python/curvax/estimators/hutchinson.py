@@ -83,7 +83,10 @@ class Hutchinson(DiagonalEstimator):
         else:
             zs = jax.vmap(lambda k: _rademacher(k, like))(jax.random.split(key, self.n_probes))
             czs = jax.vmap(product)(zs)
-        axes = None if self.block_average is None else self.block_average.axes_of(like)
+        axes = None
+        if self.block_average is not None:
+            uses = None if linearization.leaf_axes is None else linearization.leaf_axes()
+            axes = self.block_average.axes_of(like, uses)
         means = hutchinson_reduce(zs, czs, axes, use_abs=self.use_abs, implementation=self.reduce)
         return DiagonalEstimate((means,))
 

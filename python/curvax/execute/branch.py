@@ -15,8 +15,15 @@ from curvax.plan.requirements import Cadence
 T = TypeVar("T")
 
 
-def when(cadence: Cadence, step: jax.Array, mode: PlanMode, work: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """`work()` at the steps that are due, `otherwise()` at the others.
+def when(
+    cadence: Cadence,
+    step: jax.Array,
+    mode: PlanMode,
+    work: Callable[[], T],
+    otherwise: Callable[[], T],
+    demanded: jax.Array | None = None,
+) -> T:
+    """`work()` at the steps that are due, and where it is `demanded`; `otherwise()` at the others.
 
     Planned, the work and everything it makes live inside a branch that other steps do not enter. With the plan off it
     runs in every step and its result is thrown away.
@@ -25,6 +32,7 @@ def when(cadence: Cadence, step: jax.Array, mode: PlanMode, work: Callable[[], T
         return otherwise()
     if cadence.always:
         return work()
+    due = cadence.due(step) if demanded is None else cadence.due(step) | demanded
     if mode is PlanMode.OFF:
-        return tree.where(cadence.due(step), work(), otherwise())
-    return jax.lax.cond(cadence.due(step), for_loop_body(work), otherwise)
+        return tree.where(due, work(), otherwise())
+    return jax.lax.cond(due, for_loop_body(work), otherwise)

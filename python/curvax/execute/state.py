@@ -6,42 +6,63 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from curvax import tree
 from curvax.tree import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Structure, shapes and dtypes of the trainable parameters that a state was made for."""
+    """Place, shape and dtype of every trainable parameter that a state was made for.
 
-    structure: Any
-    leaves: tuple[tuple[tuple[int, ...], str], ...]
+    A state of no parameters stands for any: `optax.tree.map_params` makes one and lays it over the state that it maps.
+    """
+
+    leaves: tuple[tuple[str, tuple[int, ...], str], ...]
 
     @staticmethod
     def of(params: PyTree) -> Layout:
         """The layout of a parameter tree."""
-        leaves, structure = jax.tree.flatten(params)
-        return Layout(structure, tuple((tuple(x.shape), str(x.dtype)) for x in leaves))
+        leaves = zip(tree.places(params), jax.tree.leaves(params), strict=True)
+        return Layout(tuple((place, tuple(x.shape), str(x.dtype)) for place, x in leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (not self.leaves or not other.leaves or self.leaves == other.leaves)
+
+    def __hash__(self) -> int:
+        return hash(Layout)
 
     def check(self, params: PyTree) -> None:
         """Raises ValueError if `params` are laid out differently."""
         found = Layout.of(params)
-        if found.structure != self.structure:
+        mine, theirs = ([place for place, *_ in layout.leaves] for layout in (self, found))
+        if mine != theirs:
+            places = sorted(set(mine) ^ set(theirs)) or mine
             raise ValueError(
-                "the parameters have another tree structure than those the state was made for: call init again, "
-                f"or pass the matching state (state: {self.structure}, parameters: {found.structure})."
+                "the parameters have another tree structure than those the state was made for (not in both: "
+                f"{', '.join(places[:4])}): call init again, or pass the matching state."
             )
-        for path, mine, theirs in zip(_paths(params), self.leaves, found.leaves, strict=True):
-            if mine != theirs:
+        for (place, *own), (_, *other) in zip(self.leaves, found.leaves, strict=True):
+            if own != other:
                 raise ValueError(
-                    f"parameter {path} is {theirs[1]}{list(theirs[0])}, but the state was made for "
-                    f"{mine[1]}{list(mine[0])}: call init again."
+                    f"parameter {place or '(the only leaf)'} is {other[1]}{list(other[0])}, but the state was made for "
+                    f"{own[1]}{list(own[0])}: call init again."
                 )
 
 
-def _paths(params: PyTree) -> list[str]:
-    return [jax.tree_util.keystr(path) or "(the only leaf)" for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LastStep:
+    """The last step, as far as it takes to undo it.
+
+    Attributes:
+      before: the trainable parameters before it.
+      unseen: it was taken without a look at the loss behind it.
+    """
+
+    before: PyTree
+    unseen: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +75,7 @@ class MethodState:
       rejected: steps not taken so far, int32.
       damping, preconditioner, solver, transform: the modules' states.
       model_state: mutable model state (BatchNorm statistics), or `None`.
+      last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
       layout: what parameters the state belongs to; static.
     """
 
@@ -64,7 +86,25 @@ class MethodState:
     solver: Any
     transform: Any
     model_state: PyTree
+    last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+def check_part(name: str, state: Any, expected: Any) -> None:
+    """Raises ValueError for a module's state that is another module's.
+
+    Args:
+      name: of the module, as the user set it.
+      state: what is at hand.
+      expected: what the module's `init` returns, or its shapes.
+    """
+    if tree.places(state) == tree.places(expected):
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+        if all(tuple(jnp.shape(a)) == tuple(b.shape) for a, b in pairs):
+            return
+    raise ValueError(
+        f"the state's {name} part was made by another method: pass what this method's init or its last step returned."
+    )
 
 
 def wide_shapes(params: PyTree) -> PyTree:

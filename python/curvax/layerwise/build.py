@@ -19,6 +19,7 @@ from curvax.layerwise.method import InnerLoopMethod
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.layerwise.search import LineSearch
 from curvax.losses import Loss, SoftmaxCrossEntropy
+from curvax.structure.batch_axes import AxesPrefix
 from curvax.tree import PyTree
 
 Head: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]
@@ -45,6 +46,7 @@ def full_gn(
     has_rng: bool = False,
     frozen: Mask | None = None,
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> InnerLoopMethod:
     """Full Gauss-Newton by an inner optimizer (Abreu et al. 2025, arXiv 2510.09378).
@@ -77,15 +79,18 @@ def full_gn(
         that stay as they are (`curvax.curvature.Extras`). What `has_aux` returns is dropped: there is one of it per
         minibatch.
       microbatch_size: examples per accumulated piece of a minibatch; `None` takes each minibatch at once.
+      batch_axes: which axis of each leaf of the batch holds the examples, `None` for a leaf that all examples share: a
+        prefix of the batch, as `in_axes` of `jax.vmap`. By default, `None`, it is found (docs/structure.md).
       backend: preferred implementation of kernels.
 
     Raises:
       TypeError, ValueError: arguments that do not go together; one sentence with the mend.
     """
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
+    model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
     return _method(
-        predict_fn, loss, head, None, 1, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
-        clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
+        model, loss, head, None, 1, inner, inner_steps, line_search, warm_start, prox_linear, inner_schedule,
+        clip_norm, microbatch_size, backend,
     )  # fmt: skip
 
 
@@ -111,6 +116,7 @@ def layerwise_gn(
     has_rng: bool = False,
     frozen: Mask | None = None,
     microbatch_size: int | None = None,
+    batch_axes: AxesPrefix | None = None,
     backend: Backend = "auto",
 ) -> InnerLoopMethod:
     """Layerwise Gauss-Newton by an inner optimizer (Abreu et al. 2025): `full_gn` without curvature between blocks.
@@ -134,14 +140,15 @@ def layerwise_gn(
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition is a {type(partition).__name__}: pass ByGroup(), ByLeaf() or ByPath(function).")
     extras = Extras(has_state, has_aux, has_rng, TrainablePartition(frozen))
+    model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
     return _method(
-        predict_fn, loss, head, partition, shares, inner, inner_steps, line_search, warm_start, prox_linear,
-        inner_schedule, clip_norm, (x_key, y_key, weight_key), extras, microbatch_size, backend,
+        model, loss, head, partition, shares, inner, inner_steps, line_search, warm_start, prox_linear,
+        inner_schedule, clip_norm, microbatch_size, backend,
     )  # fmt: skip
 
 
 def _method(
-    predict_fn: Callable[..., Any],
+    model: Model,
     loss: Loss,
     head: Callable[[PyTree], Head] | None,
     partition: BlockPartition | None,
@@ -153,12 +160,10 @@ def _method(
     prox_linear: bool,
     inner_schedule: optax.Schedule | None,
     clip_norm: float | None,
-    keys: tuple[str, str, str | None],
-    extras: Extras,
     microbatch_size: int | None,
     backend: Backend,
 ) -> InnerLoopMethod:
-    if not callable(predict_fn):
+    if not callable(model.predict_fn):
         raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
     if inner_steps < 1:
         raise ValueError(f"inner_steps must be at least 1, not {inner_steps}.")
@@ -170,7 +175,12 @@ def _method(
         raise ValueError(f"microbatch_size must be at least 1, not {microbatch_size}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, not {clip_norm}.")
-    curvature = GaussNewton(Model(predict_fn, *keys, extras), loss)
+    curvature = GaussNewton(model, loss)
+    if shares > 1 and loss.couples_examples:
+        raise ValueError(
+            f"shares={shares} takes curvature on parts of the examples, and {loss} couples them: set shares=1, or use "
+            "a loss without coupling."
+        )
     if isinstance(inner, ConjugateGradients):
         _check_linear(inner_steps, prox_linear, inner_schedule, clip_norm)
         solver: InnerSolver = inner

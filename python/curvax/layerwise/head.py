@@ -97,14 +97,19 @@ class HeadOutputs(Outputs):
         batch, model = evaluation.batch, self.curvature.model
         if hidden.shape[0] == 0:
             raise ValueError("the batch is empty: give it at least one example.")
-        logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], matrix.shape[1]), hidden.dtype)
-        targets = model.targets(batch)
+        logits, targets = _logits(hidden, matrix), model.targets(batch)
         self.curvature.loss.check(logits, targets, model.weights(batch))
         if len(targets.shape) == len(logits.shape):
             raise ValueError(
                 f"with head= the targets are integer labels, and these are rows of shape {tuple(targets.shape)}: pass "
                 "labels, or return logits from predict_fn and leave head= out."
             )
+        model.check(self.curvature.loss, logits, batch, signed=False)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        hidden, matrix, _ = jax.eval_shape(lambda p, e: self._parts(p, e)[0], params, evaluation)
+        loss, model = self.curvature.loss, self.curvature.model
+        return model.batch_fault(loss, _logits(hidden, matrix), evaluation.batch, signed=False)
 
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         hidden, matrix, _ = jax.eval_shape(lambda p, e: self._parts(p, e)[0], params, evaluation)
@@ -156,6 +161,10 @@ class HeadOutputs(Outputs):
         omega = self.curvature.effective_weights(params, evaluation)
         labels = self.curvature.model.targets(evaluation.batch)
         return HeadLoss(self.head, at, labels, omega, loss.label_smoothing, prox_linear, scale)
+
+
+def _logits(hidden: Any, matrix: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*hidden.shape[:-1], matrix.shape[1]), hidden.dtype)
 
 
 def _is_floating(x: Any) -> bool:

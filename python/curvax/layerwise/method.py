@@ -12,6 +12,7 @@ from curvax import tree
 from curvax.curvature import Evaluation
 from curvax.execute import Layout
 from curvax.kernels._dispatch import Backend, Choice, resolve
+from curvax.keys import check_key
 from curvax.layerwise.inner import InnerSolver
 from curvax.layerwise.plan import InnerLoopPlan, plan_for_shapes, plan_without_shapes
 from curvax.layerwise.quadratic import InnerProblem
@@ -19,6 +20,7 @@ from curvax.layerwise.search import LineSearch
 from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
 from curvax.result import Result, code
+from curvax.structure.batch_axes import BatchAxes, Parts
 from curvax.tree import PyTree
 
 Info = dict[str, Any]
@@ -72,7 +74,7 @@ class InnerLoopMethod:
         """The state before the first step.
 
         Args:
-          params: the parameters.
+          params: the parameters, or `jax.ShapeDtypeStruct`s.
           model_state: mutable model state, for models with `has_state`.
 
         Raises:
@@ -89,12 +91,19 @@ class InnerLoopMethod:
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
+        return self._state(trainable, model_state)
+
+    def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> OuterState:
+        """The state of a tree without leaves, as `Method.init_empty` for `optax.tree.map_params`."""
+        return self._state(params, model_state)
+
+    def _state(self, trainable: PyTree, model_state: PyTree) -> OuterState:
         return OuterState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
-            inner=self.inner.init(tree.widen(jax.tree.map(jnp.asarray, trainable))),
+            inner=self.inner.init(tree.widen(trainable)),
             offset=tree.zeros_like(trainable) if self.warm_start else (),
-            model_state=model_state,
+            model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
         )
 
@@ -105,8 +114,8 @@ class InnerLoopMethod:
 
         Args:
           params: parameters, laid out as for `init`.
-          batch: mapping of arrays whose leading axis is cut into `parts` equal parts: the inner minibatches in order,
-            then the line search's.
+          batch: mapping of arrays, whose examples are cut into `parts` equal parts: the inner minibatches in order,
+            then the line search's. Leaves that all examples share go into all of them.
           state: from `init` or the last step.
           rng: random key for models that take one; folded with step and minibatch.
 
@@ -114,21 +123,24 @@ class InnerLoopMethod:
           (params, state, info). A step that is not taken, because of a number that is not finite or because no
           candidate of the line search is better, returns parameters and inner state as they were. Info holds
           "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
-          and inner state are), "rejected" (steps not taken so far), "step_size" and "update_norm"; with a line search
+          and inner state are), "rejected" (steps not taken so far), "batch_fault" (what is wrong with the values of the
+          batch, a `curvax.losses.BatchFault`), "step_size" and "update_norm"; with a line search
           "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
           "result", "iterations" and "residual".
 
         Raises:
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
         """
-        minibatches, search_batch = self._cut(batch)
         carry = self.start(params, state, rng)
+        minibatches, search_batch = self._cut(batch, self._axes(carry, batch))
 
         @for_loop_body
         def advance(progress: Progress, minibatch: Any) -> Progress:
             return self._advance(carry, progress, minibatch)
 
-        progress, _ = jax.lax.scan(lambda p, m: (advance(p, m), None), carry.progress, minibatches)
+        progress, _ = jax.lax.scan(
+            lambda p, held: (advance(p, minibatches.part(held)), None), carry.progress, minibatches.held
+        )
         return self.finish(dataclasses.replace(carry, progress=progress), search_batch)
 
     def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
@@ -157,7 +169,10 @@ class InnerLoopMethod:
             result=code(Result.CONVERGED),
             iterations=jnp.zeros((), jnp.int32),
             residual=jnp.zeros((), dtype),
+            batch_fault=jnp.zeros((), jnp.int32),
         )
+        if rng is not None:
+            check_key("rng", rng)
         key = None if rng is None else jax.random.fold_in(rng, state.step)
         return Carry(params, state, key, progress)
 
@@ -174,7 +189,7 @@ class InnerLoopMethod:
 
         Args:
           carry: from `accumulate`.
-          search_batch: fresh data of the line search, `None` without one; its leading axis is cut into the search's
+          search_batch: fresh data of the line search, `None` without one; its examples are cut into the search's
             `minibatches`.
 
         Returns:
@@ -213,6 +228,7 @@ class InnerLoopMethod:
             "accepted": accepted,
             "finite": finite,
             "rejected": rejected,
+            "batch_fault": progress.batch_fault,
             "step_size": size,
             "update_norm": jnp.where(accepted, size * tree.norm(progress.delta).astype(size.dtype), 0),
             **extra,
@@ -229,9 +245,10 @@ class InnerLoopMethod:
           model_state: as for `init`.
         """
         trainable, frozen = self.problem.curvature.partition.split(params)
-        minibatches, _ = jax.eval_shape(self._cut, batch)
-        minibatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), minibatches)
         key = jax.random.key(0) if self.problem.curvature.needs_model_key else None
+        shapes = jax.eval_shape(lambda: batch)
+        axes = self.problem.axes(trainable, Evaluation(shapes, frozen, model_state, key))
+        minibatch = jax.eval_shape(lambda b: self._minibatch(*self._cut(b, axes)), shapes)
         evaluation = Evaluation(minibatch, frozen, model_state, key)
         self.problem.outputs.check(trainable, evaluation)
         choices = self.kernel_choices(trainable, evaluation)
@@ -242,24 +259,34 @@ class InnerLoopMethod:
         wanted = self.problem.outputs.kernels(params, evaluation)
         return tuple(resolve(op, self.backend, request) for op, request in wanted)
 
-    def _cut(self, batch: Any) -> tuple[Any, Any]:
-        """(minibatches with a leading axis of inner steps, search batch or `None`)."""
-        leaves = jax.tree.leaves(batch)
-        sizes = {x.shape[0] if x.ndim else 0 for x in leaves}
-        if len(sizes) != 1 or min(sizes) == 0 or min(sizes) % self.parts:
+    def _axes(self, carry: Carry, batch: Any) -> BatchAxes:
+        trainable, evaluation = self._evaluation(carry, carry.progress, batch)
+        return self.problem.axes(trainable, evaluation)
+
+    def _cut(self, batch: Any, axes: BatchAxes) -> tuple[Parts, Any]:
+        """(inner minibatches, search batch or `None`)."""
+        examples = axes.count(batch)
+        if examples == 0 or examples % self.parts:
             search = "" if self.search is None else f" and {self.search.minibatches} of the line search"
             raise ValueError(
-                f"the batch has leading axes of {sorted(sizes)}: give every leaf the same leading axis of examples, a "
-                f"multiple of {self.parts} ({self.inner_steps} inner minibatches{search})."
+                f"the batch has {examples} examples: give it a multiple of {self.parts} ({self.inner_steps} inner "
+                f"minibatches{search})."
             )
-        each = min(sizes) // self.parts
+        each = examples // self.parts
         inside = each * self.inner_steps
-        minibatches = jax.tree.map(lambda x: x[:inside].reshape(self.inner_steps, each, *x.shape[1:]), batch)
-        return minibatches, None if self.search is None else jax.tree.map(lambda x: x[inside:], batch)
+        search_batch = None if self.search is None else axes.slice(batch, inside, examples)
+        return axes.parts(batch, each, self.inner_steps), search_batch
+
+    @staticmethod
+    def _minibatch(minibatches: Parts, search_batch: Any) -> Any:
+        """The first inner minibatch of what `_cut` returns."""
+        del search_batch
+        return minibatches.part([x[0] for x in minibatches.held])
 
     def _advance(self, carry: Carry, progress: Progress, minibatch: Any) -> Progress:
         trainable, evaluation = self._evaluation(carry, progress, minibatch)
         self.problem.outputs.check(trainable, evaluation)
+        evaluation = self.problem.prepare(trainable, evaluation)
         problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
         found = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
         return Progress(
@@ -271,6 +298,7 @@ class InnerLoopMethod:
             result=found.result,
             iterations=found.iterations,
             residual=found.residual.astype(progress.residual.dtype),
+            batch_fault=jnp.maximum(progress.batch_fault, self.problem.outputs.batch_fault(trainable, evaluation)),
         )
 
     def _evaluation(self, carry: Carry, progress: Progress, batch: Any) -> tuple[PyTree, Evaluation]:
@@ -285,12 +313,14 @@ class InnerLoopMethod:
         if self.search is None:
             raise AssertionError("only a method with a line search searches.")
         progress = carry.progress
-        _, evaluation = self._evaluation(carry, progress, self.search.pieces(search_batch))
+        _, evaluation = self._evaluation(carry, progress, None)
+        parts = self.search.parts(search_batch, self._axes(carry, search_batch))
         sizes = self.search.step_sizes(progress.loss.dtype)
         losses = self.search.losses(
-            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation
+            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation, parts
         )
-        best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+        # A loss of minus infinity is no better than one of plus infinity or NaN.
+        best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
         return sizes[best], {"search_loss": losses[0], "search_loss_after": losses[best]}
 
     def _offset(self, trainable: PyTree, delta: PyTree, moved: PyTree, accepted: jax.Array) -> PyTree:

@@ -77,6 +77,10 @@ class Outputs(abc.ABC):
         """Raises TypeError or ValueError where model, loss and batch do not fit; nothing is computed."""
 
     @abc.abstractmethod
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        """What is wrong with the values of the batch, a `curvax.losses.BatchFault` as an int32 scalar."""
+
+    @abc.abstractmethod
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         """The ops that are called, and what is asked of them."""
 
@@ -109,6 +113,9 @@ class ArrayOutputs(Outputs):
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         self.curvature.check(params, evaluation)
 
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        return self.curvature.batch_fault(params, evaluation)
+
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         return self.curvature.kernels(params, evaluation)
 
@@ -129,9 +136,14 @@ class ArrayOutputs(Outputs):
         at = linear_model(lambda p: model.outputs(p, evaluation), params, push=True)
         if at.push is None:
             raise AssertionError("a model linearized with push=True has one.")
-        omega = self.curvature.effective_weights(params, evaluation)
-        loss = ArrayLoss(self.curvature.loss, at.outputs, model.targets(evaluation.batch), omega, prox_linear, scale)
+        loss = self.loss(at.outputs, evaluation, prox_linear, scale)
         return LinearizedOutputs(loss, at.push, at.pull, at.rest[0])
+
+    def loss(self, outputs: jax.Array, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None) -> ArrayLoss:
+        """The loss at these outputs; arguments as for `linearize`."""
+        targets = self.curvature.model.targets(evaluation.batch)
+        omega = self.curvature.weights_of(outputs, evaluation)
+        return ArrayLoss(self.curvature.loss, outputs, targets, omega, prox_linear, scale)
 
 
 @final

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,15 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, GaussNewton, Microbatched
+from curvax.curvature import Curvature, Evaluation, GaussNewton, Microbatched
+from curvax.curvature.microbatch import Pieces
 from curvax.kernels import Choice
 from curvax.layerwise.block_maps import block_push
 from curvax.layerwise.blocks import BlockPartition, Blocks
 from curvax.layerwise.head import HeadOutputs, SoftmaxHead
 from curvax.layerwise.outputs import ArrayOutputs, Outputs
-from curvax.layerwise.shares import Shares
+from curvax.layerwise.shares import Shares, share_bounds
+from curvax.structure.batch_axes import BatchAxes
 from curvax.tree import PyTree
 
 
@@ -104,6 +107,41 @@ class InnerProblem:
             return Blocks(("all",), (0,) * len(jax.tree.leaves(params)))
         return self.partition.blocks(params)
 
+    def axes(self, params: PyTree, evaluation: Evaluation) -> BatchAxes:
+        """Which leaves of a batch of several minibatches hold the examples; they may interact within a minibatch."""
+        try:
+            return self.curvature.examples(params, evaluation, lambda _: ()).axes
+        except Exception:  # A model need not run on more than a minibatch, and may say so in whatever way it likes.
+            found = Curvature.examples(self.curvature, params, evaluation, lambda _: ())
+        if found.refused:
+            raise ValueError(
+                f"{found.refused}: say by batch_axes= which of them hold the examples, and which are shared."
+            )
+        return found.axes
+
+    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        """See `Curvature.prepare`.
+
+        Raises:
+          ValueError: the minibatch does not come apart into microbatches or shares.
+        """
+        if evaluation.axes is not None:
+            return evaluation
+        if self.microbatch_size is not None:
+            evaluation = Microbatched(self.curvature, self.microbatch_size).prepare(params, evaluation)
+        if evaluation.axes is not None or self.partition is None or self.shares == 1:
+            return self.curvature.prepare(params, evaluation)
+        count = min(self.shares, self.blocks(params).count)
+
+        def sizes(examples: int) -> tuple[int, ...]:
+            bounds = share_bounds(count, examples)
+            return tuple({b - a for a, b in itertools.pairwise(bounds)} - {examples, 0})
+
+        found = self.curvature.examples(params, evaluation, sizes)
+        if found.refused:
+            raise ValueError(f"shares={self.shares} takes curvature on parts of the examples: {found.refused}.")
+        return self.curvature.stand_in(params, evaluation, found)
+
     def linearize(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss:
         """Evaluates and linearizes the model once; every gradient and product uses that.
 
@@ -113,7 +151,10 @@ class InnerProblem:
         blocks = self.blocks(params)
         if self.partition is None or self.shares == 1:
             return self._linearize(params, evaluation, blocks, tuple(range(blocks.count)))
-        shares, parts = Shares.of(self.shares, blocks, evaluation.batch), []
+        evaluation = self.prepare(params, evaluation)
+        if evaluation.axes is None:
+            raise AssertionError("what is cut into shares knows where its examples are.")
+        shares, parts = Shares.of(self.shares, blocks, evaluation.axes.count(evaluation.batch)), []
         omega, model_state = self.curvature.effective_weights(params, evaluation), evaluation.model_state
         for index, chosen in enumerate(shares.blocks):
             piece = shares.evaluation(index, evaluation, omega, model_state)
@@ -162,6 +203,9 @@ class InnerProblem:
             at = self.linearize(params, piece)
             return at.slope(delta), at.model_state, ()
 
+        coupled = self._coupled(params, evaluation)
+        if coupled is not None:
+            return *coupled.slope(delta), coupled.model_state
         (loss, gradient), model_state = self._sum(params, evaluation, visit)
         return loss, gradient, model_state
 
@@ -169,6 +213,9 @@ class InnerProblem:
         """One minibatch for a solver of the quadratic: linearized once, or once a product where there are pieces."""
         if self.microbatch_size is None:
             return self.linearize(params, evaluation)
+        coupled = self._coupled(params, evaluation)
+        if coupled is not None:
+            return coupled
 
         def summed(term: Callable[[LinearizedLoss], Any]) -> tuple[Any, PyTree]:
             def visit(piece: Evaluation, *_: Any) -> tuple[Any, PyTree, tuple[()]]:
@@ -188,14 +235,60 @@ class InnerProblem:
 
     def _sum(self, params: PyTree, evaluation: Evaluation, visit: Callable[..., Any]) -> tuple[Any, PyTree]:
         """(sum of the pieces' terms, last model state)."""
-        pieces = None
-        if self.microbatch_size is not None:
-            pieces = Microbatched(self.curvature, self.microbatch_size).pieces(params, evaluation)
+        pieces = self._pieces(params, evaluation)
         if pieces is None:
             term, model_state, _ = visit(evaluation)
             return term, model_state
         term, model_state, _ = pieces.sum(visit)
         return term, model_state
+
+    def _pieces(self, params: PyTree, evaluation: Evaluation) -> Pieces | None:
+        if self.microbatch_size is None:
+            return None
+        return Microbatched(self.curvature, self.microbatch_size).pieces(params, evaluation)
+
+    def _coupled(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss | None:
+        """One minibatch in pieces whose loss takes the outputs of all of them together; `None` for other losses."""
+        pieces = self._pieces(params, evaluation) if self.curvature.couples_examples else None
+        if pieces is None:
+            return None
+        blocks, axis = self.blocks(params), 0 if self.partition is None else 1
+
+        def maps(piece: Evaluation) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree], PyTree]:
+            at = self.outputs.linearize(params, piece, self.prox_linear, None)
+            if self.partition is None:
+                return at.push, at.pull, at.model_state
+            return *_by_block(at.push, params, blocks, tuple(range(blocks.count))), at.model_state
+
+        def push(delta: PyTree) -> PyTree:
+            def visit(piece: Evaluation, *_: Any) -> tuple[Any, PyTree, PyTree]:
+                forward, _back, state = maps(piece)
+                return (), state, jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), forward(delta))
+
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), pieces.sum(visit)[2])
+
+        def pull(u: PyTree) -> PyTree:
+            def visit(piece: Evaluation, _: jax.Array, part: PyTree) -> tuple[Any, PyTree, tuple[()]]:
+                _forward, back, state = maps(piece)
+                return back(jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), part)), state, ()
+
+            return pieces.sum(visit, beside=jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), u))[0]
+
+        whole = Microbatched(self.curvature, pieces.size).linear_pieces(params, pieces)
+        loss = ArrayOutputs(self.curvature).loss(whole.outputs, pieces.evaluation, self.prox_linear, None)
+        slope, product = (loss.slope, loss.product) if self.partition is None else (loss.slopes, loss.products)
+
+        def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
+            value, found = slope(push(delta))
+            return value, pull(found)
+
+        return LinearizedLoss(
+            value=loss.value,
+            start=lambda: whole.pull(loss.residual()),
+            slope=inner,
+            product=lambda delta: pull(product(push(delta))),
+            model_state=whole.rest[0],
+        )
 
 
 def _summed(parts: Sequence[LinearizedLoss]) -> LinearizedLoss:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature import Evaluation
+from curvax.structure.batch_axes import BatchAxes, Parts
 from curvax.tree import PyTree
 
 
@@ -48,23 +49,23 @@ class LineSearch:
         """0, then the candidates from the largest to the smallest: (candidates + 1,)."""
         return jnp.asarray([0.0, *(self.ratio**i for i in range(self.candidates))], dtype)
 
-    def pieces(self, batch: Any) -> Any:
-        """The search batch as (minibatches, examples of one, ...)."""
-        sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)}
-        if len(sizes) != 1 or min(sizes) == 0 or min(sizes) % self.minibatches:
+    def parts(self, batch: Any, axes: BatchAxes) -> Parts:
+        """The search batch in minibatches."""
+        examples = axes.count(batch)
+        if examples == 0 or examples % self.minibatches:
             raise ValueError(
-                f"the search batch has leading axes of {sorted(sizes)}: give every leaf the same leading axis of "
-                f"examples, a multiple of the line search's {self.minibatches} minibatches."
+                f"the search batch has {examples} examples: give it a multiple of the line search's {self.minibatches} "
+                "minibatches."
             )
-        each = min(sizes) // self.minibatches
-        return jax.tree.map(lambda x: x.reshape(self.minibatches, each, *x.shape[1:]), batch)
+        return axes.parts(batch, examples // self.minibatches, self.minibatches)
 
     def losses(
         self,
         value: Callable[[PyTree, Evaluation], jax.Array],
         at: Callable[[jax.Array], PyTree],
         step_sizes: jax.Array,
-        evaluations: Evaluation,
+        evaluation: Evaluation,
+        parts: Parts,
     ) -> jax.Array:
         """Mean loss over the minibatches for each step size.
 
@@ -72,18 +73,19 @@ class LineSearch:
           value: (trainable parameters, evaluation) -> loss.
           at: step size -> trainable parameters.
           step_sizes: (n,).
-          evaluations: everything else, with a batch from `pieces`.
+          evaluation: everything else but the batch.
+          parts: the batch, from `parts`.
         """
 
         def loss(step_size: jax.Array) -> jax.Array:
             params = at(step_size)
 
-            def one(batch: Any) -> jax.Array:
-                return value(params, dataclasses.replace(evaluations, batch=batch))
+            def one(held: Any) -> jax.Array:
+                return value(params, dataclasses.replace(evaluation, batch=parts.part(held)))
 
             if self.minibatches == 1:
-                return one(jax.tree.map(lambda x: x[0], evaluations.batch))
-            return jnp.mean(jax.lax.map(one, evaluations.batch))
+                return one([x[0] for x in parts.held])
+            return jnp.mean(jax.lax.map(one, parts.held))
 
         if self.chunk is None:
             return jax.vmap(loss)(step_sizes)

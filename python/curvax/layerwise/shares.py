@@ -25,29 +25,34 @@ class Shares:
     blocks: tuple[tuple[int, ...], ...]
 
     @staticmethod
-    def of(count: int, blocks: Blocks, batch: Any) -> Shares:
+    def of(count: int, blocks: Blocks, examples: int) -> Shares:
         """`count` shares, or one for each block if there are fewer.
 
         Raises:
-          ValueError: the batch has no common leading axis, or fewer examples than shares.
+          ValueError: there are fewer examples than shares.
         """
-        sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)}
         count = min(count, blocks.count)
-        if len(sizes) != 1 or min(sizes) < count:
+        if examples < count:
             raise ValueError(
-                f"{count} shares need as many examples in every minibatch (or microbatch), but its leading axes are "
-                f"{sorted(sizes)}: make minibatches larger, or shares= smaller."
+                f"{count} shares need as many examples in every minibatch (or microbatch), and there are {examples}: "
+                "make minibatches larger, or shares= smaller."
             )
-        examples = sizes.pop()
-        bounds = tuple(examples * i // count for i in range(count + 1))
-        return Shares(bounds, tuple(tuple(range(i, blocks.count, count)) for i in range(count)))
+        return Shares(share_bounds(count, examples), tuple(tuple(range(i, blocks.count, count)) for i in range(count)))
 
-    def cut(self, index: int, values: Any) -> Any:
-        """Share `index` of arrays with a leading axis of examples."""
-        return jax.tree.map(lambda x: x[self.bounds[index] : self.bounds[index + 1]], values)
+    def cut(self, index: int, omega: jax.Array) -> jax.Array:
+        """Share `index` of weights."""
+        return omega[self.bounds[index] : self.bounds[index + 1]]
 
     def evaluation(self, index: int, whole: Evaluation, omega: jax.Array, model_state: Any) -> Evaluation:
         """`whole` on share `index`, with a random key of its own."""
         key = None if whole.model_key is None else jax.random.fold_in(whole.model_key, index)
-        batch, omega = self.cut(index, (whole.batch, omega))
+        if whole.axes is None:
+            raise AssertionError("what is cut into shares knows where its examples are.")
+        batch = whole.axes.slice(whole.batch, self.bounds[index], self.bounds[index + 1])
+        omega = self.cut(index, omega)
         return dataclasses.replace(whole, batch=batch, omega=omega, model_state=model_state, model_key=key)
+
+
+def share_bounds(count: int, examples: int) -> tuple[int, ...]:
+    """First example of each of `count` shares, and the number of examples."""
+    return tuple(examples * i // count for i in range(count + 1))

@@ -45,6 +45,7 @@ class Progress:
       loss: sum of their losses at theta0.
       model_state: the model's state.
       result, iterations, residual: of the last linear solve.
+      batch_fault: the worst of the batches, a `curvax.losses.BatchFault`.
     """
 
     delta: PyTree
@@ -55,6 +56,7 @@ class Progress:
     result: jax.Array
     iterations: jax.Array
     residual: jax.Array
+    batch_fault: jax.Array
 
 
 @jax.tree_util.register_dataclass

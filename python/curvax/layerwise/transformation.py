@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -32,6 +33,8 @@ def as_gradient_transformation(
     """
 
     def init(params: PyTree) -> OuterState:
+        if not jax.tree.leaves(params):
+            return method.init_empty(params, model_state=model_state)
         return method.init(params, model_state=model_state)
 
     def update(
@@ -44,6 +47,8 @@ def as_gradient_transformation(
         **unused: Any,
     ) -> tuple[PyTree, OuterState]:
         del unused  # Optax passes every extra argument to every transformation of a chain.
+        if not jax.tree.leaves(updates):
+            return updates, dataclasses.replace(state, step=state.step + 1)
         if params is None or batch is None:
             raise ValueError("an inner loop needs parameters and data: call update(grads, state, params, batch=batch).")
         if any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_hole)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from curvax.losses.base import Loss as Loss
 from curvax.losses.base import Reduction as Reduction
+from curvax.losses.batch_fault import BatchFault as BatchFault
 from curvax.losses.binary_cross_entropy import SigmoidBinaryCrossEntropy as SigmoidBinaryCrossEntropy
 from curvax.losses.cross_entropy import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from curvax.losses.custom import CustomLoss as CustomLoss
@@ -11,6 +12,7 @@ from curvax.losses.poisson import Poisson as Poisson
 from curvax.losses.squared_error import SquaredError as SquaredError
 
 __all__ = [
+    "BatchFault",
     "CustomLoss",
     "Loss",
     "Poisson",

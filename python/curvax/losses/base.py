@@ -14,6 +14,8 @@ import numpy as np
 
 from curvax import tree
 from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.losses.batch_fault import BatchFault, at_hand, refuse
+from curvax.losses.rounding import loss_rounding
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -63,7 +65,7 @@ class Loss(abc.ABC):
 
     @property
     def couples_examples(self) -> bool:
-        """True if examples enter each other's terms; such a loss cannot be cut into microbatches."""
+        """True if examples enter each other's terms; microbatches then take it of the outputs of all pieces."""
         return False
 
     def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
@@ -78,7 +80,8 @@ class Loss(abc.ABC):
         Returns:
           omega in the wide dtype, shaped like the positions (like the outputs for outputs-shaped weights). With
           "mean" the normaliser is the sum of the weights over positions (outputs-shaped weights count 1/K each, so
-          that all ones again change nothing); if that sum is zero omega is zero, and so is the loss.
+          that all ones again change nothing); if that sum is zero omega is zero, and so is the loss. A negative weight
+          makes it NaN with "mean": the sum of weights of both signs says nothing of how much they weigh.
 
         Raises:
           TypeError, ValueError: weights of a wrong dtype or shape.
@@ -91,10 +94,48 @@ class Loss(abc.ABC):
         w = jnp.asarray(weights).astype(dtype)
         shape = tuple(outputs.shape) if w.ndim > len(positions) else positions
         if self.reduction == "mean":
+            w = jnp.where(jnp.all(w >= 0), w, jnp.full((), jnp.nan, dtype))
             # One entry of w stands for several positions if w is a shorter prefix, for 1/K of one if it has K each.
             total = jnp.sum(w) * (math.prod(positions) / max(w.size, 1))
             w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
         return jnp.broadcast_to(append_axes(w, len(shape)), shape)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether targets may leave out positions (`observed_weights`)."""
+        return False
+
+    def observed_weights(self, outputs: Shaped, targets: Any, weights: Any = None) -> Any:
+        """The weights, with zero at positions that the targets themselves leave out: for most losses there are none.
+
+        Args:
+          outputs, targets, weights: as in `check`.
+
+        Returns:
+          What `effective_weights` takes.
+        """
+        del outputs, targets
+        return weights
+
+    def batch_fault(self, outputs: Shaped, targets: Any, weights: Any = None, *, signed: bool = True) -> jax.Array:
+        """What is wrong with the values of targets and weights, a `BatchFault` as an int32 scalar.
+
+        Args:
+          outputs, targets, weights: as in `check`.
+          signed: whether a sum may have weights of both signs; a mean may not in any case.
+        """
+        del outputs, targets
+        if weights is None or (signed and self.reduction == "sum"):
+            return jnp.asarray(int(BatchFault.NONE), jnp.int32)
+        w = jnp.asarray(weights)
+        fine = jnp.all(w >= jnp.zeros((), w.dtype))
+        return jnp.where(fine, int(BatchFault.NONE), int(BatchFault.NEGATIVE_WEIGHT)).astype(jnp.int32)
+
+    def check_values(self, outputs: Shaped, targets: Any, weights: Any = None, *, signed: bool = True) -> None:
+        """Raises ValueError for a `batch_fault`, where the arrays are at hand: not under `jit`, nor for shapes."""
+        if at_hand((targets, weights)):
+            with jax.ensure_compile_time_eval():
+                refuse(self.batch_fault(outputs, targets, weights, signed=signed), _extent(targets, weights))
 
     def kernels(self, outputs: Shaped) -> tuple[tuple[Op, Request], ...]:
         """The ops that `hessian_product` calls on such outputs, and what it asks of them: none for most losses."""
@@ -161,6 +202,11 @@ class Loss(abc.ABC):
     def gradient(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
         """The gradient with respect to the outputs: omega_i l'(f_i), outputs-shaped and wide."""
 
+    def rounding(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
+        """How far rounding may move the value (`losses.rounding`): a wide scalar, at least 0."""
+        value, slope = self.value(outputs, targets, omega), self.gradient(outputs, targets, omega)
+        return loss_rounding(value, jnp.asarray(outputs), slope.reshape(outputs.shape))
+
     @abc.abstractmethod
     def hessian_product(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:
         """Q v with Q = omega_i l''(f_i), for outputs-shaped `v`; outputs-shaped and wide."""
@@ -192,6 +238,12 @@ class Loss(abc.ABC):
         Returns:
           Targets that the other methods accept in the place of `targets`.
         """
+
+
+def _extent(targets: Any, weights: Any) -> str:
+    """Smallest and largest entries, in words."""
+    named = [("targets", x) for x in jax.tree.leaves(targets)] + [("weights", x) for x in jax.tree.leaves(weights)]
+    return ", ".join(f"{name} from {np.min(x)} to {np.max(x)}" for name, x in named if np.size(x))
 
 
 def wide_dtype(dtype: Any) -> np.dtype:

@@ -15,6 +15,7 @@ from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses.base import (
     Loss,
     Shaped,
+    append_axes,
     exp_clipped,
     is_real,
     positions_shape,
@@ -24,6 +25,8 @@ from curvax.losses.base import (
     weigh,
     wide_dtype,
 )
+from curvax.losses.batch_fault import BatchFault
+from curvax.losses.rounding import MARGIN
 
 
 @final
@@ -42,14 +45,16 @@ class SoftmaxCrossEntropy(Loss):
     sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros.
 
     Logits of minus infinity rule a class out: its probability, gradient and curvature are zero. An integer label
-    outside 0 .. classes - 1 is legal at zero weight (padding with -1 or -100); elsewhere it makes loss and gradient
-    NaN, so that it cannot pass unseen.
+    outside 0 .. classes - 1 is legal at zero weight (padding with -1 or -100) and as `ignore_index`; elsewhere it makes
+    loss and gradient NaN, so that it cannot pass unseen: a step reports it as `BatchFault.LABEL_OUT_OF_RANGE`.
 
     Attributes:
       implementation: of the op `softmax_hvp` in `hessian_product`. With `None` (default) a method's plan chooses it by
         the method's backend, and outside a method the best supported one runs; what is named here runs, or raises.
       label_smoothing: share e of the mass that is spread evenly over the classes that the logits allow (all, unless
         some are minus infinity): y becomes (1 - e) y + e c / classes (Szegedy et al. 2016). Default 0.
+      ignore_index: integer label of positions that do not count, as if they had weight zero; -100 in data prepared for
+        PyTorch. Default `None`: there is none.
       reduction: see `Loss`.
 
     Raises:
@@ -58,12 +63,39 @@ class SoftmaxCrossEntropy(Loss):
 
     label_smoothing: float = 0.0
     implementation: Implementation | Choice | None = dataclasses.field(default=None, kw_only=True)
+    ignore_index: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Validates the configuration."""
         super().__post_init__()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: pass a number in [0, 1).")
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there is an `ignore_index`."""
+        return self.ignore_index is not None
+
+    def observed_weights(self, outputs: Shaped, targets: Any, weights: Any = None) -> Any:
+        """Zero where the label is `ignore_index`; see `Loss.observed_weights`."""
+        if self.ignore_index is None or len(targets.shape) == len(outputs.shape):
+            return weights
+        counted = jnp.asarray(targets).astype(jnp.int32) != self.ignore_index
+        if weights is None:
+            return counted
+        w = append_axes(jnp.asarray(weights), counted.ndim)
+        return jnp.where(counted, w, jnp.zeros_like(w))
+
+    def batch_fault(self, outputs: Shaped, targets: Any, weights: Any = None, *, signed: bool = True) -> jax.Array:
+        """Looks at integer labels too; see `Loss.batch_fault`."""
+        fault = super().batch_fault(outputs, targets, weights, signed=signed)
+        if len(targets.shape) == len(outputs.shape):
+            return fault
+        labels, counted = jnp.asarray(targets).astype(jnp.int32), self.observed_weights(outputs, targets, weights)
+        known = (labels >= 0) & (labels < outputs.shape[-1])
+        if counted is not None:
+            known |= ~append_axes(jnp.asarray(counted).astype(jnp.bool_), labels.ndim)
+        return jnp.where((fault == 0) & ~jnp.all(known), int(BatchFault.LABEL_OUT_OF_RANGE), fault).astype(jnp.int32)
 
     def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
         """The loss sum_i omega_i sum_k -y_ik log p_ik; see `Loss.value`."""
@@ -74,6 +106,14 @@ class SoftmaxCrossEntropy(Loss):
         """The gradient omega (c p - y); see `Loss.gradient`."""
         log_p, y, mass, weight = self._prepare(outputs, targets, omega)
         return weigh(weight, mass * jnp.exp(log_p) - y)
+
+    def rounding(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+        """That of any loss, and what each -log p of a certain p, the logarithm of a sum near 1, is off by.
+
+        See `Loss.rounding`.
+        """
+        certain = tree.norm(omega) * jnp.asarray(MARGIN * float(jnp.finfo(omega.dtype).eps), omega.dtype)
+        return super().rounding(outputs, targets, omega) + certain
 
     def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
         """The product omega c p (v - p.v); see `Loss.hessian_product`."""

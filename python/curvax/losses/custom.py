@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, final
 
@@ -13,7 +14,7 @@ from curvax.losses.base import Loss, Shaped, append_axes, positions_shape, root,
 from curvax.tree import PyTree
 
 RowFunction = Callable[[jax.Array, PyTree], jax.Array]
-RowSampler = Callable[[jax.Array, jax.Array], PyTree]
+RowSampler = Callable[[jax.Array, jax.Array], PyTree] | Callable[[jax.Array, jax.Array, PyTree], PyTree]
 
 
 @final
@@ -31,8 +32,10 @@ class CustomLoss(Loss):
 
     Attributes:
       function: (f, y) -> real scalar, twice differentiable in f.
-      sampler: (key, f) -> y, draws the target of one position from the model's predictive distribution; needed only
-        where targets are sampled (Monte Carlo Fisher, Gauss-Newton-Bartlett). Default `None`: cannot sample.
+      sampler: (key, f) -> y, draws the target of one position from the model's predictive distribution; or (key, f, y)
+        -> y, which sees the observed target, for the part of it that is no observation (which of several outputs count
+        here). Needed only where targets are sampled (Monte Carlo Fisher, Gauss-Newton-Bartlett). Default `None`: cannot
+        sample.
       reduction: see `Loss`.
     """
 
@@ -84,11 +87,13 @@ class CustomLoss(Loss):
         if self.sampler is None:
             raise ValueError("CustomLoss cannot sample targets without a sampler: pass CustomLoss(function, sampler).")
         f = jnp.asarray(outputs)
-        positions = positions_shape(f)
-        draw = self.sampler
+        positions, draw = positions_shape(f), self.sampler
+        operands: list[Any] = [jax.random.split(key, positions), f.astype(wide_dtype(f.dtype))]
+        if _required(draw) > 2:
+            operands.append(_cast_floats(targets, operands[1].dtype))
         for _ in positions:
             draw = jax.vmap(draw)
-        return draw(jax.random.split(key, positions), f.astype(wide_dtype(f.dtype)))
+        return draw(*operands)
 
     def _row_value(self, row: jax.Array, target: PyTree) -> jax.Array:
         return jnp.asarray(self.function(row, _cast_floats(target, row.dtype))).astype(row.dtype)
@@ -125,6 +130,13 @@ class CustomLoss(Loss):
 
 def _cast_floats(target: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, target)
+
+
+def _required(function: Callable[..., Any]) -> int:
+    """How many arguments a function must have by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def _prepare(outputs: jax.Array, omega: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,7 +51,7 @@ def assemble(
             solver=solver,
             preconditioner=preconditioner or Identity(),
             damping=damping or Constant(0.0),
-            transform=build_transform(tx=tx),
+            transform=build_transform() if tx is None else optax.with_extra_args_support(tx),
             telemetry=telemetry or Telemetry(),
             backend=backend,
             mode=plan,

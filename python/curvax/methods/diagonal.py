@@ -12,7 +12,7 @@ from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartle
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
 from curvax.methods.newton import HessianOptions
-from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOptions
+from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOptions, whole_transform
 from curvax.methods.registry import preset
 from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import Diagonal
@@ -20,7 +20,41 @@ from curvax.transform import EntrywiseUpdate, ScalarOrSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SophiaOptions(LossRecordOptions):
+class SophiaTransformOptions:
+    """Keywords of the Optax chain behind Sophia's direction.
+
+    Attributes:
+      learning_rate: 1e-3, of the order that the paper trains language models with.
+      weight_decay: decoupled; 0.2.
+      clip_value: bound on each entry of the direction; 1.
+      weight_decay_mask: what weight decay applies to: tree of booleans like the parameters, or a function to one.
+      mask: the same, by Somax's name for it.
+      tx: an Optax chain in place of all of these.
+    """
+
+    learning_rate: ScalarOrSchedule = 1e-3
+    weight_decay: float = 0.2
+    clip_value: float = 1.0
+    weight_decay_mask: Any | None = None
+    mask: Any | None = None
+    tx: optax.GradientTransformation | None = None
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        if self.mask is not None and self.weight_decay_mask is not None:
+            raise ValueError("mask and weight_decay_mask are one thing: give weight_decay_mask alone.")
+        if self.tx is not None:
+            return whole_transform(self, self.tx, SophiaTransformOptions)
+        return EntrywiseUpdate(
+            self.learning_rate,
+            clip_value=self.clip_value,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=self.mask if self.weight_decay_mask is None else self.weight_decay_mask,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SophiaOptions(LossRecordOptions, SophiaTransformOptions):
     """Keywords of both Sophia forms (Liu et al. 2023).
 
     Attributes:
@@ -29,11 +63,6 @@ class SophiaOptions(LossRecordOptions):
       gamma: scale of the curvature in the denominator; tune it so that 10 to 50 % of the updates stay unclipped.
       eps: floor of the denominator, relative to the mean magnitude of the diagonal; 1e-8.
       eval_every_k: steps between curvature refreshes; 10.
-      learning_rate: 1e-3, of the order that the paper trains language models with.
-      weight_decay: decoupled; 0.2.
-      clip_value: bound on each entry of the direction; 1.
-      mask: what weight decay applies to.
-      tx: an Optax chain in place of clipping, weight decay and learning rate.
     """
 
     beta1: float = 0.965
@@ -41,22 +70,6 @@ class SophiaOptions(LossRecordOptions):
     gamma: float = 0.05
     eps: float = 1e-8
     eval_every_k: int = 10
-    learning_rate: ScalarOrSchedule = 1e-3
-    weight_decay: float = 0.2
-    clip_value: float = 1.0
-    mask: Any | None = None
-    tx: optax.GradientTransformation | None = None
-
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:
-        if self.tx is not None:
-            return optax.with_extra_args_support(self.tx)
-        return EntrywiseUpdate(
-            self.learning_rate,
-            clip_value=self.clip_value,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=self.mask,
-        )
 
     def preconditioner(self, estimator: DiagonalEstimator) -> EmaDiagonal:
         denominator = SophiaFloor(self.gamma, self.eps)

@@ -8,6 +8,7 @@ from curvax.curvature import GaussNewton, Metric, MonteCarloFisher
 from curvax.damping import Damping
 from curvax.losses import Loss
 from curvax.method import Method
+from curvax.methods.names import policy_name
 from curvax.methods.options import DampingOptions, ModelOptions, SolveRecordOptions, TransformOptions
 from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
@@ -57,7 +58,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
 
     @property
     def damping(self) -> Damping:
-        if self.lam_policy != "trust_region":
+        if not (isinstance(self.lam_policy, str) and policy_name(self.lam_policy) == "trust_region"):
             return super().damping
         fields = {**_TRUST_REGION, **(self.lam_kwargs or {})}
         return DampingOptions(lam_policy="trust_region", lam0=self.lam0, lam_kwargs=fields).damping  # type: ignore[arg-type]

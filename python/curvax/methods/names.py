@@ -3,35 +3,78 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from curvax.damping import Damping
 from curvax.estimators import BlockAverage, DiagonalEstimator, ExactDiagonal, GaussNewtonBartlett, Hutchinson
 from curvax.preconditioners import AdaHessianPower, Damped, EmaDiagonal, Identity, Jacobi, Preconditioner, SophiaFloor
+from curvax.spelling import check_keywords, nearest
 
 T = TypeVar("T")
+DampingT = TypeVar("DampingT", bound=Damping)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' for the closest known word, or the whole list if none is close."""
-    choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(choices)}."
+_POLICIES = {
+    "const": ("const", "constant", "fixed"),
+    "schedule": ("schedule",),
+    "trust_region": ("trust_region", "tr", "lm", "levenberg_marquardt"),
+}
+_POLICY_OF = {name: policy for policy, names in _POLICIES.items() for name in names}
+_ESTIMATORS: dict[str, type[DiagonalEstimator]] = {
+    "hutchinson": Hutchinson,
+    "hutch": Hutchinson,
+    "gnb_ce": GaussNewtonBartlett,
+    "gnb": GaussNewtonBartlett,
+    "gaussnewtonbartlett": GaussNewtonBartlett,
+    "exact": ExactDiagonal,
+}
+_PRECONDITIONERS = {
+    "identity": "identity",
+    "none": "identity",
+    "diag_direct": "diag_direct",
+    "direct": "diag_direct",
+    "diag_ema": "diag_ema",
+    "ema": "diag_ema",
+}
+
+# What Somax takes and curvax does not: nothing is dropped in silence.
+_DAMPING_INSTEAD = {
+    "rho_clip": "a bound on rho beyond lower and upper decides nothing: drop it.",
+    "dtype": "lam has JAX's default float dtype: drop it.",
+}
+_ESTIMATOR_INSTEAD = {"dtype": "probes have the dtypes of the parameters: drop it."}
+_JACOBI_INSTEAD = {
+    "eps": "a denominator of zero is replaced by the mean curvature, so none is needed: drop it.",
+    "clip_nonneg": "negative estimates always count as zero: drop it.",
+}
+_EMA_INSTEAD = {
+    "beta1": "in front of CG there is no mean of gradients: drop it, or take sophia_g, sophia_h or adahessian.",
+    "add_lambda": "lam is added unless gamma or hessian_power ask for Sophia's or AdaHessian's denominator: drop it.",
+    "diag_fn": "pass a curvax.estimators.DiagonalEstimator as estimator=.",
+}
 
 
-def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for the first keyword that is not known, naming the nearest that is."""
-    choices = set(known)
-    for word in given:
-        if word not in choices:
-            raise TypeError(f"{owner} has no keyword '{word}'.{nearest(word, choices)}")
+def policy_name(policy: str) -> str:
+    """The name of a damping policy, for any that Somax has for it, in any case."""
+    found = _POLICY_OF.get(policy.lower())
+    if found is None:
+        raise ValueError(
+            'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
+            f"not {policy!r}."
+        )
+    return found
 
 
-def from_mapping(kind: type[T], fields: Mapping[str, Any], owner: str) -> T:
+def build_damping(kind: type[DampingT], fields: Mapping[str, Any]) -> DampingT:
+    """A damping policy from its fields."""
+    return _from_mapping(kind, fields, "lam_kwargs", _DAMPING_INSTEAD)
+
+
+def _from_mapping(kind: type[T], fields: Mapping[str, Any], owner: str, instead: Mapping[str, str]) -> T:
     """Builds a dataclass from a mapping, checking the names first."""
-    check_keywords(owner, fields, inspect.signature(kind).parameters)
+    check_keywords(owner, fields, inspect.signature(kind).parameters, instead)
     return kind(**fields)
 
 
@@ -43,15 +86,10 @@ def build_estimator(
         if fields:
             raise ValueError("estimator_kwargs go with a named estimator: put them into the estimator object.")
         return estimator
-    kinds: dict[str, type[DiagonalEstimator]] = {
-        "hutchinson": Hutchinson,
-        "gnb_ce": GaussNewtonBartlett,
-        "gnb": GaussNewtonBartlett,
-        "exact": ExactDiagonal,
-    }
-    if estimator not in kinds:
-        raise ValueError(f"there is no estimator {estimator!r}.{nearest(str(estimator), kinds)}")
-    return from_mapping(kinds[estimator], fields or {}, "estimator_kwargs")
+    kind = _ESTIMATORS.get(estimator.lower())
+    if kind is None:
+        raise ValueError(f"there is no estimator {estimator!r}.{nearest(estimator.lower(), _ESTIMATORS)}")
+    return _from_mapping(kind, fields or {}, "estimator_kwargs", _ESTIMATOR_INSTEAD)
 
 
 def build_preconditioner(
@@ -65,25 +103,29 @@ def build_preconditioner(
                 "precond already is a preconditioner: drop estimator, estimator_kwargs and precond_kwargs."
             )
         return precond
-    if precond is None or precond == "identity":
+    kind = "identity" if precond is None else _PRECONDITIONERS.get(precond.lower())
+    if kind is None:
+        raise ValueError(f"there is no preconditioner {precond!r}.{nearest(str(precond).lower(), _PRECONDITIONERS)}")
+    if kind == "identity":
         if options or estimator is not None:
             raise ValueError('estimator and precond_kwargs need a preconditioner to serve: set precond="diag_direct".')
         return Identity()
-    if precond not in ("diag_direct", "diag_ema"):
-        raise ValueError(
-            f"there is no preconditioner {precond!r}.{nearest(str(precond), ('identity', 'diag_direct', 'diag_ema'))}"
-        )
     chosen = estimator or Hutchinson()
-    if precond == "diag_direct":
-        check_keywords("precond_kwargs", options, ("every", "add_lam"))
-        return Jacobi(chosen, **options)
-    return _ema_diagonal(chosen, options)
+    return _jacobi(chosen, options) if kind == "diag_direct" else _ema_diagonal(chosen, options)
+
+
+def _jacobi(estimator: DiagonalEstimator, options: dict[str, Any]) -> Jacobi:
+    """A diagonal as it was last estimated."""
+    if "add_lambda" in options and "add_lam" not in options:
+        options["add_lam"] = options.pop("add_lambda")
+    check_keywords("precond_kwargs", options, ("every", "add_lam"), _JACOBI_INSTEAD)
+    return Jacobi(estimator, **options)
 
 
 def _ema_diagonal(estimator: DiagonalEstimator, options: dict[str, Any]) -> EmaDiagonal:
     """EMA of a diagonal as preconditioner of CG: plain, or with AdaHessian's or Sophia's denominator."""
     known = ("beta2", "hessian_power", "eps", "spatial_averaging", "eval_every_k", "gamma")
-    check_keywords("precond_kwargs", options, known)
+    check_keywords("precond_kwargs", options, known, _EMA_INSTEAD)
     beta2, every = options.get("beta2", 0.999), options.get("eval_every_k", 1)
     if options.get("spatial_averaging") and isinstance(estimator, Hutchinson):
         estimator = dataclasses.replace(estimator, block_average=BlockAverage())

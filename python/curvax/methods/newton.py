@@ -26,7 +26,8 @@ class HessianOptions(CommonOptions):
     """Keywords of presets on the Hessian: a loss function, or a model and a loss.
 
     Attributes:
-      loss_fn: `loss_fn(params, batch) -> scalar`.
+      loss_fn: `loss_fn(params, batch) -> scalar`, or `-> (total, weight)` with the loss total / weight, which is what
+        microbatches need of a loss with a normaliser of its own (`curvature.LossFunction`).
       predict_fn, loss: in place of `loss_fn`: a model and a loss in output space.
       x_key, y_key, weight_key: keys of the batch; `loss_fn` reads the batch itself and ignores them.
       reduction: how `loss_fn` combines examples, for microbatching.
@@ -45,10 +46,11 @@ class HessianOptions(CommonOptions):
         if self.loss_fn is not None:
             if self.predict_fn is not None or self.loss is not None:
                 raise ValueError("give loss_fn, or predict_fn and loss, not both.")
-            return LossFunction(self.loss_fn, self.extras, self.reduction)
+            return LossFunction(self.loss_fn, self.extras, self.reduction, batch_axes=self.batch_axes)
         if self.predict_fn is None or self.loss is None:
             raise TypeError("loss_fn is missing: pass loss_fn(params, batch) -> scalar, or predict_fn and loss.")
-        return ModelLoss(Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras), self.loss)
+        model = Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
+        return ModelLoss(model, self.loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

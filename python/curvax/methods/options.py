@@ -19,10 +19,11 @@ from curvax.damping.base import ScalarLike
 from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
 from curvax.method import Method
-from curvax.methods.names import build_estimator, build_preconditioner, from_mapping
+from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import Identity, Preconditioner
 from curvax.solvers import CG, MartensStop, Solver
+from curvax.structure.batch_axes import AxesPrefix
 from curvax.telemetry import Metric, Record, Telemetry
 from curvax.transform import ScalarOrSchedule, build_transform
 
@@ -37,6 +38,8 @@ class CommonOptions:
       has_state, has_aux, has_rng: what the model takes and returns beside the plain signature (`curvature.Extras`).
       frozen: tree of booleans (or a function to one): True keeps a parameter as it is.
       microbatch_size: accumulate over pieces of so many examples; `None` takes the batch at once.
+      batch_axes: which axis of each leaf of the batch holds the examples, `None` for a leaf that all examples share: a
+        prefix of the batch, as `in_axes` of `jax.vmap`. By default, `None`, it is found (docs/structure.md).
     """
 
     backend: Backend = "auto"
@@ -46,6 +49,7 @@ class CommonOptions:
     has_rng: bool = False
     frozen: Mask | None = None
     microbatch_size: int | None = None
+    batch_axes: AxesPrefix | None = None
 
     @property
     def extras(self) -> Extras:
@@ -99,7 +103,7 @@ class ModelOptions(CommonOptions):
     def model(self) -> Model:
         if not callable(self.predict_fn):
             raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
-        return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras)
+        return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,12 +111,13 @@ class DampingOptions:
     """Keywords of presets that solve a damped system.
 
     Attributes:
-      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`.
+      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`;
+        Somax's other names for them will do.
       lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule".
       lam_kwargs: further fields of the policy, checked by name.
     """
 
-    lam_policy: Damping | Literal["const", "schedule", "trust_region"] = "const"
+    lam_policy: Damping | str = "const"
     lam0: ScalarLike | optax.Schedule = 1.0
     lam_kwargs: Mapping[str, Any] | None = None
 
@@ -122,22 +127,18 @@ class DampingOptions:
             if self.lam_kwargs:
                 raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
             return self.lam_policy
+        policy = policy_name(self.lam_policy)
         if callable(self.lam0):
             if self.lam_kwargs:
                 raise ValueError("with a schedule as lam0 there is no trust region for lam_kwargs: drop one of them.")
             return Scheduled(self.lam0)
-        if self.lam_policy == "schedule":
+        if policy == "schedule":
             raise TypeError("lam_policy='schedule' needs lam0 to be an Optax schedule.")
-        if self.lam_policy == "const" and self.lam_kwargs:
+        if policy == "trust_region":
+            return build_damping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0})
+        if self.lam_kwargs:
             raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
-        if self.lam_policy == "const":
-            return from_mapping(Constant, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
-        if self.lam_policy == "trust_region":
-            return from_mapping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0}, "lam_kwargs")
-        raise ValueError(
-            f'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
-            f"not {self.lam_policy!r}."
-        )
+        return Constant(self.lam0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,8 @@ class TransformOptions:
       clip_norm: bound on the direction's global norm.
       weight_decay, weight_decay_mask: decoupled weight decay and what it applies to.
       direction_momentum, nesterov: momentum on the direction.
-      tx: an Optax chain in place of all of these.
+      tx: an Optax chain in place of all of these, which turns the direction into the update, sign included: end it with
+        `optax.scale_by_learning_rate`.
     """
 
     learning_rate: ScalarOrSchedule = 1.0
@@ -207,8 +209,9 @@ class TransformOptions:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
+        if self.tx is not None:
+            return whole_transform(self, self.tx, TransformOptions)
         return build_transform(
-            tx=self.tx,
             learning_rate=self.learning_rate,
             clip_norm=self.clip_norm,
             weight_decay=self.weight_decay,
@@ -216,6 +219,31 @@ class TransformOptions:
             direction_momentum=self.direction_momentum,
             nesterov=self.nesterov,
         )
+
+
+def whole_transform(
+    options: Any, tx: optax.GradientTransformation, group: type[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, if the other keywords of its group have their defaults, which may be the preset's own.
+
+    Raises:
+      ValueError: `tx` and another keyword of the group are both given.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    changed = [
+        field.name
+        for field in dataclasses.fields(group)
+        if field.name != "tx" and _differs(getattr(options, field.name), defaults[field.name])
+    ]
+    if changed:
+        raise ValueError(f"tx already is the whole transform: drop {', '.join(changed)}, or drop tx.")
+    return optax.with_extra_args_support(tx)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default:
+        return False
+    return not (isinstance(value, int | float) and isinstance(default, int | float) and value == default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

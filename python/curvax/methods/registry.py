@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from curvax.method import Method
-from curvax.methods.names import check_keywords, nearest
+from curvax.spelling import check_keywords, nearest
 
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
@@ -26,6 +26,13 @@ class MethodInfo:
 
     def __str__(self) -> str:
         return f"{self.name}{self.signature}\n{self.description}"
+
+
+class UnknownMethod(KeyError, ValueError):
+    """A preset's name that there is not; its text is the sentence itself."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 _PRESETS: dict[str, tuple[Callable[..., Method], MethodInfo]] = {}
@@ -45,7 +52,7 @@ def preset(
         def method(*args: P.args, **kwargs: P.kwargs) -> Method:
             if args:
                 raise TypeError(f"{name} takes keywords only: write {name}({required[0]}=...).")
-            check_keywords(name, kwargs, signature.parameters)
+            check_keywords(name, kwargs, signature.parameters, _ELSEWHERE)
             missing = [word for word in required if word not in kwargs]
             if missing:
                 raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
@@ -60,11 +67,21 @@ def preset(
     return register
 
 
+_ELSEWHERE = {
+    "clip_norm": "it clips every entry of the direction: write clip_value=, or tx= with optax.clip_by_global_norm.",
+    "clip_value": "write clip_norm= for a bound on the direction's norm, or tx= with optax.clip.",
+    "mask": "what weight decay applies to is weight_decay_mask here.",
+}
+"""Keywords that some presets have, and what to write for them with the others."""
+
+
 def make(name: str, /, **options: Any) -> Method:
-    """The preset of that name; unknown names and keywords name the nearest known one."""
-    if name not in _PRESETS:
-        raise ValueError(f"there is no method {name!r}.{nearest(name, _PRESETS)}")
-    return _PRESETS[name][0](**options)
+    """The preset of that name, in any case; unknown names and keywords name the nearest known one.
+
+    Raises:
+      UnknownMethod: a KeyError, as for other mappings from names, and a ValueError.
+    """
+    return _find(name)[0](**options)
 
 
 def list_methods() -> dict[str, str]:
@@ -74,6 +91,11 @@ def list_methods() -> dict[str, str]:
 
 def describe(name: str) -> MethodInfo:
     """Name, description and signature of a preset."""
-    if name not in _PRESETS:
-        raise ValueError(f"there is no method {name!r}.{nearest(name, _PRESETS)}")
-    return _PRESETS[name][1]
+    return _find(name)[1]
+
+
+def _find(name: str) -> tuple[Callable[..., Method], MethodInfo]:
+    found = _PRESETS.get(name.lower())
+    if found is None:
+        raise UnknownMethod(f"there is no method {name!r}.{nearest(name.lower(), _PRESETS)}")
+    return found

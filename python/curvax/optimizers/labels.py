@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.tree_util import keystr
+
+from curvax.transform import check_rates
+
+# Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
+_TINY = 1e-30
 
 
 def hidden_matrices(*others: str) -> Callable[[Any], Any]:
@@ -18,14 +25,18 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
       others: top-level entries of the parameters, such as "embed" and "head", whose matrices are no hidden ones.
 
     Returns:
-      A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices.
+      A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices; one without
+      entries is none.
 
     Raises (the returned function):
       ValueError: a name is no top-level entry of the parameters.
+      TypeError: a hidden matrix is complex.
     """
 
     def labels(params: Any) -> Any:
         paths = jax.tree_util.tree_leaves_with_path(params)
+        if not paths:
+            return params  # `optax.tree.map_params` asks without parameters
         groups = {keystr(path[:1], simple=True) for path, _ in paths}
         for name in others:
             if name not in groups:
@@ -35,7 +46,14 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
                 )
 
         def label(path: Any, leaf: Any) -> str:
-            return "adamw" if leaf.ndim < 2 or keystr(path[:1], simple=True) in others else "muon"
+            if len(leaf.shape) < 2 or not math.prod(leaf.shape) or keystr(path[:1], simple=True) in others:
+                return "adamw"
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"{keystr(path)} is complex, and Muon orthogonalises real matrices: wrap the optimizer in "
+                    "optax.contrib.split_real_and_imaginary, or name its entry in others=."
+                )
+            return "muon"
 
         return jax.tree_util.tree_map_with_path(label, params)
 
@@ -61,15 +79,20 @@ def muon_adamw(
       weight_decay: of both, times the learning rate.
 
     Raises:
-      TypeError: `others` is a single string.
+      TypeError: `others` is a single string, or a rate is neither a number nor a schedule.
+      ValueError: a rate is out of its range.
       ValueError (in `init`): one of `others` is no top-level entry of the parameters.
+      TypeError (in `init`): a matrix that Muon would take is complex.
     """
     if isinstance(others, str):
         raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
     rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
+    check_rates(learning_rate, weight_decay, beta1=beta1, beta2=beta2)
+    check_rates(rate, weight_decay)
     stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrices = optax.contrib.muon(
         learning_rate,
+        eps=_TINY,
         weight_decay=weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
     )

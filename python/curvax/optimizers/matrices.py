@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from curvax import tree
 
 Factors: TypeAlias = tuple[jax.Array, ...]
 """One per side of a leaf: (..., d, d), or its diagonal (..., d) for a side that is too long."""
 
 
-def sides(leaf: jax.Array, max_dim: int) -> tuple[tuple[int, bool], ...]:
+def widened(gradient: jax.Array) -> jax.Array:
+    """The gradient of a leaf in the dtype of the state, at least single precision."""
+    return gradient.astype(tree.wide_dtype(gradient.dtype))
+
+
+def real_dtype(dtype: Any) -> Any:
+    """The dtype of magnitudes."""
+    return jnp.finfo(dtype).dtype
+
+
+def decayed(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
+    """Decay old + (1 - decay) new; a decay that `optax.inject_hyperparams` traces has a dtype of its own."""
+    weight = jnp.asarray(decay, real_dtype(old.dtype)).astype(old.dtype)
+    return weight * old + (1 - weight) * new
+
+
+def corrected(average: jax.Array, decay: float | jax.Array, count: jax.Array) -> jax.Array:
+    """An average of `count` terms that started at zero, as a mean."""
+    dtype = real_dtype(average.dtype)
+    weight = 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
+    return average / weight.astype(average.dtype)
+
+
+def sides(shape: tuple[int, ...], max_dim: int) -> tuple[tuple[int, bool], ...]:
     """(length, whether a dense factor is kept) of each side: none of a scalar, one of a vector, else the last two axes.
 
     Leading axes of a leaf with more than two are a stack of matrices, such as layers stacked for `jax.lax.scan`.
     """
-    return tuple((d, d <= max_dim) for d in leaf.shape[-2:])
+    return tuple((d, d <= max_dim) for d in shape[-2:])
 
 
 def outer(gradient: jax.Array, side: int, dense: bool) -> jax.Array:
-    """G G^T of the first side, G^T G of the second; g g^T of a vector; or the diagonal."""
-    if gradient.ndim == 1:
-        return jnp.outer(gradient, gradient) if dense else gradient * gradient
+    """G G^H of the first side, G^T conj(G) of the second; g g^H of a vector; or the diagonal, which is real."""
     if not dense:
-        return jnp.sum(gradient * gradient, axis=-1 if side == 0 else -2)
+        squares = jnp.square(jnp.abs(gradient))
+        return squares if gradient.ndim == 1 else jnp.sum(squares, axis=-1 if side == 0 else -2)
+    if gradient.ndim == 1:
+        return jnp.outer(gradient, gradient.conj())
     g = gradient if side == 0 else jnp.swapaxes(gradient, -1, -2)
-    return jnp.matmul(g, jnp.swapaxes(g, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(g, adjoint(g), precision=jax.lax.Precision.HIGHEST)
 
 
-def multiply(factor: jax.Array, x: jax.Array, side: int, *, transpose: bool = False) -> jax.Array:
+def adjoint(matrix: jax.Array) -> jax.Array:
+    """The conjugate transpose of each matrix."""
+    return jnp.swapaxes(matrix, -1, -2).conj()
+
+
+def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:
     """F X on the first side, X F^T on the second; of a diagonal factor entry by entry."""
-    if x.ndim == 1:
-        f = factor.T if transpose and factor.ndim == 2 else factor
-        return jnp.matmul(f, x, precision=jax.lax.Precision.HIGHEST) if f.ndim == 2 else f * x
-    if factor.ndim == x.ndim - 1:
-        return x * (factor[..., :, None] if side == 0 else factor[..., None, :])
-    f = jnp.swapaxes(factor, -1, -2) if transpose else factor
+    factor = factor.astype(x.dtype)
+    if factor.ndim == max(x.ndim - 1, 1):
+        return x * (factor if x.ndim == 1 else jnp.expand_dims(factor, -2 if side else -1))
     if side == 0:
-        return jnp.matmul(f, x, precision=jax.lax.Precision.HIGHEST)
-    return jnp.matmul(x, jnp.swapaxes(f, -1, -2), precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(factor, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, jnp.swapaxes(factor, -1, -2), precision=jax.lax.Precision.HIGHEST)
+
+
+def unit_scale(factor: jax.Array) -> jax.Array:
+    """A power of two near the mean diagonal of each factor, (..., 1, 1); 1 of a factor without any.
+
+    Divided by it, factors of gradients that differ by a power of two are the same bits: no factorisation underflows,
+    and none sees the scale of the loss.
+    """
+    mean = jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
+    _, exponent = jnp.frexp(mean)
+    scale = jnp.ldexp(jnp.ones_like(mean), exponent)
+    return jnp.where((mean > 0) & jnp.isfinite(mean), scale, jnp.ones_like(mean))[..., None, None]
+
+
+def rounding(eigenvalues: jax.Array) -> jax.Array:
+    """What eigenvalues of factors, in the last axis, must exceed to be known: rounding leaves an eighth of it."""
+    return 16 * jnp.finfo(eigenvalues.dtype).eps * jnp.sum(eigenvalues, axis=-1, keepdims=True)

@@ -9,79 +9,106 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
-from curvax.optimizers.matrices import Factors, multiply, outer, sides
+from curvax.numbers import Count, Number, check_fraction, check_positive, whole
+from curvax.optimizers.matrices import (
+    Factors,
+    adjoint,
+    corrected,
+    decayed,
+    multiply,
+    outer,
+    real_dtype,
+    rounding,
+    sides,
+    unit_scale,
+    widened,
+)
+from curvax.transform import check_rates
+
+MAX_DIM = 8192
 
 
 class ShampooState(NamedTuple):
-    """State of `scale_by_shampoo`, one entry per leaf of the parameters in the order of `jax.tree.leaves`.
+    """State of `scale_by_shampoo`.
 
     Attributes:
       count: updates so far, int32.
-      factors: accumulated G G^T and G^T G.
+      factors: per leaf, in the order of `jax.tree.leaves`, accumulated G G^T and G^T G.
       roots: their inverse roots, as of the last refresh.
       graft: state of the transformation that lends its norms, `()` without one.
     """
 
     count: jax.Array
-    factors: tuple[Factors, ...]
-    roots: tuple[Factors, ...]
+    factors: Any
+    roots: Any
     graft: Any
 
 
 def scale_by_shampoo(
     *,
-    beta2: float | None = None,
-    eps: float = 1e-4,
-    every: int = 1,
-    max_dim: int = 8192,
+    beta2: Number | None = None,
+    eps: Number = 1e-4,
+    every: Count = 1,
+    max_dim: int | None = None,
     graft: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """G -> L^(-1/4) G R^(-1/4) with L = eps I + sum G G^T and R = eps I + sum G^T G; of a vector H^(-1/2) g.
+    """G -> L^(-1/4) G R^(-1/4) with L = sum G G^T and R = sum G^T G, each plus eps I; of a vector H^(-1/2) g.
 
     Leaves with more than two axes are stacks of matrices over their last two; scalars are vectors of length one.
+    Complex leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
 
     Args:
       beta2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
-      eps: the multiple of the identity that L and R start from, in units of squared gradients; 1e-4 in the paper.
+      eps: the multiple of the identity, relative to the mean diagonal of the factor. 1e-4 by default, the paper's
+        figure, which is an absolute one there.
       every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
-      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo).
+      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None`
+        stands for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
       graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
         update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
         2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
 
     Raises:
       ValueError: `every` or `eps` is not positive, or `beta2` is not in [0, 1).
+      TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
-    if every < 1 or eps <= 0 or (beta2 is not None and not 0 <= beta2 < 1):
-        raise ValueError("scale_by_shampoo takes every >= 1, eps > 0 and beta2 in [0, 1) or None.")
+    check_positive("every", every)
+    check_positive("eps", eps)
+    if beta2 is not None:
+        check_fraction("beta2", beta2)
 
     def init(params: Any) -> ShampooState:
-        leaves = [_wide(p) for p in jax.tree.leaves(params)]
-        shapes = [
-            [(x.shape[:-2] + (d,) * (2 if dense else 1), dense) for d, dense in sides(x, max_dim)] for x in leaves
-        ]
-        zeros = tuple(tuple(jnp.zeros(s, x.dtype) for s, _ in of) for of, x in zip(shapes, leaves, strict=True))
-        lender = () if graft is None else graft.init(params)
-        return ShampooState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, zeros), lender)
+        longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
+        return ShampooState(
+            jnp.zeros((), jnp.int32),
+            tree.by_leaf(params, lambda p: _zeros(p, longest)),
+            tree.by_leaf(params, lambda p: _zeros(p, longest)),
+            () if graft is None else graft.init(params),
+        )
 
     def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
         leaves, structure = jax.tree.flatten(updates)
-        wide = [_wide(g) for g in leaves]
-        count = state.count + 1
+        if not leaves:
+            return updates, state._replace(count=state.count + 1)
+        wide, count = [jnp.atleast_1d(widened(g)) for g in leaves], state.count + 1
         factors = tuple(_accumulated(g, old, beta2) for g, old in zip(wide, state.factors, strict=True))
 
         def refresh() -> tuple[Factors, ...]:
-            return tuple(
-                tuple(_inverse_root(_shifted(f, count, g, beta2, eps), g, 2 * len(of)) for f in of)
-                for of, g in zip(factors, wide, strict=True)
-            )
+            def root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
+                mean = factor if beta2 is None else corrected(factor, beta2, count)
+                return _inverse_root(mean, gradient, order, eps)
 
-        roots = jax.lax.cond(state.count % every == 0, refresh, lambda: state.roots)
+            return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, wide, strict=True))
+
+        due = (state.count % every == 0) | _blind(factors, state.roots, wide)
+        roots = jax.lax.cond(due, refresh, lambda: state.roots)
         moved = [_applied(g, of) for g, of in zip(wide, roots, strict=True)]
         lender = state.graft
         if graft is not None:
             lent, lender = graft.update(updates, state.graft, params)
-            moved = [_with_norm(m, _wide(x)) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)]
+            moved = [
+                _with_norm(m, jnp.atleast_1d(widened(x))) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)
+            ]
         narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
         return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
 
@@ -92,60 +119,86 @@ def scale_by_shampoo(
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    momentum: float = 0.9,
-    beta2: float | None = None,
-    eps: float = 1e-4,
-    every: int = 1,
-    max_dim: int = 8192,
+    momentum: Number = 0.9,
+    beta2: Number | None = None,
+    eps: Number = 1e-4,
+    every: Count = 1,
+    max_dim: int | None = None,
     graft: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformation:
     """`scale_by_shampoo` with momentum on the preconditioned gradient, decoupled weight decay and a learning rate.
 
     Args:
-      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it, with every other number as
-        `static_args=`: what shapes the state cannot be traced.
+      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
       beta2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_shampoo`.
     """
+    check_rates(learning_rate, weight_decay, momentum=momentum)
     return optax.chain(
         scale_by_shampoo(beta2=beta2, eps=eps, every=every, max_dim=max_dim, graft=graft),
-        optax.ema(momentum, debias=False),
+        optax.ema(cast(float, momentum), debias=False),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return jnp.atleast_1d(x).astype(tree.wide_dtype(x.dtype))
+def _zeros(leaf: Any, max_dim: int) -> Factors:
+    shape, dtype = leaf.shape or (1,), tree.wide_dtype(leaf.dtype)
+    return tuple(
+        jnp.zeros((*shape[:-2], d, d), dtype) if dense else jnp.zeros((*shape[:-2], d), real_dtype(dtype))
+        for d, dense in sides(shape, max_dim)
+    )
 
 
-def _accumulated(gradient: jax.Array, factors: Factors, beta2: float | None) -> Factors:
-    new = []
-    for side, old in enumerate(factors):
-        term = outer(gradient, side, dense=old.ndim == max(gradient.ndim, 2))
-        new.append(old + term if beta2 is None else beta2 * old + (1 - beta2) * term)
-    return tuple(new)
+def _is_dense(factor: jax.Array, gradient: jax.Array) -> bool:
+    return factor.ndim == max(gradient.ndim, 2)
 
 
-def _shifted(factor: jax.Array, count: jax.Array, gradient: jax.Array, beta2: float | None, eps: float) -> jax.Array:
-    """The factor with its bias corrected, plus eps times the identity."""
-    if beta2 is not None:
-        factor = factor / (1 - jnp.asarray(beta2, factor.dtype) ** count.astype(factor.dtype))
-    dense = factor.ndim == max(gradient.ndim, 2)
-    return factor + (eps * jnp.eye(factor.shape[-1], dtype=factor.dtype) if dense else eps)
+def _accumulated(gradient: jax.Array, factors: Factors, beta2: Number | None) -> Factors:
+    terms = [outer(gradient, side, _is_dense(old, gradient)) for side, old in enumerate(factors)]
+    if beta2 is None:
+        return tuple(old + term for old, term in zip(factors, terms, strict=True))
+    return tuple(decayed(old, term, beta2) for old, term in zip(factors, terms, strict=True))
 
 
-def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
-    """factor^(-1/order)."""
-    if factor.ndim < max(gradient.ndim, 2):
-        return factor ** (-1 / order)
-    values, vectors = jnp.linalg.eigh(factor)
-    # Rounding may leave an eigenvalue below the eps that was added: no eigenvalue is known better than to this.
-    least = jnp.finfo(values.dtype).eps * values[..., -1:]
-    scaled = vectors * (jnp.maximum(values, least) ** (-1 / order))[..., None, :]
-    return jnp.matmul(scaled, jnp.swapaxes(vectors, -1, -2), precision=jax.lax.Precision.HIGHEST)
+def _blind(factors: tuple[Factors, ...], roots: tuple[Factors, ...], wide: list[jax.Array]) -> jax.Array:
+    """Whether a matrix has the roots of no gradient at all while it has seen one by now: they would not let it move."""
+
+    def seen(factor: jax.Array, gradient: jax.Array) -> jax.Array:
+        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if _is_dense(factor, gradient) else factor
+        return jnp.any(diagonal != 0, axis=-1)
+
+    blind = [jnp.any(seen(f[0], g) & ~seen(r[0], g)) for f, r, g in zip(factors, roots, wide, strict=True)]
+    return jnp.any(jnp.stack(blind))
+
+
+def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int, eps: Number) -> jax.Array:
+    """(factor + eps mean I)^(-1/order), mean that of its diagonal; zero of a zero factor."""
+    if not factor.size:
+        return factor
+    if not _is_dense(factor, gradient):
+        return _damped_power(factor, order, eps)
+    scale = unit_scale(factor)
+    values, vectors = jnp.linalg.eigh(factor / scale.astype(factor.dtype))
+    # Alike where they are rounding, so that the root there is a multiple of the identity on what has no gradient.
+    values = jnp.where(values > rounding(values), values, jnp.zeros_like(values))
+    powers = _damped_power(values, order, eps) * scale[..., 0] ** (-1 / order)
+    scaled = vectors * powers[..., None, :].astype(vectors.dtype)
+    return jnp.matmul(scaled, adjoint(vectors), precision=jax.lax.Precision.HIGHEST)
+
+
+def _damped_power(values: jax.Array, order: int, eps: Number) -> jax.Array:
+    """(value + eps mean)^(-1/order) of the eigenvalues of each factor, in the last axis."""
+    least = jnp.finfo(values.dtype).eps * jnp.max(values, axis=-1, keepdims=True)
+    damping = jnp.asarray(eps, values.dtype) * jnp.mean(values, axis=-1, keepdims=True)
+    # No eigenvalue is known better than to the rounding of the largest.
+    damped = jnp.maximum(values + damping, least)
+    return jnp.where(damped > 0, jnp.where(damped > 0, damped, jnp.ones_like(damped)) ** (-1 / order), 0)
 
 
 def _applied(gradient: jax.Array, roots: Factors) -> jax.Array:
@@ -159,9 +212,9 @@ def _with_norm(update: jax.Array, like: jax.Array) -> jax.Array:
     axes = tuple(range(max(update.ndim - 2, 0), update.ndim))
 
     def length(x: jax.Array) -> jax.Array:
-        top = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-        unit = x / jnp.where(top > 0, top, jnp.ones_like(top))
+        top = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+        unit = jnp.abs(x) / jnp.where(top > 0, top, jnp.ones_like(top))
         return top * jnp.sqrt(jnp.sum(unit * unit, axis=axes, keepdims=True))
 
     own = length(update)
-    return update * (length(like) / jnp.where(own > 0, own, jnp.ones_like(own)))
+    return update * (length(like) / jnp.where(own > 0, own, jnp.ones_like(own))).astype(update.dtype)

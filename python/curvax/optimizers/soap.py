@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from curvax import tree
-from curvax.optimizers.matrices import multiply, outer, sides
+from curvax.numbers import Count, Number, check_fraction, check_positive, whole
+from curvax.optimizers.matrices import (
+    adjoint,
+    corrected,
+    decayed,
+    multiply,
+    outer,
+    real_dtype,
+    rounding,
+    sides,
+    unit_scale,
+    widened,
+)
+from curvax.transform import check_rates
+
+Bases: TypeAlias = dict[int, jax.Array]
+"""Of one leaf, by side: (..., d, d), for the sides that have a basis."""
+
+MAX_DIM = 10000
 
 
 class SoapState(NamedTuple):
-    """State of `scale_by_soap`, one entry per leaf of the parameters in the order of `jax.tree.leaves`.
+    """State of `scale_by_soap`.
 
     Attributes:
       count: updates so far, int32.
-      mean: average gradients, in the parameters' basis.
-      square: average squared gradients, in the eigenbasis.
-      factors: averages of G G^T and G^T G, for sides that have a basis.
+      mean: average gradients, in the parameters' basis; a tree like the parameters.
+      square: average squared gradients, in the eigenbasis; a tree like the parameters.
+      factors: per leaf, in the order of `jax.tree.leaves`, averages of G G^T and G^T G, for sides that have a basis.
       bases: their eigenvectors in columns, by falling eigenvalue, as of the last refresh.
     """
 
     count: jax.Array
-    mean: tuple[jax.Array, ...]
-    square: tuple[jax.Array, ...]
-    factors: tuple[dict[int, jax.Array], ...]
-    bases: tuple[dict[int, jax.Array], ...]
+    mean: Any
+    square: Any
+    factors: Any
+    bases: Any
 
 
 def scale_by_soap(
-    *, beta1: float = 0.95, beta2: float = 0.95, eps: float = 1e-8, every: int = 10, max_dim: int = 10000
+    *,
+    beta1: Number = 0.95,
+    beta2: Number = 0.95,
+    eps: Number = 1e-8,
+    every: Count = 10,
+    max_dim: int | None = None,
 ) -> optax.GradientTransformation:
     """G -> Q_L N Q_R^T with N Adam's update of Q_L^T G Q_R, Q_L and Q_R the eigenvectors of averaged G G^T and G^T G.
 
@@ -40,61 +63,69 @@ def scale_by_soap(
     moments along with them, as in the authors' code. Unlike the authors' code the first update is not left out.
 
     Leaves with more than two axes are stacks of matrices over their last two; vectors and scalars get plain Adam.
+    Complex leaves have conjugates where these belong.
+
+    Nothing depends on the scale of the gradients. Adam divides by the root of a second moment however small it is;
+    where that moment is nothing but rounding, below the precision of its row's or column's sum, the quotient would be a
+    random sign, and the update is zero.
 
     Args:
-      beta1, beta2: decay of first and second moments; beta2 also of the factors.
-      eps: added to the root of the second moment.
+      beta1, beta2: decay of first and second moments; beta2 also of the factors. 0.95 both, as in the paper.
+      eps: added to the root of the second moment, times the root mean square of that matrix's (or vector's) second
+        moments; 1e-8.
       every: updates between refreshes of the bases; 10 in the paper.
-      max_dim: a side longer than this keeps the standard basis (the paper's one-sided SOAP).
+      max_dim: a side longer than this keeps the standard basis (the paper's one-sided SOAP). `None` stands for 10,000
+        as in the paper; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
 
     Raises:
-      ValueError: `every` is below 1, or a beta is not in [0, 1).
+      ValueError: `every` is below 1, or a beta is not in [0, 1), or eps is negative.
+      TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
-    if every < 1 or not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
-        raise ValueError("scale_by_soap takes every >= 1 and beta1, beta2 in [0, 1).")
+    check_positive("every", every)
+    check_fraction("beta1", beta1)
+    check_fraction("beta2", beta2)
 
     def init(params: Any) -> SoapState:
-        leaves = [_wide(p) for p in jax.tree.leaves(params)]
-        factors = tuple(_empty(x, max_dim) for x in leaves)
-
-        def zeros() -> tuple[jax.Array, ...]:  # made twice: an array may not be donated twice
-            return tuple(jnp.zeros_like(x) for x in leaves)
-
-        return SoapState(jnp.zeros((), jnp.int32), zeros(), zeros(), factors, jax.tree.map(jnp.zeros_like, factors))
+        longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
+        magnitudes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, real_dtype(p.dtype)), params)
+        return SoapState(
+            jnp.zeros((), jnp.int32),
+            tree.zeros_like(params),
+            tree.zeros_like(magnitudes),
+            tree.by_leaf(params, lambda p: _no_bases(p, longest)),
+            tree.by_leaf(params, lambda p: _no_bases(p, longest)),
+        )
 
     def update(updates: Any, state: SoapState, params: Any = None) -> tuple[Any, SoapState]:
         del params
         leaves, structure = jax.tree.flatten(updates)
-        wide = [_wide(g) for g in leaves]
-        old, count = state.factors, state.count + 1
-        factors = tuple(
-            {side: beta2 * f + (1 - beta2) * outer(g, side, dense=True) for side, f in of.items()}
-            for g, of in zip(wide, old, strict=True)
-        )
+        if not leaves:
+            return updates, state._replace(count=state.count + 1)
+        wide, count = [widened(g) for g in leaves], state.count + 1
+        factors = tuple(_accumulated(g, of, beta2) for g, of in zip(wide, state.factors, strict=True))
         # The first update needs a basis before there is one; afterwards the basis follows the update.
         bases = jax.lax.cond(state.count == 0, lambda: jax.tree.map(_eigenvectors, factors), lambda: state.bases)
-        mean = tuple(beta1 * m + (1 - beta1) * g for m, g in zip(state.mean, wide, strict=True))
-        square = tuple(
-            beta2 * v + (1 - beta2) * jnp.square(_rotated(g, of, transpose=True))
-            for v, g, of in zip(state.square, wide, bases, strict=True)
-        )
-
-        def corrected(x: jax.Array, beta: float) -> jax.Array:
-            return x / (1 - jnp.asarray(beta, x.dtype) ** count.astype(x.dtype))
-
+        means, moments = jax.tree.leaves(state.mean), jax.tree.leaves(state.square)
+        mean = [decayed(m, g, beta1) for m, g in zip(means, wide, strict=True)]
+        square = [
+            decayed(v, jnp.square(jnp.abs(_into(g, of))), beta2) for v, g, of in zip(moments, wide, bases, strict=True)
+        ]
         moved = [
-            _rotated(
-                _rotated(corrected(m, beta1), of, transpose=True) / (jnp.sqrt(corrected(v, beta2)) + eps),
-                of,
-                transpose=False,
-            )
+            _out_of(_adam(_into(corrected(m, beta1, count), of), corrected(v, beta2, count), of, eps), of)
             for m, v, of in zip(mean, square, bases, strict=True)
         ]
         bases, square = jax.lax.cond(
             count % every == 0, lambda: _refreshed(factors, bases, square), lambda: (bases, square)
         )
-        narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
-        return jax.tree.unflatten(structure, narrow), SoapState(count, mean, square, factors, bases)
+        narrow = [m.astype(g.dtype) for m, g in zip(moved, leaves, strict=True)]
+        following = SoapState(
+            count,
+            jax.tree.unflatten(jax.tree.structure(state.mean), mean),
+            jax.tree.unflatten(jax.tree.structure(state.square), square),
+            factors,
+            bases,
+        )
+        return jax.tree.unflatten(structure, narrow), following
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
@@ -103,21 +134,24 @@ def scale_by_soap(
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta1: float = 0.95,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
-    every: int = 10,
-    max_dim: int = 10000,
-    weight_decay: float = 0.0,
+    beta1: Number = 0.95,
+    beta2: Number = 0.95,
+    eps: Number = 1e-8,
+    every: Count = 10,
+    max_dim: int | None = None,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformation:
     """`scale_by_soap` with decoupled weight decay and a learning rate.
 
     Args:
-      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it, with every other number as
-        `static_args=`: what shapes the state cannot be traced.
+      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
       weight_decay: times the learning rate.
       beta1, beta2, eps, every, max_dim: as in `scale_by_soap`.
+
+    Raises:
+      TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_soap`.
     """
+    check_rates(learning_rate, weight_decay)
     return optax.chain(
         scale_by_soap(beta1=beta1, beta2=beta2, eps=eps, every=every, max_dim=max_dim),
         optax.add_decayed_weights(weight_decay),
@@ -125,32 +159,83 @@ def soap(
     )
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(tree.wide_dtype(x.dtype))
-
-
-def _empty(leaf: jax.Array, max_dim: int) -> dict[int, jax.Array]:
-    if leaf.ndim < 2:
+def _no_bases(leaf: Any, max_dim: int) -> Bases:
+    if len(leaf.shape) < 2:
         return {}
-    found = sides(leaf, max_dim)
-    return {i: jnp.zeros((*leaf.shape[:-2], d, d), leaf.dtype) for i, (d, dense) in enumerate(found) if dense}
+    dtype = tree.wide_dtype(leaf.dtype)
+    found = enumerate(sides(leaf.shape, max_dim))
+    return {i: jnp.zeros((*leaf.shape[:-2], d, d), dtype) for i, (d, dense) in found if dense}
 
 
-def _eigenvectors(factor: jax.Array) -> jax.Array:
-    """Orthonormal eigenvectors in columns, largest eigenvalue first."""
-    return jnp.linalg.eigh(factor)[1][..., ::-1]
+def _accumulated(gradient: jax.Array, factors: Bases, beta2: Number) -> Bases:
+    return {side: decayed(f, outer(gradient, side, dense=True), beta2) for side, f in factors.items()}
 
 
-def _rotated(x: jax.Array, bases: dict[int, jax.Array], *, transpose: bool) -> jax.Array:
-    """Q_L^T X Q_R, or back: Q_L X Q_R^T."""
+def _into(x: jax.Array, bases: Bases) -> jax.Array:
+    """Q_L^H X conj(Q_R)."""
     for side, basis in bases.items():
-        x = multiply(basis, x, side, transpose=transpose)
+        x = multiply(adjoint(basis), x, side)
     return x
 
 
+def _out_of(x: jax.Array, bases: Bases) -> jax.Array:
+    """Back: Q_L X Q_R^T."""
+    for side, basis in bases.items():
+        x = multiply(basis, x, side)
+    return x
+
+
+def _adam(mean: jax.Array, square: jax.Array, bases: Bases, eps: Number) -> jax.Array:
+    """Mean over the root of the square, both of one leaf, in its bases and corrected; zero where that is rounding."""
+    if not square.size:
+        return mean
+    axes = tuple(range(max(square.ndim - 2, 0), square.ndim))
+    scale = jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
+    divisor = jnp.sqrt(square) + jnp.asarray(eps, square.dtype) * scale
+    still = square <= _unresolved(square, bases)  # false of NaN, which must stay visible
+    quotient = mean / jnp.where(still, jnp.ones_like(divisor), divisor).astype(mean.dtype)
+    return jnp.where(still, jnp.zeros_like(quotient), quotient)
+
+
+def _unresolved(square: jax.Array, bases: Bases) -> jax.Array:
+    """What second moments hold by rounding alone.
+
+    A basis of G G^H mixes the rows of a column, and is itself known to the precision of the factor's largest
+    eigenvalue: what is below that precision, as a part of the column's sum of squares, is not known. Likewise of
+    the other side. Where both sides turn, what one of them leaves is spread over all entries by the other.
+    """
+    if not bases:
+        return jnp.zeros_like(square)
+    over = [-2 if side == 0 else -1 for side in bases]
+    sums = [jnp.sum(square, axis=axis, keepdims=True) for axis in over]
+    if len(over) == 2:
+        sums.append(jnp.sum(square, axis=(-2, -1), keepdims=True) / min(square.shape[-2:]))
+    return jnp.finfo(square.dtype).eps * sum(sums[1:], start=sums[0])
+
+
+def _eigenvectors(factor: jax.Array) -> jax.Array:
+    """Orthonormal eigenvectors in columns, largest eigenvalue first.
+
+    Where eigenvalues are rounding, as of every factor of fewer examples than rows, any basis of their span would do,
+    and rounding would choose it: on another number of devices another model would train. There it is the basis in which
+    a fixed diagonal matrix is diagonal, which also leaves rows that have no gradient to themselves.
+    """
+    n = factor.shape[-1]
+    values, vectors = jnp.linalg.eigh(factor / unit_scale(factor).astype(factor.dtype))
+    values, vectors = values[..., ::-1], vectors[..., ::-1]
+    known = values > rounding(values)
+    seen = jnp.where(known[..., None, :], vectors, jnp.zeros_like(vectors))
+    rest = jnp.eye(n, dtype=factor.dtype) - jnp.matmul(seen, adjoint(seen), precision=jax.lax.Precision.HIGHEST)
+    weights = jnp.linspace(1, 2, n, dtype=values.dtype).astype(factor.dtype)
+    fixed = jnp.linalg.eigh(jnp.matmul(rest * weights, rest, precision=jax.lax.Precision.HIGHEST))[1][..., ::-1]
+    # The rest has as many columns as are not known, and they come first.
+    place = (jnp.arange(n) - jnp.sum(known, axis=-1, keepdims=True)) % n
+    return jnp.where(known[..., None, :], vectors, jnp.take_along_axis(fixed, place[..., None, :], axis=-1))
+
+
 def _refreshed(
-    factors: tuple[dict[int, jax.Array], ...], bases: tuple[dict[int, jax.Array], ...], squares: tuple[jax.Array, ...]
-) -> tuple[tuple[dict[int, jax.Array], ...], tuple[jax.Array, ...]]:
+    factors: tuple[Bases, ...], bases: tuple[Bases, ...], squares: list[jax.Array]
+) -> tuple[tuple[Bases, ...], list[jax.Array]]:
     """Bases after one step of orthogonal iteration, and the second moments in the order of their new columns."""
     new_bases, new_squares = [], []
     for of, old, square in zip(factors, bases, squares, strict=True):
@@ -164,11 +249,19 @@ def _refreshed(
             square = jnp.take_along_axis(square, order.reshape(shape), axis=axis)
         new_bases.append(turned)
         new_squares.append(square)
-    return tuple(new_bases), tuple(new_squares)
+    return tuple(new_bases), new_squares
 
 
 def _iterated(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(QR of P Q with the columns of Q by falling q.P q, their order)."""
-    product = jnp.matmul(factor, basis, precision=jax.lax.Precision.HIGHEST)
-    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
+    """(QR of P Q with the columns of Q by falling q.P q, their order).
+
+    Columns whose eigenvalue is rounding keep their order and, by a shift of that size, which changes no eigenvector,
+    their place: without it QR would make them of rounding.
+    """
+    scaled = factor / unit_scale(factor).astype(factor.dtype)
+    product = jnp.matmul(scaled, basis, precision=jax.lax.Precision.HIGHEST)
+    values = jnp.sum((basis.conj() * product).real, axis=-2)
+    least = rounding(values)
+    order = jnp.argsort(-jnp.where(values > least, values, jnp.zeros_like(values)), axis=-1)
+    product = product + least[..., None].astype(basis.dtype) * basis
     return jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))[0], order

@@ -5,6 +5,7 @@ from curvax.plan.assembly import PlanMode as PlanMode
 from curvax.plan.cost import Cost as Cost
 from curvax.plan.entrywise import Entrywise as Entrywise
 from curvax.plan.entrywise import entrywise as entrywise
+from curvax.plan.expense import warn_of_expense as warn_of_expense
 from curvax.plan.plan import Candidate as Candidate
 from curvax.plan.plan import PartCost as PartCost
 from curvax.plan.plan import Plan as Plan

@@ -11,9 +11,10 @@ import optax
 from curvax.curvature import Curvature, Partition
 from curvax.damping import Damping
 from curvax.kernels._dispatch import Backend
-from curvax.preconditioners import Preconditioner
+from curvax.preconditioners import Identity, Preconditioner
 from curvax.solvers import Solver
-from curvax.telemetry import Telemetry
+from curvax.telemetry import Metric, Telemetry
+from curvax.transform import RatedUpdate
 
 
 class PlanMode(enum.Enum):
@@ -40,6 +41,20 @@ class Assembly:
         known = get_args(Backend)
         if self.backend not in known:
             raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
+        rated = isinstance(self.transform, RatedUpdate)
+        if not rated and any(record.metric is Metric.LEARNING_RATE for record in self.telemetry.records):
+            raise ValueError(
+                "learning_rate cannot be recorded of a transform that tx= brings along: read it from state.transform, "
+                "or pass learning_rate= in place of tx."
+            )
+
+    @property
+    def reported(self) -> Telemetry:
+        """The telemetry that was asked for, and what a method with such modules reports in any case."""
+        scheduled = isinstance(self.transform, RatedUpdate) and callable(self.transform.learning_rate)
+        extra = [Metric.LEARNING_RATE] if scheduled else []
+        extra += [] if isinstance(self.preconditioner, Identity) else [Metric.REFRESHES_REJECTED]
+        return self.telemetry.beside(*extra)
 
     @property
     def partition(self) -> Partition:

@@ -10,14 +10,16 @@ one fused loop behind it, reductions and other equations that are not elementwis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr
 
 from curvax.jaxprs import subjaxprs
+from curvax.live import LiveJaxpr, live_part
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
 # Updated in place: the part alone moves, read and written.
@@ -77,8 +79,8 @@ def nbytes(tree: Any) -> int:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Cost:
-    """Flops and bytes of `function` on arguments given as arrays or shapes."""
-    return _jaxpr_cost(jax.make_jaxpr(function)(*args).jaxpr)
+    """Flops and bytes of `function` on arguments given as arrays or shapes, without what its results do not need."""
+    return _live_cost(live_part(jax.make_jaxpr(function)(*args), [False] * len(jax.tree.leaves(args))))
 
 
 def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int:
@@ -87,25 +89,24 @@ def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int
     return nbytes(pullback)
 
 
+def _live_cost(live: LiveJaxpr) -> Cost:
+    return _sum(_equation_cost(equation.eqn, list(map(_live_cost, equation.bodies))) for equation in live.equations)
+
+
 def _jaxpr_cost(jaxpr: Jaxpr) -> Cost:
-    total = Cost()
-    for eqn in jaxpr.eqns:
-        total = total + _equation_cost(eqn)
-    return total
+    return _sum(_equation_cost(eqn, []) for eqn in jaxpr.eqns)
 
 
-def _equation_cost(eqn: Any) -> Cost:
+def _equation_cost(eqn: Any, bodies: list[Cost]) -> Cost:
+    """The cost of an equation, whose bodies cost so much if anyone looked."""
     name, params = eqn.primitive.name, eqn.params
+    inner = bodies or [_jaxpr_cost(jaxpr) for jaxpr in subjaxprs(params)]
     if name == "scan":
-        return _sum(subjaxprs(params)).times(params["length"])
+        return _sum(inner).times(params["length"])
     if name == "cond":
-        costs = [_jaxpr_cost(sub) for sub in subjaxprs(params)]
-        return max(costs, key=lambda c: c.flops)
-    inner = list(subjaxprs(params))
-    if inner and name != "custom_jvp_call":
-        return _sum(inner)
+        return max(inner, key=lambda c: c.flops)
     if inner:
-        return _jaxpr_cost(inner[0])
+        return inner[0] if name == "custom_jvp_call" else _sum(inner)
     results = float(
         sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "dtype"))
     )
@@ -127,11 +128,8 @@ def _equation_cost(eqn: Any) -> Cost:
     return Cost(float(entries), float(results), results, 1.0 if name in _UNFUSED else 0.0)
 
 
-def _sum(jaxprs: Any) -> Cost:
-    total = Cost()
-    for jaxpr in jaxprs:
-        total = total + _jaxpr_cost(jaxpr)
-    return total
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return functools.reduce(Cost.__add__, costs, Cost())
 
 
 def _operand_bytes(eqn: Any) -> float:

@@ -8,6 +8,7 @@ import math
 import jax
 
 from curvax.kernels.diagonal_update import DenominatorRule, UpdateRule
+from curvax.numbers import is_known
 from curvax.plan.assembly import Assembly
 from curvax.preconditioners import EmaDiagonal
 from curvax.solvers import Diagonal
@@ -45,7 +46,9 @@ def entrywise(assembly: Assembly) -> Entrywise | str:
     if wanted:
         return f"{wanted[0].value} is recorded, which the step in one pass does not show"
     clip = math.inf if transform.clip_value is None else transform.clip_value
-    return Entrywise(solver, preconditioner, transform, decay, UpdateRule(denominator, solver.beta1, clip))
+    if not is_known(solver.beta1):
+        return "beta1 is traced"
+    return Entrywise(solver, preconditioner, transform, decay, UpdateRule(denominator, float(solver.beta1), clip))
 
 
 _NEEDS_PARTS = frozenset(m for m in Metric if m.evaluates or m.predicts) | {Metric.DIRECTION_NORM, Metric.UPDATE_NORM}

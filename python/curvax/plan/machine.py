@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 
@@ -90,6 +91,17 @@ GPU = Machine(
 """NVIDIA H200: float32 products at highest precision and copies as measured (`bench/results/h200`); a launch follows
 from a step of `sgn_ce` with 20 iterations of 34 launches and 105 more in 1.04 ms. Convolutions, float64 and the
 factorisation are guesses."""
+
+
+def memory() -> int | None:
+    """Bytes that arrays of the default device may take up in all; `None` where that is not known."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such function on Windows, no such name elsewhere
+        return None
 
 
 def machine() -> Machine:

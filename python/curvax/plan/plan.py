@@ -113,7 +113,7 @@ class Plan:
     def _candidate_line(self, candidate: Candidate) -> str:
         mark = "->" if candidate.index == self.solver_index else "  "
         return (
-            f"{mark} {candidate.solver.name:<58}{_time(candidate.seconds):>10}"
+            f"{mark} {candidate.solver.name:<58}{time_text(candidate.seconds):>10}"
             f"{flops_text(candidate.cost.flops):>12}"
             f"{bytes_text(candidate.cost.memory):>11}  {candidate.reason}"
         )
@@ -152,7 +152,8 @@ def _si(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A number of seconds."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"

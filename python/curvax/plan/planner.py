@@ -13,11 +13,12 @@ from curvax.jaxprs import uses_custom_vjp
 from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.kernels._dispatch import Choice, Op, Request, resolve
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
+from curvax.plan import machine as machines
 from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.entrywise import Entrywise, entrywise
-from curvax.plan.machine import machine
+from curvax.plan.expense import MEMORY_SHARE
 from curvax.plan.plan import Candidate, PartCost, Plan
-from curvax.plan.predict import Shapes, block_state, candidate, count_rows, solve_cost
+from curvax.plan.predict import Shapes, block_state, candidate, solve_cost, unknowns
 from curvax.plan.requirements import Cadence, Part, Requirement
 from curvax.preconditioners import (
     EKFAC,
@@ -54,7 +55,7 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
     shapes = Shapes.of(assembly, params, evaluation)
     if isinstance(solver, Automatic):
         candidates = _candidates(solver, shapes, own_gradient=True)
-        best = min(candidates, key=lambda c: c.seconds)
+        best = _best(candidates)
         solver, index = best.solver, best.index
     plan = _plan(assembly, solver, solver.lane, index)
     choices = kernel_choices(assembly, plan, params, evaluation)
@@ -96,13 +97,8 @@ def kernel_choices(assembly: Assembly, plan: Plan, params: PyTree, evaluation: E
 
 def _matrix(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluation) -> jax.ShapeDtypeStruct | None:
     """The dense matrix that the solver takes, if it takes one."""
-    dtype = tree.scalar_dtype(params)
-    if isinstance(plan.solver, RowSpace) and not isinstance(plan.solver.solver, CG):
-        rows = count_rows(assembly.curvature, jax.eval_shape(lambda: params), evaluation)
-        return jax.ShapeDtypeStruct((rows, rows), dtype)
-    if isinstance(plan.solver, Cholesky):
-        return jax.ShapeDtypeStruct((tree.size(params), tree.size(params)), dtype)
-    return None
+    size = unknowns(assembly, plan.solver, params, evaluation)
+    return None if size is None else jax.ShapeDtypeStruct((size, size), tree.scalar_dtype(params))
 
 
 def _has_products(plan: Plan) -> bool:
@@ -141,7 +137,7 @@ def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *,
     if not isinstance(solver, Automatic):
         return _plan(assembly, solver, solver.lane, None)
     shapes = Shapes.of(assembly, params, evaluation)
-    best = min(_candidates(solver, shapes, own_gradient), key=lambda c: c.seconds)
+    best = _best(_candidates(solver, shapes, own_gradient))
     return _plan(assembly, best.solver, best.solver.lane, best.index)
 
 
@@ -149,7 +145,16 @@ def _candidates(solver: Automatic, shapes: Shapes, own_gradient: bool) -> tuple[
     """The solvers that can serve, with their predicted cost; all of them if none can, so that one says why."""
     known = list(enumerate(solver.candidates))
     able = [(i, c) for i, c in known if own_gradient or not _needs_own_gradient(c)]
-    return tuple(candidate(i, c, shapes, machine()) for i, c in able or known)
+    return tuple(candidate(i, c, shapes, machines.machine()) for i, c in able or known)
+
+
+def _best(candidates: tuple[Candidate, ...]) -> Candidate:
+    """The fastest that fits into memory; the smallest if none does."""
+    there = machines.memory()
+    fitting = [c for c in candidates if there is None or c.cost.memory <= MEMORY_SHARE * there]
+    if not fitting:
+        return min(candidates, key=lambda c: c.cost.memory)
+    return min(fitting, key=lambda c: c.seconds)
 
 
 def _needs_own_gradient(solver: Solver) -> bool:
@@ -270,7 +275,7 @@ def _requirements(
 
 def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
     preconditioner = "none" if isinstance(assembly.preconditioner, Identity) else str(assembly.preconditioner)
-    records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.telemetry.records)
+    records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.reported.records)
     return (
         ("curvature", assembly.curvature.name),
         ("solver", assembly.solver.name),
@@ -282,7 +287,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
 
 def _prediction_notes(candidates: tuple[Candidate, ...]) -> list[str]:
     return (
-        [f"candidates' times are predicted for a {machine()}; CG is taken to use all its iterations"]
+        [f"candidates' times are predicted for a {machines.machine()}; CG is taken to use all its iterations"]
         if candidates
         else []
     )

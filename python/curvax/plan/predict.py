@@ -190,6 +190,13 @@ def count_rows(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> 
     return math.prod(jax.eval_shape(row_vector, shapes, evaluation).shape)
 
 
+def unknowns(assembly: Assembly, solver: Solver, params: PyTree, evaluation: Evaluation) -> int | None:
+    """Size of the dense matrix that the solver takes; `None` for solvers that take none."""
+    if isinstance(solver, RowSpace) and not isinstance(solver.solver, CG):
+        return count_rows(assembly.curvature, jax.eval_shape(lambda: params), evaluation)
+    return tree.size(params) if isinstance(solver, Cholesky) else None
+
+
 def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> Cost:
     """Work of the Gram matrix, counted on its own trace, so with whatever structure the model turns out to have."""
 

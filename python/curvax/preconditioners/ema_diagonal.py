@@ -20,6 +20,7 @@ from curvax.kernels.diagonal_update import (
     DenominatorRule,
     diagonal_accumulate,
 )
+from curvax.numbers import Number, as_dtype, check_fraction, check_not_negative, check_positive, is_known
 from curvax.preconditioners._diagonal import divide
 from curvax.preconditioners.base import Preconditioner
 from curvax.tree import PyTree
@@ -72,12 +73,12 @@ class SophiaFloor(Denominator):
         far from overflow.
     """
 
-    gamma: float = 0.05
-    eps: float = 1e-8
+    gamma: Number = 0.05
+    eps: Number = 1e-8
 
     def __post_init__(self) -> None:
-        _check_positive("gamma", self.gamma)
-        _check_not_negative("eps", self.eps)
+        check_positive("gamma", self.gamma)
+        check_not_negative("eps", self.eps)
 
     @property
     def root_mean_square(self) -> bool:
@@ -86,20 +87,20 @@ class SophiaFloor(Denominator):
 
     def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
         """max(gamma h, eps scale); `lam` plays no part."""
-        return jnp.maximum(self.gamma * h, self.eps * scale)
+        return jnp.maximum(self.fallback(h), self.offset(scale, lam))
 
     def fallback(self, scale: jax.Array) -> jax.Array:
         """Gamma scale."""
-        return self.gamma * scale
+        return as_dtype(self.gamma, scale.dtype) * scale
 
     @property
-    def rule(self) -> DenominatorRule:
-        """A floor."""
-        return DenominatorRule("floor", slope=self.gamma)
+    def rule(self) -> DenominatorRule | None:
+        """A floor, of a gamma that is known."""
+        return DenominatorRule("floor", slope=float(self.gamma)) if is_known(self.gamma) else None
 
     def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
         """Eps scale."""
-        return self.eps * scale
+        return as_dtype(self.eps, scale.dtype) * scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +115,12 @@ class AdaHessianPower(Denominator):
       eps: relative floor. The default, 1e-4, is the authors' figure, which they use as an absolute one.
     """
 
-    power: float = 1.0
-    eps: float = 1e-4
+    power: Number = 1.0
+    eps: Number = 1e-4
 
     def __post_init__(self) -> None:
-        _check_positive("power", self.power)
-        _check_not_negative("eps", self.eps)
+        check_positive("power", self.power)
+        check_not_negative("eps", self.eps)
 
     @property
     def root_mean_square(self) -> bool:
@@ -128,20 +129,22 @@ class AdaHessianPower(Denominator):
 
     def denominator(self, h: jax.Array, scale: jax.Array, lam: jax.Array) -> jax.Array:
         """h^power + eps scale^power; `lam` plays no part."""
-        return self.fallback(h) + self.eps * self.fallback(scale)
+        return self.fallback(h) + self.offset(scale, lam)
 
     def fallback(self, scale: jax.Array) -> jax.Array:
         """scale^power."""
-        return scale if self.power == 1 else scale**self.power
+        if is_known(self.power) and self.power == 1:
+            return scale
+        return scale ** as_dtype(self.power, scale.dtype)
 
     @property
-    def rule(self) -> DenominatorRule:
-        """A power."""
-        return DenominatorRule("power", power=self.power)
+    def rule(self) -> DenominatorRule | None:
+        """A power that is known."""
+        return DenominatorRule("power", power=float(self.power)) if is_known(self.power) else None
 
     def offset(self, scale: jax.Array, lam: jax.Array) -> jax.Array:
         """Eps scale^power."""
-        return self.eps * self.fallback(scale)
+        return as_dtype(self.eps, scale.dtype) * self.fallback(scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +211,7 @@ class EmaDiagonal(Preconditioner):
     """
 
     estimator: DiagonalEstimator
-    beta2: float = 0.99
+    beta2: Number = 0.99
     every: int = 1
     denominator: Denominator = Damped()
     bias_correction: bool = True
@@ -216,8 +219,7 @@ class EmaDiagonal(Preconditioner):
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 must be in [0, 1), got {self.beta2}.")
+        check_fraction("beta2", self.beta2)
 
     @property
     def needs_product(self) -> bool:
@@ -262,7 +264,7 @@ class EmaDiagonal(Preconditioner):
             state.average,
             self.estimator.estimate(linearization, key),
             self.correction(count),
-            implementation=self.accumulate,
+            implementation=self.accumulate if is_known(self.beta2) else "reference",
         )
         return EmaDiagonalState(
             average=average,
@@ -287,18 +289,9 @@ class EmaDiagonal(Preconditioner):
     def correction(self, count: jax.Array) -> jax.Array:
         """What the average of `count` estimates is multiplied by: 1 / (1 - beta2^count) or its root; 1 before any."""
         dtype = jnp.result_type(float)
-        if not self.bias_correction or self.beta2 == 0:
+        if not self.bias_correction or (is_known(self.beta2) and self.beta2 == 0):
             return jnp.ones((), dtype)
-        gathered = -jnp.expm1(math.log(self.beta2) * jnp.maximum(count, 1).astype(dtype))
+        log = math.log(self.beta2) if is_known(self.beta2) else jnp.log(as_dtype(self.beta2, dtype))
+        gathered = -jnp.expm1(log * jnp.maximum(count, 1).astype(dtype))
         weight = jnp.where(count > 0, gathered, jnp.ones_like(gathered))
         return 1 / (jnp.sqrt(weight) if self.denominator.root_mean_square else weight)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be non-negative and finite, got {value}.")

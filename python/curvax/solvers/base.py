@@ -16,11 +16,12 @@ from curvax.kernels import tree_cg
 from curvax.kernels._dispatch import Choice, Implementation
 from curvax.result import Result as Result
 from curvax.result import code as code
+from curvax.result import solved as solved
 from curvax.tree import PyTree
 
 
-class Lane(enum.Enum):
-    """Where the linear system lives."""
+class Lane(enum.StrEnum):
+    """Where the linear system lives; a string, so that `plan.lane == "row"` says what it seems to."""
 
     DIAGONAL = "diag"
     PARAMETER = "param"
@@ -99,7 +100,8 @@ class Solution:
       value: s, a wide vector.
       result: a `Result`, int32.
       iterations: products spent in the iteration, int32; 0 for direct solvers.
-      residual: |g - (C + lam I) s| / |g|, recomputed from its definition (not a recurrence).
+      residual: |g - (C + lam I) s| / |g|, recomputed from its definition (not a recurrence); NaN where no system is
+        solved.
       state: the solver's next state.
     """
 
@@ -124,6 +126,11 @@ class Solver(abc.ABC):
         """Where the system lives."""
 
     @property
+    def tolerance(self) -> float:
+        """Relative residual that CONVERGED stands for; of direct solvers a hundredth, far above what they leave."""
+        return 1e-2
+
+    @property
     @abc.abstractmethod
     def products(self) -> int:
         """Most curvature products one solve takes; 0 for solvers that take a matrix or a diagonal."""
@@ -144,6 +151,69 @@ def damped(system: System, lam: jax.Array) -> Callable[[PyTree], PyTree]:
 
 def relative_residual(system: System, lam: jax.Array, rhs: PyTree, value: PyTree) -> jax.Array:
     """|g - (C + lam I) s| / |g|; 0 for a zero right-hand side."""
-    rest = jax.tree.map(jnp.subtract, rhs, damped(system, lam)(value))
-    size = tree.norm(rhs)
-    return jnp.where(size > 0, tree.norm(rest) / jnp.where(size > 0, size, jnp.ones_like(size)), jnp.zeros_like(size))
+    return tree.relative_norm(jax.tree.map(jnp.subtract, rhs, damped(system, lam)(value)), rhs)
+
+
+def unsolved(finite: jax.Array, dtype: Any, value: PyTree = None, state: Any = None) -> Solution:
+    """What becomes of a direction that no system stands behind: no iterations, no residual (NaN)."""
+    result = jnp.where(finite, code(Result.CONVERGED), code(Result.NON_FINITE))
+    return Solution(value, result, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, dtype), state)
+
+
+# How far a residual may be above the tolerance that a solver decided by: a recurrence and the residual itself differ.
+_SLACK = 10.0
+
+
+def audited(solution: Solution, tolerance: float) -> Solution:
+    """The solution with a result code that its residual bears out.
+
+    Args:
+      solution: with its true residual.
+      tolerance: relative residual that CONVERGED stands for. More than 10 times that (and more than the root of the
+        rounding unit, which no solver is sure to reach) is INACCURATE instead; a residual that is not finite is
+        NON_FINITE, whatever the solver said of its own.
+    """
+    result, residual = solution.result, solution.residual
+    limit = max(_SLACK * tolerance, float(jnp.finfo(residual.dtype).eps) ** 0.5)
+    far = (result == int(Result.CONVERGED)) & ~(residual <= limit)
+    result = jnp.where(far, code(Result.INACCURATE), result)
+    lost = ~jnp.isfinite(residual) & (solved(result) | far)
+    return dataclasses.replace(solution, result=jnp.where(lost, code(Result.NON_FINITE), result))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitVector:
+    """A vector v = scale size unit, in factors that neither overflow nor vanish.
+
+    Attributes:
+      unit: of norm 1; zero where v is zero, or not finite.
+      scale: near the largest magnitude in v (`tree.divisor`).
+      size: norm of v / scale; 0 for zero, not finite where v is not.
+    """
+
+    unit: PyTree
+    scale: jax.Array
+    size: jax.Array
+
+    @staticmethod
+    def of(space: Space, v: PyTree) -> UnitVector:
+        """In the inner product of `space`."""
+        scale = tree.divisor(tree.max_abs(v))
+        near = jax.tree.map(lambda x: x / scale.astype(x.dtype), v)
+        # In a semidefinite inner product rounding may leave a tiny negative square.
+        (squared,) = space.dots(((near, near),))
+        size = jnp.sqrt(jnp.maximum(squared, jnp.zeros_like(squared)))
+        usable = (size > 0) & jnp.isfinite(size)
+        inverse = jnp.where(usable, 1 / jnp.where(usable, size, jnp.ones_like(size)), jnp.zeros_like(size))
+        # Zero times infinity would be NaN, which stops debuggers.
+        unit = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, jnp.zeros_like(x)), near)
+        return UnitVector(unit, scale, size)
+
+    def divide(self, v: PyTree) -> PyTree:
+        """v / (scale size), for a vector that goes with this one; v / scale where this one is zero."""
+        size = jnp.where(self.size > 0, self.size, jnp.ones_like(self.size))
+        return jax.tree.map(lambda x: x / self.scale.astype(x.dtype) / size.astype(x.dtype), v)
+
+    def multiply(self, v: PyTree) -> PyTree:
+        """v scale size: not finite where this vector is not."""
+        return jax.tree.map(lambda x: x * self.size.astype(x.dtype) * self.scale.astype(x.dtype), v)

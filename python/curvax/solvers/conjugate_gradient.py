@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code, damped
+from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, audited, code, damped
 from curvax.tree import PyTree
 
 
@@ -53,7 +53,8 @@ class CG(Solver):
     the loss. A direction p with p^T A p not above rounding of the largest curvature met ends the iteration: with
     NEGATIVE_CURVATURE (the iterate so far is returned; at the first iteration a step along g of length
     |p|^2 / (|p| |A p|) |g|, the inverse of the operator's size along p), or with BREAKDOWN if the curvature is zero
-    to rounding.
+    to rounding. A preconditioner that makes r.P^-1 r zero, negative or not finite ends it with BAD_PRECONDITIONER and
+    the iterate before.
 
     The residual of the solution is recomputed from its definition, one more product, unless the iteration limit came
     while it was above the square root of the rounding unit: there recurrence and definition agree.
@@ -89,6 +90,10 @@ class CG(Solver):
         return Lane.PARAMETER
 
     @property
+    def tolerance(self) -> float:
+        return self.tol
+
+    @property
     def products(self) -> int:
         # One for the true residual at the end, one for the residual of a warm start.
         return self.maxiter + 1 + self.warm_start
@@ -104,19 +109,17 @@ class CG(Solver):
     def iterate(self, system: System, rhs: PyTree, start: PyTree | None, lam: jax.Array) -> Solution:
         """Solves from `start` (`None` for zero), in whatever space the system lives; leaves the state empty."""
         space, apply = system.space, damped(system, lam)
-        size = _norm(system, rhs)
-        usable = (size > 0) & jnp.isfinite(size)
-        unit = jnp.where(usable, 1 / jnp.where(usable, size, jnp.ones_like(size)), jnp.zeros_like(size))
-        b = tree.scale(unit, rhs)
+        scaled = UnitVector.of(space, rhs)
+        size, b = scaled.size, scaled.unit
         zero = jax.tree.map(jnp.zeros_like, b)
         if start is None:
             x, r, cold = zero, b, jnp.asarray(True)
         else:
-            x, r, cold = self._warm(system, b, tree.scale(unit, start), apply)
+            x, r, cold = self._warm(system, b, scaled.divide(start), apply)
         z = r if system.precondition is None else system.precondition(r)
         (rr,) = space.dots(((r, r),))
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
-        first = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        first = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), self._running(system, rr, rz))
         begin = _Iteration(
             x, r, z, rz, rr, jnp.zeros_like(rr), self._empty_history(rr), jnp.zeros((), jnp.int32),
             jnp.where(jnp.isfinite(rr), first, code(Result.NON_FINITE)),
@@ -132,10 +135,19 @@ class CG(Solver):
         (descent,) = space.dots(((end.x, b),))
         short = 1 / jnp.where(end.largest > 0, end.largest, jnp.ones_like(end.largest))
         x = tree.where(descent < 0, tree.scale(short, b), end.x)
-        # A right-hand side that is not finite leaves x at zero, and zero times its norm is NaN: not a step to take.
-        value = jax.tree.map(lambda v: v * size.astype(v.dtype), x)
         residual = self._true_residual(system, b, lam, dataclasses.replace(end, x=x), result)
-        return Solution(value, result, end.i, jnp.where(size > 0, residual, jnp.zeros_like(size)), ())
+        residual = jnp.where(size == 0, jnp.zeros_like(size), jnp.where(jnp.isfinite(size), residual, size))
+        # A right-hand side that is not finite leaves x at zero, and zero times its norm is NaN: not a step to take.
+        return audited(Solution(scaled.multiply(x), result, end.i, residual, ()), self.tol)
+
+    def _running(self, system: System, rr: jax.Array, rz: jax.Array) -> jax.Array:
+        """The result while nothing ends the iteration: P^-1 must make r.P^-1 r positive as long as r is any."""
+        running = jnp.asarray(_RUNNING, jnp.int32)
+        if system.precondition is None:
+            return running
+        sound = (rz > 0) & jnp.isfinite(rz)
+        some = rr > float(jnp.finfo(rr.dtype).eps) ** 2
+        return jnp.where(some & ~sound, code(Result.BAD_PRECONDITIONER), running)
 
     def _warm(
         self, system: System, b: PyTree, x: PyTree, apply: Callable[[PyTree], PyTree]
@@ -191,11 +203,11 @@ class CG(Solver):
         z = r if system.precondition is None else system.precondition(r)
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
         p = space.direction(rz / jnp.where(at.rz > 0, at.rz, jnp.ones_like(at.rz)), z, at.p)
-        result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), self._running(system, rr, rz))
         history, stalled = self._record(space, at, b, x, r)
         result = jnp.where((result == _RUNNING) & stalled, code(Result.STOPPED_EARLY), result)
-        # A direction of length zero: the residual is exactly zero.
-        result = jnp.where(flat, jnp.where(pp > 0, code(Result.BREAKDOWN), code(Result.CONVERGED)), result)
+        # A direction of length zero, from a residual that is not.
+        result = jnp.where(flat, code(Result.BREAKDOWN), result)
         result = jnp.where(negative, code(Result.NEGATIVE_CURVATURE), result)
         result = jnp.where(finite, result, code(Result.NON_FINITE))
         return _Iteration(x, r, p, rz, rr, largest, history, at.i + 1, result)
@@ -224,15 +236,6 @@ class CG(Solver):
         history = at.history.at[i % length].set(phi)
         bound = k.astype(phi.dtype) * self.stop.epsilon
         return history, (i > k) & (phi < 0) & (phi - before > phi * bound)
-
-
-def _norm(system: System, v: PyTree) -> jax.Array:
-    """|v| in the system's inner product, safe against overflow and underflow of the squares."""
-    scale = tree.max_abs(v)
-    safe = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
-    unit = tree.scale(1 / safe, v)
-    (squared,) = system.space.dots(((unit, unit),))
-    return jnp.where(jnp.isfinite(scale), safe * _norm_from_dot(squared), scale)
 
 
 def _norm_from_dot(squared: jax.Array) -> jax.Array:

@@ -142,5 +142,4 @@ def _solve_by_eigenvalues(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def _residual(c: jax.Array, b: jax.Array, x: jax.Array, lam: jax.Array) -> jax.Array:
     rest = b - jnp.matmul(c, x, precision=jax.lax.Precision.HIGHEST) - lam.astype(x.dtype) * x
-    size = tree.norm(b)
-    return jnp.where(size > 0, tree.norm(rest) / jnp.where(size > 0, size, jnp.ones_like(size)), jnp.zeros_like(size))
+    return tree.relative_norm(rest, b)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
+from curvax.numbers import Number, as_dtype, is_known, shown
+from curvax.solvers.base import Lane, Solution, Solver, System, unsolved
 from curvax.tree import PyTree
 
 
@@ -27,14 +28,15 @@ class Diagonal(Solver):
     """s = P^-1 m with m the bias-corrected exponential mean of the gradients.
 
     Attributes:
-      beta1: decay of the mean; 0 uses the gradient itself. 0.965 (Sophia) and 0.9 (AdaHessian) in their papers.
+      beta1: decay of the mean; 0 uses the gradient itself (unless it is traced). 0.965 (Sophia) and 0.9 (AdaHessian)
+        in their papers.
     """
 
-    beta1: float = 0.0
+    beta1: Number = 0.0
 
     @property
     def name(self) -> str:
-        return f"diagonal (beta1 {self.beta1:g})"
+        return f"diagonal (beta1 {shown(self.beta1)})"
 
     @property
     def lane(self) -> Lane:
@@ -45,7 +47,7 @@ class Diagonal(Solver):
         return 0
 
     def init(self, like: PyTree) -> DiagonalState | tuple[()]:
-        if self.beta1 == 0:
+        if is_known(self.beta1) and self.beta1 == 0:
             return ()
         return DiagonalState(tree.zeros_like(like), jnp.zeros((), jnp.int32))
 
@@ -58,10 +60,14 @@ class Diagonal(Solver):
             raise ValueError("the diagonal lane needs a preconditioner: give one with an estimator.")
         mean, following = rhs, state
         if isinstance(state, DiagonalState):
-            raw = jax.tree.map(lambda m, g: self.beta1 * m + (1 - self.beta1) * g, state.mean, rhs)
+
+            def mix(m: jax.Array, g: jax.Array) -> jax.Array:
+                beta1 = as_dtype(self.beta1, m.dtype)
+                return beta1 * m + (1 - beta1) * g
+
+            raw = jax.tree.map(mix, state.mean, rhs)
             count = state.count + 1
             following = DiagonalState(raw, count)
             mean = tree.scale(self.correction(count, tree.scalar_dtype(rhs)), raw)
         value = system.precondition(mean)
-        zero = jnp.zeros((), tree.scalar_dtype(rhs))
-        return Solution(value, code(Result.CONVERGED), jnp.zeros((), jnp.int32), zero, following)
+        return unsolved(tree.all_finite(value), tree.scalar_dtype(rhs), value, following)

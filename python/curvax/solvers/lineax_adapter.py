@@ -8,7 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code, damped, relative_residual
+from curvax import tree
+from curvax.solvers.base import (
+    Lane,
+    Result,
+    Solution,
+    Solver,
+    System,
+    UnitVector,
+    audited,
+    code,
+    damped,
+    relative_residual,
+    solved,
+)
 from curvax.tree import PyTree
 
 
@@ -21,7 +34,9 @@ class Lineax(Solver):
       positive_definite: tag the operator as positive semidefinite, which `lineax.CG` asks for. Set it to False for
         Hessians, with a solver that allows indefinite operators.
 
-    Needs the `lineax` extra. A preconditioner of the system is passed on as lineax's "preconditioner" option.
+    Needs the `lineax` extra. A preconditioner of the system is passed on as lineax's "preconditioner" option. The
+    right-hand side is scaled to unit norm first, so absolute tolerances of lineax are relative ones here. What lineax
+    says is believed if the true residual bears it out.
     """
 
     solver: Any
@@ -34,6 +49,12 @@ class Lineax(Solver):
     @property
     def lane(self) -> Lane:
         return Lane.PARAMETER
+
+    @property
+    def tolerance(self) -> float:
+        # Not every lineax solver iterates to a tolerance, and one may be traced.
+        rtol = getattr(self.solver, "rtol", None)
+        return float(rtol) if isinstance(rtol, int | float) else super().tolerance
 
     @property
     def products(self) -> int:
@@ -56,7 +77,8 @@ class Lineax(Solver):
             options["preconditioner"] = lx.FunctionLinearOperator(
                 system.precondition, like, frozenset({lx.positive_semidefinite_tag})
             )
-        answer = lx.linear_solve(operator, rhs, self.solver, options=options, throw=False)
+        scaled = UnitVector.of(system.space, rhs)
+        answer = lx.linear_solve(operator, scaled.unit, self.solver, options=options, throw=False)
         succeeded = answer.result == lx.RESULTS.successful
         limited = answer.result == lx.RESULTS.max_steps_reached
         result = jnp.where(
@@ -65,5 +87,15 @@ class Lineax(Solver):
             jnp.where(limited, code(Result.MAX_ITERATIONS), code(Result.BREAKDOWN)),
         )
         iterations = jnp.asarray(answer.stats.get("num_steps", 0), jnp.int32)
-        residual = relative_residual(system, lam, rhs, answer.value)
-        return Solution(answer.value, result, iterations, residual, ())
+        residual = relative_residual(system, lam, scaled.unit, answer.value)
+        residual = jnp.where(jnp.isfinite(scaled.size), residual, scaled.size)
+        solution = audited(Solution(scaled.multiply(answer.value), result, iterations, residual, ()), self.tolerance)
+        return self._blamed(system, scaled.unit, solution)
+
+    def _blamed(self, system: System, b: PyTree, solution: Solution) -> Solution:
+        """A solve that failed with a preconditioner that turns the right-hand side round failed because of it."""
+        if system.precondition is None:
+            return solution
+        (along,) = system.space.dots(((b, system.precondition(b)),))
+        bad = ~solved(solution.result) & (tree.max_abs(b) > 0) & ~((along > 0) & jnp.isfinite(along))
+        return dataclasses.replace(solution, result=jnp.where(bad, code(Result.BAD_PRECONDITIONER), solution.result))

@@ -42,6 +42,11 @@ class RowSpace(Solver):
         return Lane.ROW
 
     @property
+    def tolerance(self) -> float:
+        # Of the row system; in parameter space, where the residual is taken, the rounding of two more products adds up.
+        return max(self.solver.tolerance, 1e-2)
+
+    @property
     def products(self) -> int:
         return self.solver.products
 

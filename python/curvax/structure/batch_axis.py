@@ -1,18 +1,23 @@
 """Does a model treat the examples of its leading axis one by one? Answered from its jaxpr, before any computation.
 
 Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model
-call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode, dropout masks drawn for the
-whole batch or a collocation residual assembled from several point sets break it, and believing the contract would give
-wrong rows. So the batch axis is followed through every equation; what is not understood counts as mixing, which costs
-time and never correctness.
+call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode or a collocation residual
+assembled from several point sets break it, and believing the contract would give wrong rows. So the batch axis is
+followed through every equation that the outputs depend on; what is not understood counts as mixing, which costs time
+and never correctness.
 
 The model is traced with a batch size found nowhere else in its shapes, so that an axis of that size (or a multiple of
 it: batch and time flattened together, batch slowest) is known to be the batch.
+
+A random value for the whole batch that is made of one key, such as a dropout mask, does not mix examples: each has its
+own part. But the model on one example would draw another one; so such draws are found here, and are arguments of the
+model on one example (`ByExample`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,10 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import Jaxpr, Literal
 
-from curvax.jaxprs import scan_counts, subjaxprs
-from curvax.structure.batch_rules import ELEMENTWISE, REPEATING, RULES, Axis, Mixed, common
+from curvax.jaxprs import CUSTOM, REMATERIALISED, SCAN, scan_counts, subjaxprs
+from curvax.structure.batch_axes import BatchAxes
+from curvax.structure.batch_rules import ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
+from curvax.structure.program import Atom, Name, Path, Program, Step, traced_program
 from curvax.tree import PyTree
 
 _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
@@ -32,41 +39,226 @@ _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
 def examples_independent(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> tuple[bool, str]:
     """Whether row i of `predict(params, inputs)` depends on example i of the inputs alone, and if not, why.
 
+    Leaves of the inputs that all examples share (a grid, position ids) may enter every row. What is random does not
+    count: of a value for the whole batch made of one key, each example has its own part.
+
     Args:
       predict: the model.
       params: parameters (arrays or shapes).
-      inputs: inputs with a common leading example axis (arrays or shapes).
+      inputs: inputs (arrays or shapes).
 
     Returns:
       (True, "") or (False, reason).
     """
-    leaves = jax.tree.leaves(inputs)
-    if not leaves or any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) != 1:
-        return False, "the inputs have no common leading example axis"
-    batch = _probe_size(params, inputs)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-    def trace(size: int) -> ClosedJaxpr:
-        resized = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), inputs)
-        return jax.make_jaxpr(predict)(shapes, resized)
-
-    try:
-        closed, whole, single = trace(batch), trace(leaves[0].shape[0]), trace(1)
-    except (TypeError, ValueError):
-        return False, "the model does not accept another batch size"
-    alike = _same_computation(whole, closed) and _same_computation(single, closed)
-    size = leaves[0].shape[0]
-    if not alike or not (size == 1 or _same_shapes(whole.jaxpr, closed.jaxpr, size, batch)):
-        return False, "the model computes differently for different batch sizes"
-    axes: list[Axis] = [None] * len(jax.tree.leaves(params)) + [0] * len(leaves)
-    try:
-        (axis,) = _Tracker(batch).closed(closed, axes)
-    except Mixed as mixed:
-        return False, str(mixed)
-    return (True, "") if axis == 0 else (False, "the outputs do not carry the example axis first")
+    _, reason = example_axes(predict, params, inputs)
+    return not reason, reason
 
 
-def _probe_size(params: PyTree, inputs: Any) -> int:
+def example_axes(
+    predict: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    axes: BatchAxes | None = None,
+    *,
+    sizes: Callable[[int], Sequence[int]] = lambda count: (1,),
+) -> tuple[BatchAxes, str]:
+    """Which leaves of the inputs hold the examples, so that row i of the outputs depends on their entries i alone.
+
+    Only leaves as long as the outputs can hold them. A leaf of that length by chance, as T position ids are in a batch
+    of T sequences, gives itself away: on another number of examples the model does not run, or it pairs the examples
+    with the leaf's entries. What is returned is proved for all leaves together, however it was found.
+
+    Args:
+      predict: the model; its one output has the examples on the same axis as the inputs.
+      params: parameters (arrays or shapes).
+      inputs: inputs (arrays or shapes).
+      axes: where the inputs hold the examples, if that is known and to be proved.
+      sizes: number of examples -> other numbers of them, on which the model must compute as it does on all; 1, by
+        default, where rows are to be made example by example.
+
+    Returns:
+      (axes, "") if that is so; else (axes, reason), with the axes of all leaves that are as long as the outputs.
+    """
+    return ExampleModel.of(predict, params, inputs).examples(axes, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A random value for the whole batch.
+
+    Attributes:
+      single, whole: the step that makes it, in the program on one example and in that on the batch.
+      axis: of the step's output over all iterations of scans; batch and what is flattened with it, batch slowest.
+    """
+
+    single: Path
+    whole: Path
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ByExample:
+    """A model that treats examples one by one.
+
+    Attributes:
+      program: the model on one example; arguments are the leaves of (params, inputs).
+      whole: the same on the batch.
+      draws: steps of `program` whose results are to be the examples' parts of those of `whole`.
+      examples: batch size of `whole`.
+      axes: which leaves of the inputs hold the examples, on their first axis; the others are shared.
+    """
+
+    program: Program
+    whole: Program
+    draws: tuple[Draw, ...]
+    examples: int
+    axes: BatchAxes
+
+
+def by_example(
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+) -> ByExample:
+    """The programs of a model whose examples do not interact, from shapes alone.
+
+    Args:
+      predict, params, inputs: the model and its arguments.
+      axes: which leaves of the inputs hold the examples, on their first axis, if that is known.
+
+    Raises:
+      Mixed: the examples interact, or nobody can tell; the text says where.
+    """
+    model = ExampleModel.of(predict, params, inputs)
+    axes, reason = model.examples(axes, lambda count: (1,))
+    if reason:
+        raise Mixed(reason)
+    single, (probe, tracker) = model.at(axes, 1), model.followed(axes)
+    steps = zip(*(list(_random_steps(p)) for p in (single, model.whole, probe)), strict=True)
+    draws = tuple(Draw(one, all_, tracker.drawn[path]) for one, all_, path in steps if path in tracker.drawn)
+    return ByExample(single, model.whole, draws, model.count, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleModel:
+    """A model whose examples are looked for.
+
+    Attributes:
+      predict, params, inputs: the model and the shapes of its arguments.
+      whole: its program on these.
+    """
+
+    predict: Callable[[PyTree, Any], jax.Array]
+    params: PyTree
+    inputs: PyTree
+    whole: Program
+    _traced: dict[tuple[BatchAxes, int], Program] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: PyTree) -> ExampleModel:
+        """Of arrays or shapes."""
+        params, inputs = shapes_of((params, inputs))
+        return ExampleModel(predict, params, inputs, traced_program(predict, params, inputs))
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return self.whole.shapes[0][0]
+
+    def examples(self, axes: BatchAxes | None, sizes: Callable[[int], Sequence[int]]) -> tuple[BatchAxes, str]:
+        """See `example_axes`."""
+        leaves = jax.tree.leaves(self.inputs)
+        if not self.whole.shapes[0]:
+            return BatchAxes((None,) * len(leaves)), "the outputs have no axis for the examples"
+        alike = BatchAxes(tuple(0 if leaf.shape[:1] == (self.count,) else None for leaf in leaves))
+        first = alike if axes is None else axes
+        if not first.any:
+            return first, f"no leaf of the inputs is as long as the outputs, {self.count}"
+        reason = self.refuted(first, sizes)
+        if not reason or axes is not None:
+            return first, reason
+        for guess in self._guesses(alike):
+            if not self.refuted(guess, sizes):
+                return guess, ""
+        return alike, reason
+
+    def refuted(self, axes: BatchAxes, sizes: Callable[[int], Sequence[int]]) -> str:
+        """Why these axes do not hold the examples; empty if it is proved that they do."""
+        try:
+            probe, _ = self.followed(axes)
+            others = [(self.count, self.whole), *((size, self.at(axes, size)) for size in sizes(self.count))]
+            if not all(_alike(other, size, probe, self.probe) for size, other in others):
+                return "the model computes differently for different batch sizes"
+        except Mixed as mixed:
+            return str(mixed)
+        return ""
+
+    def followed(self, axes: BatchAxes) -> tuple[Program, _Tracker]:
+        """The program on the probe's number of examples, and what followed them to the outputs.
+
+        Raises:
+          Mixed: the examples interact, or do not arrive where they should.
+        """
+        probe, tracker = self.at(axes, self.probe), _Tracker(self.probe, {})
+        found = self._arrive(tracker, probe, axes)
+        if found.lost or found.axis != 0:
+            raise Mixed(found.lost or "the outputs do not carry the example axis first")
+        return probe, tracker
+
+    def _arrive(self, tracker: _Tracker, program: Program, axes: BatchAxes) -> _Seen:
+        own = [_Seen() if axis is None else _Seen(axis, free=False) for axis in axes.axes]
+        (found,) = tracker.program(program, [*(_Seen() for _ in jax.tree.leaves(self.params)), *own], _Where())
+        return found
+
+    def _guesses(self, alike: BatchAxes) -> Iterator[BatchAxes]:
+        """Sets of leaves whose examples stay apart, and in place, when they are followed through the model.
+
+        They are followed at the batch size that there is, where other axes may be as long: a guess, and no proof.
+        """
+
+        def stays(axes: BatchAxes) -> bool:
+            try:
+                return self._arrive(_Flow(self.count, {}), self.whole, axes).axis == 0
+            except Mixed:
+                return False
+
+        yield from alike.grown(stays)
+
+    @functools.cached_property
+    def probe(self) -> int:
+        """A number of examples that no other axis, or product of axes, is a multiple of."""
+        return probe_size(self.params, self.inputs)
+
+    def at(self, axes: BatchAxes, size: int) -> Program:
+        """The program on another number of examples."""
+        if (axes, size) not in self._traced:
+            try:
+                self._traced[axes, size] = traced_program(self.predict, self.params, axes.resized(self.inputs, size))
+            except Exception as error:  # A model refuses a size that it was not written for in whatever way it likes.
+                raise Mixed("the model does not accept another batch size") from error
+        return self._traced[axes, size]
+
+
+def shapes_of(values: PyTree) -> PyTree:
+    """Shapes and dtypes."""
+    return jax.eval_shape(lambda x: x, values)
+
+
+def _alike(program: Program, size: int, probe: Program, probe_size: int) -> bool:
+    """Whether programs on two numbers of examples do the same computation."""
+    shaped = size == 1 or _same_shapes(program, probe, size, probe_size)
+    return shaped and _same_computation(program, probe)
+
+
+def _random_steps(program: Program, path: Path = ()) -> Iterator[Path]:
+    """Steps that may draw, in an order that does not depend on the batch size."""
+    for index, step in enumerate(program.steps):
+        if step.primitive in RANDOM:
+            yield (*path, index)
+        if step.body is not None:
+            yield from _random_steps(step.body, (*path, index))
+
+
+def probe_size(params: PyTree, inputs: Any) -> int:
+    """A number of examples that no axis, or product of axes, of these shapes is a multiple of."""
     shapes = [leaf.shape for leaf in jax.tree.leaves((params, inputs))]
     sizes = [d for shape in shapes for d in shape] + [math.prod(shape) for shape in shapes]
     for size in _PROBE_SIZES:
@@ -76,64 +268,77 @@ def _probe_size(params: PyTree, inputs: Any) -> int:
 
 
 # Equations that only rearrange: JAX leaves them out where an axis has length one.
-_REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
+REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
 
 
-def _same_computation(closed: ClosedJaxpr, probe: ClosedJaxpr) -> bool:
+def _same_computation(program: Program, probe: Program) -> bool:
     """Whether two traces at different batch sizes do the same computation with the same numbers.
 
     A model may read its batch size as a number (dividing by it, branching on it); then one example alone is not
     computed as it is within its batch, however independent the equations are.
     """
-    mine, theirs = list(_signature(closed.jaxpr)), list(_signature(probe.jaxpr))
-    if mine != theirs or len(closed.consts) != len(probe.consts):
+    mine, theirs = list(_constants(program)), list(_constants(probe))
+    if list(_signature(program)) != list(_signature(probe)) or len(mine) != len(theirs):
         return False
-    return all(_same_constant(a, b) for a, b in zip(closed.consts, probe.consts, strict=True))
+    return all(map(same_constant, mine, theirs))
 
 
-def _signature(jaxpr: Jaxpr) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _REARRANGING:
+def _constants(program: Program) -> Iterator[Any]:
+    yield from program.constants.values()
+    for step in program.steps:
+        for body in step.bodies:
+            yield from _constants(body)
+
+
+def _signature(program: Program) -> Iterator[Any]:
+    for step in program.steps:
+        if step.primitive in REARRANGING:
             continue
-        yield eqn.primitive.name
-        yield from (repr(v.val) for v in eqn.invars if isinstance(v, Literal))
-        # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
-        yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
-        for body in _bodies(eqn):
+        yield from equation_signature(step.eqn, step.inputs)
+        for body in step.bodies:
             yield from _signature(body)
+        if not step.bodies:
+            for jaxpr in subjaxprs(step.eqn.params):
+                yield from jaxpr_signature(jaxpr)
 
 
-def _bodies(eqn: Any) -> list[Jaxpr]:
-    """The jaxprs inside an equation that its outputs are computed by; derivatives may take others."""
-    if eqn.primitive.name == "custom_linear_solve":
-        return [eqn.params["jaxprs"].solve.jaxpr]
-    return list(subjaxprs(eqn.params))
+def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
+    """What a jaxpr does, whatever the shapes."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name not in REARRANGING:
+            yield from equation_signature(eqn, eqn.invars)
+            for inner in subjaxprs(eqn.params):
+                yield from jaxpr_signature(inner)
 
 
-def _same_shapes(jaxpr: Jaxpr, probe: Jaxpr, size: int, probe_size: int) -> bool:
+def equation_signature(eqn: Any, operands: Sequence[Any]) -> Iterator[Any]:
+    """What an equation does to these operands, whatever the shapes."""
+    yield eqn.primitive.name
+    yield from (repr(v.val) for v in operands if isinstance(v, Literal))
+    # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
+    yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
+
+
+def _same_shapes(program: Program, probe: Program, size: int, probe_size: int) -> bool:
     """Whether every axis of every value is as long in both traces, or the same multiple of the batch size."""
-    if len(jaxpr.eqns) != len(probe.eqns):
-        return False
 
     def axis(mine: int, theirs: int) -> bool:
         return mine == theirs or (theirs % probe_size == 0 and mine == theirs // probe_size * size)
 
-    def shapes(eqn: Any) -> list[tuple[int, ...]]:
-        return [v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape")]
+    def shapes(step: Step) -> list[tuple[int, ...]]:
+        return [aval.shape for aval in step.output_avals if hasattr(aval, "shape")]
 
-    for a, b in zip(jaxpr.eqns, probe.eqns, strict=True):
-        if len(a.outvars) != len(b.outvars):
+    def same(a: Step, b: Step) -> bool:
+        if len(shapes(a)) != len(shapes(b)) or len(a.bodies) != len(b.bodies):
             return False
-        for mine, theirs in zip(shapes(a), shapes(b), strict=True):
-            if len(mine) != len(theirs) or not all(map(axis, mine, theirs)):
-                return False
-        inner = list(zip(_bodies(a), _bodies(b), strict=True))
-        if not all(_same_shapes(x, y, size, probe_size) for x, y in inner):
-            return False
-    return True
+        alike = all(len(x) == len(y) and all(map(axis, x, y)) for x, y in zip(shapes(a), shapes(b), strict=True))
+        return alike and all(_same_shapes(x, y, size, probe_size) for x, y in zip(a.bodies, b.bodies, strict=True))
+
+    return len(program.steps) == len(probe.steps) and all(map(same, program.steps, probe.steps))
 
 
-def _same_constant(a: Any, b: Any) -> bool:
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether two constants are surely equal."""
     if a is b:
         return True
     if isinstance(a, Tracer) or isinstance(b, Tracer) or a.shape != b.shape:
@@ -141,126 +346,183 @@ def _same_constant(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-_CALLS = frozenset(
-    "jit pjit remat2 checkpoint closed_call core_call custom_jvp_call custom_vjp_call custom_lin".split()
-)
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """A program within the model.
+
+    Attributes:
+      path: of the step whose body it is; `None` where a replay does not go.
+      scans: how many scans are around.
+    """
+
+    path: Path | None = ()
+    scans: int = 0
+
+    def body(self, index: int, step: Step) -> _Where:
+        """The same for the bodies of a step."""
+        if self.path is None or step.body is None:
+            return _Where(None)
+        return _Where((*self.path, index), self.scans + (step.primitive == SCAN))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What is known of a value.
+
+    Attributes:
+      axis: of the examples; `None` if it is the same for all of them.
+      free: whether it is made without the inputs.
+      lost: why its examples cannot be told from one another, of a value that is free: harmless until it meets them.
+    """
+
+    axis: Axis = None
+    free: bool = True
+    lost: str = ""
+
+    def join(self, other: _Seen) -> _Seen:
+        """What is known of a value that is either of two."""
+        if self.axis is not None and other.axis is not None and self.axis != other.axis:
+            raise Mixed("a loop or branch moves the example axis")
+        axis = self.axis if other.axis is None else other.axis
+        return _Seen(axis, self.free and other.free, self.lost or other.lost)
+
+    def moved(self, by: int) -> _Seen:
+        """The same with so many axes more in front."""
+        return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tracker:
-    """Follows the batch axis through a jaxpr traced with batch size `batch`."""
+    """Follows the batch axis through a program traced with batch size `batch`; fills `drawn` with the draws' axes."""
 
     batch: int
+    drawn: dict[Path, int]
 
-    def closed(self, closed: ClosedJaxpr | Jaxpr, axes: Sequence[Axis]) -> list[Axis]:
-        return self.jaxpr(closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed, axes)
-
-    def jaxpr(self, jaxpr: Jaxpr, axes: Sequence[Axis]) -> list[Axis]:
-        constants: list[Any] = [v.aval for v in jaxpr.constvars]
-        if any(d and d % self.batch == 0 for aval in constants for d in aval.shape):
+    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
+        """What is known of the results."""
+        if any(self._long(np.shape(value)) for value in program.constants.values()):
             raise Mixed("a constant as long as the batch tells examples apart")
-        known: dict[Var, Axis] = dict.fromkeys(jaxpr.constvars)
-        known.update(zip(jaxpr.invars, axes, strict=True))
+        return self._follow(program, given, where)
 
-        def read(atom: Any) -> Axis:
-            return None if isinstance(atom, Literal) else known[atom]
+    def _follow(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
+        known: dict[Name, _Seen] = dict(zip(program.arguments, given, strict=True))
 
-        for eqn in jaxpr.eqns:
-            known.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars]), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        def read(atom: Atom) -> _Seen:
+            return known.get(atom, _Seen()) if isinstance(atom, int) else _Seen()
 
-    def _equation(self, eqn: Any, axes: list[Axis]) -> list[Axis]:
-        name = eqn.primitive.name
+        for index, step in enumerate(program.steps):
+            found = self._step(step, [read(atom) for atom in step.inputs], index, where)
+            known.update(zip(step.outputs, found, strict=True))
+        return [read(atom) for atom in program.results]
+
+    def _long(self, shape: Sequence[int]) -> list[int]:
+        """Axes as long as the batch, or as a multiple of it."""
+        return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
+
+    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
+        if step.primitive in _CONTROL:
+            return _CONTROL[step.primitive](self, step, seen, where.body(index, step))
+        free, lost = all(s.free for s in seen), next((s.lost for s in seen if s.lost), "")
+        try:
+            if lost:
+                raise Mixed(lost)
+            return [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in seen])]
+        except Mixed as mixed:
+            if not free:
+                raise
+            return self._made(step, str(mixed), index, where)
+
+    def _axes(self, step: Step, axes: list[Axis]) -> list[Axis]:
+        name = step.primitive
         if name in REPEATING:
-            return [REPEATING[name](self.batch, eqn, axes)]
+            return [REPEATING[name](self.batch, step.eqn, axes)]
         if all(axis is None for axis in axes):
-            return self._unbatched(eqn)
+            if any(self._long(aval.shape) for aval in step.output_avals):
+                raise Mixed(f"{name} makes a value for the whole batch")
+            return [None] * len(step.outputs)
         if name in ELEMENTWISE:
-            return [common(name, axes)] * len(eqn.outvars)
-        if name in _CALLS:
-            return self._call(eqn, axes)
-        if name in _CONTROL:
-            return _CONTROL[name](self, eqn, axes)
+            return [common(name, axes)] * len(step.outputs)
         if name not in RULES:
             raise Mixed(f"{name} is not followed")
-        return [RULES[name](self.batch, eqn, axes)] * len(eqn.outvars)
+        return [RULES[name](self.batch, step.eqn, axes)] * len(step.outputs)
 
-    def _unbatched(self, eqn: Any) -> list[Axis]:
-        # A value made without the inputs but as long as the batch (a dropout mask, an index) tells examples apart.
-        if any(d and d % self.batch == 0 for v in eqn.outvars for d in v.aval.shape):
-            raise Mixed(f"{eqn.primitive.name} makes a value for the whole batch")
-        return [None] * len(eqn.outvars)
-
-    def _call(self, eqn: Any, axes: list[Axis]) -> list[Axis]:
-        inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-        if not isinstance(inner, ClosedJaxpr | Jaxpr):
-            raise Mixed(f"{eqn.primitive.name} is not followed")
-        return self.closed(inner, axes)
+    def _made(self, step: Step, reason: str, index: int, where: _Where) -> list[_Seen]:
+        """Without the inputs, but not the same for all examples: what is drawn, each takes its part of."""
+        long = self._long(step.output_avals[0].shape)
+        known = step.primitive in RANDOM and len(step.outputs) == len(long) == 1 and not any(step.differentiated)
+        if not known or where.path is None:
+            return [_Seen(lost=reason)] * len(step.outputs)
+        self.drawn[(*where.path, index)] = where.scans + long[0]
+        return [_Seen(long[0])]
 
 
-def _scan(tracker: _Tracker, eqn: Any, axes: list[Axis]) -> list[Axis]:
-    p = eqn.params
-    consts, carry = scan_counts(eqn)
-    scanned = axes[consts + carry :]
-    if any(axis == 0 for axis in scanned):
+class _Flow(_Tracker):
+    """Follows the examples where other axes may be as long: what does not come from them is taken to be shared."""
+
+    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
+        return self._follow(program, given, where)
+
+    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
+        if all(s.axis is None for s in seen):
+            return [_Seen()] * len(step.outputs)
+        return super()._step(step, seen, index, where)
+
+
+def _call(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    return tracker.program(step.bodies[0], seen, where)
+
+
+def _scan(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    consts, carry = scan_counts(step.eqn)
+    if any(s.axis == 0 for s in seen[consts + carry :]):
         raise Mixed("scan runs over the examples")
-    inner = [None if axis is None else axis - 1 for axis in scanned]
-    state = axes[consts : consts + carry]
-    for _ in range(carry + 1):
-        out = tracker.closed(p["jaxpr"], [*axes[:consts], *state, *inner])
-        merged = [_join(a, b) for a, b in zip(state, out[:carry], strict=True)]
-        if merged == state:
-            return [*state, *(None if axis is None else axis + 1 for axis in out[carry:])]
-        state = merged
-    raise Mixed("scan moves the example axis")
+    scanned, state = [s.moved(-1) for s in seen[consts + carry :]], seen[consts : consts + carry]
+    while True:
+        out = tracker.program(step.bodies[0], [*seen[:consts], *state, *scanned], where)
+        joined = [a.join(b) for a, b in zip(state, out[:carry], strict=True)]
+        if joined == state:
+            return [*state, *(s.moved(1) for s in out[carry:])]
+        state = joined
 
 
-def _join(a: Axis, b: Axis) -> Axis:
-    if a is not None and b is not None and a != b:
-        raise Mixed("a loop or branch moves the example axis")
-    return b if a is None else a
-
-
-def _linear_solve(tracker: _Tracker, eqn: Any, axes: list[Axis]) -> list[Axis]:
-    """The outputs are those of the function that solves; the others are for derivatives."""
-    counts, solve = eqn.params["const_lengths"], eqn.params["jaxprs"].solve
-    total = sum(counts)
+def _linear_solve(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    counts = step.eqn.params["const_lengths"]
     start = counts.matvec + counts.vecmat
-    return tracker.closed(solve, [*axes[start : start + counts.solve], *axes[total:]])
+    return tracker.program(step.bodies[0], [*seen[start : start + counts.solve], *seen[sum(counts) :]], where)
 
 
-def _while(tracker: _Tracker, eqn: Any, axes: list[Axis]) -> list[Axis]:
-    p = eqn.params
-    cond, body = p["cond_nconsts"], p["body_nconsts"]
-    cond_axes, body_axes, state = axes[:cond], axes[cond : cond + body], axes[cond + body :]
-    for _ in range(len(state) + 1):
-        out = tracker.closed(p["body_jaxpr"], [*body_axes, *state])
-        merged = [_join(a, b) for a, b in zip(state, out, strict=True)]
-        if merged == state:
-            if tracker.closed(p["cond_jaxpr"], [*cond_axes, *state]) != [None]:
-                raise Mixed("the length of a while loop depends on the examples")
-            return merged
-        state = merged
-    raise Mixed("while moves the example axis")
+def _while(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    cond, body = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
+    before, fixed, state = seen[:cond], seen[cond : cond + body], seen[cond + body :]
+    while True:
+        joined = [
+            a.join(b) for a, b in zip(state, tracker.program(step.bodies[1], [*fixed, *state], where), strict=True)
+        ]
+        if joined == state:
+            (more,) = tracker.program(step.bodies[0], [*before, *state], where)
+            if more.axis is not None or more.lost:
+                raise Mixed(more.lost or "the length of a while loop depends on the examples")
+            return state
+        state = joined
 
 
-def _cond(tracker: _Tracker, eqn: Any, axes: list[Axis]) -> list[Axis]:
-    if axes[0] is not None:
-        raise Mixed("cond branches on the examples")
-    branches = [tracker.closed(branch, axes[1:]) for branch in eqn.params["branches"]]
-    result = branches[0]
-    for branch in branches[1:]:
-        result = [_join(a, b) for a, b in zip(result, branch, strict=True)]
-    return result
+def _cond(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    if seen[0].axis is not None or seen[0].lost:
+        raise Mixed(seen[0].lost or "cond branches on the examples")
+    first, *others = (tracker.program(branch, seen[1:], where) for branch in step.bodies)
+    for other in others:
+        first = [a.join(b) for a, b in zip(first, other, strict=True)]
+    return first
 
 
-def _barrier(_: _Tracker, eqn: Any, axes: list[Axis]) -> list[Axis]:
-    del eqn
-    return axes
+def _barrier(_: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
+    del step, where
+    return seen
 
 
-_CONTROL: dict[str, Callable[[_Tracker, Any, list[Axis]], list[Axis]]] = {
-    "scan": _scan,
+_CONTROL: dict[str, Callable[[_Tracker, Step, list[_Seen], _Where], list[_Seen]]] = {
+    **dict.fromkeys(REMATERIALISED | CUSTOM, _call),
+    SCAN: _scan,
     "while": _while,
     "cond": _cond,
     "optimization_barrier": _barrier,

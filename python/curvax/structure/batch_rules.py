@@ -24,13 +24,16 @@ ELEMENTWISE = frozenset(
     population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
     name sharding_constraint complex zeta igamma_grad_a eq_to le_to lt_to log2 one_minus_square
-    pvary bitcast_convert_type""".split()
+    pvary bitcast_convert_type random_seed random_fold_in random_clone random_unwrap threefry2x32""".split()
 )
-_REDUCTIONS = frozenset(
+_DRAWS = frozenset("random_bits random_split random_gamma".split())
+RANDOM = _DRAWS | {"random_fold_in", "random_seed"}
+"""Equations that make what is random of a key, or of a number."""
+REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
 )
-_CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-_WINDOWS = frozenset(
+CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+WINDOWS = frozenset(
     """reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add select_and_gather_add""".split()
 )
 _SCATTERS = frozenset("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub".split())
@@ -218,6 +221,18 @@ def _scatter(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
     return keep(fits, eqn.primitive.name, operand)
 
 
+def _drawn(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
+    """Each key draws for itself."""
+    axis = common(eqn.primitive.name, axes)
+    return keep(axes[0] is not None and axis < eqn.invars[0].aval.ndim, eqn.primitive.name, axis)
+
+
+def _wrap(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
+    """The last axis holds the words of one key."""
+    axis = first(axes)
+    return keep(axis < eqn.invars[0].aval.ndim - 1, "random_wrap", axis)
+
+
 def _fft(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
     axis = first(axes)
     return keep(axis < eqn.invars[0].aval.ndim - len(eqn.params["fft_lengths"]), "fft", axis)
@@ -282,11 +297,13 @@ REPEATING: dict[str, Callable[[int, Any, Sequence[Axis]], Axis]] = {
 """Equations that may make a value as long as the batch, the same for every example, of one without the batch."""
 
 RULES: dict[str, Callable[[int, Any, Sequence[Axis]], Axis]] = {
-    **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(_CUMULATIVE, _cumulative),
-    **dict.fromkeys(_WINDOWS, _window),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(CUMULATIVE, _cumulative),
+    **dict.fromkeys(WINDOWS, _window),
     **dict.fromkeys(_SCATTERS, _scatter),
     **dict.fromkeys(_MATRICES, _matrices),
+    **dict.fromkeys(_DRAWS, _drawn),
+    "random_wrap": _wrap,
     "reshape": _reshape,
     "transpose": _transpose,
     "squeeze": _squeeze,

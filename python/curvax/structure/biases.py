@@ -103,11 +103,11 @@ def _chain(program: Program, start: int, end: int, operand: int) -> list[tuple[V
 
 
 def _uses(program: Program) -> dict[Name, list[tuple[int, int]]]:
-    """Where each value is read: (step, operand), step -1 for the results."""
+    """Where each value is read with a derivative: (step, operand), step -1 for the results."""
     uses: dict[Any, list[tuple[int, int]]] = collections.defaultdict(list)
     for index, step in enumerate(program.steps):
         for operand, atom in enumerate(step.inputs):
-            if isinstance(atom, int):
+            if isinstance(atom, int) and step.differentiated[operand]:
                 uses[atom].append((index, operand))
     for position, atom in enumerate(program.results):
         if isinstance(atom, int):

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
-from curvax.structure.program import Program, example_program, replay
+from curvax.structure.batch_axes import BatchAxes
+from curvax.structure.batch_axis import ByExample, by_example
+from curvax.structure.program import RESULT, Hooks, Path, replay, traced_program
 from curvax.structure.recognise import Structure, recognise
 from curvax.structure.sites import EmbeddingSite, Site
 from curvax.tree import PyTree
@@ -43,14 +45,48 @@ class Capture:
     """A model on one example, and what is known of it.
 
     Attributes:
-      program: the model; its arguments are the leaves of (params, inputs).
+      model: the model by example.
       structure: its sites.
       dtype: of the factors: the widest of the parameters, at least float32.
     """
 
-    program: Program
+    model: ByExample
     structure: Structure
     dtype: np.dtype
+
+    def inputs(self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """The inputs, then what was drawn for each example, with the example axis first.
+
+        Args:
+          leaves: of the parameters.
+          inputs: leaves of the inputs of the whole batch.
+        """
+        model = self.model
+        if not model.draws:
+            return list(inputs)
+        places = [(draw.whole, RESULT) for draw in model.draws]
+
+        def draw(leaves: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+            _, records = replay(model.whole, [*leaves, *inputs], Hooks(recorded=frozenset(places)))
+            return [records[place] for place in places]
+
+        # A program of its own, so that nothing of the model is evaluated that the draws do not depend on.
+        drawn, _ = replay(traced_program(draw, list(leaves), list(inputs)), [*leaves, *inputs], Hooks())
+        return [*inputs, *(self._apart(x, d.axis) for x, d in zip(drawn, model.draws, strict=True))]
+
+    def _apart(self, x: jax.Array, axis: int) -> jax.Array:
+        """A value for the whole batch with the examples in front, and what was flattened with them in their place."""
+        shape = (*x.shape[:axis], self.model.examples, x.shape[axis] // self.model.examples, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    def one(self, own: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
+        """What an example has of `inputs`, its axis kept with length one; what is shared stays whole."""
+        return self._axes.example(own, index)
+
+    @property
+    def _axes(self) -> BatchAxes:
+        """Of `inputs`: what is drawn has the examples in front."""
+        return BatchAxes((*self.model.axes.axes, *(0 for _ in self.model.draws)))
 
     def example(
         self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], rows: Callable[[jax.Array], jax.Array]
@@ -59,7 +95,7 @@ class Capture:
 
         Args:
           leaves: of the parameters.
-          inputs: leaves of the inputs, with an example axis of length one.
+          inputs: what `Capture.one` has of the example.
           rows: outputs (1, ...) -> the output cotangents that make the rows, (R, 1, ...).
         """
         sites, taken = self.structure.sites, self.structure.explicit
@@ -72,12 +108,12 @@ class Capture:
         return Factors(activations, arranged, [tree.widen(x) for x in explicit])
 
     def batch(self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], cotangents: jax.Array) -> Factors:
-        """The factors of all examples, for output cotangents (R, B, ...): one more leading axis B."""
+        """The factors of all examples, for output cotangents (R, B, ...) and leaves of the inputs: one more axis B."""
 
         def one(x: Sequence[jax.Array], u: jax.Array) -> Factors:
-            return self.example(leaves, [leaf[None] for leaf in x], lambda _: u[:, None])
+            return self.example(leaves, self._axes.expanded(x), lambda _: u[:, None])
 
-        return jax.vmap(one, in_axes=(0, 1))(list(inputs), cotangents)
+        return jax.vmap(one, in_axes=(list(self._axes.axes), 1))(self.inputs(leaves, inputs), cotangents)
 
     def _perturbed(
         self,
@@ -90,13 +126,14 @@ class Capture:
         replaced, sites = list(leaves), self.structure.sites
         for i, leaf in zip(self.structure.explicit, explicit, strict=True):
             replaced[i] = leaf
-        # Two leaves may be used by one step: they share its output, and so its perturbation.
-        (outputs,), records = replay(
-            self.program,
-            [*replaced, *inputs],
-            _summed([site.path for site in sites], perturbations),
-            frozenset((site.path, site.activation) for site in sites),
+        own = len(inputs) - len(self.model.draws)
+        hooks = Hooks(
+            # Two leaves may be used by one step: they share its output, and so its perturbation.
+            added=_summed([site.path for site in sites], perturbations),
+            given={draw.single: x[0] for draw, x in zip(self.model.draws, inputs[own:], strict=True)},
+            recorded=frozenset((site.path, site.activation) for site in sites),
         )
+        (outputs,), records = replay(self.model.program, [*replaced, *inputs[:own]], hooks)
         return outputs, [self._activations(site, records[site.path, site.activation]) for site in sites]
 
     def _activations(self, site: Site, recorded: jax.Array) -> jax.Array:
@@ -104,15 +141,21 @@ class Capture:
         return arranged if isinstance(site, EmbeddingSite) else arranged.astype(self.dtype)
 
 
-def _summed(paths: Sequence[Any], perturbations: Sequence[jax.Array]) -> dict[Any, jax.Array]:
-    found: dict[Any, jax.Array] = {}
+def _summed(paths: Sequence[Path], perturbations: Sequence[jax.Array]) -> dict[Path, jax.Array]:
+    found: dict[Path, jax.Array] = {}
     for path, e in zip(paths, perturbations, strict=True):
         found[path] = found[path] + e if path in found else e
     return found
 
 
-def capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Capture:
-    """The capture of a model whose examples do not interact (`examples_independent`), from shapes alone."""
-    program = example_program(predict, params, inputs)
+def capture(
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+) -> Capture:
+    """The capture of a model whose examples do not interact, from shapes alone; arguments as for `by_example`.
+
+    Raises:
+      Mixed: the examples interact.
+    """
+    model = by_example(predict, params, inputs, axes)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    return Capture(program, recognise(program, shapes), tree.scalar_dtype(params))
+    return Capture(model, recognise(model.program, shapes), tree.scalar_dtype(params))

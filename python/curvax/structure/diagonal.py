@@ -21,10 +21,11 @@ def example_diagonal(captured: Capture, params: PyTree, inputs: Any, output: Out
     leaves = jax.tree.leaves(params)
     shapes = [tuple(leaf.shape) for leaf in leaves]
     examples, rows = output.row_shape[0], math.prod(output.row_shape[1:])
+    own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
     def make(example: jax.Array, chosen: jax.Array) -> Factors:
         """Factors of some rows of an example; a row past the end is zero."""
-        one = [jax.lax.dynamic_slice_in_dim(x, example, 1, axis=0) for x in jax.tree.leaves(inputs)]
+        one = captured.one(own, example)
         return captured.example(leaves, one, lambda outputs: _columns(output.example(example), chosen, outputs))
 
     per_row = _row_bytes(captured, make, shapes)

@@ -21,14 +21,19 @@ from curvax.curvature.output_space import (
     Identity,
     Metric,
     ObservedFisher,
+    OutputCurvature,
 )
 from curvax.kernels import Choice, Implementation
+from curvax.keys import check_key
 from curvax.losses.base import Loss, check_loss
-from curvax.structure.batch_axis import examples_independent
-from curvax.structure.capture import capture
+from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
+from curvax.structure.batch_rules import Mixed
+from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.outputs import check_model, check_outputs
+from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.structure.rows import row_diagonal, row_gram
-from curvax.structure.squares import squared_norms
+from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
 
 Predict = Callable[[PyTree, Any], jax.Array]
@@ -39,6 +44,7 @@ def jacobian_gram(
     params: PyTree,
     inputs: Any,
     *,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
@@ -47,7 +53,10 @@ def jacobian_gram(
     Args:
       predict_fn: (params, inputs) -> outputs (B, ...).
       params: parameters, at least one.
-      inputs: inputs with a common leading example axis of length B.
+      inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
+        ids) keep their shape.
+      batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
+        `in_axes` of `jax.vmap`; by default `None`, it is found from the model (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
         factors anew for each pair of blocks of examples that meet.
       implementation: of the op `gram_accumulate`; `None` for the best supported one.
@@ -60,12 +69,14 @@ def jacobian_gram(
       ValueError: there are no parameters.
     """
     outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
+    check_outputs(outputs)
     kernel = row_gram(
         predict_fn,
         params,
         inputs,
         Identity(outputs),
         _pull(vjp, outputs),
+        axes=leading_axes(batch_axes, inputs),
         max_bytes=max_bytes,
         implementation=implementation,
     )
@@ -84,6 +95,7 @@ def ggn_diagonal(
     *,
     samples: int | None = None,
     key: jax.Array | None = None,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The diagonal of the generalized Gauss-Newton matrix of a loss: exact, or an unbiased Monte Carlo estimate.
@@ -97,10 +109,11 @@ def ggn_diagonal(
       predict_fn: (params, inputs) -> outputs (B, ...).
       loss: a loss of `curvax.losses`.
       params: parameters.
-      inputs: inputs with a common leading example axis.
+      inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
       samples: number of samples of all targets; `None` for the exact diagonal.
       key: where samples come from; needed for the estimate alone.
+      batch_axes: as in `jacobian_gram`.
       max_bytes: bound on the memory of factors and formed rows; 2 GiB by default.
 
     Returns:
@@ -109,22 +122,22 @@ def ggn_diagonal(
     Raises:
       ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
     """
-    at = _at(predict_fn, loss, params, inputs, targets, weights)
+    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
     if samples is None:
         return at.diagonal(GeneralizedGaussNewton(), max_bytes)
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
-    root = jnp.sqrt(at.omega)
+    check_key("key", key)
+    root = jnp.sqrt(at.weights.omega)
 
     def residual(k: jax.Array) -> jax.Array:
         return loss.gradient(at.outputs, loss.sample_targets(at.outputs, targets, k), root)
 
-    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, at.omega.dtype)
+    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, root.dtype)
     # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
     flat = residuals.reshape(samples, at.outputs.shape[0], -1)
-    return row_diagonal(
-        _flattened(predict_fn), params, inputs, GradientOuterProduct(flat), at.pull, max_bytes=max_bytes
-    )
+    flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(at.outputs))
+    return flattened.row_diagonal(GradientOuterProduct(flat), max_bytes)
 
 
 def empirical_fisher_diagonal(
@@ -135,6 +148,7 @@ def empirical_fisher_diagonal(
     targets: Any,
     weights: Any = None,
     *,
+    batch_axes: AxesPrefix | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The exact diagonal of the empirical Fisher: weighted squares of the gradients of every position's own loss.
@@ -142,7 +156,7 @@ def empirical_fisher_diagonal(
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
     Arguments, result and errors as in `ggn_diagonal`.
     """
-    return _at(predict_fn, loss, params, inputs, targets, weights).diagonal(ObservedFisher(), max_bytes)
+    return _at(predict_fn, loss, params, inputs, targets, weights, batch_axes).diagonal(ObservedFisher(), max_bytes)
 
 
 def per_example_gradient_norms(
@@ -152,6 +166,9 @@ def per_example_gradient_norms(
     inputs: Any,
     targets: Any,
     weights: Any = None,
+    *,
+    batch_axes: AxesPrefix | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
@@ -162,8 +179,10 @@ def per_example_gradient_norms(
       predict_fn: (params, inputs) -> outputs (B, ...), which must treat each example by itself.
       loss: a loss of `curvax.losses`.
       params: parameters.
-      inputs: inputs with a common leading example axis.
+      inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
+      batch_axes: as in `jacobian_gram`.
+      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default. Less takes fewer examples at a time.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -171,15 +190,42 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
-    independent, reason = examples_independent(predict_fn, params, inputs)
-    if not independent or loss.couples_examples:
-        because = reason if not independent else "the loss couples them"
-        raise ValueError(f"examples have no gradients of their own ({because}): use a model and loss without that.")
-    at = _at(predict_fn, loss, params, inputs, targets, weights)
-    captured = capture(predict_fn, params, inputs)
-    residual = loss.gradient(at.outputs, targets, at.omega)
-    factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), residual[None])
-    return jnp.sqrt(squared_norms(captured, factors)[:, 0])
+    check_model(predict_fn, params, inputs)
+    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
+    try:
+        if loss.couples_examples:
+            raise Mixed("the loss couples them")
+        captured = capture(predict_fn, params, inputs, at.axes)
+    except Mixed as mixed:
+        because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
+        raise ValueError(because) from None
+    residual = loss.gradient(at.outputs, targets, at.weights.omega)
+    norms = _norms(captured, params, sound_inputs(captured, jax.tree.leaves(inputs), at.weights), residual, max_bytes)
+    return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
+
+
+def _norms(
+    captured: Capture, params: PyTree, inputs: list[jax.Array], residual: jax.Array, max_bytes: int
+) -> jax.Array:
+    """Norms of J_i^T r_i, (B,), for as many examples at a time as fit."""
+    leaves, examples = jax.tree.leaves(params), residual.shape[0]
+    own = captured.inputs(leaves, inputs)
+
+    def factors(i: jax.Array) -> Factors:
+        return captured.example(leaves, captured.one(own, i), lambda _: residual[i][None, None])
+
+    def norms(some: jax.Array) -> jax.Array:
+        return jnp.sqrt(squared_norms(captured, jax.vmap(factors)(some))[:, 0])
+
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(factors, jnp.int32(0))))
+    each += formed_bytes(captured, [leaf.shape for leaf in leaves], rows=1)
+    at_once = max(1, max_bytes // max(each, 1))
+    if at_once >= examples:
+        return jnp.sqrt(squared_norms(captured, captured.batch(leaves, inputs, residual[None]))[:, 0])
+    # The last group is filled up with the last example.
+    groups = -(-examples // at_once)
+    index = jnp.minimum(jnp.arange(groups * at_once, dtype=jnp.int32), examples - 1).reshape(groups, at_once)
+    return jax.lax.map(norms, index).reshape(-1)[:examples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,21 +238,51 @@ class _Point:
     inputs: Any
     targets: Any
     outputs: jax.Array
-    omega: jax.Array
+    weights: LossWeights
     pull: Callable[[jax.Array], PyTree]
+    axes: BatchAxes | None
 
     def diagonal(self, metric: Metric, max_bytes: int) -> PyTree:
         """The diagonal of J^T Q J for the metric's Q."""
-        output = metric.bind(self.loss, self.outputs, self.targets, self.omega, None)
-        return row_diagonal(self.predict, self.params, self.inputs, output, self.pull, max_bytes=max_bytes)
+        output = metric.bind(self.loss, self.outputs, self.targets, self.weights.omega, None)
+        return self.row_diagonal(output, max_bytes)
+
+    def row_diagonal(self, output: OutputCurvature, max_bytes: int) -> PyTree:
+        """The diagonal of J^T Q J; zero if nothing counts."""
+        weights = self.weights
+        found = row_diagonal(
+            self.predict,
+            self.params,
+            self.inputs,
+            output,
+            self.pull,
+            axes=self.axes,
+            weights=weights,
+            max_bytes=max_bytes,
+        )
+        if not weights.masks:
+            return found
+        return tree.where(jnp.any(weights.flat != 0), found, tree.zeros_like(found))
 
 
-def _at(predict: Predict, loss: Loss, params: PyTree, inputs: Any, targets: Any, weights: Any) -> _Point:
+def _at(
+    predict: Predict,
+    loss: Loss,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    weights: Any,
+    batch_axes: AxesPrefix | None,
+) -> _Point:
     check_loss(loss)
     outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
+    check_outputs(outputs)
     loss.check(outputs, targets, weights)
-    omega = loss.effective_weights(outputs, weights)
-    return _Point(predict, loss, params, inputs, targets, outputs, omega, _pull(vjp, outputs))
+    loss.check_values(outputs, targets, weights)
+    observed = loss.observed_weights(outputs, targets, weights)
+    counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
+    axes = leading_axes(batch_axes, inputs)
+    return _Point(predict, loss, params, inputs, targets, outputs, counted, _pull(vjp, outputs), axes)
 
 
 def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:

@@ -14,7 +14,8 @@ Approximate Curvature for Modern Neural Network Architectures", 2023):
 
 Expand takes positions as examples; for convolutions it is the approximation of Grosse and Martens, "A Kronecker-
 factored approximate Fisher matrix for convolution layers" (2016), whose factor |T| moves from one factor to the other.
-Means over examples are weighted with the weights of the loss, so that a masked example counts in neither factor.
+All means are weighted with what positions weigh in the loss (`curvax.structure.positions`), as cotangents are: a masked
+example or position counts in neither factor, and a linear layer with squared error stays exact whatever the weights.
 
 George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018), keep the
 eigenvectors U of A and V of B and measure the diagonal of C in their basis, sum_br (U^T (sum_t a d^T) V)^2 entrywise,
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 from curvax.structure.blocks import Blocks, DiagonalBlock, KroneckerBlock
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
+from curvax.structure.positions import LossWeights, position_weights
 from curvax.structure.sites import EmbeddingSite
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
@@ -60,11 +62,11 @@ class Examples:
 
     Attributes:
       factors: with a leading example axis B.
-      weights: (B,), the weight of each example in the loss.
+      weights: per site (B, T), what its positions weigh in the loss.
     """
 
     factors: Factors
-    weights: jax.Array
+    weights: list[jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -76,44 +78,56 @@ class FactorSums:
       inputs: per Kronecker block the weighted sum of a a^T, (G, n, n); of an embedding its diagonal (G, n).
       outputs: per Kronecker block the sum of d d^T, (G, m, m).
       diagonal: per diagonal block the sum of the squared rows, leaf-shaped.
-      weight: sum of the weights, by which `inputs` become means.
+      weights: per Kronecker block the sum of the weights, by which `inputs` become means.
     """
 
     inputs: list[jax.Array]
     outputs: list[jax.Array]
     diagonal: list[jax.Array]
-    weight: jax.Array
+    weights: list[jax.Array]
 
     def means(self) -> list[jax.Array]:
         """A per Kronecker block; zero if there is no weight at all."""
-        none = self.weight == 0
-        total = jnp.where(none, jnp.ones_like(self.weight), self.weight)
-        return [jnp.where(none, jnp.zeros_like(x), x / total.astype(x.dtype)) for x in self.inputs]
+        return [_quotient(x, weight) for x, weight in zip(self.inputs, self.weights, strict=True)]
 
 
-def masked(capture: Capture, factors: Factors, weights: jax.Array) -> Examples:
-    """Factors in which examples of zero weight are zero, whatever their activations hold."""
-    counted = weights > 0
+def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The quotient x / y, zero where y is."""
+    none = y == 0
+    return jnp.where(none, jnp.zeros((), x.dtype), x / jnp.where(none, jnp.ones_like(y), y))
 
-    def keep(x: jax.Array) -> jax.Array:
-        return jnp.where(counted.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
 
-    activations = [
-        jnp.where(counted[:, None], x, jnp.full_like(x, site.block[1])) if isinstance(site, EmbeddingSite) else keep(x)
-        for site, x in zip(capture.structure.sites, factors.activations, strict=True)
-    ]
-    kept = Factors(activations, [keep(d) for d in factors.cotangents], [keep(x) for x in factors.explicit])
-    return Examples(kept, weights.astype(capture.dtype))
+def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Examples:
+    """Factors with the weights of their positions; what has none is zero, whatever it holds."""
+    each = position_weights(capture, factors, weights)
+    if not weights.masks:
+        return Examples(factors, each)
+
+    def keep(counted: jax.Array, x: jax.Array, otherwise: int = 0) -> jax.Array:
+        return jnp.where(
+            counted.reshape(*counted.shape, *[1] * (x.ndim - counted.ndim)), x, jnp.full((), otherwise, x.dtype)
+        )
+
+    activations, cotangents = [], []
+    for site, w, a, d in zip(capture.structure.sites, each, factors.activations, factors.cotangents, strict=True):
+        # An index past the table finds nothing.
+        activations.append(keep(w != 0, a, site.block[1] if isinstance(site, EmbeddingSite) else 0))
+        cotangents.append(keep((w != 0)[:, None], d))
+    explicit = [keep(weights.examples != 0, x) for x in factors.explicit]
+    return Examples(Factors(activations, cotangents, explicit), each)
 
 
 def factor_sums(blocks: Blocks, examples: Examples, sharing: WeightSharing) -> FactorSums:
     """The sums that make all Kronecker factors and diagonals."""
-    inputs, outputs = [], []
+    inputs, outputs, weights = [], [], []
     for block in blocks.kronecker:
-        inputs.append(_input_sum(blocks, block, examples, sharing))
+        w = _weights(block, examples)
+        make = _embedding_input_sum if block.embedding else _input_sum
+        inputs.append(make(block, examples, w, sharing))
         outputs.append(_output_sum(block, examples, sharing))
+        weights.append(jnp.sum(w))
     diagonal = [_diagonal_sum(blocks, block, examples) for block in blocks.diagonal]
-    return FactorSums(inputs, outputs, diagonal, jnp.sum(examples.weights))
+    return FactorSums(inputs, outputs, diagonal, weights)
 
 
 def projected_squares(
@@ -180,29 +194,38 @@ def _rows_by_group(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(-1, *x.shape[-2:]), 1, 0)
 
 
-def _input_sum(blocks: Blocks, block: KroneckerBlock, examples: Examples, sharing: WeightSharing) -> jax.Array:
-    weights = examples.weights
-    if block.embedding:
-        return _embedding_input_sum(blocks, block, examples, sharing)
-    a = _activations(block, examples)
+def _weights(block: KroneckerBlock, examples: Examples) -> jax.Array:
+    """(B, T); several sites share the weight of an example by their positions."""
+    parts = [examples.weights[i] for i in block.sites]
+    positions = sum(w.shape[1] for w in parts)
+    return jnp.concatenate([w * (w.shape[1] / positions) for w in parts], axis=1)
+
+
+def _input_sum(block: KroneckerBlock, examples: Examples, weights: jax.Array, sharing: WeightSharing) -> jax.Array:
+    a, w = _activations(block, examples), weights[:, :, None, None]
     if sharing is WeightSharing.REDUCE:
-        a = jnp.mean(a, axis=1, keepdims=True)
-    share = jnp.sqrt(weights / a.shape[1]).astype(a.dtype)
-    return second_moment(_rows_by_group(a * share[:, None, None, None]))
+        total = jnp.sum(w, axis=1, keepdims=True)
+        a, w = jnp.sum(a * _quotient(w, total), axis=1, keepdims=True), total
+    return second_moment(_rows_by_group(a * jnp.sqrt(w)))
 
 
 def _embedding_input_sum(
-    blocks: Blocks, block: KroneckerBlock, examples: Examples, sharing: WeightSharing
+    block: KroneckerBlock, examples: Examples, weights: jax.Array, sharing: WeightSharing
 ) -> jax.Array:
     """Expand: how often each row is looked up. Reduce: the diagonal of A, squares of each example's frequencies."""
     indices, rows = _indices(block, examples), block.shape[1]
-    positions = indices.shape[1]
-    each = jnp.broadcast_to(examples.weights[:, None] / positions, indices.shape).astype(blocks.dtype)
+    each = weights
     if sharing is WeightSharing.REDUCE:
-        # An index that occurs c times has the frequency c / T; each of its c positions brings (c / T)^2 / c.
-        each = each * _occurrences(indices).astype(each.dtype) / positions
-    counts = jnp.zeros((rows + 1,), blocks.dtype).at[indices].add(each)
-    return counts[None, :rows] * jnp.asarray(block.scale**2, blocks.dtype)
+        # Positions with one index have the frequency f together; each brings its share of the weight times f.
+        each = each * _together(indices, _quotient(each, jnp.sum(each, axis=1, keepdims=True)))
+    counts = jnp.zeros((rows + 1,), each.dtype).at[indices].add(each)
+    return counts[None, :rows] * jnp.asarray(block.scale**2, each.dtype)
+
+
+def _together(indices: jax.Array, x: jax.Array) -> jax.Array:
+    """(B, T): the sum of x (B, T) over all positions of an example with the same index."""
+    same = (indices[:, :, None] == indices[:, None, :]).astype(x.dtype)
+    return jnp.einsum("btu,bu->bt", same, x, precision="highest")
 
 
 def _occurrences(indices: jax.Array) -> jax.Array:

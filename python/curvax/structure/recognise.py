@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.jaxprs import scan_counts
+from curvax.jaxprs import REMATERIALISED, SCAN, scan_counts
 from curvax.structure.biases import with_biases
-from curvax.structure.program import REMATERIALISED, SCAN, Atom, Name, Path, Program, Step
+from curvax.structure.program import Atom, Name, Path, Program, Step
 from curvax.structure.sites import ConvolutionSite, DenseSite, EmbeddingSite, Site
 from curvax.structure.views import Stacked, View, pieces, summand, view_of
 
@@ -65,14 +65,6 @@ class Structure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Other:
-    """A use that is no site: `BIAS`, `SCALE` or `GENERIC`, and why."""
-
-    rule: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Entry:
     """A value made of a leaf alone, by views.
 
@@ -102,6 +94,27 @@ class Entry:
         return dataclasses.replace(self, stacked=(*self.stacked, stacked), lengths=(*self.lengths, length))
 
 
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A use that is no site: `BIAS`, `SCALE` or `GENERIC`, why, and what the leaf is there."""
+
+    rule: str
+    reason: str
+    entry: Entry
+
+
+def find_uses(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[Site | Other]]:
+    """Per leaf its uses, in the order of the program; arguments as for `recognise`."""
+    return _walked(program, shapes)[0]
+
+
+def _walked(program: Program, shapes: Sequence[tuple[int, ...]]) -> tuple[list[list[Site | Other]], dict[int, Added]]:
+    walk = _Walk(shapes)
+    entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
+    walk.program(program, entries, entries, ())
+    return [walk.uses[leaf] for leaf in range(len(shapes))], walk.added
+
+
 def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
     """Finds the structure of a model.
 
@@ -109,16 +122,14 @@ def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
       program: the model on one example, with the parameter leaves as first arguments.
       shapes: of the parameter leaves.
     """
-    walk = _Walk(shapes)
-    entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
-    walk.program(program, entries, entries, ())
+    uses, added = _walked(program, shapes)
     findings, sites = [], []
     for leaf, shape in enumerate(shapes):
-        finding, found = _judge(leaf, shape, walk.uses[leaf])
+        finding, found = _judge(leaf, shape, uses[leaf])
         findings.append(finding)
         sites += found
-    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(walk.uses[leaf]) == 1}
-    sites = with_biases(program, sites, walk.added, biases)
+    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(uses[leaf]) == 1}
+    sites = with_biases(program, sites, added, biases)
     for site in sites:
         if site.bias is not None:
             findings[site.bias.leaf] = Finding(BIAS, f"added to the output of a {site.rule} layer")
@@ -196,7 +207,10 @@ class _Walk:
             return known.get(atom) if isinstance(atom, int) else None
 
         for index, step in enumerate(program.steps):
-            found = [read(atom) for atom in step.inputs]
+            # A use through which no derivative passes leaves no trace in the Jacobian, and is none.
+            found = [
+                read(atom) if through else None for atom, through in zip(step.inputs, step.differentiated, strict=True)
+            ]
             free = [not isinstance(atom, int) or atom in given for atom in step.inputs]
             if all(free):
                 given.update(step.outputs)
@@ -211,14 +225,12 @@ class _Walk:
         return results
 
     def _other(self, entry: Entry, rule: str, reason: str) -> None:
-        self.uses[entry.leaf].append(Other(rule, reason))
+        self.uses[entry.leaf].append(Other(rule, reason, entry))
 
     def _step(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
         """What the outputs are. `fixed` says of each operand whether it depends on parameters at most."""
         if step.primitive in _PASSING:
             return list(found)
-        if step.primitive == "stop_gradient":
-            return []
         if step.primitive == SCAN:
             return self._scan(step, found, fixed, path)
         if step.body is not None and step.primitive in REMATERIALISED:

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 
-from curvax.structure.batch_axis import examples_independent
+from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
+from curvax.structure.outputs import check_model
 from curvax.structure.recognise import GENERIC, Finding
 from curvax.tree import PyTree
 
@@ -32,7 +34,13 @@ class LeafStructure:
         return f"{self.path}: {self.rule}" + (f": {self.reason}" if self.reason else "")
 
 
-def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> tuple[LeafStructure, ...]:
+def report(
+    predict_fn: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    *,
+    batch_axes: AxesPrefix | BatchAxes | None = None,
+) -> tuple[LeafStructure, ...]:
     """The structure that the Gram matrix of the rows makes use of, one entry per parameter leaf.
 
     Nothing is computed. A loss that couples examples (`Loss.couples_examples`) takes explicit rows whatever is said
@@ -41,17 +49,18 @@ def report(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, input
     Args:
       predict_fn: (params, inputs) -> outputs.
       params: parameters (arrays or shapes).
-      inputs: inputs with a common leading example axis (arrays or shapes).
+      inputs: inputs (arrays or shapes).
+      batch_axes: as in `jacobian_gram`.
 
     Returns:
       One entry per leaf of `params`, in the order of `jax.tree.leaves`. Printing an entry gives a line.
     """
+    check_model(predict_fn, params, inputs)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    independent, reason = examples_independent(predict_fn, params, inputs)
-    if independent:
-        findings = capture(predict_fn, params, inputs).structure.findings
-    else:
-        findings = (Finding(GENERIC, reason),) * len(leaves)
+    try:
+        findings = capture(predict_fn, params, inputs, leading_axes(batch_axes, inputs)).structure.findings
+    except Mixed as mixed:
+        findings = (Finding(GENERIC, str(mixed)),) * len(leaves)
     return tuple(
         LeafStructure(jax.tree_util.keystr(path), finding.rule, finding.reason)
         for (path, _), finding in zip(leaves, findings, strict=True)

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import OutputCurvature
+from curvax.curvature.output_space import Identity, OutputCurvature
 from curvax.kernels import Choice, Implementation
-from curvax.structure.batch_axis import examples_independent
+from curvax.kernels.gram_accumulate.whole import mirror
+from curvax.structure.batch_axes import BatchAxes
+from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.structure.positions import LossWeights, sound_inputs
 from curvax.tree import PyTree
 
 
@@ -34,6 +37,8 @@ def row_gram(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    axes: BatchAxes | None = None,
+    weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
@@ -46,6 +51,9 @@ def row_gram(
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       pull: u -> J^T u over the whole batch.
+      axes: which leaves of the inputs hold the examples, if that is known; it is found out otherwise.
+      weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
+        model's examples (positions) do not interact. `None` by default.
       max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
         that they meet.
       implementation: of the op `gram_accumulate`.
@@ -61,9 +69,12 @@ def row_gram(
     """
     if not jax.tree.leaves(params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        captured = capture(predict, params, inputs)
-        return gram(example_groups(captured, params, inputs, output), max_bytes, implementation)
+    captured = None if predict is None else _captured(predict, params, inputs, axes)
+    if captured is not None and output.couples_examples:
+        return _coupled_gram(captured, params, inputs, output, max_bytes, implementation)
+    if captured is not None:
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
+        return gram(example_groups(captured, params, own, output), max_bytes, implementation)
     return gram(_joint_groups(params, output, pull), max_bytes, implementation)
 
 
@@ -74,6 +85,8 @@ def row_diagonal(
     output: OutputCurvature,
     pull: Callable[[jax.Array], PyTree],
     *,
+    axes: BatchAxes | None = None,
+    weights: LossWeights | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> PyTree:
     """The diagonal of J^T S S^T J, the sum of the squared rows; arguments as in `row_gram`.
@@ -81,32 +94,40 @@ def row_diagonal(
     Returns:
       A wide tree with the structure of `params`.
     """
-    if predict is not None and not output.couples_examples and _by_example(predict, params, inputs):
-        return example_diagonal(capture(predict, params, inputs), params, inputs, output, max_bytes)
+    captured = None
+    if predict is not None and not output.couples_examples:
+        captured = _captured(predict, params, inputs, axes)
+    if captured is not None:
+        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
+        return example_diagonal(captured, params, own, output, max_bytes)
     return joint_diagonal(output, pull, max_bytes)
 
 
-def _by_example(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> bool:
-    """Whether the model acts on each example by itself; warns if not, for what that costs is seldom meant."""
-    independent, reason = examples_independent(predict, params, inputs)
-    if not independent:
+def _captured(
+    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None
+) -> Capture | None:
+    """The model by example, or `None` if it mixes examples; warns if it does, for that is seldom meant."""
+    try:
+        return capture(predict, params, inputs, axes)
+    except Mixed as mixed:
         # Python shows a warning with the same words once.
         warnings.warn(
-            f"the model's examples interact ({reason}), and a row of its Jacobian takes a reverse pass over the batch:"
+            f"the model's examples interact ({mixed}), and a row of its Jacobian takes a reverse pass over the batch:"
             " make predict_fn act on each example by itself if it should (BatchNorm with running statistics).",
             UserWarning,
             stacklevel=2,
         )
-    return independent
+    return None
 
 
 def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
     """One group per example, of a model whose examples do not interact."""
     rows = math.prod(output.row_shape[1:])
     leaves = jax.tree.leaves(params)
+    own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
     def make(index: jax.Array) -> list[Layer]:
-        one = [jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0) for x in jax.tree.leaves(inputs)]
+        one = captured.one(own, index)
         local = output.example(index)
 
         def cotangents(outputs: jax.Array) -> jax.Array:
@@ -116,6 +137,25 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
         return layers(captured, captured.example(leaves, one, cotangents))
 
     return RowGroups(output.row_shape[0], rows, captured.dtype, make)
+
+
+def _coupled_gram(
+    captured: Capture,
+    params: PyTree,
+    inputs: Any,
+    output: OutputCurvature,
+    max_bytes: int,
+    implementation: Implementation | Choice | None,
+) -> jax.Array:
+    """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
+    like = _outputs_like(output)
+    rows = example_groups(captured, params, inputs, Identity(jnp.zeros(like.shape, like.dtype)))
+
+    def each_row(matrix: jax.Array) -> jax.Array:
+        """S^T times every row of a matrix."""
+        return jax.vmap(lambda row: output.factor_transpose(row.reshape(like.shape)).reshape(-1))(matrix)
+
+    return mirror(each_row(each_row(gram(rows, max_bytes, implementation)).T))
 
 
 def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> RowGroups:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,11 @@ class Site(abc.ABC):
     def positions(self) -> int:
         """T, positions per example."""
 
+    @property
+    @abc.abstractmethod
+    def position_axes(self) -> tuple[int, ...]:
+        """Axes of one iteration's output that hold the positions, in their order."""
+
     @abc.abstractmethod
     def activations(self, recorded: jax.Array) -> jax.Array:
         """(T, G, n) from the recorded operand; for an embedding (T,) indices, n for an index that finds nothing."""
@@ -145,6 +150,20 @@ class Site(abc.ABC):
     def perturbation_shape(self) -> tuple[int, ...]:
         """Shape of the step's output over all iterations."""
         return (*self.lengths, *self.output_shape)
+
+    def by_position(self, x: np.ndarray, join: Callable[..., np.ndarray]) -> np.ndarray:
+        """(T,) from an array that broadcasts against the step's output over all iterations.
+
+        Args:
+          x: the array.
+          join: joins the entries of a position, as `np.min` does.
+        """
+        depth, (repeated, _) = len(self.lengths), self._levels()
+        axes = [*repeated, *(depth + i for i in self.position_axes)]
+        joined = join(x, axis=tuple(i for i in range(x.ndim) if i not in axes))
+        # The axes that are left keep their order; positions have another one.
+        sizes = [self.perturbation_shape[i] for i in sorted(axes)]
+        return np.broadcast_to(joined, sizes).transpose(np.argsort(np.argsort(axes))).ravel()
 
     def _levels(self) -> tuple[list[int], list[int]]:
         """Axes of the scans: (positions, groups)."""
@@ -213,11 +232,18 @@ class DenseSite(Site):
         side = self.activation
         return self._arrange(recorded, self._free(side), self._batch(side), self._contracted(side))
 
-    def cotangents(self, d: Any) -> Any:
-        # A product's axes: the batch, then what is left of the first operand, then of the second.
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        return self._output_axes()[self.activation]
+
+    def _output_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Axes of the output that are left of the first operand, and of the second; those of the batch come first."""
         batch, first = len(self._batch(0)), len(self._free(0))
-        frees = [range(batch, batch + first), range(batch + first, len(self.output_shape))]
-        return self._arrange(d, frees[self.activation], range(batch), frees[self.operand])
+        return tuple(range(batch, batch + first)), tuple(range(batch + first, len(self.output_shape)))
+
+    def cotangents(self, d: Any) -> Any:
+        frees = self._output_axes()
+        return self._arrange(d, frees[self.activation], range(len(self._batch(0))), frees[self.operand])
 
     def same_layout(self, other: DenseSite) -> bool:
         return self.operand_shape == other.operand_shape and self._axes() == other._axes() and self.block == other.block
@@ -301,6 +327,11 @@ class ConvolutionSite(Site):
         start = tap * self.params["rhs_dilation"][spatial]
         return jax.lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
 
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        spec = self.params["dimension_numbers"].out_spec
+        return (spec[0], *spec[2:])
+
     def cotangents(self, d: Any) -> Any:
         spec, depth = self.params["dimension_numbers"].out_spec, len(self.lengths)
         d = d.transpose((*range(depth), *(depth + i for i in spec)))
@@ -366,6 +397,10 @@ class EmbeddingSite(Site):
         if self.clips:
             return jnp.clip(index, 0, rows - 1)
         return jnp.where((index >= 0) & (index < rows), index, rows)
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        return tuple(range(len(self.activation_shape) - 1))
 
     def cotangents(self, d: Any) -> Any:
         depth, index_axes = len(self.lengths), len(self.activation_shape) - 1
