@@ -1,4 +1,4 @@
-"""`python -m bench steps|plan|structure|lanes|kernels|limits|layerwise|linalg|gpu_compile|gpu_steps`."""
+"""`python -m bench SUITE`, with one of the names in `SUITES`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import os
 import pathlib
 import sys
+from typing import Any
 
 # One platform for all candidates; the environment's word counts if it has spoken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,7 +17,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from bench import schema
 from curvax.pipes import until_closed
 
-SUITES = ("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "gpu_compile", "gpu_steps")
+SUITES = (
+    *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
+    *("gpu_compile", "gpu_steps"),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,20 +31,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="run the cases whose name holds this text, and write nothing")
     parser.add_argument("--update", action="store_true", help="with --only: replace these cases in the results")
     parser.add_argument("--out", type=pathlib.Path, default=schema.RESULTS, help="folder of the results")
+    module = _suite(arguments)
+    options = getattr(module, "Options", None)
+    if options is not None:
+        options.add_to(parser)
     chosen = parser.parse_args(arguments)
+    own = () if options is None else (options.of(chosen),)
+    # Some of the contenders: those of the results that did not run stay.
+    some = any(each.some for each in own)
     print(f"{schema.device()}; {schema.versions()}; commit {schema.commit()}")
     rows: list[schema.Row] = []
-    # A suite is imported when it is asked for: some need packages that others do not.
-    for found in importlib.import_module(f"bench.suites.{chosen.suite}").run_suite(chosen.quick, chosen.only):
+    for found in module.run_suite(chosen.quick, chosen.only, *own):
         print(schema.table(found), flush=True)
         rows += found
-        if not chosen.only:
-            # After each case, so that a run that is cut off leaves what it has measured.
+        # After each case, so that a run that is cut off leaves what it has measured.
+        if chosen.update:
+            schema.update(rows, chosen.suite, chosen.out, one_by_one=some)
+        elif not (chosen.only or some):
             schema.write(rows, chosen.suite, chosen.out)
-        elif chosen.update:
-            schema.update(rows, chosen.suite, chosen.out)
-    if chosen.update or not chosen.only:
+    if chosen.update or not (chosen.only or some):
         print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl")
+
+
+def _suite(arguments: list[str] | None) -> Any:
+    """The module of the suite that is asked for; no other is imported, as some need packages that others do not."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("suite", nargs="?")
+    name = first.parse_known_args(arguments)[0].suite
+    return importlib.import_module(f"bench.suites.{name}") if name in SUITES else None
 
 
 if __name__ == "__main__":

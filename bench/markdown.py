@@ -1,6 +1,6 @@
-"""The tables of `bench/README.md` for structure, lanes, layerwise and linalg, from their rows.
+"""The tables of suites that `bench/README.md` shows, from their rows.
 
-python -m bench.markdown structure|lanes|layerwise|linalg [FOLDER]
+python -m bench.markdown structure|lanes|layerwise|linalg|untuned|robustness [FOLDER]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bench import schema
 from bench.libraries import CURVAX, SOMAX
@@ -18,9 +18,11 @@ from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
 from bench.suites.linalg.factorisations import ALONE, FREE
 from bench.suites.linalg.steps import UNSET
+from bench.suites.robustness import table as robustness
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
+from bench.suites.untuned import table as untuned
 from curvax.pipes import until_closed
 
 _Group = tuple[str, str]
@@ -210,7 +212,14 @@ def _with_prediction(rows: Sequence[Row], provider: str) -> str:
     return f"{_number(measured)} ({'-' if predicted is None else f'{predicted:.3g}'})"
 
 
-TABLES = {"structure": structure, "lanes": lanes, "layerwise": layerwise, "linalg": linalg}
+TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
+    "structure": structure,
+    "lanes": lanes,
+    "layerwise": layerwise,
+    "linalg": linalg,
+    "untuned": untuned.table,
+    "robustness": robustness.table,
+}
 
 if __name__ == "__main__":
     sys.exit(until_closed(main))

@@ -119,10 +119,17 @@ def write(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathli
     return path
 
 
-def update(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
-    """Writes the rows in the place of those of the same cases and x, behind all other rows of the file."""
-    path, cases = folder / f"{suite}.jsonl", {(row.case, row.x) for row in rows}
-    kept = [row for row in read(path) if (row.case, row.x) not in cases] if path.exists() else []
+def update(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS, *, one_by_one: bool = False) -> pathlib.Path:
+    """Writes the rows in the place of those of the same cases and x, behind all other rows of the file.
+
+    With `one_by_one` rows of other providers of these cases stay.
+    """
+
+    def replaced(row: Row) -> tuple[str, ...]:
+        return (row.case, row.x, *((row.provider,) if one_by_one else ()))
+
+    path, gone = folder / f"{suite}.jsonl", {replaced(row) for row in rows}
+    kept = [row for row in read(path) if replaced(row) not in gone] if path.exists() else []
     return write([*kept, *rows], suite, folder)
 
 
