@@ -94,9 +94,7 @@ class Method:
             solver=self.assembly.solver.init(wide_shapes(trainable)),
             transform=self.assembly.transform.init(tree.widen(trainable)),
             model_state=tree.fixed(model_state),
-            last=LastStep(jax.tree.map(jnp.zeros_like, trainable), jnp.asarray(False))
-            if self._takes_unseen_steps
-            else None,
+            last=first if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
 
