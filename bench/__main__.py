@@ -11,7 +11,7 @@ from typing import Any
 
 # One platform for all candidates; the environment's word counts if it has spoken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LAPACK's threads against XLA's would make every factorisation of the peers a lottery. curvax does not look at it.
+# LAPACK's threads against XLA's would make every factorization of the peers a lottery. curvax does not look at it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import schema

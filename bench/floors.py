@@ -39,22 +39,22 @@ def first_order(
 
 
 def products(work: Workload, batch: dict[str, jax.Array], count: int) -> tuple[Step, Callable[[], Any]]:
-    """One linearisation, one gradient, `count` Gauss-Newton products, each of the last one's result; carry (params, v).
+    """One linearization, one gradient, `count` Gauss-Newton products, each of the last one's result; carry (params, v).
 
     The product in output space is scaled to unit size, so that no power of the matrix overflows or sinks into denormal
     numbers; on batch x outputs numbers that costs nothing.
     """
 
     def step(params: PyTree, data: Any) -> tuple[PyTree, PyTree]:
-        outputs, push = jax.linearize(lambda p: work.predict(p, data["x"]), params)
-        pull = jax.linear_transpose(push, params)
+        outputs, jvp = jax.linearize(lambda p: work.predict(p, data["x"]), params)
+        vjp = jax.linear_transpose(jvp, params)
         p = jax.nn.softmax(outputs)
-        (gradient,) = pull((p - jax.nn.one_hot(data["y"], work.outputs, dtype=p.dtype)) / p.shape[0])
+        (gradient,) = vjp((p - jax.nn.one_hot(data["y"], work.outputs, dtype=p.dtype)) / p.shape[0])
 
         def product(_: Any, v: PyTree) -> PyTree:
-            u = push(v)
+            u = jvp(v)
             u = p * (u - jnp.sum(p * u, axis=-1, keepdims=True))
-            return pull(u / jnp.linalg.norm(u))[0]
+            return vjp(u / jnp.linalg.norm(u))[0]
 
         # The result depends on both, so neither is removed; params move by next to nothing.
         last = jax.lax.fori_loop(0, count, product, gradient)
@@ -121,10 +121,10 @@ def amortised(
 
     def estimate(params: PyTree, data: Any, key: jax.Array) -> PyTree:
         if sampled:
-            logits, pull = jax.vjp(lambda p: work.predict(p, data["x"]), params)
+            logits, vjp = jax.vjp(lambda p: work.predict(p, data["x"]), params)
             labels = jax.random.categorical(key, logits)
             residual = jax.nn.softmax(logits) - jax.nn.one_hot(labels, work.outputs, dtype=logits.dtype)
-            return jax.tree.map(jnp.square, pull(residual / logits.shape[0] ** 0.5)[0])
+            return jax.tree.map(jnp.square, vjp(residual / logits.shape[0] ** 0.5)[0])
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]

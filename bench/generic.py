@@ -10,7 +10,7 @@ import jax
 
 import curvax
 from bench.workloads import PyTree
-from curvax.curvature import Evaluation, GaussNewton, Rows
+from curvax.curvature import Evaluation, GaussNewton, JacobianRows
 from curvax.kernels import Choice, Implementation
 from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal
@@ -19,16 +19,16 @@ from curvax.structure.rows import example_groups
 
 
 def generic_capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Capture:
-    """The capture of a model of which nothing is recognised."""
+    """The capture of a model of which nothing is recognized."""
     found = capture(predict, params, inputs)
-    return dataclasses.replace(found, structure=dataclasses.replace(found.structure, sites=()))
+    return dataclasses.replace(found, structure=dataclasses.replace(found.structure, uses=()))
 
 
 @dataclasses.dataclass(frozen=True)
 class GenericGaussNewton(GaussNewton):
     """A Gauss-Newton matrix whose rows are all formed, for models whose examples do not interact."""
 
-    def rows(self, params: PyTree, evaluation: Evaluation, *rest: Any) -> Rows:
+    def rows(self, params: PyTree, evaluation: Evaluation, *rest: Any) -> JacobianRows:
         known = super().rows(params, evaluation, *rest)
         inputs = self.model.inputs(evaluation.batch)
         found = generic_capture(lambda p, x: self._predict(p, x, evaluation), params, inputs)

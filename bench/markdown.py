@@ -16,7 +16,7 @@ from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
-from bench.suites.linalg.factorisations import ALONE, FREE
+from bench.suites.linalg.factorizations import ALONE, FREE
 from bench.suites.linalg.steps import UNSET
 from bench.suites.robustness import table as robustness
 from bench.suites.structure.exact import GENERIC
@@ -73,7 +73,7 @@ def layerwise(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def linalg(rows: Sequence[Row]) -> Iterator[str]:
-    """Factorisations beside LAPACK, then steps beside the best that its threads allow."""
+    """Factorizations beside LAPACK, then steps beside the best that its threads allow."""
     grouped = groups(rows)
     heads = ("operation", "matrices", f"{ALONE}, ms", f"{FREE}, ms", "curvax, ms", "over one thread", "of a product")
     yield f"| {' | '.join(heads)} |"

@@ -45,8 +45,8 @@ def structure(folder: pathlib.Path) -> pathlib.Path:
     """Time of a step against the batch, in four panels."""
     rows = schema.read(folder / "structure.jsonl")
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")
-    for axis, (case, title, colours) in zip(axes, _PANELS, strict=True):
-        _panel(axis, [r for r in rows if r.case == case], title, colours)
+    for axis, (case, title, colors) in zip(axes, _PANELS, strict=True):
+        _panel(axis, [r for r in rows if r.case == case], title, colors)
     return _saved(figure, rows[0], folder / "structure.png")
 
 
@@ -83,13 +83,13 @@ def _saved(figure: Any, row: Row, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _panel(axis: Any, rows: Sequence[Row], title: str, colours: dict[str, str]) -> None:
+def _panel(axis: Any, rows: Sequence[Row], title: str, colors: dict[str, str]) -> None:
     batches = sorted({int(r.x.removeprefix("batch ")) for r in rows if r.x.startswith("batch ")})
-    for provider, colour in colours.items():
+    for provider, color in colors.items():
         found = {b: value([r for r in rows if r.x == f"batch {b}"], provider, "ms/step") for b in batches}
         points = {b: t for b, t in found.items() if t is not None}
         if points:
-            axis.plot(list(points), list(points.values()), "o-", color=colour, label=provider, markersize=4)
+            axis.plot(list(points), list(points.values()), "o-", color=color, label=provider, markersize=4)
     axis.set(title=title, xlabel="batch", ylabel="ms/step", xscale="log", yscale="log")
     axis.set_xticks(batches, [str(b) for b in batches], minor=False)
     axis.minorticks_off()

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 GOAL = 0.95
 _console = rich.console.Console(highlight=False, width=None if rich.console.Console().is_terminal else 120)
-# Colours that colour-blind readers can tell apart (Okabe and Ito); dashes where two curves may lie on each other.
+# Colors that color-blind readers can tell apart (Okabe and Ito); dashes where two curves may lie on each other.
 _STYLES = (
     ("#0072B2", "-"),
     ("#E69F00", "-"),
@@ -112,7 +112,7 @@ def say(title: str, text: str) -> None:
     _console.print()
 
 
-def summarise(curves: Sequence[Curve]) -> None:
+def summarize(curves: Sequence[Curve]) -> None:
     """One row per method."""
     table = rich.table.Table(title="Test accuracy", caption=f"Seconds without compilation; goal: {GOAL:.0%} accuracy.")
     table.add_column("method", no_wrap=True)
@@ -148,12 +148,12 @@ def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
     """Test loss above training loss, against steps and against seconds."""
     _folder(path)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex="col", sharey="row", layout="constrained")
-    for curve, (colour, dashes) in zip(curves, _STYLES, strict=False):
+    for curve, (color, dashes) in zip(curves, _STYLES, strict=False):
         for row, losses in enumerate((curve.test_loss, curve.train_loss)):
             for column, abscissa in enumerate((curve.steps, curve.seconds)):
                 # The start has no place on a logarithmic axis of seconds.
                 axes[row, column].plot(
-                    abscissa[column:], losses[column:], color=colour, linestyle=dashes, linewidth=1.8, label=curve.name
+                    abscissa[column:], losses[column:], color=color, linestyle=dashes, linewidth=1.8, label=curve.name
                 )
     for axis in axes.flat:
         axis.set_yscale("log")

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import Curve, Progress, draw, save, say, summarise
+from _report import Curve, Progress, draw, save, say, summarize
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -296,7 +296,7 @@ def main() -> None:
         "seed": options.seed,
         "settings": {name: dict(CONTENDERS[name].chosen) for name in names},
     }
-    summarise(curves)
+    summarize(curves)
     save(curves, config, options.out / "digits.json")
     draw(curves, f"Handwritten digits, {'-'.join(map(str, WIDTHS))} tanh network", options.out / "digits.png")
     return None

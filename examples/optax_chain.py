@@ -54,7 +54,7 @@ def mean_loss(params: Params, batch: Batch) -> jax.Array:
 def chain() -> GradientTransformationExtraArgs:
     return optax.chain(
         optax.clip_by_global_norm(10.0),
-        curvax.optax.scale_by_ggn(predict, curvax.losses.SoftmaxCrossEntropy(), lam=0.1),
+        curvax.transforms.scale_by_ggn(predict, curvax.losses.SoftmaxCrossEntropy(), lam=0.1),
         optax.trace(decay=0.5),
         optax.clip_by_global_norm(1.0),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.5, 200)),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.tree import divisor, wide_dtype
+from curvax.tree import accumulation_dtype, divisor
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +63,11 @@ def check_floating(op: str, **arrays: jax.Array) -> None:
 
 def common_dtype(*arrays: jax.Array) -> np.dtype:
     """The dtype of the arithmetic: the widest of the operands', at least float32."""
-    return max((wide_dtype(array.dtype) for array in arrays), key=lambda dtype: dtype.itemsize)
+    return max((accumulation_dtype(array.dtype) for array in arrays), key=lambda dtype: dtype.itemsize)
 
 
 def widen_matrices(matrices: jax.Array, dtype: np.dtype) -> jax.Array:
-    """The matrices in the dtype of the arithmetic; bfloat16 beside float32 stays: it is widened as it is read."""
+    """The matrices in the dtype of the arithmetic; bfloat16 beside float32 stays: it is upcast as it is read."""
     if matrices.dtype == jnp.bfloat16 and dtype == np.float32:
         return matrices
     return matrices.astype(dtype)

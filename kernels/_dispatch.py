@@ -150,7 +150,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Record:
+class KernelRecord:
     """A choice that was traced, and how many times."""
 
     choice: Choice
@@ -235,13 +235,13 @@ def select(op: Op, implementation: Implementation | Choice | None, request: Requ
     return choice
 
 
-def report() -> tuple[Record, ...]:
+def report() -> tuple[KernelRecord, ...]:
     """What was chosen at op calls since the start or `clear_report`, in order of first use.
 
     Choices are made while tracing: a compiled function that runs again adds nothing.
     """
     with _lock:
-        return tuple(Record(choice, count) for choice, count in _records.items())
+        return tuple(KernelRecord(choice, count) for choice, count in _records.items())
 
 
 def clear_report() -> None:

@@ -1,11 +1,11 @@
-"""LAPACK inside XLA's CPU client: what plain JAX's factorisations need there.
+"""LAPACK inside XLA's CPU client: what plain JAX's factorizations need there.
 
 LAPACK knows nothing of XLA's threads, and JAX's wrapper waits where it must not:
 
 - Of a batched call jaxlib 0.10 gives each thread of XLA's pool some matrices, from a thread of that pool, and waits.
   Calls at once, as many as there are threads, wait for each other for good. So no call here has more than one matrix,
   which never waits, also under `jax.vmap`.
-- SciPy's OpenBLAS, which JAX calls, has threads of its own that wait for the next piece of a factorisation without
+- SciPy's OpenBLAS, which JAX calls, has threads of its own that wait for the next piece of a factorization without
   giving up their core. Where XLA's threads, or other processes, want that core too, 15 ms become seconds. So its
   threads are held to one. That setting is the process's: SciPy's own linear algebra runs on one thread from then on.
   `threadpoolctl.threadpool_limits` gives them back, and OPENBLAS_NUM_THREADS, if it is set, is left to decide.
@@ -29,7 +29,7 @@ _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def prepare(request: Request) -> None:
-    """Holds LAPACK's threads to one, once per process, where a factorisation of plain JAX is to run on the CPU."""
+    """Holds LAPACK's threads to one, once per process, where a factorization of plain JAX is to run on the CPU."""
     if request.platform == "cpu":
         _hold_threads()
 
@@ -66,7 +66,7 @@ def with_derivatives_of(function: Callable[..., PyTree], fast: Callable[..., PyT
 
 @functools.cache
 def _hold_threads() -> None:
-    # JAX takes its LAPACK from there, at the first factorisation: before that there are no threads to hold.
+    # JAX takes its LAPACK from there, at the first factorization: before that there are no threads to hold.
     importlib.import_module("scipy.linalg.cython_lapack")
     if any(os.environ.get(name) for name in _VARIABLES):
         return

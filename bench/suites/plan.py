@@ -51,14 +51,14 @@ def cases() -> tuple[Case, ...]:
     diagonal = {"learning_rate": 1e-4}
     average = {"precond": "diag_ema", "estimator": "gnb_ce", "precond_kwargs": {"eval_every_k": 10}}
     return (
-        Case("one linearisation for 20 products", "sgn_ce", MLP, 128, cg),
-        Case("one linearisation for 5 products", "sgn_ce", MLP, 128, few),
+        Case("one linearization for 20 products", "sgn_ce", MLP, 128, cg),
+        Case("one linearization for 5 products", "sgn_ce", MLP, 128, few),
         Case("preconditioner every 10", "sgn_ce", MLP, 128, {**few, **average}, calls=10, rounds=8),
         Case("trust region every 5, rho every 3", "sgn_ce", MLP, 128, {**few, **region, "record_rho_every_k": 3},
              calls=15, rounds=6),
         Case("trust region every 5, rho every 3", "newton_cg", MLP, 128, {**few, **region, "record_rho_every_k": 3},
              calls=15, rounds=6),
-        Case("rows of one linearisation", "egn_ce", MLP, 16, {"lam0": 0.1, "learning_rate": 1e-3}, rounds=6),
+        Case("rows of one linearization", "egn_ce", MLP, 16, {"lam0": 0.1, "learning_rate": 1e-3}, rounds=6),
         Case("smallest case", "egn_ce", SMALL, 32, {"lam0": 0.1, "learning_rate": 1e-3}),
         Case("refresh every 10", "sophia_g", MLP, 128, diagonal, _FASTER, calls=10, rounds=10),
         Case("refresh every 10", "sophia_h", MLP, 128, diagonal, _FASTER, calls=10, rounds=10),

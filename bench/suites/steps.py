@@ -14,7 +14,7 @@ from bench.workloads import CNN, MLP, REGRESSION, SMALL, UNEVEN, Workload
 SUITE = "steps"
 _FIRST_ORDER = "value_and_grad + optax.adamw"
 # The same in both libraries. No tolerance: every solve takes all its iterations; no residual restarts within them.
-_CG = {"maxiter": 20, "tol": 0.0, "stabilise_every": 50, "warm_start": True}
+_CG = {"maxiter": 20, "tol": 0.0, "stabilize_every": 50, "warm_start": True}
 _DAMPED = {"lam0": 0.1, "learning_rate": 1e-3}
 _DIAGONAL = {"learning_rate": 1e-4, "eval_every_k": 10}
 
@@ -95,8 +95,8 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
 def _compare(pair: Pair, rounds: int) -> list[Row]:
     batch = pair.work.batch(pair.batch, labels=not pair.regression)
     options = {**libraries.model_options(pair.preset, pair.work), **pair.options}
-    labelled = batch if not pair.regression else pair.work.batch(pair.batch)
-    candidates = [run.Candidate(_FIRST_ORDER, *floors.adamw(pair.work, labelled), calls=pair.calls)]
+    labeled = batch if not pair.regression else pair.work.batch(pair.batch)
+    candidates = [run.Candidate(_FIRST_ORDER, *floors.adamw(pair.work, labeled), calls=pair.calls)]
     if libraries.has_somax():
         method = libraries.make(SOMAX, pair.preset, **options)
         pieces = libraries.stepper(method, pair.work, batch)

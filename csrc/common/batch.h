@@ -28,7 +28,7 @@ struct Broadcast {
   }
 };
 
-// `dims` has the batch axes, each of the full size or 1, and then `own`. Neighbouring axes that are alike become one.
+// `dims` has the batch axes, each of the full size or 1, and then `own`. Neighboring axes that are alike become one.
 inline ffi::Error MakeBroadcast(const char* op, size_t index, const Operand& operand, const Dims& batch,
                                 const Dims& own, Broadcast& broadcast) {
   const Dims& dims = operand.dims;

@@ -1,4 +1,4 @@
-// One linear system, or one factorisation, in the widest instructions that this processor has.
+// One linear system, or one factorization, in the widest instructions that this processor has.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +74,8 @@ struct SystemKernels {
   // Solves up to kLanes systems in the scratch of the first; matrices need no padding.
   void (*cg_of_lanes)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
   // Fills `factor`; false where a pivot is not positive beyond rounding.
-  bool (*factorise)(const CholeskyProblem<T>& problem);
-  // Solves with `factor` and refines once; `sound` is what factorise said.
+  bool (*factorize)(const CholeskyProblem<T>& problem);
+  // Solves with `factor` and refines once; `sound` is what factorize said.
   CholeskyEnd<T> (*solve)(const CholeskyProblem<T>& problem, bool sound, const T* rhs, T* value);
 };
 

@@ -24,7 +24,7 @@ namespace ffi = xla::ffi;
 constexpr int64_t kThreadingWork = 1 << 19;
 // Iterations that the estimate of a CG call's work counts with.
 constexpr int64_t kUsualIterations = 20;
-// A thread takes runs of neighbouring systems: this many runs per thread balance systems of unlike length.
+// A thread takes runs of neighboring systems: this many runs per thread balance systems of unlike length.
 constexpr int64_t kRunsPerThread = 16;
 
 // Two matrices of at most this size are worked on in turn: together they stay in the first-level cache.
@@ -132,7 +132,7 @@ void RunLanes(const CgCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// Systems begin .. end - 1, each by itself or with its neighbour.
+// Systems begin .. end - 1, each by itself or with its neighbor.
 template <typename T>
 void RunEach(const CgCall& call, int64_t begin, int64_t end) {
   const int64_t padded = Padded<T>(call.n);
@@ -194,7 +194,7 @@ template <typename T>
 void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, int64_t begin, int64_t end) {
   const int64_t n = call.n;
   Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
-  Matrices<T> widened(call, packed.data());
+  Matrices<T> upcast(call, packed.data());
   LargeCholesky<T> solver({pool, threads}, n);
   int64_t held = -1;
   T damping = 0;
@@ -204,9 +204,9 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
     if (entry != held || own != damping) {
       const T rounding = static_cast<T>(n) * Precision<T>::eps;
       if (call.narrow)
-        solver.Factorise(widened.Of(system), Padded<T>(n), own, rounding);
+        solver.Factorize(upcast.Of(system), Padded<T>(n), own, rounding);
       else
-        solver.Factorise(call.matrices.Of<T>(system), n, own, rounding);
+        solver.Factorize(call.matrices.Of<T>(system), n, own, rounding);
     }
     held = entry;
     damping = own;
@@ -240,7 +240,7 @@ void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& cal
       const int64_t entry = call.matrices.broadcast.At(system);
       const CholeskyProblem<T> problem = {matrices.Of(system),         padded,        n,
                                           *call.damping.Of<T>(system), factor.data(), vectors.data()};
-      if (entry != held || problem.damping != damping) sound = kernels.factorise(problem);
+      if (entry != held || problem.damping != damping) sound = kernels.factorize(problem);
       held = entry;
       damping = problem.damping;
       const T* rhs = call.rhs.Of<T>(system);

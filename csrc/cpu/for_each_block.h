@@ -11,7 +11,7 @@ namespace curvax {
 
 // Below this many bytes moved in a call one thread is faster than waking another.
 inline constexpr int64_t kThreadingBytes = 2 << 20;
-// A thread takes runs of neighbouring blocks: this many runs per thread balance the load, and long runs suit the
+// A thread takes runs of neighboring blocks: this many runs per thread balance the load, and long runs suit the
 // prefetcher.
 inline constexpr int64_t kRunsPerThread = 8;
 

@@ -68,7 +68,7 @@ void LargeCholesky<T>::Pack(int64_t panel) {
 
 // The panels [begin, end), whose own rows are one block on the diagonal.
 template <typename T>
-bool LargeCholesky<T>::FactoriseDiagonal(int64_t begin, int64_t end) {
+bool LargeCholesky<T>::FactorizeDiagonal(int64_t begin, int64_t end) {
   const int64_t width = factor_.width(), from = begin * width;
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * width;
@@ -76,13 +76,13 @@ bool LargeCholesky<T>::FactoriseDiagonal(int64_t begin, int64_t end) {
     factor_.Subtract(rows, 0, from, first + width);
     factor_.SolveEntries(rows, from, from, first);
     for (int64_t column = first; column < first + width; column += kernels_.strip)
-      if (!kernels_.factorise(rows, first, from, column, least_, factor_.inverse())) return false;
+      if (!kernels_.factorize(rows, first, from, column, least_, factor_.inverse())) return false;
   }
   return true;
 }
 
 template <typename T>
-void LargeCholesky<T>::Factorise(const T* matrix, int64_t stride, T damping, T rounding) {
+void LargeCholesky<T>::Factorize(const T* matrix, int64_t stride, T damping, T rounding) {
   matrix_ = matrix;
   stride_ = stride;
   damping_ = damping;
@@ -96,7 +96,7 @@ void LargeCholesky<T>::Factorise(const T* matrix, int64_t stride, T damping, T r
     bool sound = true;  // written by piece 0 alone
     workers_.For(1 + (begin > 0 ? panels - end : 0), [&](int64_t piece) {
       if (piece == 0)
-        sound = FactoriseDiagonal(begin, end);
+        sound = FactorizeDiagonal(begin, end);
       else
         factor_.Subtract(factor_.Rows(end + piece - 1), 0, from, to);
     });

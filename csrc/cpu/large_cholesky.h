@@ -1,4 +1,4 @@
-// One large symmetric positive definite system at a time, factorised in blocks on several threads.
+// One large symmetric positive definite system at a time, factorized in blocks on several threads.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace curvax {
 // A + damping I = L L^T, with L in panels as long as the lower triangle: half the matrix.
 //
 // Block columns are made from left to right. Each panel is first freed of the products of the block columns before it,
-// then the panels on the diagonal are factorised, then the ones below are solved with them: what is on the diagonal is
+// then the panels on the diagonal are factorized, then the ones below are solved with them: what is on the diagonal is
 // made by one thread while the others free the panels below. Which thread does what has no influence on the result.
 template <typename T>
 class LargeCholesky {
@@ -24,17 +24,17 @@ class LargeCholesky {
 
   // Takes rows `stride` apart; they must stay until the last Solve. A pivot must be above `rounding` times the entry of
   // the diagonal that it is left of.
-  void Factorise(const T* matrix, int64_t stride, T damping, T rounding);
+  void Factorize(const T* matrix, int64_t stride, T damping, T rounding);
 
-  // Solves, refines once, and says how well. NaN where the factorisation failed.
+  // Solves, refines once, and says how well. NaN where the factorization failed.
   CholeskyEnd<T> Solve(const T* rhs, T* value);
 
-  // L with zeros above the diagonal, NaN where the factorisation failed; how it ended.
+  // L with zeros above the diagonal, NaN where the factorization failed; how it ended.
   int WriteFactor(T* factor) const;
 
  private:
   void Pack(int64_t panel);
-  bool FactoriseDiagonal(int64_t begin, int64_t end);
+  bool FactorizeDiagonal(int64_t begin, int64_t end);
   void Substitute(T* y) const;
   void Residual(const T* b, const T* x, T* r) const;
   bool MatrixIsFinite() const;

@@ -46,9 +46,9 @@ struct PanelKernels {
   void (*subtract_and_solve)(const T* left, const T* right, int64_t depth, const T* triangle, const T* inverse, T* c);
 
   // Columns [column, column + strip) of the panel whose own rows begin at entry `first`: less the products of entries
-  // [from, column) of its rows, then factorised. Zeros stand above the diagonal; `inverse` gets one over the diagonal.
+  // [from, column) of its rows, then factorized. Zeros stand above the diagonal; `inverse` gets one over the diagonal.
   // False where a pivot is not above `least` (both by entry).
-  bool (*factorise)(T* rows, int64_t first, int64_t from, int64_t column, const T* least, T* inverse);
+  bool (*factorize)(T* rows, int64_t first, int64_t from, int64_t column, const T* least, T* inverse);
 
   // y = L^-1 y and y = L^-T y, one panel of L and its entries of y at a time: those before it are known, or get their
   // share of it.

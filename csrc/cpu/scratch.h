@@ -12,7 +12,7 @@ struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
-// Uninitialised elements on a boundary of 64 bytes.
+// Uninitialized elements on a boundary of 64 bytes.
 template <typename T>
 class Scratch {
  public:

@@ -1,9 +1,9 @@
 // Conjugate gradients on one system per thread block, with the matrix on the chip for the whole solve: read from memory
 // once, in registers, and for the largest size in part in shared memory.
 //
-// G neighbouring threads own one unknown: each holds N / G entries of its column (the matrix is symmetric, and columns
+// G neighboring threads own one unknown: each holds N / G entries of its column (the matrix is symmetric, and columns
 // are read coalesced), and all of them hold that unknown's entry of every vector. A product reads the direction from
-// shared memory, G x 4 neighbouring entries at a time, which every group of a warp shares. Three barriers per
+// shared memory, G x 4 neighboring entries at a time, which every group of a warp shares. Three barriers per
 // iteration: one for the direction, one for each of two groups of sums.
 #pragma once
 
@@ -106,7 +106,7 @@ struct Column {
   T in_registers[Own::kRegisters];
   T* in_shared;  // entry k at k * kThreads
 
-  // The row of entry k: four neighbours, then those of the group's other threads.
+  // The row of entry k: four neighbors, then those of the group's other threads.
   static __device__ __forceinline__ int Row(int k, int part) { return k / 4 * 4 * G + part * 4 + k % 4; }
 
   template <typename Element>

@@ -37,7 +37,7 @@ constexpr int64_t CholeskySharedBytes(int n) {
 // Left-looking: column k of L is what the columns before it leave of A's, over its pivot's root. Says whether every
 // pivot is positive beyond rounding; all threads agree.
 template <typename T>
-__device__ __forceinline__ bool FactoriseShared(T* factor, T* shared, int n, T& inverse) {
+__device__ __forceinline__ bool FactorizeShared(T* factor, T* shared, int n, T& inverse) {
   const int i = static_cast<int>(threadIdx.x), stride = FactorStride(n);
   const T* own = factor + i * stride;
   const T rounding = static_cast<T>(n) * Precision<T>::eps;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kCholeskyThreads)
 
   T x = 0, inverse = 0, residual = 0;
   // The same in every thread, so that all meet at the barriers.
-  const bool sound = finite && FactoriseShared<T>(factor, shared, n, inverse);
+  const bool sound = finite && FactorizeShared<T>(factor, shared, n, inverse);
   if (sound) {
     // b - (A + damping I) x with the matrix itself, which by now is in the cache: columns, for it is symmetric.
     const auto rest = [&](T v) {

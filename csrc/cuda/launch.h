@@ -1,4 +1,4 @@
-// Launching kernels from a foreign call: on XLA's stream, checked, without allocation or synchronisation, so that XLA
+// Launching kernels from a foreign call: on XLA's stream, checked, without allocation or synchronization, so that XLA
 // may record the call into a CUDA graph ("command buffer").
 #pragma once
 

@@ -1,5 +1,5 @@
 // All leaves of a pytree in one kernel launch. A table of the leaves' pointers and sizes travels as a kernel parameter,
-// so a launch needs no copy to the device, no allocation and no synchronisation, and a CUDA graph can record it.
+// so a launch needs no copy to the device, no allocation and no synchronization, and a CUDA graph can record it.
 //
 // The work is cut into the blocks of common/leaves.h: one thread block takes one block of one leaf of one batch member.
 // Which thread takes which elements depends on the sizes of the leaves alone, never on the device or on the alignment

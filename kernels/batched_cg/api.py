@@ -56,7 +56,7 @@ def batched_cg(
     rhs: jax.Array,
     x0: jax.Array | None = None,
     *,
-    rtol: Scalar = 1e-5,
+    tol: Scalar = 1e-5,
     maxiter: jax.Array | int | None = None,
     diagonal: jax.Array | None = None,
     implementation: Implementation | Choice | None = None,
@@ -65,23 +65,23 @@ def batched_cg(
 
     Each system goes its own way: it stops at its own iteration, keeps its solution from then on, and has its own
     outcome; NaN in one never reaches another. The course of the iteration is that of
-    `curvax.solvers.CG(stabilise_every=0)`, and depends neither on the scale of b nor on that of A.
+    `curvax.solvers.CG(stabilize_every=0)`, and depends neither on the scale of b nor on that of A.
 
     Leading axes broadcast as in NumPy. Several right-hand sides of one matrix are a batch axis of `rhs` against an axis
     of size 1, or none, of the matrices: (b, 1, n, n) with (b, k, n), or (n, n) with (k, n); the matrix is not copied.
 
-    Outcomes, per system: CONVERGED; MAX_ITERATIONS; INACCURATE, where the recurrence of the residual met `rtol` and the
-    solution, in this dtype, does not, its residual being more than 2 `rtol` |b|; NEGATIVE_CURVATURE, with the last
+    Outcomes, per system: CONVERGED; MAX_ITERATIONS; INACCURATE, where the recurrence of the residual met `tol` and the
+    solution, in this dtype, does not, its residual being more than 2 `tol` |b|; NEGATIVE_CURVATURE, with the last
     iterate before that direction, or after a first one a step along it of length |p|^2 / (|p| |A p|) |b|; BREAKDOWN,
     where the curvature is zero to rounding (a singular matrix); NON_FINITE, where matrix or right-hand side hold NaN or
     infinity. With b = 0 the solution is 0 after no iterations.
 
     Args:
-      system: dense matrices (..., n, n), float32, float64 or narrower (widened), taken as symmetric: which triangle
+      system: dense matrices (..., n, n), float32, float64 or narrower (upcast), taken as symmetric: which triangle
         counts is not said. Or their product, v (..., n) -> (..., n), which must treat each system by itself.
       rhs: right-hand sides, (..., n).
       x0: where to start, (..., n); `None` for zero. A start that is worse than none is dropped, system by system.
-      rtol: stop at a residual of `rtol` |b|; a scalar, or one per system. 1e-5 is what float32 attains on matrices of
+      tol: stop at a residual of `tol` |b|; a scalar, or one per system. 1e-5 is what float32 attains on matrices of
         condition up to about 1e3.
       maxiter: most iterations, a scalar or one per system; `None` for 10 n, as in SciPy.
       diagonal: Jacobi preconditioner, (..., n): the diagonal of A, or anything near it. Entries that are not positive
@@ -103,26 +103,26 @@ def batched_cg(
     if matrices is not None:
         check_matrices("batched_cg", matrices, rhs)
     dtype = common_dtype(*vectors.values(), *(() if matrices is None else (matrices,)))
-    rtol = jnp.asarray(rtol).astype(dtype)
+    tol = jnp.asarray(tol).astype(dtype)
     maxiter = jnp.asarray(10 * rhs.shape[-1] if maxiter is None else maxiter)
     maxiter = jnp.minimum(maxiter, jnp.iinfo(jnp.int32).max).astype(jnp.int32)  # 64 bits would wrap to a low limit
-    own = {name: (array, 1) for name, array in vectors.items()} | {"rtol": (rtol, 0), "maxiter": (maxiter, 0)}
+    own = {name: (array, 1) for name, array in vectors.items()} | {"tol": (tol, 0), "maxiter": (maxiter, 0)}
     batch = batch_shape("batched_cg", **own, **({} if matrices is None else {"matrices": (matrices, 2)}))
     rank = len(batch)
     rhs = align(rhs.astype(dtype), 1, rank)
     x0 = None if x0 is None else align(x0.astype(dtype), 1, rank)
     inverse = None if diagonal is None else align(_inverse(diagonal.astype(dtype)), 1, rank)
-    rtol, maxiter = align(rtol, 0, rank), align(maxiter, 0, rank)
+    tol, maxiter = align(tol, 0, rank), align(maxiter, 0, rank)
     if product is not None:
         select(BATCHED_CG_PRODUCT, implementation, Request.of(rhs))
-        return reference.solve(_product(product), *reference.broadcast(batch, rhs, x0, rtol, maxiter, inverse))
+        return reference.solve(_product(product), *reference.broadcast(batch, rhs, x0, tol, maxiter, inverse))
     matrices = align(widen_matrices(jnp.asarray(matrices), dtype), 2, rank)
     chosen = select(BATCHED_CG, implementation, Request.of(matrices, rhs)).implementation
     if chosen == "pallas":
-        return pallas.solve(matrices, rhs, x0, rtol, maxiter, inverse)
+        return pallas.solve(matrices, rhs, x0, tol, maxiter, inverse)
     if chosen == "native":
-        return native.solve(matrices, rhs, x0, rtol, maxiter, inverse, batch)
-    return reference.solve_dense(matrices, *reference.broadcast(batch, rhs, x0, rtol, maxiter, inverse))
+        return native.solve(matrices, rhs, x0, tol, maxiter, inverse, batch)
+    return reference.solve_dense(matrices, *reference.broadcast(batch, rhs, x0, tol, maxiter, inverse))
 
 
 def _check_vectors(vectors: dict[str, jax.Array]) -> None:

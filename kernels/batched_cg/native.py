@@ -1,6 +1,6 @@
 """batched_cg through the XLA FFI handlers of csrc/cpu/batched_handlers.cc and csrc/cuda/batched_cg.cu.
 
-Operands: matrices, rhs, rtol, maxiter, then x0 if `start` is 1 and the preconditioner's inverse if `inverse` is 1.
+Operands: matrices, rhs, tol, maxiter, then x0 if `start` is 1 and the preconditioner's inverse if `inverse` is 1.
 Results: value, result, iterations, residual.
 """
 
@@ -36,7 +36,7 @@ def solve(
     matrices: jax.Array,
     rhs: jax.Array,
     x0: jax.Array | None,
-    rtol: jax.Array,
+    tol: jax.Array,
     maxiter: jax.Array,
     inverse: jax.Array | None,
     batch: tuple[int, ...],
@@ -46,14 +46,14 @@ def solve(
     """See `api.batched_cg`. `threads` of the CPU: 0 lets the handler decide; the result does not depend on it."""
 
     def fallback(*operands: jax.Array) -> BatchedSolution:
-        matrices, rhs, rtol, maxiter, *optional = operands
+        matrices, rhs, tol, maxiter, *optional = operands
         start = optional.pop(0) if x0 is not None else None
-        wide = reference.broadcast(batch, rhs, start, rtol, maxiter, optional[0] if optional else None)
-        return reference.solve_dense(matrices, *wide)
+        full = reference.broadcast(batch, rhs, start, tol, maxiter, optional[0] if optional else None)
+        return reference.solve_dense(matrices, *full)
 
     return _batched_native.solve(
         "curvax_batched_cg",
-        [matrices, rhs, rtol, maxiter, *(v for v in (x0, inverse) if v is not None)],
+        [matrices, rhs, tol, maxiter, *(v for v in (x0, inverse) if v is not None)],
         batch,
         {"start": int(x0 is not None), "inverse": int(inverse is not None)},
         fallback,

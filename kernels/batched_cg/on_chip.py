@@ -1,9 +1,9 @@
 """Conjugate gradients on one system inside a Mosaic GPU kernel, with the matrix in shared memory.
 
 Written for the body of `pallas`. The decisions are those of csrc/common/batched_cg.h and `reference`. A product takes
-64 rows at a time in the layout of the tensor cores' accumulators, in which four neighbouring threads share a row. Every
+64 rows at a time in the layout of the tensor cores' accumulators, in which four neighboring threads share a row. Every
 warp holds all of every vector, spread like the columns of that layout: a dot product is a tree over a thread's own
-entries and two exchanges between neighbours, without a barrier and the same in each warp, so all decide alike. Only a
+entries and two exchanges between neighbors, without a barrier and the same in each warp, so all decide alike. Only a
 product passes through shared memory, where rows become columns. Mosaic divides and takes roots to two units in the last
 place, which the course of the iteration does not notice.
 """
@@ -58,7 +58,7 @@ class System:
       inverse: inverse of the preconditioner, (n,), or `None` for none.
       product: (rows,), where a product's rows become columns.
       solution: (n,), to keep the iterate in; `None` where registers do.
-      rtol, maxiter: scalars.
+      tol, maxiter: scalars.
     """
 
     matrix: Any
@@ -67,7 +67,7 @@ class System:
     inverse: Any
     product: Any
     solution: Any
-    rtol: jax.Array
+    tol: jax.Array
     maxiter: jax.Array
 
     @property
@@ -86,11 +86,11 @@ class System:
     def times(self, v: jax.Array) -> jax.Array:
         """The product with a vector, 64 rows at a time; the last 64 reach back, for what it does twice is the same."""
         rows, columns = self.matrix.shape
-        wide = jax.lax.broadcast_in_dim(v, (ROWS, columns), (1,))
+        repeated = jax.lax.broadcast_in_dim(v, (ROWS, columns), (1,))
         for first in range(0, rows, ROWS):
             some = pl.ds(min(first, rows - ROWS), ROWS)
             block = _mosaic.load(self.matrix.at[some], _mosaic.backend().Layout.WGMMA)
-            self.product[some] = jnp.sum(block.astype(jnp.float32) * wide, axis=1)
+            self.product[some] = jnp.sum(block.astype(jnp.float32) * repeated, axis=1)
         return self.read(self.product)
 
     def keep(self, y: jax.Array) -> jax.Array | None:
@@ -140,7 +140,7 @@ def solve(system: System) -> Solution:
     p = system.precondition(r)
     first, second = _powers(jnp.max(jnp.abs(system.times(p))), jnp.max(jnp.abs(p)))
     rr = _dot(r, r)
-    result = jnp.where(rr <= system.rtol * system.rtol, int(Result.CONVERGED), jnp.int32(_RUNNING))
+    result = jnp.where(rr <= system.tol * system.tol, int(Result.CONVERGED), jnp.int32(_RUNNING))
     result = jnp.where(_is_finite(rr), result, int(Result.NON_FINITE))
     begin = _Iteration(system.keep(system.zero()), r, p, _dot(r, p), jnp.float32(0), jnp.int32(0), result)
     end = jax.lax.while_loop(
@@ -190,7 +190,7 @@ def _advance(system: System, product: Callable[[jax.Array], jax.Array], cold: ja
     z = system.precondition(r)
     rr, rz = _dot(r, r), _dot(r, z)
     p = z + rz / jnp.where(at.rz > 0, at.rz, one) * at.p
-    result = jnp.where(rr <= system.rtol * system.rtol, int(Result.CONVERGED), jnp.int32(_RUNNING))
+    result = jnp.where(rr <= system.tol * system.tol, int(Result.CONVERGED), jnp.int32(_RUNNING))
     # A direction of length zero: the residual is exactly zero.
     flat = jnp.where(pp > 0, int(Result.BREAKDOWN), int(Result.CONVERGED))
     result = jnp.where(ahead, result, jnp.where(negative, int(Result.NEGATIVE_CURVATURE), flat))
@@ -199,7 +199,7 @@ def _advance(system: System, product: Callable[[jax.Array], jax.Array], cold: ja
 
 
 def _outcome(system: System, size: jax.Array, residual: jax.Array, result: jax.Array) -> jax.Array:
-    met = residual <= _SLACK * system.rtol
+    met = residual <= _SLACK * system.tol
     reached = jnp.where(met, int(Result.CONVERGED), int(Result.INACCURATE))
     found = jnp.where(result == int(Result.CONVERGED), reached, result)
     found = jnp.where(result == _RUNNING, int(Result.MAX_ITERATIONS), found)

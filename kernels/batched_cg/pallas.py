@@ -67,7 +67,7 @@ def solve(
     matrices: jax.Array,
     rhs: jax.Array,
     x0: jax.Array | None,
-    rtol: jax.Array,
+    tol: jax.Array,
     maxiter: jax.Array,
     inverse: jax.Array | None,
     *,
@@ -80,13 +80,13 @@ def solve(
         return _launch(optional, operands, interpret)
 
     def plain(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        matrices, rhs, rtol, maxiter, *rest = operands
+        matrices, rhs, tol, maxiter, *rest = operands
         start, inverse = optional.named(rest)
-        wide = reference.broadcast(_batch(operands), rhs, start, rtol, maxiter, inverse)
-        found = reference.solve_dense(matrices, *wide)
+        full = reference.broadcast(_batch(operands), rhs, start, tol, maxiter, inverse)
+        found = reference.solve_dense(matrices, *full)
         return found.value, found.result, found.iterations, found.residual
 
-    operands = vary_alike([matrices, rhs, rtol, maxiter, *(v for v in (x0, inverse) if v is not None)])
+    operands = vary_alike([matrices, rhs, tol, maxiter, *(v for v in (x0, inverse) if v is not None)])
     if 0 in _batch(operands):
         return BatchedSolution(*plain(*operands))
     if interpret is not None:
@@ -119,16 +119,16 @@ def _batching(kernel: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tup
 def _launch(optional: _Optional, operands: Sequence[jax.Array], interpret: Any) -> tuple[jax.Array, ...]:
     """(value, result, iterations, residual)."""
     plgpu = _mosaic.backend()
-    matrices, rhs, rtol, maxiter, *rest = operands
+    matrices, rhs, tol, maxiter, *rest = operands
     batch, n = _batch(operands), rhs.shape[-1]
     count = math.prod(batch)
     matrix_of = _index(batch, matrices.shape[:-2])
-    rtol, maxiter = (jnp.broadcast_to(v, batch).reshape(count) for v in (rtol, maxiter))
+    tol, maxiter = (jnp.broadcast_to(v, batch).reshape(count) for v in (tol, maxiter))
     vectors = [_padded(jnp.broadcast_to(v, (*batch, n)).reshape(count, n), 1) for v in (rhs, *rest)]
     matrices = _padded(matrices.reshape(-1, n, n), 2)
     size = matrices.shape[-1]
 
-    def body(a_ref: Any, rtol_ref: Any, maxiter_ref: Any, *refs: Any) -> None:
+    def body(a_ref: Any, tol_ref: Any, maxiter_ref: Any, *refs: Any) -> None:
         sources, memory = refs[: len(vectors)], refs[len(vectors) :]
         value, result, iterations, residual, arrived, matrix, product, *stores = memory
         solution = stores.pop() if on_chip.keeps_solution(size) else None
@@ -140,7 +140,7 @@ def _launch(optional: _Optional, operands: Sequence[jax.Array], interpret: Any) 
             plgpu.copy_gmem_to_smem(source.at[system], store, arrived)
         plgpu.barrier_wait(arrived)
         start, inverse = optional.named(stores[1:])
-        limits = rtol_ref[system], maxiter_ref[system]
+        limits = tol_ref[system], maxiter_ref[system]
         found = on_chip.solve(on_chip.System(matrix, stores[0], start, inverse, product, solution, *limits))
         stores[0][...] = found.value
         plgpu.commit_smem()
@@ -163,7 +163,7 @@ def _launch(optional: _Optional, operands: Sequence[jax.Array], interpret: Any) 
         grid_names=(_SYSTEM,),
         interpret=interpret,
     )
-    value, *others = kernel(matrices, rtol, maxiter, *vectors)
+    value, *others = kernel(matrices, tol, maxiter, *vectors)
     return value[:, :n].reshape(*batch, n), *(v.reshape(batch) for v in others)
 
 

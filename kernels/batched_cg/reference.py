@@ -50,7 +50,7 @@ class _System:
     start: jax.Array
     cold: jax.Array  # no start was kept
     inverse: jax.Array | None
-    rtol: jax.Array
+    tol: jax.Array
     maxiter: jax.Array
     first: jax.Array  # (..., 1)
     second: jax.Array
@@ -64,10 +64,10 @@ class _System:
 
 def solve_dense(matrices: jax.Array, rhs: jax.Array, *operands: Any) -> BatchedSolution:
     """`solve` with dense matrices, (..., n, n), whose batch axes broadcast against those of `rhs`."""
-    wide = matrices.astype(rhs.dtype)
+    upcast = matrices.astype(rhs.dtype)
 
     def product(v: jax.Array) -> jax.Array:
-        return jnp.einsum("...ij,...j->...i", wide, v, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("...ij,...j->...i", upcast, v, precision=jax.lax.Precision.HIGHEST)
 
     return solve(product, rhs, *operands)
 
@@ -76,7 +76,7 @@ def solve(
     product: Product,
     rhs: jax.Array,
     start: jax.Array | None,
-    rtol: jax.Array,
+    tol: jax.Array,
     maxiter: jax.Array,
     inverse: jax.Array | None,
 ) -> BatchedSolution:
@@ -86,16 +86,16 @@ def solve(
       product: v -> A v on (..., n), system by system.
       rhs: (..., n), float32 or float64, with all batch axes.
       start: like `rhs`, or `None` for zero.
-      rtol, maxiter: (...).
+      tol, maxiter: (...).
       inverse: inverse of the diagonal preconditioner, (..., n), positive, at least 1; `None` for none.
     """
     size, unit = unit_scale(rhs)
     b = rhs * unit[..., None]
     x, r, cold = _begin(product, b, start, unit)
     p = r if inverse is None else inverse * r
-    system = _System(b, x, cold, inverse, rtol, maxiter, *_powers(product(p), p))
+    system = _System(b, x, cold, inverse, tol, maxiter, *_powers(product(p), p))
     rr = _dot(r, r)
-    result = jnp.where(rr <= rtol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+    result = jnp.where(rr <= tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
     result = jnp.where(jnp.isfinite(rr), result, code(Result.NON_FINITE))
     begin = _Iteration(jnp.zeros_like(b), r, p, _dot(r, p), jnp.zeros_like(rr), jnp.zeros_like(result), result)
     # The products of an iteration vary over whatever mesh axes operands or product do, so the first iterate must too.
@@ -117,14 +117,14 @@ def broadcast(
     batch: tuple[int, ...],
     rhs: jax.Array,
     x0: jax.Array | None,
-    rtol: jax.Array,
+    tol: jax.Array,
     maxiter: jax.Array,
     inverse: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array | None]:
     """Operands of `solve` with all batch axes."""
     shape = (*batch, rhs.shape[-1])
     x0, inverse = (None if v is None else jnp.broadcast_to(v, shape) for v in (x0, inverse))
-    return jnp.broadcast_to(rhs, shape), x0, jnp.broadcast_to(rtol, batch), jnp.broadcast_to(maxiter, batch), inverse
+    return jnp.broadcast_to(rhs, shape), x0, jnp.broadcast_to(tol, batch), jnp.broadcast_to(maxiter, batch), inverse
 
 
 def _begin(
@@ -164,7 +164,7 @@ def _advance(product: Product, system: _System, i: jax.Array, live: jax.Array, a
     z = system.precondition(r)
     rr, rz = _dot(r, r), _dot(r, z)
     p = jnp.where(live[..., None], z + (rz / jnp.where(at.rz > 0, at.rz, one))[..., None] * at.p, at.p)
-    result = jnp.where(rr <= system.rtol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+    result = jnp.where(rr <= system.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
     # A direction of length zero: the residual is exactly zero.
     result = jnp.where(flat, jnp.where(pp > 0, code(Result.BREAKDOWN), code(Result.CONVERGED)), result)
     result = jnp.where(negative, code(Result.NEGATIVE_CURVATURE), result)
@@ -182,7 +182,7 @@ def _finish(product: Product, system: _System, size: jax.Array, end: _Iteration)
     x = jnp.where((_dot(x, system.b) < 0)[..., None], short, x)
     rest = system.b - product(x)
     residual = jnp.where(size == 0, jnp.zeros_like(size), jnp.sqrt(_dot(rest, rest)))
-    far = (end.result == int(Result.CONVERGED)) & ~(residual <= _SLACK * system.rtol)
+    far = (end.result == int(Result.CONVERGED)) & ~(residual <= _SLACK * system.tol)
     result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
     result = jnp.where(far, code(Result.INACCURATE), result)
     result = jnp.where(jnp.isfinite(size), result, code(Result.NON_FINITE))

@@ -1,7 +1,7 @@
 """The op batched_cholesky_solve: many independent symmetric positive definite systems, solved directly.
 
 Per system of size n with one right-hand side (on the CPU right-hand sides in turn that share a matrix share its factor;
-the CUDA handler factorises for each):
+the CUDA handler factorizes for each):
 
 | part | reads | writes | FLOPs |
 |---|---|---|---|
@@ -60,7 +60,7 @@ def batched_cholesky_solve(
     is NaN in the last two: there is no solution to take by mistake. NaN in one system never reaches another.
 
     Args:
-      matrices: (..., n, n), float32, float64 or narrower (widened), taken as symmetric: which triangle counts is not
+      matrices: (..., n, n), float32, float64 or narrower (upcast), taken as symmetric: which triangle counts is not
         said.
       rhs: right-hand sides, (..., n).
       damping: added to the diagonal, a scalar or one per system; `None` for 0.

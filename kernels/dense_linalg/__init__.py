@@ -1,4 +1,4 @@
-"""Dense factorisations of many matrices at once: Cholesky, triangular solves, eigenvectors, QR; see `api`."""
+"""Dense factorizations of many matrices at once: Cholesky, triangular solves, eigenvectors, QR; see `api`."""
 
 from __future__ import annotations
 

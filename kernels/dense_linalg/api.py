@@ -13,7 +13,7 @@ On the CPU the native forms share XLA's own threads among the matrices of a stac
 of each. They never wait for a thread that has not begun, so that any number of calls may be in flight, and use neither
 LAPACK nor its threads.
 
-The references are JAX's own factorisations. On the CPU these are LAPACK, which is called for one matrix after the
+The references are JAX's own factorizations. On the CPU these are LAPACK, which is called for one matrix after the
 other, with its threads held to one (`curvax.kernels._lapack` says why, and what that does to the rest of the process).
 
 Batching: leading axes are batch axes, and `jax.vmap` over any operand is exact.
@@ -51,7 +51,7 @@ def cholesky(matrices: jax.Array, *, implementation: Implementation | Choice | N
     """The Cholesky factors of symmetric positive definite matrices.
 
     Args:
-      matrices: (..., n, n), float32, float64 or narrower (widened to float32), taken as symmetric: which triangle
+      matrices: (..., n, n), float32, float64 or narrower (upcast to float32), taken as symmetric: which triangle
         counts is not said.
       implementation: `None` for the best supported one.
 
@@ -78,7 +78,7 @@ def triangular_solve(
     """The solution X of L X = B, or of L^T X = B.
 
     Args:
-      lower: L, (..., n, n), float32, float64 or narrower (widened); what stands above the diagonal is not read.
+      lower: L, (..., n, n), float32, float64 or narrower (upcast); what stands above the diagonal is not read.
       rhs: B, (..., n, c), whose leading axes broadcast against those of L.
       transpose: solve with L^T.
       implementation: `None` for the best supported one.
@@ -116,7 +116,7 @@ def eigh(matrices: jax.Array, *, implementation: Implementation | Choice | None 
     close values are. The native form is divide and conquer (Cuppen 1981; Gu and Eisenstat 1995), as LAPACK's syevd.
 
     Args:
-      matrices: (..., n, n), float32, float64 or narrower (widened to float32), taken as symmetric: which triangle
+      matrices: (..., n, n), float32, float64 or narrower (upcast to float32), taken as symmetric: which triangle
         counts is not said. Complex ones, taken as Hermitian, go through the reference.
       implementation: `None` for the best supported one.
 
@@ -134,14 +134,14 @@ def eigh(matrices: jax.Array, *, implementation: Implementation | Choice | None 
 
 
 def qr(matrices: jax.Array, *, implementation: Implementation | Choice | None = None) -> QrFactors:
-    """The reduced QR factorisation of matrices of any shape.
+    """The reduced QR factorization of matrices of any shape.
 
     Args:
-      matrices: (..., m, n), float32, float64 or narrower (widened to float32); complex ones go through the reference.
+      matrices: (..., m, n), float32, float64 or narrower (upcast to float32); complex ones go through the reference.
       implementation: `None` for the best supported one.
 
     Returns:
-      The factors and how each factorisation ended. A failure in one matrix never reaches another.
+      The factors and how each factorization ended. A failure in one matrix never reaches another.
 
     Raises:
       Unsupported: the named implementation cannot run here.

@@ -1,4 +1,4 @@
-"""What the dense factorisations give; every field has the batch axes in front."""
+"""What the dense factorizations give; every field has the batch axes in front."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense factorisations through the XLA FFI handlers of csrc/cpu/linalg: one call for all matrices of a stack.
+"""The dense factorizations through the XLA FFI handlers of csrc/cpu/linalg: one call for all matrices of a stack.
 
 | handler | operands | results |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The dense factorisations in plain JAX: its own, with outcomes.
+"""The dense factorizations in plain JAX: its own, with outcomes.
 
 A matrix that is not finite is replaced before LAPACK sees it, which may not return from one.
 """

@@ -1,7 +1,7 @@
 """The op family diagonal_update: the vector work of Sophia and AdaHessian over all leaves of a pytree at once.
 
-Parameters are pytrees of float64, float32, bfloat16 or float16; mean, average and gradient are alike and wide: float64
-for float64 parameters, float32 for the others, and so is all arithmetic.
+Parameters are pytrees of float64, float32, bfloat16 or float16; mean, average and gradient are alike and upcast:
+float64 for float64 parameters, float32 for the others, and so is all arithmetic.
 
 | op | reads | writes | FLOPs | (n: elements over all leaves)
 |---|---|---|---|---|
@@ -33,7 +33,7 @@ from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Varian
 from curvax.kernels._operands import floating, scalar
 from curvax.kernels.diagonal_update import native, reference
 from curvax.kernels.diagonal_update.rule import AccumulateRule, DiagonalEstimate, UpdateRule, UpdateScalars
-from curvax.tree import PyTree, wide_dtype
+from curvax.tree import PyTree, accumulation_dtype
 
 _GAIN = "one pass over all leaves in one C++ call, in place"
 
@@ -85,16 +85,16 @@ def diagonal_update(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: trees differ in structure or shapes, or one is not of the wide dtype; `sound` is no boolean scalar, or
-        one of `scalars` no real one.
+      TypeError: trees differ in structure or shapes, or one is not of the accumulation dtype; `sound` is no boolean
+        scalar, or one of `scalars` no real one.
       ValueError: `mean` does not go with `rule.beta1`.
     """
     if (mean is None) != (rule.beta1 == 0):
         raise ValueError(f"beta1 {rule.beta1:g} and mean do not go together: a mean is kept exactly if beta1 is not 0")
     op = DIAGONAL_UPDATE.name
     params, mean, average, gradient = floating(op, params=params, mean=mean, average=average, gradient=gradient)
-    wide = [("average", average), ("gradient", gradient)] + ([] if mean is None else [("mean", mean)])
-    for name, tree in wide:
+    upcast = [("average", average), ("gradient", gradient)] + ([] if mean is None else [("mean", mean)])
+    for name, tree in upcast:
         _check_wide(op, name, tree, params)
     decays = _flags(decay_mask, params)
     sound = jnp.asarray(sound)
@@ -123,7 +123,7 @@ def diagonal_accumulate(
 
     Args:
       rule: beta2, and which of the two means.
-      average: running average, wide.
+      average: running average, in the accumulation dtype.
       estimate: the estimate, as its factors.
       correction: what the average is to be multiplied by, a scalar.
       implementation: None for the best supported one.
@@ -134,7 +134,8 @@ def diagonal_accumulate(
 
     Raises:
       Unsupported: the named implementation cannot run here.
-      TypeError: trees differ in structure, shapes do not go together, a dtype is not floating, or the average not wide.
+      TypeError: trees differ in structure, shapes do not go together, a dtype is not floating, or the average not
+        upcast.
       ValueError: the estimate has another number of factors than its kind asks for.
     """
     wanted = 2 if estimate.kind in ("product", "magnitude") else 1
@@ -160,12 +161,12 @@ def _check_structure(op: str, name: str, tree: PyTree, like: PyTree) -> None:
 
 
 def _check_wide(op: str, name: str, tree: PyTree, params: PyTree) -> None:
-    """Raises TypeError unless `tree` is a wide tree over `params`."""
+    """Raises TypeError unless `tree` is an upcast tree over `params`."""
     _check_structure(op, name, tree, params)
     for i, (leaf, p) in enumerate(zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)):
-        expected = f"{wide_dtype(p.dtype)}{p.shape}"
+        expected = f"{accumulation_dtype(p.dtype)}{p.shape}"
         if f"{leaf.dtype}{leaf.shape}" != expected:
-            raise TypeError(f"{op}: leaf {i} of {name} is {leaf.dtype}{leaf.shape}, expected {expected}: widen it")
+            raise TypeError(f"{op}: leaf {i} of {name} is {leaf.dtype}{leaf.shape}, expected {expected}: upcast it")
 
 
 def _check_factor(index: int, factor: PyTree, average: PyTree, *, broadcasts: bool) -> None:

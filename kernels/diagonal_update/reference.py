@@ -41,10 +41,10 @@ def diagonal_update(
         direction = direction / _denominator(rule.denominator, a * s.correction, s.offset, s.fallback)
         if rule.clip < math.inf:
             direction = jnp.clip(direction, -rule.clip, rule.clip)
-        wide = p.astype(a.dtype)
+        upcast = p.astype(a.dtype)
         if decay:
-            direction = direction + s.weight_decay * wide
-        return (wide + s.rate * direction).astype(p.dtype)
+            direction = direction + s.weight_decay * upcast
+        return (upcast + s.rate * direction).astype(p.dtype)
 
     after = jax.tree.map(leaf, params, raw, average, jax.tree.unflatten(structure, decays))
     finite = sound & all_finite(after)
@@ -78,8 +78,8 @@ def diagonal_accumulate(
         return beta2 * a + (1 - beta2) * d
 
     # Squares and products of narrow factors would lose digits, or overflow (float16: from 256 on).
-    wide = DiagonalEstimate(tuple(cast_like(factor, average) for factor in estimate.factors), estimate.kind)
-    mixed = jax.tree.map(mix, average, wide.value())
+    upcast = DiagonalEstimate(tuple(cast_like(factor, average) for factor in estimate.factors), estimate.kind)
+    mixed = jax.tree.map(mix, average, upcast.value())
     total = sum((jnp.sum(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(mixed)), np.zeros((), dtype))
     # One entry that is not finite spoils the sum.
     scale = jnp.asarray(total / max(size(mixed), 1) * correction.astype(dtype))

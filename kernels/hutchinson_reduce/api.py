@@ -43,8 +43,8 @@ def hutchinson_reduce(
       implementation: None for the best supported one.
 
     Returns:
-      The estimate without the axis of probes, wide; averaged axes have size 1, so that it broadcasts to what it
-      estimates.
+      The estimate without the axis of probes, in the accumulation dtype; averaged axes have size 1, so that it
+      broadcasts to what it estimates.
 
     Raises:
       Unsupported: the named implementation cannot run here.

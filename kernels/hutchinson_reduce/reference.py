@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from curvax.tree import PyTree, wide_dtype
+from curvax.tree import PyTree, accumulation_dtype
 
 # Up to this many probes their terms are added one by one in one pass over contiguous memory. XLA's own reduction over
 # the first axis walks across it on a CPU: 8 probes of 270,000 entries took it some thirty times as long.
@@ -17,8 +17,8 @@ def hutchinson_reduce(probes: PyTree, products: PyTree, axes: tuple[tuple[int, .
     structure = jax.tree.structure(probes)
 
     def leaf(z: jax.Array, c: jax.Array, own: tuple[int, ...]) -> jax.Array:
-        wide = wide_dtype(z.dtype)
-        diagonal = _mean_product(z.astype(wide), c.astype(wide))
+        accumulation = accumulation_dtype(z.dtype)
+        diagonal = _mean_product(z.astype(accumulation), c.astype(accumulation))
         if use_abs:
             diagonal = jnp.abs(diagonal)
         return jnp.mean(diagonal, axis=own, keepdims=True) if own else diagonal

@@ -16,7 +16,7 @@ rows per block and s bytes per element of the operands:
 Columns are cut only where 16 rows are more than `max_bytes`: that costs three matmuls a second time.
 
 Precision: the matmuls run in the operands' dtype (for float16 those with cotangents in float32, for their range) and
-accumulate in float32 or wider; results are wide. `precision` is that of `jax.lax.dot_general`, by default JAX's own
+accumulate in float32 or wider; results are upcast. `precision` is that of `jax.lax.dot_general`, by default JAX's own
 setting: the product is then that of the matmul a model itself makes, on GPUs with TensorFloat-32. Ask for "highest"
 where conjugate gradients should converge beyond three digits.
 Batching: `jax.vmap` is exact; every member has blocks of its own, so divide `max_bytes` by their number.
@@ -75,8 +75,8 @@ def linear_softmax_hvp(
       implementation: None for the best supported one.
 
     Returns:
-      `Cotangents` of hidden, head and bias (None where there is no tangent), in the wide dtype: float64 for such
-      operands, else float32.
+      `Cotangents` of hidden, head and bias (None where there is no tangent), in the accumulation dtype: float64 for
+      such operands, else float32.
 
     Raises:
       Unsupported: the named implementation cannot run here.

@@ -22,7 +22,9 @@ _LANES = 128
 
 
 class Cotangents(NamedTuple):
-    """Of a linear head: each shaped like what it is the cotangent of, in the wide dtype; None where none was made."""
+    """Of a linear head: each shaped like what it is the cotangent of, in the accumulation dtype; None where none was
+    made.
+    """
 
     hidden: jax.Array | None
     head: jax.Array | None
@@ -52,21 +54,21 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class LogitBlocks:
     """`rows` and `columns` per block."""
 
     rows: int
     columns: int
 
     @staticmethod
-    def of(rows: int, columns: int, max_bytes: int) -> Blocks:
+    def of(rows: int, columns: int, max_bytes: int) -> LogitBlocks:
         """The largest blocks within `max_bytes` that are balanced; at least one row by one lane group."""
         logits = max(max_bytes // BYTES_PER_LOGIT, 1)
         least = min(rows, _LEAST_ROWS)
         if logits >= least * columns:
-            return Blocks(balanced(rows, logits // columns), columns)
+            return LogitBlocks(balanced(rows, logits // columns), columns)
         wide = min(max(logits // least // _LANES * _LANES, _LANES), _WIDE, columns)
-        return Blocks(balanced(rows, max(logits // wide, least)), wide)
+        return LogitBlocks(balanced(rows, max(logits // wide, least)), wide)
 
 
 def balanced(total: int, at_most: int) -> int:

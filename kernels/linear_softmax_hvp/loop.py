@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from curvax.kernels._vary import vary_alike
 from curvax.kernels.linear_softmax_hvp.blocks import (
-    Blocks,
     Cotangents,
     Head,
+    LogitBlocks,
     Tangent,
     count,
     fresh,
@@ -20,14 +20,14 @@ from curvax.kernels.linear_softmax_hvp.blocks import (
     take,
 )
 from curvax.kernels.linear_softmax_hvp.statistics import Statistics, merge, nothing
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 
 
 class Rows(NamedTuple):
     """What belongs to rows beside the hidden state.
 
     Attributes:
-      weight: (rows,), wide.
+      weight: (rows,), in the accumulation dtype.
       label: (rows,), int32, or None for an op without labels.
     """
 
@@ -51,12 +51,12 @@ class Wanted(NamedTuple):
 class Rule(abc.ABC):
     """What logits z and their tangents v (None without) give, row by row: cotangents u of the logits, and losses.
 
-    All are wide and (rows, columns), losses (rows,). `columns` are the indices of the columns at hand, -1 for those
+    All are upcast and (rows, columns), losses (rows,). `columns` are the indices of the columns at hand, -1 for those
     that another block has; there z is minus infinity and u must be zero.
     """
 
-    linearised: bool = False
-    """Whether z is to be the linearised logits, z + v, and v None."""
+    linearized: bool = False
+    """Whether z is to be the linearized logits, z + v, and v None."""
 
     @abc.abstractmethod
     def whole(
@@ -90,7 +90,7 @@ def over_rows(
     at: Head,
     tangent: Tangent | None,
     rows: Rows,
-    blocks: Blocks,
+    blocks: LogitBlocks,
     precision: jax.lax.PrecisionLike,
     rule: Rule,
     wanted: Wanted,
@@ -106,10 +106,10 @@ def over_rows(
       rule: what a row gives.
       wanted: which cotangents are made.
     """
-    total, wide = rows.weight.size, wide_dtype(at.hidden.dtype)
+    total, accumulation = rows.weight.size, accumulation_dtype(at.hidden.dtype)
     tangent = None if tangent is None or not any(Wanted.of(tangent)) else tangent
     # What no block has more than a part of: losses and hidden cotangents are each block's own, the rest are sums.
-    labelled = rows.label is not None
+    labeled = rows.label is not None
 
     def body(index: jax.Array, so_far: Found) -> Found:
         begin, new = start(index, blocks.rows, total), fresh(index, blocks.rows, total)
@@ -137,16 +137,16 @@ def over_rows(
         cotangents = found.cotangents._replace(hidden=kept(so_far.cotangents.hidden, found.cotangents.hidden))
         return Found(cotangents, kept(so_far.losses, found.losses))
 
-    zero = Found(_zero(at, wanted), jnp.zeros((total,), wide) if labelled else None)
+    zero = Found(_zero(at, wanted), jnp.zeros((total,), accumulation) if labeled else None)
     varying = vary_alike(jax.tree.leaves(zero), like=jax.tree.leaves((at, tangent, rows)))
     zero = jax.tree.unflatten(jax.tree.structure(zero), varying)
     return jax.lax.fori_loop(0, count(blocks.rows, total), body, zero)
 
 
 def _zero(at: Head, wanted: Wanted) -> Cotangents:
-    wide = wide_dtype(at.hidden.dtype)
+    accumulation = accumulation_dtype(at.hidden.dtype)
     pairs = zip(at, wanted, strict=True)
-    return Cotangents(*(jnp.zeros(x.shape, wide) if x is not None and own else None for x, own in pairs))
+    return Cotangents(*(jnp.zeros(x.shape, accumulation) if x is not None and own else None for x, own in pairs))
 
 
 def _by_rows(
@@ -238,7 +238,7 @@ def _add(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 def _logits(
     at: Head, tangent: Tangent | None, precision: jax.lax.PrecisionLike, rule: Rule
 ) -> tuple[jax.Array, jax.Array | None]:
-    """(logits, their tangents): linearised logits and None if the rule asks for those."""
+    """(logits, their tangents): linearized logits and None if the rule asks for those."""
     z = _matmul(at.hidden, at.head, precision)
     z = z if at.bias is None else z + at.bias.astype(z.dtype)
     if tangent is None:
@@ -253,7 +253,7 @@ def _logits(
     v = parts[0]
     for part in parts[1:]:
         v = v + part
-    return (z + v, None) if rule.linearised else (z, v)
+    return (z + v, None) if rule.linearized else (z, v)
 
 
 def _pull(at: Head, u: jax.Array, precision: jax.lax.PrecisionLike, wanted: Wanted) -> Cotangents:
@@ -271,7 +271,7 @@ def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax
 
 
 def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: jax.lax.PrecisionLike) -> jax.Array:
-    """The sum over one axis of each, accumulated and returned in the wide dtype."""
+    """The sum over one axis of each, accumulated and returned in the accumulation dtype."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
-    wide = wide_dtype(a.dtype)
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=wide)
+    accumulation = accumulation_dtype(a.dtype)
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=accumulation)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from curvax.kernels._dispatch import Request
 from curvax.kernels._operands import arrays, row_weights
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head, Tangent
-from curvax.tree import wide_dtype
+from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Head, LogitBlocks, Tangent
+from curvax.tree import accumulation_dtype
 
 MAX_BYTES = 256 * 2**20
 
@@ -24,7 +24,7 @@ class Operands:
       op: name, for errors.
       shape: of hidden as it was passed.
       at: the head, with hidden (rows, features).
-      weight: (rows,), wide.
+      weight: (rows,), in the accumulation dtype.
       max_bytes: for a block.
     """
 
@@ -40,7 +40,7 @@ class Operands:
         at = Head(*arrays(hidden, head, bias))
         _check(op, at, max_bytes)
         shape = at.hidden.shape
-        weight = row_weights(op, weights, shape[:-1]).astype(wide_dtype(at.hidden.dtype)).reshape(-1)
+        weight = row_weights(op, weights, shape[:-1]).astype(accumulation_dtype(at.hidden.dtype)).reshape(-1)
         return Operands(op, shape, at._replace(hidden=at.hidden.reshape(weight.size, shape[-1])), weight, max_bytes)
 
     @property
@@ -49,9 +49,9 @@ class Operands:
         return self.weight.size
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> LogitBlocks:
         """The blocks within `max_bytes`."""
-        return Blocks.of(self.rows, self.at.head.shape[1], self.max_bytes)
+        return LogitBlocks.of(self.rows, self.at.head.shape[1], self.max_bytes)
 
     def request(self) -> Request:
         """What a variant's probe may look at: a block of logits."""
@@ -78,9 +78,9 @@ class Operands:
     def zero(self, parts: Head | Tangent) -> Cotangents:
         """Cotangents of no rows, of the parts that are there."""
         pairs = zip(self.at, parts, strict=True)
-        wide = self.weight.dtype
+        accumulation = self.weight.dtype
         return self.shaped(
-            Cotangents(*(None if x is None or p is None else jnp.zeros(x.shape, wide) for x, p in pairs))
+            Cotangents(*(None if x is None or p is None else jnp.zeros(x.shape, accumulation) for x, p in pairs))
         )
 
     def shaped(self, found: Cotangents) -> Cotangents:
@@ -91,8 +91,8 @@ class Operands:
 def block_request(rows: int, head: Any, max_bytes: int = MAX_BYTES) -> Request:
     """The request of an op on `rows` rows of such a head (an array or a shape): one block of logits."""
     columns = head.shape[1]
-    blocks = Blocks.of(max(rows, 1), columns, max_bytes)
-    return Request.of(jax.ShapeDtypeStruct((blocks.rows, columns), wide_dtype(head.dtype)))
+    blocks = LogitBlocks.of(max(rows, 1), columns, max_bytes)
+    return Request.of(jax.ShapeDtypeStruct((blocks.rows, columns), accumulation_dtype(head.dtype)))
 
 
 def _check(op: str, at: Head, max_bytes: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from curvax.kernels.linear_softmax_hvp import reference
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head, Tangent
+from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Head, LogitBlocks, Tangent
 from curvax.kernels.softmax_hvp import pallas as softmax
 
 
@@ -18,7 +18,7 @@ def linear_softmax_hvp(
     at: Head,
     tangent: Tangent,
     weights: jax.Array,
-    blocks: Blocks,
+    blocks: LogitBlocks,
     precision: jax.lax.PrecisionLike,
     *,
     interpret: Any = None,

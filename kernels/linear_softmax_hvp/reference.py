@@ -9,11 +9,11 @@ from typing import TypeAlias, final
 import jax
 import jax.numpy as jnp
 
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head, Tangent
+from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Head, LogitBlocks, Tangent
 from curvax.kernels.linear_softmax_hvp.loop import Rows, Rule, Wanted, over_rows
 from curvax.kernels.linear_softmax_hvp.statistics import Statistics, exponentials, softmax_statistics
 from curvax.kernels.softmax_hvp import reference as softmax
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 
 RowProduct: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(logits, tangents, weights) of a block of rows -> the products of `softmax_hvp`."""
@@ -23,12 +23,12 @@ def linear_softmax_hvp(
     at: Head,
     tangent: Tangent,
     weights: jax.Array,
-    blocks: Blocks,
+    blocks: LogitBlocks,
     precision: jax.lax.PrecisionLike,
     product: RowProduct = softmax.softmax_hvp,
 ) -> Cotangents:
     """See `api.linear_softmax_hvp`; hidden is (rows, features) here and weights (rows,)."""
-    rows, rule = Rows(weights.astype(wide_dtype(at.hidden.dtype))), _Curvature(product)
+    rows, rule = Rows(weights.astype(accumulation_dtype(at.hidden.dtype))), _Curvature(product)
     return over_rows(at, tangent, rows, blocks, precision, rule, Wanted.of(tangent)).cotangents
 
 
@@ -52,7 +52,7 @@ class _Curvature(Rule):
     ) -> jax.Array:
         zero = jnp.zeros((), z.dtype)
         dead = (rows.weight[:, None] == 0) | (found.top == -jnp.inf)
-        safe = jnp.where(dead, jnp.ones((), z.dtype), found.normaliser)
+        safe = jnp.where(dead, jnp.ones((), z.dtype), found.normalizer)
         e, mean = exponentials(z, found.top), _given(found.mean) / safe
         return jnp.where(dead, zero, rows.weight[:, None] * (1 / safe) * (e * (_given(v) - mean)))
 

@@ -15,14 +15,14 @@ class Statistics(NamedTuple):
 
     Attributes:
       top: the largest logit.
-      normaliser: the sum of exp(z - top).
+      normalizer: the sum of exp(z - top).
       mean: the sum of exp(z - top) v, with v the logits' tangents.
       label: the logit of the label, 0 while its column has not come.
       total, allowed: sum and number of the logits that are not minus infinity.
     """
 
     top: jax.Array
-    normaliser: jax.Array
+    normalizer: jax.Array
     mean: jax.Array | None = None
     label: jax.Array | None = None
     total: jax.Array | None = None
@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
 
 
 def softmax_statistics(z: jax.Array, v: jax.Array | None) -> Statistics:
-    """The largest logit, the normaliser and, of tangents `v`, the mean."""
+    """The largest logit, the normalizer and, of tangents `v`, the mean."""
     top = jnp.max(z, axis=1, keepdims=True)
     e = exponentials(z, top)
     return Statistics(top, jnp.sum(e, axis=1, keepdims=True), None if v is None else softmax.dot(e, v))
@@ -54,7 +54,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     of_a, of_b = jnp.exp(a.top - shift), jnp.exp(b.top - shift)
     mean = None if a.mean is None or b.mean is None else a.mean * of_a + b.mean * of_b
     added = jax.tree.map(jnp.add, a[3:], b[3:])
-    return Statistics(top, a.normaliser * of_a + b.normaliser * of_b, mean, *added)
+    return Statistics(top, a.normalizer * of_a + b.normalizer * of_b, mean, *added)
 
 
 def _finite(top: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ one_hot + e / classes on the classes that are not ruled out),
 With a tangent (dH, dW, db), whose tangent of the logits is V = dH W + H dW + db, it is one of the two inner problems
 of a Gauss-Newton step, as a function of the tangent:
 
-    linearised    L(Z + V),                   u_i = w_i (softmax(z_i + v_i) - y_i)
+    linearized    L(Z + V),                   u_i = w_i (softmax(z_i + v_i) - y_i)
     quadratic     L(Z) + g.V + V.(H V) / 2,   u_i = w_i (p_i - y_i + (diag(p_i) - p_i p_i^T) v_i)
 
 As in `linear_softmax_hvp`, and by the same loop, the (N, C) arrays are made and used up block by block of rows, within
@@ -71,7 +71,7 @@ def linear_softmax_residual(
       tangent: moves of hidden, head and bias, each like what it moves; the gradient is then that in the tangent, of the
         parts that it has: the others are held fixed, and their cotangents None. `None` takes the gradient of all parts
         without a move.
-      quadratic: with a tangent, the quadratic model of the loss in place of the loss of linearised logits.
+      quadratic: with a tangent, the quadratic model of the loss in place of the loss of linearized logits.
       weights: (...), or what broadcasts to it: effective weights of the rows (`Loss.effective_weights`); ones if None.
       label_smoothing: share of a label's mass that goes evenly to all classes; as in `SoftmaxCrossEntropy`.
       max_bytes: for logits and what is made of them; 256 MiB as in `linear_softmax_hvp`.
@@ -79,8 +79,8 @@ def linear_softmax_residual(
       implementation: None for the best supported one.
 
     Returns:
-      (loss, `Cotangents` of hidden, head and bias), in the wide dtype: float64 for such operands, else float32. The
-      loss is that of the linearised logits, with `quadratic` that of the logits themselves.
+      (loss, `Cotangents` of hidden, head and bias), in the accumulation dtype: float64 for such operands, else
+      float32. The loss is that of the linearized logits, with `quadratic` that of the logits themselves.
 
     Raises:
       Unsupported: the named implementation cannot run here.
@@ -96,7 +96,7 @@ def linear_softmax_residual(
     if operands.rows == 0:
         return jnp.zeros((), operands.weight.dtype), operands.zero(parts)
     select(LINEAR_SOFTMAX_RESIDUAL, implementation, operands.request())
-    rule = reference.Residual(label_smoothing, linearised=not quadratic)
+    rule = reference.Residual(label_smoothing, linearized=not quadratic)
     loss, found = reference.run(operands.at, moved, rows, operands.blocks, precision, rule, Wanted.of(parts))
     return loss, operands.shaped(found)
 

@@ -8,7 +8,7 @@ from typing import final
 import jax
 import jax.numpy as jnp
 
-from curvax.kernels.linear_softmax_hvp.blocks import Blocks, Cotangents, Head, Tangent
+from curvax.kernels.linear_softmax_hvp.blocks import Cotangents, Head, LogitBlocks, Tangent
 from curvax.kernels.linear_softmax_hvp.loop import Rows, Rule, Wanted, over_rows
 from curvax.kernels.linear_softmax_hvp.statistics import Statistics, exponentials, softmax_statistics
 
@@ -19,7 +19,7 @@ def run(
     at: Head,
     tangent: Tangent | None,
     rows: Rows,
-    blocks: Blocks,
+    blocks: LogitBlocks,
     precision: jax.lax.PrecisionLike,
     rule: Residual,
     wanted: Wanted,
@@ -38,11 +38,11 @@ class Residual(Rule):
 
     Attributes:
       label_smoothing: share of the label's mass that is spread over the classes that are not ruled out.
-      linearised: whether tangents are added to the logits.
+      linearized: whether tangents are added to the logits.
     """
 
     label_smoothing: float = 0.0
-    linearised: bool = True
+    linearized: bool = True
 
     def whole(
         self, z: jax.Array, v: jax.Array | None, rows: Rows, wanted: bool
@@ -65,7 +65,7 @@ class Residual(Rule):
         self, found: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
     ) -> jax.Array:
         zero, weight = jnp.zeros((), z.dtype), rows.weight[:, None]
-        inverse = 1 / found.normaliser
+        inverse = 1 / found.normalizer
         p = exponentials(z, found.top) * inverse
         if v is not None and found.mean is not None:
             p = p * (1 + (v - found.mean * inverse))
@@ -82,7 +82,7 @@ class Residual(Rule):
         loss = (1 - self.label_smoothing) * (found.top - found.label)
         if found.total is not None and found.allowed is not None:
             loss = loss + self.label_smoothing * (found.top - found.total / found.allowed)
-        loss = (loss + jnp.log(found.normaliser))[:, 0]
+        loss = (loss + jnp.log(found.normalizer))[:, 0]
         weighted = rows.weight * jnp.where(_known(rows), loss, jnp.asarray(jnp.nan, loss.dtype))
         return jnp.where(rows.weight == 0, jnp.zeros((), loss.dtype), weighted)
 

@@ -59,7 +59,8 @@ def sampled_softmax_residual(
       implementation: None for the best supported one.
 
     Returns:
-      Residuals shaped like `logits` in the wide dtype (float64 for float64 logits, else float32), and int32 labels.
+      Residuals shaped like `logits` in the accumulation dtype (float64 for float64 logits, else float32), and int32
+      labels.
 
     Raises:
       Unsupported: the named implementation cannot run here.

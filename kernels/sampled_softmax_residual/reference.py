@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels.softmax_hvp.reference import exponentials
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 
 
 def sampled_softmax_residual(logits: jax.Array, uniforms: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """See `api.sampled_softmax_residual`; uniforms and weights are (...,) like the rows."""
-    dtype = wide_dtype(logits.dtype)
+    dtype = accumulation_dtype(logits.dtype)
     weight = weights.astype(dtype)[..., None]
     e, total, dead = exponentials(logits.astype(dtype), weight)
     sums = jnp.cumsum(e, axis=-1)

@@ -67,7 +67,8 @@ def softmax_hvp(
       implementation: None for the best supported one.
 
     Returns:
-      The products, shaped like `tangents`, in the wide dtype: float64 if an operand is, else float32. They are terms of
+      The products, shaped like `tangents`, in the accumulation dtype: float64 if an operand is, else float32. They are
+        terms of
       sums, which a narrower dtype would spoil, and a consumer that casts them fuses with nothing here anyway.
 
     Raises:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from curvax.tree import scalar_dtype
 
-# Up to so many columns XLA's CPU code is faster with the probabilities normalised first (10 columns: 1.3x), beyond it
+# Up to so many columns XLA's CPU code is faster with the probabilities normalized first (10 columns: 1.3x), beyond it
 # with the factor 1 / total kept out of the arrays, one pass less (1,000 columns: 1.6x).
 _FEW = 32
 
@@ -18,15 +18,15 @@ def softmax_hvp(logits: jax.Array, tangents: jax.Array, weights: jax.Array) -> j
     weight = weights.astype(dtype)[..., None]
     e, total, dead = exponentials(logits.astype(dtype), weight)
 
-    def normalised(v: jax.Array) -> jax.Array:
+    def normalized(v: jax.Array) -> jax.Array:
         p = e / total
         return weight * (p * (v - dot(p, v)))
 
-    def unnormalised(v: jax.Array) -> jax.Array:
+    def unnormalized(v: jax.Array) -> jax.Array:
         inverse = 1 / total
         return (weight * inverse) * (e * (v - dot(e, v) * inverse))
 
-    bilinear = normalised if logits.shape[-1] <= _FEW else unnormalised
+    bilinear = normalized if logits.shape[-1] <= _FEW else unnormalized
 
     def product(v: jax.Array) -> jax.Array:
         return jnp.where(dead, jnp.zeros((), dtype), bilinear(v.astype(dtype)))

@@ -30,5 +30,5 @@ def dots(pairs: Sequence[tuple[PyTree, PyTree]]) -> tuple[jax.Array, ...]:
 
 def _add_scaled(scalar: jax.Array, x: PyTree, y: PyTree) -> PyTree:
     """Y + scalar x, computed in the scalar dtype (float32 or wider) and rounded once to the dtype of y."""
-    wide = scalar_dtype(y)
-    return jax.tree.map(lambda a, b: (b.astype(wide) + scalar * a.astype(wide)).astype(b.dtype), x, y)
+    accumulation = scalar_dtype(y)
+    return jax.tree.map(lambda a, b: (b.astype(accumulation) + scalar * a.astype(accumulation)).astype(b.dtype), x, y)

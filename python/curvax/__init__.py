@@ -5,12 +5,12 @@ from curvax import damping as damping
 from curvax import estimators as estimators
 from curvax import layerwise as layerwise
 from curvax import losses as losses
-from curvax import optax as optax
 from curvax import optimizers as optimizers
 from curvax import preconditioners as preconditioners
 from curvax import solvers as solvers
 from curvax import structure as structure
 from curvax import telemetry as telemetry
+from curvax import transforms as transforms
 from curvax.execute import MethodState as MethodState
 from curvax.kernels import Unsupported as Unsupported
 from curvax.kernels import clear_report as clear_report
@@ -40,8 +40,8 @@ from curvax.methods import sgn_mse as sgn_mse
 from curvax.methods import sophia_g as sophia_g
 from curvax.methods import sophia_h as sophia_h
 from curvax.methods import spring as spring
-from curvax.optax import as_gradient_transformation as as_gradient_transformation
 from curvax.plan import Plan as Plan
+from curvax.transforms import as_gradient_transformation as as_gradient_transformation
 from curvax.versions import warn_if_untested as _warn_if_untested
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from curvax.tree import PyTree
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Primitives that evaluate their jaxpr and nothing else, whose equations may stand in their place."""
 
-REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
+REMATERIALIZED = frozenset({"checkpoint", "remat", "remat2"})
 """The same, but for what is kept for the backward pass."""
 
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -31,7 +31,7 @@ def opened(jaxpr: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 
 
 def called(eqn: Any) -> ClosedJaxpr | Jaxpr:
-    """The jaxpr of a call (`CALLS`, `REMATERIALISED`, `CUSTOM`) or the body of a scan."""
+    """The jaxpr of a call (`CALLS`, `REMATERIALIZED`, `CUSTOM`) or the body of a scan."""
     return eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from curvax.jaxprs import CALLS, CUSTOM, REMATERIALISED, SCAN, called, opened, scan_counts
+from curvax.jaxprs import CALLS, CUSTOM, REMATERIALIZED, SCAN, called, opened, scan_counts
 
 
 class Kind(enum.IntEnum):
@@ -131,7 +131,7 @@ def _result_kinds(jaxpr: ClosedJaxpr | Jaxpr, given: Sequence[Kind]) -> list[Kin
 
 def _equation_kinds(eqn: JaxprEqn, kinds: list[Kind]) -> list[Kind]:
     name = eqn.primitive.name
-    if name in CALLS or name in REMATERIALISED:
+    if name in CALLS or name in REMATERIALIZED:
         return _result_kinds(called(eqn), kinds)
     if name in _LOOPS:
         return _LOOPS[name](eqn, kinds)
@@ -220,7 +220,7 @@ def _most(kind: Kind) -> Wanted:
 
 def _live_equation(eqn: JaxprEqn, kinds: list[Kind], needs: list[Wanted]) -> LiveEquation:
     name = eqn.primitive.name
-    if name in CALLS or name in REMATERIALISED:
+    if name in CALLS or name in REMATERIALIZED:
         body = _live(called(eqn), kinds, needs)
         return LiveEquation(eqn, body.arguments, tuple(needs), (body,))
     if name == SCAN:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Evaluation
-from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, wide_shapes
+from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, upcast_shapes
 from curvax.keys import check_key
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
@@ -91,8 +91,8 @@ class Method:
             rejected=jnp.zeros((), jnp.int32),
             damping=self.assembly.damping.init(),
             preconditioner=preconditioner,
-            solver=self.assembly.solver.init(wide_shapes(trainable)),
-            transform=self.assembly.transform.init(tree.widen(trainable)),
+            solver=self.assembly.solver.init(upcast_shapes(trainable)),
+            transform=self.assembly.transform.init(tree.upcast(trainable)),
             model_state=tree.fixed(model_state),
             last=first if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
@@ -105,7 +105,7 @@ class Method:
     def _preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any | None, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
         if not isinstance(preconditioner, BlockPreconditioner):
-            return preconditioner.init(wide_shapes(trainable))
+            return preconditioner.init(upcast_shapes(trainable))
         if batch is None:
             raise ValueError(
                 f"{type(preconditioner).__name__} keeps a state per layer, and layers are found from the shapes of a "
@@ -171,7 +171,7 @@ class Method:
                 "the last step returned."
             )
         state.layout.check(trainable)
-        self._check_state(state, wide_shapes(trainable))
+        self._check_state(state, upcast_shapes(trainable))
         keys = _Keys.of(rng, state.step)
         evaluation = self._evaluation(batch, frozen, state.model_state, keys)
         curvature = self.assembly.curvature
@@ -191,7 +191,7 @@ class Method:
 
         Args:
           state: what is looked at.
-          like: shapes of wide vectors over the trainable parameters.
+          like: shapes of upcast vectors over the trainable parameters.
         """
         assembly = self.assembly
         check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))

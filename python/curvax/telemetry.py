@@ -96,7 +96,7 @@ _MEANING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class MetricRecord:
     """A metric and every how many steps it is reported."""
 
     metric: Metric
@@ -111,19 +111,19 @@ class Record:
             raise ValueError(f"{self.metric.value} must be recorded every 1 or more steps, not {self.every}.")
 
 
-ALWAYS = tuple(map(Record, (Metric.STEP, Metric.ACCEPTED, Metric.FINITE, Metric.REJECTED, Metric.BATCH_FAULT)))
+ALWAYS = tuple(map(MetricRecord, (Metric.STEP, Metric.ACCEPTED, Metric.FINITE, Metric.REJECTED, Metric.BATCH_FAULT)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
     """The records of a method; `step`, `accepted`, `finite`, `rejected` and `batch_fault` are always among them."""
 
-    records: tuple[Record, ...] = (Record(Metric.LOSS), Record(Metric.LAM))
+    records: tuple[MetricRecord, ...] = (MetricRecord(Metric.LOSS), MetricRecord(Metric.LAM))
 
     def __post_init__(self) -> None:
         for record in self.records:
-            if not isinstance(record, Record):
-                raise TypeError(f"{record!r} is no record: pass curvax.telemetry.Record('gradient_norm'), say.")
+            if not isinstance(record, MetricRecord):
+                raise TypeError(f"{record!r} is no record: pass curvax.telemetry.MetricRecord('gradient_norm'), say.")
         chosen = tuple(r for r in ALWAYS if r.metric not in {x.metric for x in self.records}) + self.records
         if len({r.metric for r in chosen}) != len(chosen):
             raise ValueError("a metric is recorded twice: give each one once.")
@@ -132,7 +132,7 @@ class Telemetry:
     def beside(self, *metrics: Metric) -> Telemetry:
         """With those metrics in every step that no record is about yet."""
         known = {record.metric for record in self.records}
-        return Telemetry((*self.records, *(Record(m) for m in metrics if m not in known)))
+        return Telemetry((*self.records, *(MetricRecord(m) for m in metrics if m not in known)))
 
     def evaluate_periods(self) -> tuple[int, ...]:
         """Periods at which the loss after the step is needed."""

@@ -1,7 +1,7 @@
-"""Vector-space arithmetic on pytrees that Optax does not have: wide accumulation and flat views.
+"""Vector-space arithmetic on pytrees that Optax does not have: upcast accumulation and flat views.
 
 A parameter-space vector is a pytree with the structure of the trainable parameters. curvax keeps such vectors in
-*wide* dtypes: float32 where the parameter is narrower (bfloat16, float16), the parameter's own dtype otherwise.
+*upcast* dtypes: float32 where the parameter is narrower (bfloat16, float16), the parameter's own dtype otherwise.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 PyTree: TypeAlias = Any
 
 
-def wide_dtype(dtype: Any) -> np.dtype:
+def accumulation_dtype(dtype: Any) -> np.dtype:
     """The dtype in which curvax accumulates values of `dtype`: at least float32."""
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
-def widen(tree: PyTree) -> PyTree:
-    """Casts every leaf to its wide dtype; a `jax.ShapeDtypeStruct` stays one."""
+def upcast(tree: PyTree) -> PyTree:
+    """Casts every leaf to its accumulation dtype; a `jax.ShapeDtypeStruct` stays one."""
 
     def one(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, wide_dtype(x.dtype))
-        return jnp.asarray(x).astype(wide_dtype(x.dtype))
+            return jax.ShapeDtypeStruct(x.shape, accumulation_dtype(x.dtype))
+        return jnp.asarray(x).astype(accumulation_dtype(x.dtype))
 
     return jax.tree.map(one, tree)
 
@@ -79,8 +79,8 @@ def fixed(tree: PyTree) -> PyTree:
 
 
 def zeros_like(tree: PyTree) -> PyTree:
-    """A wide zero vector with the structure and shapes of `tree` (arrays or `jax.ShapeDtypeStruct`s)."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), tree)
+    """An upcast zero vector with the structure and shapes of `tree` (arrays or `jax.ShapeDtypeStruct`s)."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
 
 
 def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
@@ -95,8 +95,8 @@ def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
 
 def scalar_dtype(tree: PyTree) -> np.dtype:
     """The dtype of scalars (dot products, `lam`) that go with `tree`: the widest of its leaves, at least float32."""
-    wide = {wide_dtype(x.dtype) for x in jax.tree.leaves(tree)}
-    return max(wide, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
+    upcast = {accumulation_dtype(x.dtype) for x in jax.tree.leaves(tree)}
+    return max(upcast, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
 
 
 def size(tree: PyTree) -> int:
@@ -105,7 +105,7 @@ def size(tree: PyTree) -> int:
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, accumulated wide. An empty tree gives 0.
+    """Inner product over all leaves, accumulated upcast. An empty tree gives 0.
 
     XLA adds up long reductions as trees of shorter ones, so a float32 result over 10^8 terms keeps its seven digits.
     """
@@ -191,14 +191,14 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 
 def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """One wide vector holding every leaf, and the function that takes it apart again."""
+    """One upcast vector holding every leaf, and the function that takes it apart again."""
     leaves, structure = jax.tree.flatten(tree)
     dtype = scalar_dtype(tree)
     sizes = [int(np.prod(x.shape)) for x in leaves]
 
     def unravel(flat: jax.Array) -> PyTree:
         parts = jnp.split(flat, np.cumsum(sizes)[:-1]) if leaves else []
-        restored = [p.reshape(x.shape).astype(wide_dtype(x.dtype)) for p, x in zip(parts, leaves, strict=True)]
+        restored = [p.reshape(x.shape).astype(accumulation_dtype(x.dtype)) for p, x in zip(parts, leaves, strict=True)]
         return jax.tree.unflatten(structure, restored)
 
     flat = jnp.concatenate([x.astype(dtype).ravel() for x in leaves]) if leaves else jnp.zeros((0,), dtype)

@@ -51,7 +51,7 @@ def compiler() -> str:
 
 
 def command(sanitizers: str) -> list[str]:
-    """The compiler with its flags. Not optimised: compiling takes longer than running."""
+    """The compiler with its flags. Not optimized: compiling takes longer than running."""
     flags = "-std=c++17 -O0 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread".split()
     sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     return [compiler(), *flags, *sanitize, f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", jax.ffi.include_dir()]

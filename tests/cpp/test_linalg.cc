@@ -1,4 +1,4 @@
-// The dense factorisations as XLA calls them, on odd sizes of both dtypes: buffers end with their last element, so that
+// The dense factorizations as XLA calls them, on odd sizes of both dtypes: buffers end with their last element, so that
 // the address sanitizer sees every access behind it.
 
 #include <algorithm>

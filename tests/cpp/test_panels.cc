@@ -96,7 +96,7 @@ void TestProducts(const Level<T>& level, int64_t depth) {
   }
 }
 
-// One panel of identity plus a small random matrix, factorised strip by strip, and solved with.
+// One panel of identity plus a small random matrix, factorized strip by strip, and solved with.
 template <typename T>
 void TestTriangles(const Level<T>& level) {
   const PanelKernels<T>& kernels = level.kernels;
@@ -106,7 +106,7 @@ void TestTriangles(const Level<T>& level) {
     for (int64_t j = 0; j <= i; ++j) a[i * n + j] = a[j * n + i] = i == j ? static_cast<T>(2 * n) : a[i * n + j];
   std::vector<T> l = a;
   for (int64_t column = 0; column < n; column += strip)
-    CHECK(kernels.factorise(l.data(), 0, 0, column, least.data(), inverse.data()), "%s", level.name);
+    CHECK(kernels.factorize(l.data(), 0, 0, column, least.data(), inverse.data()), "%s", level.name);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n; ++j) {
       long double exact = 0;
@@ -140,7 +140,7 @@ void TestTriangles(const Level<T>& level) {
   for (T bad : {T(0), T(-1), std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
     std::vector<T> broken = a;
     broken[0] = bad;
-    CHECK(!kernels.factorise(broken.data(), 0, 0, 0, least.data(), inverse.data()), "%s: a pivot of %g", level.name,
+    CHECK(!kernels.factorize(broken.data(), 0, 0, 0, least.data(), inverse.data()), "%s: a pivot of %g", level.name,
           static_cast<double>(bad));
   }
 }

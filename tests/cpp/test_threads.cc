@@ -123,7 +123,7 @@ void TestBlocks() {
   }
 }
 
-// A factorisation that shares each of its steps, two of them at once, and a stack with threads inside and around.
+// A factorization that shares each of its steps, two of them at once, and a stack with threads inside and around.
 void TestFactorisations() {
   const int64_t n = 180;
   const Buffer large = Filled({1, n, n}, 0), small = Filled({9, 20, 20}, 0);

@@ -54,7 +54,7 @@ def dense(matrix: np.ndarray, dtype: Any = jnp.float64, factor: np.ndarray | Non
     """`matrix` on `like` if it has that size, else on `flat_like`."""
     n = len(matrix)
     shapes = like(dtype) if n == SIZE else flat_like(n, dtype)
-    wide = tree.wide_dtype(dtype)
+    wide = tree.accumulation_dtype(dtype)
     return Dense(jnp.asarray(matrix, wide), shapes, None if factor is None else jnp.asarray(factor, wide))
 
 

@@ -12,7 +12,7 @@ import pytest
 from oracle.compiling import quick_jit
 
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 from estimators import standin
 from estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, keys
 
@@ -26,7 +26,7 @@ _many = quick_jit(jax.vmap(_diagonal, in_axes=(None, None, None, 0, None)), stat
 
 
 def once(estimator, matrix, factor=None, dtype=jnp.float32, seed: int = 0):
-    wide = wide_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     factor = None if factor is None else jnp.asarray(factor, wide)
     return _one(estimator, jnp.asarray(matrix, wide), factor, jax.random.key(seed), dtype)
 
@@ -38,10 +38,10 @@ def sample(estimator, matrix, factor=None, m: int = 3000) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """Weighted softmax regression on (B, D) inputs with weights omega; parameters (D, K)."""
+    """Weighted softmax regression on (B, D) inputs with weights weights; parameters (D, K)."""
 
     inputs: jax.Array
-    omega: jax.Array
+    weights: jax.Array
     params: jax.Array
     has_sampling: bool = True
     product: None = None
@@ -53,11 +53,11 @@ class Softmax:
     def sampled_gradient(self, key):
         logits = self.inputs @ self.params
         labels = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
-        return self.inputs.T @ (jnp.sqrt(self.omega)[:, None] * (jax.nn.softmax(logits) - labels))
+        return self.inputs.T @ (jnp.sqrt(self.weights)[:, None] * (jax.nn.softmax(logits) - labels))
 
     def exact(self) -> np.ndarray:
         p = np.asarray(jax.nn.softmax(self.inputs @ self.params))
-        return np.einsum("b,bd,bk->dk", self.omega, np.asarray(self.inputs) ** 2, p * (1 - p))
+        return np.einsum("b,bd,bk->dk", self.weights, np.asarray(self.inputs) ** 2, p * (1 - p))
 
 
 @pytest.mark.parametrize("n_probes", [1, 3])

@@ -1,4 +1,4 @@
-"""The randomised Nystrom approximation against dense eigenvalues."""
+"""The randomized Nystrom approximation against dense eigenvalues."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from oracle.compiling import quick_jit
 
-from curvax.estimators import RandomisedNystrom
-from curvax.tree import wide_dtype
+from curvax.estimators import RandomizedNystrom
+from curvax.tree import accumulation_dtype
 from estimators import standin
 from estimators.standin import SIZE, Dense, keys
 
@@ -28,7 +28,9 @@ _many = quick_jit(jax.vmap(_low_rank, in_axes=(None, 0, 0, None)), static_argnum
 
 def approximate(matrix, rank, dtype=jnp.float64, indefinite=False):
     """The approximation as a dense matrix, and its values."""
-    found = _one(RandomisedNystrom(rank, indefinite), jnp.asarray(matrix, wide_dtype(dtype)), jax.random.key(0), dtype)
+    found = _one(
+        RandomizedNystrom(rank, indefinite), jnp.asarray(matrix, accumulation_dtype(dtype)), jax.random.key(0), dtype
+    )
     basis, values = np.asarray(found.basis, np.float64), np.asarray(found.values, np.float64)
     eps = float(np.finfo(found.values.dtype).eps)
     np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=100 * eps)
@@ -52,7 +54,7 @@ def test_never_above_and_near_the_best(x64, indefinite):
     """Rank 2 p - 1: E|C - C_nys| <= 3 lambda_p + 4 e^2 / p (sum of lambda_j, j >= p); Frangella et al., section 2."""
     matrix, p = standin.decaying(N), 6
     spectrum = 0.7 ** np.arange(N)
-    method = RandomisedNystrom(2 * p - 1, indefinite)
+    method = RandomizedNystrom(2 * p - 1, indefinite)
     found = _many(method, jnp.asarray(np.stack([matrix] * 20)), keys(20), jnp.float64)
     assert np.all(found.values <= spectrum[: 2 * p - 1] * (1 + 1e-10))
     rest = matrix - np.einsum("mir,mr,mjr->mij", found.basis, found.values, found.basis)
@@ -92,7 +94,7 @@ def test_two_passes_give_the_positive_part(x64):
 def test_one_pass_stays_bounded_on_indefinite_operators(x64, dtype):
     matrices = np.stack([standin.symmetric(np.random.default_rng(seed).normal(size=N), seed) for seed in range(50)])
 
-    got = np.asarray(_many(RandomisedNystrom(10), jnp.asarray(matrices, dtype), keys(50), dtype).values)
+    got = np.asarray(_many(RandomizedNystrom(10), jnp.asarray(matrices, dtype), keys(50), dtype).values)
     assert np.all(np.isfinite(got)) and np.all(got >= 0)
     assert np.all(got[:, 0] <= 7 * np.linalg.norm(matrices, axis=(1, 2)))
 
@@ -115,7 +117,7 @@ def test_rounding_in_the_product_is_not_negative_curvature(indefinite):
     noise = np.random.default_rng(0).normal(size=(5, n, n)) * 1e-6 / np.sqrt(n)
 
     noisy = jnp.asarray(matrix + noise + noise.swapaxes(1, 2), jnp.float32)
-    found = _many(RandomisedNystrom(12, indefinite), noisy, keys(5), jnp.float32)
+    found = _many(RandomizedNystrom(12, indefinite), noisy, keys(5), jnp.float32)
     got = np.einsum("mir,mr,mjr->mij", found.basis, found.values, found.basis)
     assert np.linalg.norm(got - matrix, 2, axis=(1, 2)).max() < 1e-3
 
@@ -124,17 +126,17 @@ def test_rounding_in_the_product_is_not_negative_curvature(indefinite):
 def test_bfloat16_and_empty_trees(indefinite):
     _, values = approximate(standin.low_rank(N, 3), 5, jnp.bfloat16, indefinite)
     np.testing.assert_allclose(values[:3], [5, 3, 1], rtol=1e-4)
-    found = RandomisedNystrom(3, indefinite).low_rank(lambda v: v, {}, jax.random.key(0))
+    found = RandomizedNystrom(3, indefinite).low_rank(lambda v: v, {}, jax.random.key(0))
     assert found.basis.shape == (0, 0) and found.values.shape == (0,)
 
 
 @BOTH
 def test_non_finite_products_show(indefinite):
-    method = RandomisedNystrom(4, indefinite)
+    method = RandomizedNystrom(4, indefinite)
     found = _one(method, jnp.full((N, N), jnp.nan, jnp.float32), jax.random.key(0), jnp.float32)
     assert not np.all(np.isfinite(found.values))
 
 
 def test_counts_are_checked():
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        RandomisedNystrom(0)
+        RandomizedNystrom(0)

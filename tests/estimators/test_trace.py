@@ -54,7 +54,7 @@ def test_each_method_beats_the_last_on_a_decaying_spectrum(x64):
 
 
 def test_xtrace_beats_the_length_noise_on_a_flat_spectrum(x64):
-    """All of the identity's trace is in the normalisation of the test vectors."""
+    """All of the identity's trace is in the normalization of the test vectors."""
     np.testing.assert_allclose(sample(XTrace(BUDGET), np.eye(N)).value, N, rtol=1e-12)
 
 
@@ -90,17 +90,17 @@ def test_the_zero_operator_has_trace_zero(estimator):
 
 @pytest.mark.parametrize("rank", [N, 3])
 def test_xtrace_is_the_leave_one_out_formula(x64, rank):
-    """Each estimate against a QR factorisation without the column that is left out."""
+    """Each estimate against a QR factorization without the column that is left out."""
     matrix = standin.decaying(N) if rank == N else standin.low_rank(N, rank)
     k = 6
-    omega = np.random.default_rng(1).normal(size=(N, k))
-    y = matrix @ omega
+    weights = np.random.default_rng(1).normal(size=(N, k))
+    y = matrix @ weights
     q, _ = np.linalg.qr(y)
-    got = _leave_one_out(*(jnp.asarray(a) for a in (omega, y, q, matrix @ q)))
+    got = _leave_one_out(*(jnp.asarray(a) for a in (weights, y, q, matrix @ q)))
     for i in range(k):
         u, s, _ = np.linalg.svd(np.delete(y, i, axis=1), full_matrices=False)
         u = u[:, s > 1e-12 * s[0]]
-        rest = omega[:, i] - u @ (u.T @ omega[:, i])
+        rest = weights[:, i] - u @ (u.T @ weights[:, i])
         expected = np.trace(u.T @ matrix @ u) + (N - k + 1) * rest @ matrix @ rest / (rest @ rest)
         np.testing.assert_allclose(got[i], expected, rtol=1e-9)
 

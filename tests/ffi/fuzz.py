@@ -106,7 +106,7 @@ class Maker:
         return values
 
     def call(self) -> Call:
-        kinds = (self.vectors, self.gram, self.systems, self.factorisations)
+        kinds = (self.vectors, self.gram, self.systems, self.factorizations)
         return kinds[self.rng.choice(4, p=(0.5, 0.2, 0.15, 0.15))]()
 
     def gram(self) -> Call:
@@ -186,7 +186,7 @@ class Maker:
 
         return Call("curvax_batched_cholesky_solve", [matrices, rhs, damping], results, answer)
 
-    def factorisations(self) -> Call:
+    def factorizations(self) -> Call:
         """Stacks of matrices that are nearly diagonal; what factors make together is the answer."""
         dtype = (np.float32, np.float64)[self.rng.integers(2)]
         batch = ((), (3,), (2, 2), (0,))[self.rng.integers(4)]

@@ -1,6 +1,6 @@
-"""Many factorisations in flight, over and over; test_factorise_at_once runs it in a process that it can end.
+"""Many factorizations in flight, over and over; test_factorize_at_once runs it in a process that it can end.
 
-    python tests/integration/factorise_at_once.py SEED UPDATES
+    python tests/integration/factorize_at_once.py SEED UPDATES
 
 Prints a line per method when all of its updates are done.
 """
@@ -79,7 +79,7 @@ def method(made: curvax.Method, rng: np.random.Generator, updates: int, *models:
 
 
 def references(rng: np.random.Generator, updates: int, *models: int) -> Any:
-    """Plain JAX's factorisations, which are LAPACK's, all of them at once."""
+    """Plain JAX's factorizations, which are LAPACK's, all of them at once."""
 
     def one(stack: jax.Array) -> Any:
         square = stack @ stack.mT + jnp.eye(stack.shape[-2])

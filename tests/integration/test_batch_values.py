@@ -231,7 +231,7 @@ def test_a_signed_gradient_goes_through_the_optax_face(x64: None) -> None:
         return jnp.mean(advantages * terms)
 
     gradient = jax.grad(surrogate)(params)
-    tx = curvax.optax.scale_by_ggn(
+    tx = curvax.transforms.scale_by_ggn(
         MODEL.predict, SoftmaxCrossEntropy(), LAM, solver=curvax.solvers.RowSpace(curvax.solvers.Cholesky())
     )
     update, _ = quick_jit(lambda g, s, p: tx.update(g, s, p, batch=batch))(gradient, tx.init(params), params)
@@ -240,7 +240,7 @@ def test_a_signed_gradient_goes_through_the_optax_face(x64: None) -> None:
 
 
 def test_a_hessian_takes_a_sum_with_weights_of_both_signs(x64: None) -> None:
-    """Its curvature is not said to be positive, and a sum has no normaliser that could vanish."""
+    """Its curvature is not said to be positive, and a sum has no normalizer that could vanish."""
     params, batch = MODEL.params(), _signed("float64")
     loss = SquaredError(reduction="sum")
     batch["y"] = MODEL.targets("float64")

@@ -1,4 +1,4 @@
-"""The dense direct solve, by either implementation of its factorisation, against float64 NumPy."""
+"""The dense direct solve, by either implementation of its factorization, against float64 NumPy."""
 
 from __future__ import annotations
 

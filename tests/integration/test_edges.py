@@ -15,7 +15,7 @@ import curvax
 from curvax.damping import TrustRegion
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.solvers import CG, Result, System
-from curvax.telemetry import Record
+from curvax.telemetry import MetricRecord
 
 LAM = 0.1
 
@@ -102,7 +102,7 @@ def test_spring_forgets_a_rejected_direction(problem: Any) -> None:
 
 # What a type checker refuses, a running program must refuse too.
 untyped: Any = curvax
-record: Any = Record
+record: Any = MetricRecord
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no learning rate": (lambda: untyped.sgn_ce(predict_fn=mlp, learning_rate=None), "learning_rate must be a number"),

@@ -282,7 +282,7 @@ def test_model_state_in_another_form():
 )
 def test_unknown_metric_names_the_nearest(name, nearest):
     with pytest.raises(ValueError) as raised:
-        curvax.telemetry.Record(name)
+        curvax.telemetry.MetricRecord(name)
     _says(raised, name, nearest)
 
 

@@ -1,4 +1,4 @@
-"""Factorisations in flight at the same time end, whatever runs beside them."""
+"""Factorizations in flight at the same time end, whatever runs beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE = 400
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nothing_waits_for_ever(seed: int) -> None:
     """Batched LAPACK calls, several of them at once, wait for each other's share of XLA's few threads."""
-    script = Path(__file__).with_name("factorise_at_once.py")
+    script = Path(__file__).with_name("factorize_at_once.py")
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script), str(seed), str(UPDATES)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -296,7 +296,7 @@ class _SeldomLooks(Damping):
 
 
 def _root(params: Any, batch: Any) -> jax.Array:
-    """Minimised ever further down to 0, and NaN behind it."""
+    """Minimized ever further down to 0, and NaN behind it."""
     return jnp.sqrt(params["w"]) * batch["scale"]
 
 

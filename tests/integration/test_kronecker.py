@@ -307,7 +307,7 @@ def test_kfac_serves_cg(x64, inverse):
 def test_the_optax_face(x64, preconditioner):
     predict, params, batch = setting("mlp")
     tx = optax.chain(
-        curvax.optax.scale_by_kfac(predict, SoftmaxCrossEntropy(), batch, LAM, preconditioner=preconditioner),
+        curvax.transforms.scale_by_kfac(predict, SoftmaxCrossEntropy(), batch, LAM, preconditioner=preconditioner),
         optax.scale_by_learning_rate(1.0),
     )
 

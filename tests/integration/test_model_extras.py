@@ -38,7 +38,7 @@ def _options(name):
 
 
 def _stateful(params, x, running):
-    """Normalises by statistics kept in the state, and moves them toward the batch's own mean."""
+    """Normalizes by statistics kept in the state, and moves them toward the batch's own mean."""
     out = MODEL.predict(params, x - running["mean"])
     moved_mean = 0.9 * running["mean"] + 0.1 * jnp.mean(x, axis=0)
     return out, {"mean": moved_mean, "count": running["count"] + 1}

@@ -15,7 +15,7 @@ from oracle.compiling import quick_jit
 import curvax
 from curvax import ffi, kernels
 from curvax.plan import Entrywise, entrywise
-from curvax.telemetry import Metric, Record
+from curvax.telemetry import Metric, MetricRecord
 from integration import presets
 from integration.harness import batch_of, key, precision
 
@@ -188,8 +188,8 @@ def test_the_backend_decides_what_runs():
     ("options", "reason"),
     [
         ({"tx": optax.sgd(0.1)}, "chain of its own"),
-        ({"metrics": (Record(Metric.UPDATE_NORM),)}, "update_norm is recorded"),
-        ({"metrics": (Record(Metric.LOSS_AFTER, 3),)}, "loss_after is recorded"),
+        ({"metrics": (MetricRecord(Metric.UPDATE_NORM),)}, "update_norm is recorded"),
+        ({"metrics": (MetricRecord(Metric.LOSS_AFTER, 3),)}, "loss_after is recorded"),
         ({"weight_decay": optax.constant_schedule(0.1)}, "weight decay is a schedule"),
     ],
 )

@@ -28,9 +28,9 @@ def _stacked_units(params):
     return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
 
 
-def _materialise(operator, params, batch, *, rows=False, shared=True):
+def _materialize(operator, params, batch, *, rows=False, shared=True):
     """(loss, gradient, matrix, gram) of an operator as NumPy float64."""
-    trainable, frozen = curvature.Partition().split(params)
+    trainable, frozen = curvature.TrainablePartition().split(params)
     units = _stacked_units(trainable)
 
     @quick_jit
@@ -64,7 +64,7 @@ def test_ggn_columns_gradient_and_loss(model, kind):
     with precision(jnp.float64):
         params, batch = _case(model, kind, jnp.float64)
         operator = curvature.GaussNewton(curvature.Model(model.predict), _loss(kind))
-        loss, gradient, matrix, gram = _materialise(operator, params, batch, rows=True)
+        loss, gradient, matrix, gram = _materialize(operator, params, batch, rows=True)
     np.testing.assert_allclose(loss, truth.loss.value, rtol=1e-12)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.ggn, 1e-10, "GGN")
@@ -85,7 +85,7 @@ def test_weighted_ggn(model, kind, reduction):
         params, batch = _case(model, kind, jnp.float64, weighted=True)
         truth = truth_of(model, kind, params, batch, reduction)
         operator = curvature.GaussNewton(curvature.Model(model.predict, weight_key="w"), _loss(kind, reduction))
-        loss, gradient, matrix, _ = _materialise(operator, params, batch)
+        loss, gradient, matrix, _ = _materialize(operator, params, batch)
     np.testing.assert_allclose(loss, truth.loss.value, rtol=1e-12)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.ggn, 1e-10, "GGN")
@@ -98,7 +98,7 @@ def test_ggn_of_soft_labels_whose_rows_do_not_sum_to_one():
         batch["y"] = batch["y"] * jnp.asarray([[0.5], [2.0], [1.0], [0.0], [3.0], [1.0]])
         truth = truth_of(model, "ce", params, batch)
         operator = curvature.GaussNewton(curvature.Model(model.predict), _loss("ce"))
-        loss, gradient, matrix, _ = _materialise(operator, params, batch)
+        loss, gradient, matrix, _ = _materialize(operator, params, batch)
     np.testing.assert_allclose(loss, truth.loss.value, rtol=1e-12)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.ggn, 1e-10, "GGN")
@@ -113,7 +113,7 @@ def test_empirical_fisher_columns(model, kind):
         params, batch = _case(model, kind, jnp.float64, weighted=True)
         model_of = curvature.Model(model.predict, weight_key="w")
         operator = curvature.GaussNewton(model_of, _loss(kind), curvature.ObservedFisher())
-        _, gradient, matrix, _ = _materialise(operator, params, batch)
+        _, gradient, matrix, _ = _materialize(operator, params, batch)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.empirical_fisher, 1e-10, "empirical Fisher")
 
@@ -160,7 +160,7 @@ def test_hessian_columns(model):
 
         want = dense.hessian(lambda p: loss_fn(p, batch), params)
         by_function = curvature.Hessian(curvature.LossFunction(loss_fn))
-        loss, gradient, matrix, _ = _materialise(by_function, params, batch)
+        loss, gradient, matrix, _ = _materialize(by_function, params, batch)
     truth = standard_truth(model, "ce")
     np.testing.assert_allclose(loss, truth.loss.value, rtol=1e-12)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
@@ -177,7 +177,7 @@ def test_hessian_of_a_model_and_a_loss_object():
 
         want = dense.hessian(loss_fn, params)
         operator = curvature.Hessian(curvature.ModelLoss(curvature.Model(model.predict), _loss("mse")))
-        _, _, matrix, _ = _materialise(operator, params, batch)
+        _, _, matrix, _ = _materialize(operator, params, batch)
     assert_close(matrix, want, 1e-10, "Hessian")
 
 
@@ -188,7 +188,7 @@ def test_microbatches_accumulate_the_full_operator(size):
     with precision(jnp.float64):
         params, batch = _case(model, "ce", jnp.float64, weighted=True)
         inner = curvature.GaussNewton(curvature.Model(model.predict, weight_key="w"), _loss("ce"))
-        loss, gradient, matrix, _ = _materialise(curvature.Microbatched(inner, size), params, batch)
+        loss, gradient, matrix, _ = _materialize(curvature.Microbatched(inner, size), params, batch)
     np.testing.assert_allclose(loss, truth.loss.value, rtol=1e-12)
     assert_close(gradient, truth.gradient, 1e-10, "gradient")
     assert_close(matrix, truth.ggn, 1e-10, "GGN")
@@ -201,7 +201,7 @@ def test_products_do_not_depend_on_sharing(model, shared):
     with precision(jnp.float32):
         params, batch = _case(model, "ce", jnp.float32)
         operator = curvature.GaussNewton(curvature.Model(model.predict), _loss("ce"))
-        _, gradient, matrix, _ = _materialise(operator, params, batch, shared=shared)
+        _, gradient, matrix, _ = _materialize(operator, params, batch, shared=shared)
     assert_close(gradient, truth.gradient, TOLERANCE["float32"], "gradient")
     assert_close(matrix, truth.ggn, TOLERANCE["float32"], "GGN")
 
@@ -212,7 +212,7 @@ def test_bfloat16_products_are_those_of_the_rounded_model():
         params, batch = _case(model, "ce", jnp.bfloat16)
         truth = truth_of(model, "ce", params, batch)
         operator = curvature.GaussNewton(curvature.Model(model.predict), _loss("ce"))
-        loss, gradient, matrix, _ = _materialise(operator, params, batch)
+        loss, gradient, matrix, _ = _materialize(operator, params, batch)
     np.testing.assert_allclose(loss, truth.loss.value, rtol=2e-2)
     assert_close(gradient, truth.gradient, 5e-2, "gradient")
     assert_close(matrix, truth.ggn, 5e-2, "GGN")

@@ -1,4 +1,4 @@
-"""A step in microbatches is that of the whole batch, or is refused: coupled losses, own normalisers, shared leaves."""
+"""A step in microbatches is that of the whole batch, or is refused: coupled losses, own normalizers, shared leaves."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_optax_face_takes_a_centered_loss_in_pieces(x64: None) -> None:
     params, batch = _mlp_params(2), {"x": _drawn(3, 7, 6), "y": _drawn(4, 7, 2)}
     _, gradient, matrix, _ = _centred_truth(_mlp, params, batch)
     for solver in (curvax.solvers.CG(**EXACT), curvax.solvers.RowSpace(curvax.solvers.Cholesky())):
-        tx = curvax.optax.scale_by_ggn(_mlp, SquaredError(centered=True), LAM, solver=solver, microbatch_size=3)
+        tx = curvax.transforms.scale_by_ggn(_mlp, SquaredError(centered=True), LAM, solver=solver, microbatch_size=3)
         update, _ = quick_jit(lambda g, s, p, tx=tx: tx.update(g, s, p, batch=batch))(
             dense.like(gradient, params), tx.init(params), params
         )

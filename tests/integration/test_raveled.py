@@ -28,7 +28,7 @@ CASES = {
     "warm": {},
     "cold": {"warm_start": False},
     "martens": {"stop": MartensStop(1e-9)},
-    "residual refreshed": {"stabilise_every": 4},
+    "residual refreshed": {"stabilize_every": 4},
 }
 
 

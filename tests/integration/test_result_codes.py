@@ -19,7 +19,7 @@ from curvax.preconditioners import Preconditioner
 from curvax.preconditioners.nystrom import NystromState
 from curvax.solvers import CG, Cholesky, Lineax, Result, Solution, Solver, System, batched_cg, batched_cholesky_solve
 from curvax.solvers.base import Lane, audited, relative_residual
-from curvax.telemetry import Metric, Record, Telemetry
+from curvax.telemetry import Metric, MetricRecord, Telemetry
 from integration import presets
 from integration.harness import batch_of, key, moved, precision
 
@@ -99,7 +99,7 @@ def test_many_systems_up_to_the_end_of_the_range(op, implementation, size):
     with precision("float32"):
         matrices, b = jnp.asarray(np.stack([_matrix()] * 3), jnp.float32), jnp.asarray(rhs, jnp.float32)
         if op == "cg":
-            found = batched_cg(matrices, b, rtol=1e-5, maxiter=100, implementation=implementation)
+            found = batched_cg(matrices, b, tol=1e-5, maxiter=100, implementation=implementation)
         else:
             found = batched_cholesky_solve(matrices, b, implementation=implementation)
     for result, value, own in zip(found.result, found.value, rhs, strict=True):
@@ -197,7 +197,7 @@ def test_a_solver_of_ones_own_is_not_believed_blindly(multiple, code, rows):
             ),
             solver=solver,
             damping=curvax.damping.Constant(0.1),
-            telemetry=Telemetry((Record(Metric.RESULT),)),
+            telemetry=Telemetry((MetricRecord(Metric.RESULT),)),
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         _, _, info = quick_jit(method.step)(params, batch, method.init(params), key())
@@ -217,8 +217,8 @@ def test_a_loose_tolerance_is_kept_and_not_called_inaccurate():
 
 
 def test_the_diagonal_lane_solves_no_system_and_claims_none():
-    records = tuple(Record(metric) for metric in (Metric.RESULT, Metric.RESIDUAL, Metric.ITERATIONS))
-    for extra in ((), (Record(Metric.UPDATE_NORM),)):  # in one pass, and part by part
+    records = tuple(MetricRecord(metric) for metric in (Metric.RESULT, Metric.RESIDUAL, Metric.ITERATIONS))
+    for extra in ((), (MetricRecord(Metric.UPDATE_NORM),)):  # in one pass, and part by part
         with precision("float32"):
             method = curvax.sophia_g(predict_fn=MODEL.predict, metrics=records + extra)
             params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
@@ -314,4 +314,4 @@ def test_a_scheduled_learning_rate_is_in_the_info():
 
 def test_a_learning_rate_of_somebody_elses_chain_is_not_guessed():
     with pytest.raises(ValueError, match="tx="):
-        curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1), metrics=(Record(Metric.LEARNING_RATE),))
+        curvax.sgn_ce(predict_fn=MODEL.predict, tx=optax.sgd(0.1), metrics=(MetricRecord(Metric.LEARNING_RATE),))

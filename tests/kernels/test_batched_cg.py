@@ -85,13 +85,13 @@ def solve(
 @pytest.mark.parametrize(("n", "batch"), [*((n, 5) for n in SIZES), (33, 0), (33, 1), (200, 2)])
 def test_solutions(n: int, batch: int, implementation: Implementation, dtype: Any) -> None:
     a, b = positive((batch,), n), vectors(batch, n)
-    rtol = 1e-5 if dtype == jnp.float32 else 1e-11
-    found = solve(implementation, a, b, dtype=dtype, rtol=rtol)
+    tol = 1e-5 if dtype == jnp.float32 else 1e-11
+    found = solve(implementation, a, b, dtype=dtype, tol=tol)
     assert np.all(found.result == Result.CONVERGED)
     assert np.all(found.iterations >= 1)
-    assert np.all(np.asarray(found.residual) <= 2 * rtol)
+    assert np.all(np.asarray(found.residual) <= 2 * tol)
     # What rounding adds to the recurrence, in products of norm 1 and solutions of norm at most the condition, 100.
-    attainable = rtol + 100 * 8 * eps(dtype)
+    attainable = tol + 100 * 8 * eps(dtype)
     assert np.all(np.asarray(found.residual) <= attainable)
     a, b = np.asarray(jnp.asarray(a, dtype), np.float64), np.asarray(jnp.asarray(b, dtype), np.float64)
     np.testing.assert_allclose(found.residual, relative_residual(a, b, found.value), rtol=0, atol=100 * 8 * eps(dtype))
@@ -115,12 +115,12 @@ class TestTextbook:
         options: dict[str, Any] = {"diagonal": np.einsum("bii->bi", a)} if preconditioned else {}
         if warm:
             options["x0"] = exact(a, b) * (1 + 0.1 * vectors(6, n, seed=2))
-        for rtol in (1e-2, 1e-6):
-            found = solve(implementation, a, b, dtype=jnp.float64, rtol=rtol, **options)
+        for tol in (1e-2, 1e-6):
+            found = solve(implementation, a, b, dtype=jnp.float64, tol=tol, **options)
             for k in range(6):
                 start = options["x0"][k] if warm else None
                 m = options["diagonal"][k] if preconditioned else None
-                expected = textbook(a[k], b[k], rtol, 10 * n, start, m)
+                expected = textbook(a[k], b[k], tol, 10 * n, start, m)
                 assert found.iterations[k] == expected.iterations
                 np.testing.assert_allclose(found.value[k], expected.value, rtol=1e-8, atol=1e-10)
 
@@ -132,7 +132,7 @@ class TestTextbook:
         if helped:
             options = {"x0": exact(a, b + 0.2 * vectors(4, 20, seed=2)), "diagonal": np.einsum("bii->bi", a)}
         for k in (0, 1, 2, 5):
-            found = solve(implementation, a, b, dtype=dtype, rtol=1e-12, maxiter=k, **options)
+            found = solve(implementation, a, b, dtype=dtype, tol=1e-12, maxiter=k, **options)
             assert np.all(found.result == Result.MAX_ITERATIONS)
             assert np.all(found.iterations == k)
             given = [(options["x0"][i], options["diagonal"][i]) if helped else () for i in range(4)]
@@ -143,10 +143,10 @@ class TestTextbook:
 
     def test_same_course_as_the_solver(self, implementation: Implementation, x64: None) -> None:
         a, b = positive((), 40, 30.0), vectors(40)
-        solver = CG(tol=1e-6, maxiter=400, warm_start=False, stabilise_every=0)
+        solver = CG(tol=1e-6, maxiter=400, warm_start=False, stabilize_every=0)
         matrix = jnp.asarray(a)
         one = solver.solve(System(lambda v: matrix @ v), jnp.asarray(b), (), jnp.zeros(()))
-        found = solve(implementation, a, b, dtype=jnp.float64, rtol=1e-6)
+        found = solve(implementation, a, b, dtype=jnp.float64, tol=1e-6)
         assert found.iterations == one.iterations
         assert found.result == one.result
         np.testing.assert_allclose(found.value, one.value, rtol=1e-5, atol=1e-6)
@@ -180,7 +180,7 @@ class TestOutcomes:
     @pytest.mark.parametrize("n", [4, 31, 100])
     def test_mixed_batch(self, n: int, implementation: Implementation, dtype: Any) -> None:
         a, b, kinds, plain = mixed(n)
-        found = solve(implementation, a, b, dtype=dtype, rtol=1e-4)
+        found = solve(implementation, a, b, dtype=dtype, tol=1e-4)
         assert [Result(int(r)) for r in found.result] == kinds
         np.testing.assert_allclose(found.value[plain], exact(a[plain], b[plain]), rtol=0, atol=0.05)
         assert np.all(np.asarray(found.residual)[plain] < 2e-4)
@@ -204,9 +204,9 @@ class TestOutcomes:
     def test_a_system_in_a_batch_is_a_system_alone(self, n: int, implementation: Implementation) -> None:
         """What goes on beside it, for longer or with NaN, changes no bit of a system in a kernel, or only rounding."""
         a, b, _, _ = mixed(n)
-        together = solve(implementation, a, b, rtol=1e-4)
+        together = solve(implementation, a, b, tol=1e-4)
         for k in range(len(a)):
-            alone = solve(implementation, a[k : k + 1], b[k : k + 1], rtol=1e-4)
+            alone = solve(implementation, a[k : k + 1], b[k : k + 1], tol=1e-4)
             for t, s in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
                 if implementation in ("native", "pallas"):
                     np.testing.assert_array_equal(t[k], s[0])
@@ -216,10 +216,10 @@ class TestOutcomes:
     def test_done_is_done(self, implementation: Implementation, x64: None) -> None:
         """A system's solution does not move while others go on: it is the textbook's at its own tolerance."""
         a, b = positive((4,), 30, 20.0), vectors(4, 30)
-        rtol = np.asarray([1e-1, 1e-5, 1e-2, 1e-3])
-        found = solve(implementation, a, b, dtype=jnp.float64, rtol=rtol)
+        tol = np.asarray([1e-1, 1e-5, 1e-2, 1e-3])
+        found = solve(implementation, a, b, dtype=jnp.float64, tol=tol)
         for k in range(4):
-            want = textbook(a[k], b[k], rtol[k], 300)
+            want = textbook(a[k], b[k], tol[k], 300)
             assert found.iterations[k] == want.iterations
             np.testing.assert_allclose(found.value[k], want.value, rtol=1e-7, atol=1e-9)
 
@@ -284,21 +284,19 @@ class TestOutcomes:
     def test_what_a_dtype_cannot_attain_is_inaccurate(self, implementation: Implementation, x64: None) -> None:
         """The recurrence meets the tolerance, the solution in float32 does not, in float64 it does."""
         a, b = positive((2,), 40, 1e5), vectors(2, 40)
-        found = solve(implementation, a, b, rtol=1e-6, maxiter=5000)
+        found = solve(implementation, a, b, tol=1e-6, maxiter=5000)
         assert np.all(found.result == Result.INACCURATE)
         assert np.all(np.asarray(found.residual) > 2e-6)
         single = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(found.residual, relative_residual(*single, found.value), rtol=0.5)
-        assert np.all(
-            solve(implementation, a, b, dtype=jnp.float64, rtol=1e-6, maxiter=5000).result == Result.CONVERGED
-        )
+        assert np.all(solve(implementation, a, b, dtype=jnp.float64, tol=1e-6, maxiter=5000).result == Result.CONVERGED)
 
 
 @over_implementations
 class TestStart:
     def test_the_solution_is_a_good_start(self, implementation: Implementation, x64: None) -> None:
         a, b = positive((3,), 20), vectors(3, 20)
-        found = solve(implementation, a, b, dtype=jnp.float64, x0=exact(a, b), rtol=1e-8)
+        found = solve(implementation, a, b, dtype=jnp.float64, x0=exact(a, b), tol=1e-8)
         assert np.all(found.iterations == 0)
         assert np.all(found.result == Result.CONVERGED)
         np.testing.assert_allclose(found.value, exact(a, b), rtol=1e-12)
@@ -366,17 +364,17 @@ class TestBatches:
         a, b = jnp.asarray(positive((3, 2), 9, 10.0), jnp.float32), jnp.asarray(vectors(3, 2, 9), jnp.float32)
         chosen = supported(implementation, a, b)
 
-        def one(a: jax.Array, b: jax.Array, rtol: jax.Array) -> BatchedSolution:
-            return batched_cg(a, b, diagonal=jnp.ones(9), rtol=rtol, implementation=chosen)
+        def one(a: jax.Array, b: jax.Array, tol: jax.Array) -> BatchedSolution:
+            return batched_cg(a, b, diagonal=jnp.ones(9), tol=tol, implementation=chosen)
 
         jitted = jax.jit(one)
-        rtol = jnp.asarray([1e-3, 1e-5, 1e-6])
+        tol = jnp.asarray([1e-3, 1e-5, 1e-6])
         cases: list[tuple[tuple[int | None, ...], tuple[Any, ...]]] = [
-            ((0, 0, 0), (a, b, rtol)),
-            ((0, None, None), (a, b[0], rtol[1])),
-            ((None, 0, None), (a[0], b, rtol[1])),
-            ((None, None, 0), (a[0], b[0], rtol)),
-            ((1, 0, None), (jnp.swapaxes(a, 0, 1), b, rtol[1])),
+            ((0, 0, 0), (a, b, tol)),
+            ((0, None, None), (a, b[0], tol[1])),
+            ((None, 0, None), (a[0], b, tol[1])),
+            ((None, None, 0), (a[0], b[0], tol)),
+            ((1, 0, None), (jnp.swapaxes(a, 0, 1), b, tol[1])),
         ]
         for axes, operands in cases[-1:] if implementation == "pallas" else cases:
             got = jax.jit(jax.vmap(one, in_axes=axes))(*operands)
@@ -385,7 +383,7 @@ class TestBatches:
                 want = jitted(*member)
                 assert np.all(abs(got.iterations[i] - want.iterations) <= 1)
                 np.testing.assert_allclose(got.value[i], want.value, rtol=1e-4, atol=1e-4)
-        twice = jax.jit(jax.vmap(jax.vmap(one, (None, 0, None)), (0, None, None)))(a[:, 0], b[0], rtol[1])
+        twice = jax.jit(jax.vmap(jax.vmap(one, (None, 0, None)), (0, None, None)))(a[:, 0], b[0], tol[1])
         np.testing.assert_allclose(twice.value, exact(np.asarray(a)[:, None, 0], np.asarray(b)[0]), rtol=0, atol=1e-2)
 
     def test_shard_map(self, implementation: Implementation) -> None:
@@ -413,7 +411,7 @@ class TestBatches:
 
     def test_the_widest_dtype_wins(self, implementation: Implementation, x64: None) -> None:
         a, b = jnp.asarray(positive((2,), 8), jnp.float32), jnp.asarray(vectors(2, 8))
-        found = batched_cg(a, b, rtol=1e-10, implementation=supported(implementation, a, b))
+        found = batched_cg(a, b, tol=1e-10, implementation=supported(implementation, a, b))
         assert found.value.dtype == jnp.float64
         np.testing.assert_allclose(found.value, exact(np.asarray(a), np.asarray(b)), rtol=1e-6)
 
@@ -436,7 +434,7 @@ class TestProduct:
         n = 3000
         b = jnp.asarray(vectors(2, n), jnp.float32)
         weights = jnp.linspace(1, 5, n, dtype=jnp.float32)
-        found = batched_cg(lambda v: weights * v, b, rtol=1e-6)
+        found = batched_cg(lambda v: weights * v, b, tol=1e-6)
         np.testing.assert_allclose(found.value, b / weights, rtol=1e-3, atol=1e-5)
 
     def test_the_product_keeps_the_shape(self) -> None:
@@ -448,10 +446,10 @@ class TestProduct:
 def test_native_does_not_depend_on_threads(n: int) -> None:
     skip_unless_supported("native")
     a, b = jnp.asarray(positive((37,), n), jnp.float32), jnp.asarray(vectors(37, n), jnp.float32)
-    rtol, maxiter = jnp.full((1,), 1e-5), jnp.full((1,), 100)
-    want = native.solve(a, b, None, rtol, maxiter, None, (37,), threads=1)
+    tol, maxiter = jnp.full((1,), 1e-5), jnp.full((1,), 100)
+    want = native.solve(a, b, None, tol, maxiter, None, (37,), threads=1)
     for threads in (0, 2, 3, 8):
-        got = native.solve(a, b, None, rtol, maxiter, None, (37,), threads=threads)
+        got = native.solve(a, b, None, tol, maxiter, None, (37,), threads=threads)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -474,7 +472,7 @@ def test_lists_and_numpy_arrays_are_arrays() -> None:
     matrices, rhs = np.diag([2.0, 4.0]), np.ones(2)
     conversions: tuple[Any, ...] = (np.asarray, np.ndarray.tolist)
     for of in conversions:
-        found = batched_cg(of(matrices), of(rhs), x0=of(0 * rhs), diagonal=of(rhs), rtol=1e-6)
+        found = batched_cg(of(matrices), of(rhs), x0=of(0 * rhs), diagonal=of(rhs), tol=1e-6)
         np.testing.assert_allclose(found.value, [0.5, 0.25], rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""One table of matrices over every implementation of the dense factorisations, against float64 NumPy."""
+"""One table of matrices over every implementation of the dense factorizations, against float64 NumPy."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def call(op: str, *operands: Any, implementation: Implementation, dtype: Any, **
 
 
 def roundings(n: int, dtype: Any) -> float:
-    """What a backward stable factorisation of size n may be off by, relative to the norm."""
+    """What a backward stable factorization of size n may be off by, relative to the norm."""
     return (20 + 2 * n) * eps(dtype)
 
 

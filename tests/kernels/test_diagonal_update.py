@@ -26,7 +26,7 @@ from curvax.kernels.diagonal_update import (
     diagonal_update,
     native,
 )
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native")
 
@@ -88,7 +88,7 @@ class Problem:
 def make(shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...], seed: int, *, wide: bool = True) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
     own = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
-    return [array(rng.normal(size=s), wide_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
+    return [array(rng.normal(size=s), accumulation_dtype(d) if wide else d) for s, d in zip(shapes, own, strict=True)]
 
 
 def problem(rule: UpdateRule, shapes: list[tuple[int, ...]], dtypes: tuple[Any, ...] = (jnp.float32,)) -> Problem:
@@ -117,9 +117,9 @@ def by_hand(rule: UpdateRule, at: Problem, i: int, decay: bool = True) -> tuple[
 
 
 def close(got: jax.Array, exact: np.ndarray, dtype: Any, ulps: float = 8) -> None:
-    """Some roundings in the wide dtype and one to the leaf's own."""
+    """Some roundings in the accumulation dtype and one to the leaf's own."""
     assert got.dtype == dtype and got.shape == exact.shape
-    wide, own = float(jnp.finfo(wide_dtype(dtype)).eps), float(jnp.finfo(dtype).eps)
+    wide, own = float(jnp.finfo(accumulation_dtype(dtype)).eps), float(jnp.finfo(dtype).eps)
     bound = (ulps * wide + (own if own > wide else 0)) * (np.abs(exact) + 0.2)
     assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= bound)
 
@@ -150,7 +150,7 @@ class TestUpdate:
             exact, m = by_hand(rule, at, i)
             close(new[i], exact, p.dtype, ulps=64 if name == "power" else 16)
             if mean is not None:
-                close(mean[i], m, wide_dtype(p.dtype))
+                close(mean[i], m, accumulation_dtype(p.dtype))
 
     def test_decay_mask(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation)

@@ -70,7 +70,7 @@ CASES = {
     "no_entries": Case(3, 2, 0, 5),
     "no_cotangent_entries": Case(3, 2, 4, 0),
 }
-# Rows of 16 bits are widened where they are read, and what follows is float32's: cases that read them in other ways.
+# Rows of 16 bits are upcast where they are read, and what follows is float32's: cases that read them in other ways.
 NARROW = ("odd", "several_tiles", "one_more_than_a_tile", "explicit", "positions_kept", "positions_formed")
 
 

@@ -14,7 +14,7 @@ from oracle.compiling import array, quick_jit
 
 from curvax.kernels import Implementation, Unsupported
 from curvax.kernels.hutchinson_reduce import OPS, hutchinson_reduce
-from curvax.tree import wide_dtype
+from curvax.tree import accumulation_dtype
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference",)
 
@@ -63,7 +63,7 @@ class TestValues:
         z, c = (make(shapes, 3, jnp.dtype(dtype), seed) for seed in (0, 1))
         got = hutchinson_reduce(z, c, axes, implementation=implementation)
         for i, leaf in enumerate(got):
-            assert leaf.dtype == wide_dtype(jnp.dtype(dtype))
+            assert leaf.dtype == accumulation_dtype(jnp.dtype(dtype))
             tolerance = 1e-13 if dtype == "float64" else 1e-5
             np.testing.assert_allclose(
                 leaf, by_hand(z[i], c[i], axes[i], use_abs=False), rtol=tolerance, atol=tolerance

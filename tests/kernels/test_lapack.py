@@ -1,4 +1,4 @@
-"""What the references of the dense factorisations do to LAPACK's threads, in processes of their own."""
+"""What the references of the dense factorizations do to LAPACK's threads, in processes of their own."""
 
 from __future__ import annotations
 

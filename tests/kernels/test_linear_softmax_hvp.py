@@ -18,17 +18,17 @@ from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
-from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Blocks, Head, Tangent
+from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Head, LogitBlocks, Tangent
 
 HIGHEST = jax.lax.Precision.HIGHEST
-Run = Callable[[Head, Tangent, jax.Array, Blocks], Any]
+Run = Callable[[Head, Tangent, jax.Array, LogitBlocks], Any]
 
 
-def plain(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any:
+def plain(at: Head, tangent: Tangent, weights: jax.Array, blocks: LogitBlocks) -> Any:
     return reference.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST)
 
 
-def interpreted(at: Head, tangent: Tangent, weights: jax.Array, blocks: Blocks) -> Any:
+def interpreted(at: Head, tangent: Tangent, weights: jax.Array, blocks: LogitBlocks) -> Any:
     return pallas.linear_softmax_hvp(at, tangent, weights, blocks, HIGHEST, interpret=interpret())
 
 
@@ -49,24 +49,24 @@ class Case:
     rows: int
     features: int
     columns: int
-    blocks: Blocks
+    blocks: LogitBlocks
     bias: bool = True
     dtype: Any = jnp.float32
 
 
 CASES = {
-    "one_block": Case(6, 5, 300, Blocks(6, 300)),
-    "rows_divide": Case(8, 5, 300, Blocks(4, 300)),
-    "rows_do_not": Case(7, 5, 300, Blocks(3, 300)),
-    "row_by_row": Case(3, 4, 129, Blocks(1, 129)),
-    "one_row": Case(1, 3, 200, Blocks(1, 200)),
-    "one_feature": Case(4, 1, 200, Blocks(3, 200)),
-    "no_bias": Case(7, 5, 300, Blocks(4, 300), bias=False),
-    "columns_divide": Case(7, 5, 512, Blocks(4, 128)),
-    "columns_do_not": Case(7, 5, 300, Blocks(7, 128)),
-    "bfloat16": Case(7, 16, 300, Blocks(4, 300), dtype=jnp.bfloat16),
-    "bfloat16_columns": Case(7, 16, 300, Blocks(4, 128), dtype=jnp.bfloat16),
-    "float16": Case(7, 16, 300, Blocks(4, 300), dtype=jnp.float16),
+    "one_block": Case(6, 5, 300, LogitBlocks(6, 300)),
+    "rows_divide": Case(8, 5, 300, LogitBlocks(4, 300)),
+    "rows_do_not": Case(7, 5, 300, LogitBlocks(3, 300)),
+    "row_by_row": Case(3, 4, 129, LogitBlocks(1, 129)),
+    "one_row": Case(1, 3, 200, LogitBlocks(1, 200)),
+    "one_feature": Case(4, 1, 200, LogitBlocks(3, 200)),
+    "no_bias": Case(7, 5, 300, LogitBlocks(4, 300), bias=False),
+    "columns_divide": Case(7, 5, 512, LogitBlocks(4, 128)),
+    "columns_do_not": Case(7, 5, 300, LogitBlocks(7, 128)),
+    "bfloat16": Case(7, 16, 300, LogitBlocks(4, 300), dtype=jnp.bfloat16),
+    "bfloat16_columns": Case(7, 16, 300, LogitBlocks(4, 128), dtype=jnp.bfloat16),
+    "float16": Case(7, 16, 300, LogitBlocks(4, 300), dtype=jnp.float16),
 }
 
 
@@ -124,24 +124,24 @@ def test_what_has_no_tangent_is_held_fixed(moving: tuple[str, ...], columns: int
     at, tangent, weights = operands(dataclasses.replace(CASES["rows_do_not"], dtype=jnp.float64))
     still = {name: jnp.zeros_like(value) for name, value in tangent._asdict().items() if name not in moving}
     want = exact(at, tangent._replace(**still), weights)
-    got = plain(at, tangent._replace(**dict.fromkeys(still)), weights, Blocks(3, columns))
+    got = plain(at, tangent._replace(**dict.fromkeys(still)), weights, LogitBlocks(3, columns))
     assert [name for name, value in got._asdict().items() if value is not None] == list(moving)
     close(got, want._replace(**dict.fromkeys(still)), jnp.float64)
 
 
 def test_float64(x64: None) -> None:
     at, tangent, weights = operands(dataclasses.replace(CASES["rows_do_not"], dtype=jnp.float64))
-    for blocks in (Blocks(3, 300), Blocks(3, 128)):
+    for blocks in (LogitBlocks(3, 300), LogitBlocks(3, 128)):
         got = plain(at, tangent, weights, blocks)
         assert got.head.dtype == jnp.float64
         close(got, exact(at, tangent, weights), jnp.float64)
 
 
-@pytest.mark.parametrize("blocks", [Blocks(3, 300), Blocks(3, 128)])
+@pytest.mark.parametrize("blocks", [LogitBlocks(3, 300), LogitBlocks(3, 128)])
 class TestHardRows:
     case = CASES["rows_do_not"]
 
-    def test_rows_without_weight_may_hold_anything(self, blocks: Blocks, run: Run) -> None:
+    def test_rows_without_weight_may_hold_anything(self, blocks: LogitBlocks, run: Run) -> None:
         at, tangent, weights = operands(self.case)
         dead = jnp.array([0, 5])
         want = exact(at, tangent, weights.at[dead].set(0))
@@ -150,7 +150,7 @@ class TestHardRows:
         close(got, want, jnp.float32)
         assert np.all(np.asarray(got.hidden[dead]) == 0)
 
-    def test_masked_classes(self, blocks: Blocks, run: Run) -> None:
+    def test_masked_classes(self, blocks: LogitBlocks, run: Run) -> None:
         at, tangent, weights = operands(self.case)
         assert at.bias is not None
         mask = np.arange(300) % 3 == 0
@@ -159,7 +159,7 @@ class TestHardRows:
         close(got, exact(low, tangent, weights), jnp.float32)
         assert np.all(np.asarray(got.head)[:, mask] == 0)
 
-    def test_nan_is_seen(self, blocks: Blocks, run: Run) -> None:
+    def test_nan_is_seen(self, blocks: LogitBlocks, run: Run) -> None:
         at, tangent, weights = operands(self.case)
         got = run(at._replace(hidden=at.hidden.at[4, 0].set(jnp.nan)), tangent, weights, blocks)
         assert np.all(np.isnan(got.hidden[4]))
@@ -195,7 +195,7 @@ def test_shard_map(run: Run) -> None:
 
 class TestApi:
     def test_leading_axes_and_default_weights(self) -> None:
-        at, tangent, _ = operands(Case(6, 5, 300, Blocks(6, 300)))
+        at, tangent, _ = operands(Case(6, 5, 300, LogitBlocks(6, 300)))
         assert tangent.hidden is not None
         got: Any = linear_softmax_hvp(
             at.hidden.reshape(2, 3, 5),
@@ -241,7 +241,7 @@ class TestApi:
     def test_another_platform_takes_the_reference(self) -> None:
         if _mosaic.absent() is not None:
             pytest.skip(str(_mosaic.absent()))
-        at, tangent, weights = operands(Case(6, 5, 300, Blocks(6, 300), bias=False))
+        at, tangent, weights = operands(Case(6, 5, 300, LogitBlocks(6, 300), bias=False))
         chosen = Choice(LINEAR_SOFTMAX_HVP.name, "pallas", "test")
         got: Any = linear_softmax_hvp(
             *(at.hidden, at.head, tangent.hidden, tangent.head),
@@ -275,7 +275,7 @@ class TestApi:
 
 @pytest.mark.parametrize(("rows", "columns", "max_bytes"), [(7, 300, 1), (1000, 50_257, 2**26), (64, 1000, 2**30)])
 def test_blocks_stay_within_the_bytes(rows: int, columns: int, max_bytes: int) -> None:
-    blocks = Blocks.of(rows, columns, max_bytes)
+    blocks = LogitBlocks.of(rows, columns, max_bytes)
     least = min(rows, 16) * 128
     assert blocks.rows <= rows
     assert blocks.columns <= columns

@@ -140,10 +140,10 @@ class TestValues:
         mask = (np.arange(COLUMNS) % 3 == 0) & ~np.isin(np.arange(COLUMNS), data.labels)
         masked = dataclasses.replace(data, bias=jnp.where(mask, -jnp.inf, data.bias))
         whole = SoftmaxCrossEntropy(label_smoothing=smoothing, reduction="sum")
-        z, omega = masked.hidden @ masked.head + masked.bias, data.weights.astype(jnp.float64)
+        z, weights = masked.hidden @ masked.head + masked.bias, data.weights.astype(jnp.float64)
         loss, got = masked.call(max_bytes=max_bytes, label_smoothing=smoothing)
-        np.testing.assert_allclose(loss, whole.value(z, data.labels, omega), rtol=1e-13)
-        u = whole.gradient(z, data.labels, omega)
+        np.testing.assert_allclose(loss, whole.value(z, data.labels, weights), rtol=1e-13)
+        u = whole.gradient(z, data.labels, weights)
         close(got, [u @ data.head.T, data.hidden.T @ u, u.sum(axis=0)], 1e-12)
         assert np.all(np.asarray(got.head)[:, mask] == 0)
 

@@ -40,8 +40,8 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
     batch = {"x": _drawn(4, 7, 4), "y": _drawn(5, 7, 2)}
     outputs, jacobian = dense.outputs_and_jacobian(_mlp, params, batch["x"])
     residual = outputs - np.asarray(batch["y"])
-    centred = jacobian.reshape(7, 2, -1)
-    centred = (centred - centred.mean(0)).reshape(14, -1)
+    centerd = jacobian.reshape(7, 2, -1)
+    centerd = (centerd - centerd.mean(0)).reshape(14, -1)
     residual = (residual - residual.mean(0)).ravel() / 7
     flat = dense.vector(delta)
     block = np.concatenate(
@@ -49,7 +49,7 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
     )
     same = block[:, None] == block[None, :]
     # The loss is a quadratic of the outputs, so that prox-linear is the same.
-    want = centred.T @ residual + (centred.T @ centred / 7 * same) @ flat
+    want = centerd.T @ residual + (centerd.T @ centerd / 7 * same) @ flat
     curvature = GaussNewton(Model(_mlp), SquaredError(centered=True))
     for size in (2, 3):
         inner = InnerProblem(curvature, rule, prox_linear, microbatch_size=size)
@@ -63,9 +63,9 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
         loss, gradient, other, start, product = compute(delta)
         assert float(loss) == pytest.approx(7 * residual @ residual / 2, rel=1e-12) == float(other)
         np.testing.assert_allclose(dense.vector(gradient), want, rtol=1e-9, atol=1e-13)
-        np.testing.assert_allclose(dense.vector(start), centred.T @ residual, rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(dense.vector(start), centerd.T @ residual, rtol=1e-9, atol=1e-13)
         np.testing.assert_allclose(
-            dense.vector(product), (centred.T @ centred / 7 * same) @ flat, rtol=1e-9, atol=1e-13
+            dense.vector(product), (centerd.T @ centerd / 7 * same) @ flat, rtol=1e-9, atol=1e-13
         )
 
 
@@ -155,12 +155,12 @@ def test_time_first_data(x64: None) -> None:
 
 
 def test_what_mixes_examples_is_refused_in_pieces_and_shares_alone(x64: None) -> None:
-    def normalised(params: PyTree, x: jax.Array) -> jax.Array:
+    def normalized(params: PyTree, x: jax.Array) -> jax.Array:
         hidden = x @ params["w"]
         return jnp.tanh(hidden - hidden.mean(0)) @ params["v"]
 
     batch = {"x": _drawn(4, 12, 4), "y": _drawn(5, 12, 2)}
-    options: dict[str, Any] = {"predict_fn": normalised, "loss": SquaredError(), "inner": optax.sgd(0.01)}
+    options: dict[str, Any] = {"predict_fn": normalized, "loss": SquaredError(), "inner": optax.sgd(0.01)}
     options["inner_steps"] = 2
     whole = full_gn(**options)
     _, _, info = quick_jit(whole.step)(_params(), batch, whole.init(_params()))

@@ -12,7 +12,7 @@ from oracle import dense, losses, models
 from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation, GaussNewton, Model
-from curvax.layerwise import BlockPartition, Blocks, ByGroup, ByLeaf, ByPath
+from curvax.layerwise import BlockPartition, ByGroup, ByLeaf, ByPath, ParameterBlocks
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 
@@ -186,8 +186,8 @@ class Interleaved(BlockPartition):
     def name(self) -> str:
         return "interleaved"
 
-    def blocks(self, params: Any) -> Blocks:
-        return Blocks(("rest", "ends"), (0, 0, (1, 0, 1), (1, 0, 1)))
+    def blocks(self, params: Any) -> ParameterBlocks:
+        return ParameterBlocks(("rest", "ends"), (0, 0, (1, 0, 1), (1, 0, 1)))
 
 
 def test_several_layers_of_a_stack_are_one_block(x64: None) -> None:
@@ -198,7 +198,7 @@ def test_several_layers_of_a_stack_are_one_block(x64: None) -> None:
     np.testing.assert_allclose(dense.vector(found), dense_gradient(truth, flat, block), rtol=1e-10, atol=1e-13)
 
 
-def test_prox_linear_takes_the_loss_of_linearised_outputs(x64: None) -> None:
+def test_prox_linear_takes_the_loss_of_linearized_outputs(x64: None) -> None:
     model = models.ATTENTION
     params, batch, flat, delta = setting(model)
     truth = dense.truth(model.predict, losses.softmax_cross_entropy, params, batch["x"], batch["y"])

@@ -56,13 +56,13 @@ def part(batch: Any, i: int) -> Any:
 def inner_gradient(params: Any, delta: Any, batch: Any, rule: Any) -> Any:
     """J_b^T (g0 + H J_b delta_b), block after block, from JAX's own derivatives."""
     f = lambda p: MODEL.predict(p, batch["x"])  # noqa: E731
-    f0, pull = jax.vjp(f, params)
+    f0, vjp = jax.vjp(f, params)
     loss = lambda z: optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean()  # noqa: E731
 
     def for_delta(d: Any) -> Any:
         v = jax.jvp(f, (params,), (d,))[1]
         slope, curved = jax.jvp(jax.grad(loss), (f0,), (v,))
-        return pull(slope + curved)[0]
+        return vjp(slope + curved)[0]
 
     if rule is None:
         return for_delta(delta)

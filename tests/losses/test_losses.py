@@ -155,7 +155,7 @@ def weights_of(case: Case, kind: str) -> np.ndarray | None:
 
 
 def dense_weights(case: Case, reduction: str, w: np.ndarray | None) -> np.ndarray:
-    """Outputs-shaped omega, normalised by the definition: a sum over positions, an output being 1/K of one."""
+    """Outputs-shaped weights, normalized by the definition: a sum over positions, an output being 1/K of one."""
     w = np.ones(()) if w is None else w
     full = np.broadcast_to(w.reshape(w.shape + (1,) * (len(case.shape) - w.ndim)), case.shape)
     if reduction == "sum":
@@ -165,43 +165,43 @@ def dense_weights(case: Case, reduction: str, w: np.ndarray | None) -> np.ndarra
 
 @functools.cache
 def dense(case: Case) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(f, y, omega) -> value, gradient and (n, n) Hessian of the total loss; compiled once for all weights."""
+    """(f, y, weights) -> value, gradient and (n, n) Hessian of the total loss; compiled once for all weights."""
 
-    def total(flat: jax.Array, y: Any, omega: jax.Array) -> jax.Array:
+    def total(flat: jax.Array, y: Any, weights: jax.Array) -> jax.Array:
         f = flat.reshape(case.shape)
         if case.elementwise:  # sums of scalar losses: the weights may differ between outputs
-            return jnp.sum(omega.ravel() * jax.vmap(case.row)(flat, y.astype(f.dtype).ravel()))
+            return jnp.sum(weights.ravel() * jax.vmap(case.row)(flat, y.astype(f.dtype).ravel()))
         row = case.row
         for _ in case.positions:
             row = jax.vmap(row)
-        return jnp.sum((omega[..., 0] if len(case.shape) > 1 else omega) * row(f, y))
+        return jnp.sum((weights[..., 0] if len(case.shape) > 1 else weights) * row(f, y))
 
     return quick_jit(lambda f, *rest: tuple(d(total)(f.ravel(), *rest) for d in (lambda x: x, jax.grad, jax.hessian)))
 
 
 @functools.cache
 def everything(loss: Loss) -> Callable[..., dict[str, jax.Array]]:
-    """(f, y, omega) -> everything that the loss says, as dense vectors and matrices; compiled once for all weights."""
+    """(f, y, weights) -> everything that the loss says, as dense arrays; compiled once for all weights."""
 
-    def pieces(f: jax.Array, y: Any, omega: jax.Array) -> dict[str, jax.Array]:
+    def pieces(f: jax.Array, y: Any, weights: jax.Array) -> dict[str, jax.Array]:
         def matrix(name: str, shape: tuple[int, ...]) -> jax.Array:
             size = math.prod(shape)
-            basis = jnp.eye(size, dtype=omega.dtype).reshape(size, *shape)
-            return jax.vmap(lambda v: getattr(loss, name)(f, y, omega, v).ravel())(basis).T
+            basis = jnp.eye(size, dtype=weights.dtype).reshape(size, *shape)
+            return jax.vmap(lambda v: getattr(loss, name)(f, y, weights, v).ravel())(basis).T
 
         shapes = {"hessian_product": f.shape, "factor": loss.row_shape(f), "factor_transpose": f.shape}
         columns = {name: matrix(name, shape) for name, shape in shapes.items()}
-        t = loss.gradient_in_rows(f, y, omega)
-        rows = {} if t is None else {"t": t.ravel(), "S t": loss.factor(f, y, omega, t).ravel()}
-        return {"value": loss.value(f, y, omega), "gradient": loss.gradient(f, y, omega).ravel(), **columns, **rows}
+        t = loss.gradient_in_rows(f, y, weights)
+        rows = {} if t is None else {"t": t.ravel(), "S t": loss.factor(f, y, weights, t).ravel()}
+        return {"value": loss.value(f, y, weights), "gradient": loss.gradient(f, y, weights).ravel(), **columns, **rows}
 
     return quick_jit(pieces)
 
 
-def pieces(loss: Loss, f: Any, y: Any, omega: Any) -> dict[str, Any]:
-    """Everything that a loss says. The reduction is in omega, so both reductions share one compilation."""
-    f, y, omega = jax.tree.map(jnp.asarray, (f, y, omega))
-    return jax.tree.map(np.asarray, everything(dataclasses.replace(loss, reduction="mean"))(f, y, omega))
+def pieces(loss: Loss, f: Any, y: Any, weights: Any) -> dict[str, Any]:
+    """Everything that a loss says. The reduction is in weights, so both reductions share one compilation."""
+    f, y, weights = jax.tree.map(jnp.asarray, (f, y, weights))
+    return jax.tree.map(np.asarray, everything(dataclasses.replace(loss, reduction="mean"))(f, y, weights))
 
 
 def close(found: Any, wanted: Any, tolerance: float = 1e-12) -> None:
@@ -222,15 +222,15 @@ def test_all_pieces_match_the_dense_derivatives(case, kind):
     loss, w = dataclasses.replace(case.loss, reduction=reduction), weights_of(case, kind)
     f, y = case.outputs(), case.targets()
     loss.check(f, y, w)
-    omega = loss.effective_weights(jax.ShapeDtypeStruct(f.shape, f.dtype), w)
+    weights = loss.effective_weights(jax.ShapeDtypeStruct(f.shape, f.dtype), w)
     full = dense_weights(case, reduction, w)
-    assert omega.shape == (case.shape if kind == "output" else case.positions)
-    close(np.asarray(omega).reshape(omega.shape + (1,) * (f.ndim - omega.ndim)) + 0 * full, full)
+    assert weights.shape == (case.shape if kind == "output" else case.positions)
+    close(np.asarray(weights).reshape(weights.shape + (1,) * (f.ndim - weights.ndim)) + 0 * full, full)
     least = (*f.shape[:-1], f.shape[-1] - 1) if isinstance(loss, SoftmaxCrossEntropy) else f.shape
     assert loss.row_shape(f) == least and not loss.couples_examples
 
     value, gradient, hessian = dense(case)(*jax.tree.map(jnp.asarray, (f, case.label_rows(), full)))
-    got = pieces(loss, f, y, omega)
+    got = pieces(loss, f, y, weights)
     close(got["value"], value)
     close(got["gradient"], gradient)
     close(got["hessian_product"], hessian)
@@ -274,14 +274,14 @@ def test_centered_squared_error_matches_the_dense_derivatives(shape):
 def test_sampled_gradients_have_mean_zero_and_the_hessian_as_covariance(case):
     """Within 6 standard errors, each position by itself, for weights that are not all one."""
     loss, f, y = case.loss, jnp.asarray(case.outputs()), jnp.asarray(case.targets())
-    omega = loss.effective_weights(f, weights_of(case, "position"))
+    weights = loss.effective_weights(f, weights_of(case, "position"))
     size, count = case.shape[-1] if f.ndim > 1 else 1, 20_000
 
     @quick_jit
     def moments(keys):
         def one(key):
             sampled = loss.sample_targets(f, y, key)
-            g = loss.gradient(f, sampled, jnp.sqrt(omega)).reshape(-1, size)
+            g = loss.gradient(f, sampled, jnp.sqrt(weights)).reshape(-1, size)
             return g, g[:, :, None] * g[:, None, :]
 
         def stats(x):
@@ -290,7 +290,7 @@ def test_sampled_gradients_have_mean_zero_and_the_hessian_as_covariance(case):
         return jax.tree.map(stats, jax.vmap(one)(keys))
 
     (mean, mean_error), (outer, outer_error) = moments(jax.random.split(jax.random.key(0), count))
-    blocks = pieces(loss, f, y, omega)["hessian_product"].reshape(-1, size, f.size // size, size)
+    blocks = pieces(loss, f, y, weights)["hessian_product"].reshape(-1, size, f.size // size, size)
     blocks = blocks[np.arange(len(blocks)), :, np.arange(len(blocks))]
     assert np.all(np.abs(mean) <= 6 * mean_error + 1e-12)
     assert np.all(np.abs(outer - blocks) <= 6 * outer_error + 1e-12)
@@ -351,9 +351,9 @@ def test_weights_act_as_counts(case, reduction):
         bad[1] = np.nan
     elif case.kind == "tree":
         bad["at"][1] = np.nan
-    omega = loss.effective_weights(f, keep)
+    weights = loss.effective_weights(f, keep)
     for outputs, targets in ((f, y), (garbage, bad)):
-        got = pieces(loss, outputs, targets, omega)
+        got = pieces(loss, outputs, targets, weights)
         column = keep.reshape((-1,) + (1,) * (f.ndim - 1))
         kept = {shape: np.broadcast_to(column, shape).ravel() for shape in (f.shape, loss.row_shape(f))}
         axes = {"factor": (f.shape, loss.row_shape(f)), "factor_transpose": (loss.row_shape(f), f.shape)}
@@ -401,13 +401,13 @@ def test_zero_weights_give_zero_and_no_nan_under_differentiation(case):
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_microbatches_and_vmapped_examples_add_up(case):
-    """With omega made once, slices along axis 0 and single examples give the batch's own terms."""
+    """With weights made once, slices along axis 0 and single examples give the batch's own terms."""
     loss, f, y = case.loss, jnp.asarray(case.outputs()), jax.tree.map(jnp.asarray, case.targets())
-    omega = loss.effective_weights(f, weights_of(case, "position"))
+    weights = loss.effective_weights(f, weights_of(case, "position"))
 
-    def part(f, y, omega):
-        terms = [getattr(loss, name)(f, y, omega, jnp.cos(f)) for name in ("hessian_product", "factor_transpose")]
-        return loss.value(f, y, omega), (loss.gradient(f, y, omega), *terms)
+    def part(f, y, weights):
+        terms = [getattr(loss, name)(f, y, weights, jnp.cos(f)) for name in ("hessian_product", "factor_transpose")]
+        return loss.value(f, y, weights), (loss.gradient(f, y, weights), *terms)
 
     @quick_jit
     def three_ways(*batch):
@@ -419,7 +419,7 @@ def test_microbatches_and_vmapped_examples_add_up(case):
             jax.vmap(part)(*batch),
         )
 
-    whole, halved, (values, terms) = three_ways(f, y, omega)
+    whole, halved, (values, terms) = three_ways(f, y, weights)
     for value, found in (halved, (jnp.sum(values), terms)):
         close(value, whole[0])
         jax.tree.map(close, found, whole[1])
@@ -432,10 +432,10 @@ def test_narrow_outputs_give_wide_results(case, dtype):
         loss, f = case.loss, jnp.asarray(case.outputs(np.float32)).astype(dtype)
         y = jax.tree.map(lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x, case.targets())
         loss.check(f, y, np.ones(f.shape[0]))
-        omega = loss.effective_weights(f, jnp.linspace(0, 1, f.shape[0]).astype(dtype))
-        got = pieces(loss, f, y, omega)
+        weights = loss.effective_weights(f, jnp.linspace(0, 1, f.shape[0]).astype(dtype))
+        got = pieces(loss, f, y, weights)
     exact_y = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == dtype else x, y)
-    wanted = pieces(loss, np.asarray(f, np.float64), exact_y, np.asarray(omega, np.float64))
+    wanted = pieces(loss, np.asarray(f, np.float64), exact_y, np.asarray(weights, np.float64))
     for name, found in got.items():
         assert found.dtype == np.float32
         close(found, wanted[name], 3e-6)
@@ -446,8 +446,8 @@ def test_cross_entropy_with_extreme_and_forbidden_logits(dtype):
     loss = SoftmaxCrossEntropy()
     f = jnp.asarray([[1e4, 0.0, -1e4], [-np.inf, 1.0, 2.0], [1e4, 1e4, -np.inf], [0.0, -150.0, 0.0]], dtype)
     y = jnp.asarray([0, 2, 1, 1], jnp.int32)
-    omega = jnp.full(4, 0.25, dtype)
-    got = pieces(loss, f, y, omega)
+    weights = jnp.full(4, 0.25, dtype)
+    got = pieces(loss, f, y, weights)
     assert all(np.all(np.isfinite(x)) for x in got.values())
     a = np.e / (1 + np.e)
     p = np.array([[1, 0, 0], [0, 1 - a, a], [0.5, 0.5, 0], [0.5, np.exp(-150.0) / 2, 0.5]])
@@ -464,7 +464,7 @@ def test_cross_entropy_with_extreme_and_forbidden_logits(dtype):
     close(got["factor"] @ got["factor"].T, hessian, tolerance)
 
     def value(f):
-        return loss.value(f, y, omega)
+        return loss.value(f, y, weights)
 
     if dtype == np.float32:  # the two differ by what they compile for, not by what they do
         gradient, second = quick_jit(lambda f: (jax.grad(value)(f), jax.hessian(value)(f)))(f)
@@ -477,9 +477,9 @@ def test_cross_entropy_with_extreme_and_forbidden_logits(dtype):
         np.testing.assert_array_equal(worst["gradient"], [1, -1])
     # Smoothing spreads over the classes that are not forbidden, so the loss stays finite.
     smoothed = SoftmaxCrossEntropy(0.3)
-    close(smoothed.value(f[1:2], y[1:2], omega[1:2]), (-0.85 * np.log(a) - 0.15 * np.log(1 - a)) / 4, tolerance)
+    close(smoothed.value(f[1:2], y[1:2], weights[1:2]), (-0.85 * np.log(a) - 0.15 * np.log(1 - a)) / 4, tolerance)
     sampled = smoothed.sample_targets(f, y, jax.random.key(0))
-    assert np.all(np.isfinite(smoothed.gradient(f, sampled, omega)))
+    assert np.all(np.isfinite(smoothed.gradient(f, sampled, weights)))
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 200])
@@ -507,16 +507,16 @@ def test_label_rows_without_mass_are_silent():
 def test_binary_cross_entropy_keeps_its_digits_for_huge_logits():
     f = jnp.asarray([1e4, -1e4, 100.0, -100.0, 100.0, -np.inf, np.inf], jnp.float32)
     y = jnp.asarray([0, 1, 1, 0, 0, 0, 1], jnp.int32)
-    loss, omega = SigmoidBinaryCrossEntropy(), jnp.ones(7, jnp.float32)
-    got = pieces(loss, f, y, omega)
+    loss, weights = SigmoidBinaryCrossEntropy(), jnp.ones(7, jnp.float32)
+    got = pieces(loss, f, y, weights)
     assert all(np.all(np.isfinite(x)) for x in got.values())
     np.testing.assert_allclose(got["value"], 2e4 + 100, rtol=1e-6)
     np.testing.assert_allclose(got["gradient"], [1, -1, 0, 0, 1, 0, 0], atol=1e-30)
     np.testing.assert_allclose(np.diag(got["factor"])[2:5], np.exp(-50.0), rtol=1e-5)
     np.testing.assert_allclose(got["t"][2:5], [-np.exp(-50.0), np.exp(-50.0), np.exp(50.0)], rtol=1e-5)
     np.testing.assert_allclose(got["S t"][2:], got["gradient"][2:], rtol=1e-5, atol=1e-30)
-    assert np.all(np.isfinite(jax.jit(jax.hessian(loss.value))(f, y, omega)))
-    assert np.all(np.isfinite(jax.jit(jax.grad(loss.value))(f, y, omega)))
+    assert np.all(np.isfinite(jax.jit(jax.hessian(loss.value))(f, y, weights)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(loss.value))(f, y, weights)))
 
 
 def test_poisson_with_extreme_log_rates():
@@ -531,12 +531,12 @@ def test_poisson_with_extreme_log_rates():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scaling_the_weights_only_scales_the_answer(case, factor):
     f, y = case.outputs(), case.targets()
-    omega = case.loss.effective_weights(f)
-    small, plain = pieces(case.loss, f, y, factor * omega), pieces(case.loss, f, y, omega)
+    weights = case.loss.effective_weights(f)
+    small, plain = pieces(case.loss, f, y, factor * weights), pieces(case.loss, f, y, weights)
     for name, power in (("value", 1), ("gradient", 1), ("hessian_product", 1), ("factor", 0.5)):
         close(small[name], factor**power * plain[name])
     tiny = case.loss.effective_weights(f, factor * np.ones(case.positions))
-    close(tiny, omega)
+    close(tiny, weights)
 
 
 def test_custom_loss_without_convexity_factors_the_non_negative_part():
@@ -559,17 +559,17 @@ def test_custom_loss_without_convexity_factors_the_non_negative_part():
 )
 def test_targets_may_lack_or_add_a_last_axis_of_one(loss):
     f, y = np.linspace(-1, 1, 4), np.array([0.0, 1.0, 1.0, 0.0])
-    omega = loss.effective_weights(f)
-    wanted = loss.value(f, y, omega), loss.gradient(f, y, omega)
+    weights = loss.effective_weights(f)
+    wanted = loss.value(f, y, weights), loss.gradient(f, y, weights)
     for outputs, targets in ((f[:, None], y), (f, y[:, None]), (f[:, None], y[:, None])):
         loss.check(outputs, targets)
-        close(loss.value(outputs, targets, omega), wanted[0])
-        gradient = loss.gradient(outputs, targets, omega)
+        close(loss.value(outputs, targets, weights), wanted[0])
+        gradient = loss.gradient(outputs, targets, weights)
         assert gradient.shape == outputs.shape
         close(gradient.ravel(), wanted[1])
         assert loss.sample_targets(outputs, targets, jax.random.key(0)).shape == targets.shape
     with pytest.raises(ValueError, match="reshape one to the other"):
-        loss.value(f[:, None], y[None, :], omega)
+        loss.value(f[:, None], y[None, :], weights)
 
 
 LOGITS, LABELS = np.zeros((4, 3)), np.zeros(4, np.int32)

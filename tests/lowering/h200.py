@@ -1,7 +1,7 @@
 """Compiling for an NVIDIA H200 that is not there.
 
 JAX's CUDA plugin can compile for a device that is only described (`h200.txtpb`), without a driver. That proves that
-code lowers and that XLA accepts it, and it shows the optimised program: which kernels it launches, how many per
+code lowers and that XLA accepts it, and it shows the optimized program: which kernels it launches, how many per
 iteration of a loop, how much memory it takes. It does not show values or time.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# The plugin refuses to start where it finds no driver; read when it is initialised.
+# The plugin refuses to start where it finds no driver; read when it is initialized.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax

@@ -18,8 +18,8 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _solve(a: Any, b: Any, x0: Any = None, diagonal: Any = None, rtol: Any = 1e-5) -> BatchedSolution:
-    return batched_cg(a, b, x0, diagonal=diagonal, rtol=rtol, implementation="pallas")
+def _solve(a: Any, b: Any, x0: Any = None, diagonal: Any = None, tol: Any = 1e-5) -> BatchedSolution:
+    return batched_cg(a, b, x0, diagonal=diagonal, tol=tol, implementation="pallas")
 
 
 def _launches(compiled: jax.stages.Compiled) -> int:
@@ -58,7 +58,7 @@ def test_one_matrix_for_many_right_hand_sides() -> None:
 
 
 def test_vmap_is_one_launch() -> None:
-    batched = jax.vmap(lambda a, b, rtol: _solve(a, b, rtol=rtol), (None, 0, 0))
+    batched = jax.vmap(lambda a, b, tol: _solve(a, b, tol=tol), (None, 0, 0))
     compiled = compile_for_h200(batched, _array(3, 64, 64), _array(500, 3, 64), _array(500))
     assert _launches(compiled) == 1
     assert temp_bytes(compiled) < 4 * 64 * 64 * 3
@@ -67,5 +67,5 @@ def test_vmap_is_one_launch() -> None:
 def test_auto_keeps_the_reference() -> None:
     """Nobody has timed the kernel on a GPU: it runs when asked for by name."""
     with strict_backend():
-        compiled = compile_for_h200(partial(batched_cg, rtol=1e-5), _array(4, 64, 64), _array(4, 64))
+        compiled = compile_for_h200(partial(batched_cg, tol=1e-5), _array(4, 64, 64), _array(4, 64))
     assert _launches(compiled) == 0

@@ -78,8 +78,8 @@ MAKERS: dict[str, Any] = {
     "full_gn": lambda c: inner(c, c.predict),
     "layerwise_gn": lambda c: inner(c, c.predict, layerwise.layerwise_gn),
     "full_gn, BatchNorm": lambda c: inner(c, c.predict_in_training, has_state=True),
-    "scale_by_kfac": lambda c: scaled(curvax.optax.scale_by_kfac(c.predict, LOSS, BATCH, 1.0), 0.5),
-    "scale_by_sophia_g": lambda c: scaled(curvax.optax.scale_by_sophia_g(c.predict, LOSS), 0.01),
+    "scale_by_kfac": lambda c: scaled(curvax.transforms.scale_by_kfac(c.predict, LOSS, BATCH, 1.0), 0.5),
+    "scale_by_sophia_g": lambda c: scaled(curvax.transforms.scale_by_sophia_g(c.predict, LOSS), 0.01),
     "soap": lambda c: curvax.optimizers.soap(0.02),
 }
 

@@ -59,13 +59,13 @@ MAKERS: dict[str, tuple[Any, int | None]] = {
     "sgn, nystrom": (lambda: method("sgn", precond=NystromPreconditioner(rank=2)), 1),
     "full_gn": (lambda: inner_loop(full_gn), 3),
     "layerwise_gn": (lambda: inner_loop(layerwise_gn), 3),
-    "scale_by_ggn": (lambda: curvax.optax.scale_by_ggn(predict, LOSS), 1),
-    "scale_by_egn": (lambda: curvax.optax.scale_by_egn(predict, LOSS), 0),
-    "scale_by_newton_cg": (lambda: curvax.optax.scale_by_newton_cg(loss), 1),
-    "scale_by_kfac": (lambda: curvax.optax.scale_by_kfac(predict, LOSS, BATCH), 0),
-    "scale_by_sophia_g": (lambda: curvax.optax.scale_by_sophia_g(predict, LOSS), 2),
-    "scale_by_sophia_h": (lambda: curvax.optax.scale_by_sophia_h(loss), 2),
-    "scale_by_adahessian": (lambda: curvax.optax.scale_by_adahessian(loss), 2),
+    "scale_by_ggn": (lambda: curvax.transforms.scale_by_ggn(predict, LOSS), 1),
+    "scale_by_egn": (lambda: curvax.transforms.scale_by_egn(predict, LOSS), 0),
+    "scale_by_newton_cg": (lambda: curvax.transforms.scale_by_newton_cg(loss), 1),
+    "scale_by_kfac": (lambda: curvax.transforms.scale_by_kfac(predict, LOSS, BATCH), 0),
+    "scale_by_sophia_g": (lambda: curvax.transforms.scale_by_sophia_g(predict, LOSS), 2),
+    "scale_by_sophia_h": (lambda: curvax.transforms.scale_by_sophia_h(loss), 2),
+    "scale_by_adahessian": (lambda: curvax.transforms.scale_by_adahessian(loss), 2),
     "soap": (lambda: soap(0.1), 2),
     "shampoo": (lambda: shampoo(0.1), 1),
     "shampoo, graft": (lambda: shampoo(0.1, graft=optax.scale_by_adam()), 3),
@@ -137,13 +137,13 @@ INJECTED: dict[str, tuple[Any, tuple[Any, ...], tuple[str, ...]]] = {
     "scale_by_soap": (scale_by_soap, (), ()),
     "shampoo": (shampoo, (0.1,), ()),
     "scale_by_shampoo": (scale_by_shampoo, (), ()),
-    "scale_by_ggn": (curvax.optax.scale_by_ggn, (predict, LOSS), ("predict_fn",)),
-    "scale_by_egn": (curvax.optax.scale_by_egn, (predict, LOSS), ("predict_fn",)),
-    "scale_by_newton_cg": (curvax.optax.scale_by_newton_cg, (loss, 50.0), ("loss_fn",)),
-    "scale_by_kfac": (curvax.optax.scale_by_kfac, (predict, LOSS, BATCH), ("predict_fn",)),
-    "scale_by_sophia_g": (curvax.optax.scale_by_sophia_g, (predict, LOSS), ("predict_fn",)),
-    "scale_by_sophia_h": (curvax.optax.scale_by_sophia_h, (loss,), ("loss_fn",)),
-    "scale_by_adahessian": (curvax.optax.scale_by_adahessian, (loss,), ("loss_fn",)),
+    "scale_by_ggn": (curvax.transforms.scale_by_ggn, (predict, LOSS), ("predict_fn",)),
+    "scale_by_egn": (curvax.transforms.scale_by_egn, (predict, LOSS), ("predict_fn",)),
+    "scale_by_newton_cg": (curvax.transforms.scale_by_newton_cg, (loss, 50.0), ("loss_fn",)),
+    "scale_by_kfac": (curvax.transforms.scale_by_kfac, (predict, LOSS, BATCH), ("predict_fn",)),
+    "scale_by_sophia_g": (curvax.transforms.scale_by_sophia_g, (predict, LOSS), ("predict_fn",)),
+    "scale_by_sophia_h": (curvax.transforms.scale_by_sophia_h, (loss,), ("loss_fn",)),
+    "scale_by_adahessian": (curvax.transforms.scale_by_adahessian, (loss,), ("loss_fn",)),
 }
 
 
@@ -175,9 +175,9 @@ def test_every_number_can_be_traced(factory: Any, arguments: Any, static: Any) -
     [
         (soap, {"learning_rate": 0.1, "max_dim": 64}, (), "max_dim"),
         (shampoo, {"learning_rate": 0.1, "max_dim": 64}, (), "max_dim"),
-        (curvax.optax.scale_by_sophia_g, {"predict_fn": predict, "n_samples": 2}, ("predict_fn",), "n_samples"),
-        (curvax.optax.scale_by_sophia_g, {"predict_fn": predict, "every": 2}, ("predict_fn",), "every"),
-        (curvax.optax.scale_by_adahessian, {"loss_fn": loss, "n_probes": 2}, ("loss_fn",), "n_probes"),
+        (curvax.transforms.scale_by_sophia_g, {"predict_fn": predict, "n_samples": 2}, ("predict_fn",), "n_samples"),
+        (curvax.transforms.scale_by_sophia_g, {"predict_fn": predict, "every": 2}, ("predict_fn",), "every"),
+        (curvax.transforms.scale_by_adahessian, {"loss_fn": loss, "n_probes": 2}, ("loss_fn",), "n_probes"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -193,11 +193,11 @@ def test_numbers_that_are_known_are_checked() -> None:
     with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1.5"):
         optax.inject_hyperparams(soap)(0.1, beta2=1.5).init(PARAMS)
     with pytest.raises(ValueError, match="gamma must be positive"):
-        curvax.optax.scale_by_sophia_g(predict, gamma=-1.0)
+        curvax.transforms.scale_by_sophia_g(predict, gamma=-1.0)
 
 
 def test_a_group_without_parameters_is_nothing() -> None:
-    face = curvax.optax.scale_by_kfac(predict, LOSS, BATCH)
+    face = curvax.transforms.scale_by_kfac(predict, LOSS, BATCH)
     tx = optax.partition({"kfac": face, "sgd": optax.sgd(1.0)}, dict.fromkeys(PARAMS, "sgd"))
     update = quick_jit(lambda g, s: tx.update(g, s, PARAMS, batch=BATCH))
     updates, _ = update(PARAMS, tx.init(PARAMS))

@@ -53,7 +53,7 @@ def assert_close(actual: Any, expected: Any, scale: float = 1.0, rtol: float = 1
 
 
 def ggn(lam: Any = LAM) -> Any:
-    return curvax.optax.scale_by_ggn(predict, SoftmaxCrossEntropy(), lam, solver=EXACT)
+    return curvax.transforms.scale_by_ggn(predict, SoftmaxCrossEntropy(), lam, solver=EXACT)
 
 
 def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> None:
@@ -66,7 +66,7 @@ def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> 
 
 def test_egn_form_agrees_with_the_cg_form(problem: Any) -> None:
     params, batch = problem
-    tx = curvax.optax.scale_by_egn(predict, SoftmaxCrossEntropy(), LAM)
+    tx = curvax.transforms.scale_by_egn(predict, SoftmaxCrossEntropy(), LAM)
     updates, _ = tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
     assert_close(updates, direction(params, batch))
 
@@ -80,7 +80,7 @@ def test_the_incoming_gradient_is_the_right_hand_side(problem: Any) -> None:
 
 def test_newton_form_uses_the_hessian(problem: Any) -> None:
     params, batch = problem
-    tx = curvax.optax.scale_by_newton_cg(loss, 5.0, solver=Cholesky())
+    tx = curvax.transforms.scale_by_newton_cg(loss, 5.0, solver=Cholesky())
     updates, _ = tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
     flat, unravel = ravel_pytree(params)
     hessian = np.asarray(jax.hessian(lambda v: loss(unravel(v), batch))(flat))
@@ -102,12 +102,15 @@ def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: An
     plain = ModelLoss(Model(predict), ce)
     pieces = {"weight_key": "weight", "microbatch_size": 3}
     pairs = [
-        (curvax.optax.scale_by_egn(predict, ce, LAM), curvax.optax.scale_by_egn(predict, ce, LAM, **pieces)),
+        (curvax.transforms.scale_by_egn(predict, ce, LAM), curvax.transforms.scale_by_egn(predict, ce, LAM, **pieces)),
         (
-            curvax.optax.scale_by_newton_cg(plain, 5.0, solver=EXACT),
-            curvax.optax.scale_by_newton_cg(objective, 5.0, solver=EXACT, microbatch_size=3),
+            curvax.transforms.scale_by_newton_cg(plain, 5.0, solver=EXACT),
+            curvax.transforms.scale_by_newton_cg(objective, 5.0, solver=EXACT, microbatch_size=3),
         ),
-        (curvax.optax.scale_by_adahessian(plain), curvax.optax.scale_by_adahessian(objective, microbatch_size=3)),
+        (
+            curvax.transforms.scale_by_adahessian(plain),
+            curvax.transforms.scale_by_adahessian(objective, microbatch_size=3),
+        ),
     ]
     for whole, cut in pairs:
         expected, found = (
@@ -115,11 +118,11 @@ def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: An
             for tx, of in ((whole, batch), (cut, padded))
         )
         assert_close(found, expected)
-    sampled = curvax.optax.scale_by_sophia_g(predict, ce, n_samples=2, **pieces)
+    sampled = curvax.transforms.scale_by_sophia_g(predict, ce, n_samples=2, **pieces)
     run = quick_jit(lambda of: sampled.update(grads, sampled.init(params), params, batch=of, rng=key)[0])
     assert_close(run(padded), run({**padded, "x": padded["x"].at[6:].set(-3.0)}))
     with pytest.raises(ValueError, match="extras, reduction and batch_axes go into the objective"):
-        curvax.optax.scale_by_sophia_h(objective, reduction="sum")
+        curvax.transforms.scale_by_sophia_h(objective, reduction="sum")
 
 
 def test_whole_method_equals_its_step(problem: Any) -> None:
@@ -165,7 +168,7 @@ def test_partition_with_sgd_for_the_rest(problem: Any) -> None:
 
 def kfac(problem: Any, predict_fn: Any = predict, **keywords: Any) -> Any:
     preconditioner = KFAC(GeneralizedGaussNewton(), inverse_every=1)
-    return curvax.optax.scale_by_kfac(
+    return curvax.transforms.scale_by_kfac(
         predict_fn, SoftmaxCrossEntropy(), problem[1], LAM, preconditioner=preconditioner, **keywords
     )
 
@@ -219,7 +222,7 @@ def test_masked_without_the_full_parameters_says_so(problem: Any) -> None:
 @jax.numpy_dtype_promotion("standard")  # Optax's schedules compare integers with floats
 def test_injected_damping_schedule(problem: Any) -> None:
     params, batch = problem
-    make = optax.inject_hyperparams(curvax.optax.scale_by_ggn, static_args=("predict_fn",))
+    make = optax.inject_hyperparams(curvax.transforms.scale_by_ggn, static_args=("predict_fn",))
     tx = make(predict, SoftmaxCrossEntropy(), optax.piecewise_constant_schedule(1.0, {1: 0.1}), solver=EXACT)
     state, grads = tx.init(params), jax.grad(loss)(params, batch)
     update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch))
@@ -243,9 +246,9 @@ def test_multi_steps_accumulates_the_gradient(problem: Any) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: curvax.optax.scale_by_sophia_g(predict),
-        lambda: curvax.optax.scale_by_sophia_h(loss),
-        lambda: curvax.optax.scale_by_adahessian(loss),
+        lambda: curvax.transforms.scale_by_sophia_g(predict),
+        lambda: curvax.transforms.scale_by_sophia_h(loss),
+        lambda: curvax.transforms.scale_by_adahessian(loss),
     ],
     ids=["sophia_g", "sophia_h", "adahessian"],
 )
@@ -264,7 +267,7 @@ def test_missing_arguments_are_named(problem: Any) -> None:
         tx.update(grads, tx.init(params), batch=batch)
     with pytest.raises(ValueError, match="batch=batch"):
         tx.update(grads, tx.init(params), params)
-    random = curvax.optax.scale_by_sophia_g(predict)
+    random = curvax.transforms.scale_by_sophia_g(predict)
     with pytest.raises(ValueError, match="random key"):
         random.update(grads, random.init(params), params, batch=batch)
 

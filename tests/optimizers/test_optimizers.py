@@ -26,18 +26,18 @@ def gradients(dtype: Any = jnp.float64) -> list[dict[str, jax.Array]]:
 
 
 @pytest.mark.parametrize(("every", "beta2"), [(1, None), (3, None), (2, 0.9)])
-def test_shampoo_is_the_papers(every: int, beta2: float | None, x64: None) -> None:
+def test_shampoo_is_the_papers(every: int, b2: float | None, x64: None) -> None:
     grads = gradients()
-    found = run(scale_by_shampoo(eps=1e-2, every=every, beta2=beta2, max_dim=5), grads)
+    found = run(scale_by_shampoo(eps=1e-2, every=every, b2=b2, max_dim=5), grads)
     for t, updates in enumerate(found):
         for name in SHAPES:
             history = [np.asarray(g[name]) for g in grads[: t + 1]]
             if name == "stack":
                 layers = [[x[i] for x in history] for i in range(2)]
-                expected = np.stack([shampoo_by_hand(layer, 1e-2, every, beta2, False) for layer in layers])
+                expected = np.stack([shampoo_by_hand(layer, 1e-2, every, b2, False) for layer in layers])
             else:
                 history = [np.atleast_1d(x) for x in history]
-                expected = shampoo_by_hand(history, 1e-2, every, beta2, name == "long").reshape(SHAPES[name])
+                expected = shampoo_by_hand(history, 1e-2, every, b2, name == "long").reshape(SHAPES[name])
             np.testing.assert_allclose(updates[name], expected, rtol=1e-8, atol=1e-11)
 
 
@@ -60,7 +60,7 @@ def test_grafting_keeps_the_direction_and_takes_the_other_norm(x64: None) -> Non
 @pytest.mark.parametrize("every", [1, 3])
 def test_soap_is_the_papers(every: int, x64: None) -> None:
     grads = gradients()
-    found = run(scale_by_soap(beta1=0.8, beta2=0.9, eps=1e-6, every=every, max_dim=5), grads)
+    found = run(scale_by_soap(b1=0.8, b2=0.9, eps=1e-6, every=every, max_dim=5), grads)
     for t, updates in enumerate(found):
         for name in ("matrix", "stack", "long"):
             history = [np.asarray(g[name]) for g in grads[: t + 1]]
@@ -74,7 +74,7 @@ def test_soap_is_the_papers(every: int, x64: None) -> None:
 
 def test_soap_of_vectors_is_adam(x64: None) -> None:
     grads = [{name: g[name] for name in ("vector", "scalar")} for g in gradients()]
-    found = run(scale_by_soap(beta1=0.8, beta2=0.9, eps=1e-3), grads)
+    found = run(scale_by_soap(b1=0.8, b2=0.9, eps=1e-3), grads)
     for t, updates in enumerate(found):
         for name, update in updates.items():
             expected = adam_by_hand([np.asarray(g[name]) for g in grads[: t + 1]], 0.8, 0.9, 1e-3)
@@ -130,7 +130,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
         adam = optax.adamw(0.1, weight_decay=0.0)
         expected, _ = adam.update(params["embed"], adam.init(params["embed"]), params["embed"])
     np.testing.assert_allclose(updates["embed"], np.asarray(expected), rtol=1e-5)
-    for layer in np.asarray(updates["layers"]["w"]):  # orthogonalised: singular values of one size
+    for layer in np.asarray(updates["layers"]["w"]):  # orthogonalized: singular values of one size
         values = np.linalg.svd(layer / 0.1, compute_uv=False)
         assert values.min() > 0.5 and values.max() < 1.5
     with pytest.raises(ValueError, match="'tokens' is no entry of the parameters that train"):
@@ -149,4 +149,4 @@ def test_errors_name_the_mend() -> None:
     with pytest.raises(ValueError, match=r"eps must be positive and finite, got 0\.0"):
         scale_by_shampoo(eps=0.0)
     with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1"):
-        shampoo(0.1, beta2=1)
+        shampoo(0.1, b2=1)

@@ -20,7 +20,7 @@ MAKERS = {
     "soap": lambda: scale_by_soap(every=3, max_dim=14),
     "one-sided soap": lambda: scale_by_soap(every=3, max_dim=9),
     "shampoo": lambda: scale_by_shampoo(),
-    "shampoo, averages": lambda: scale_by_shampoo(beta2=0.9, every=2),
+    "shampoo, averages": lambda: scale_by_shampoo(b2=0.9, every=2),
     "diagonal shampoo": lambda: scale_by_shampoo(max_dim=4),
 }
 
@@ -127,7 +127,7 @@ def test_complex_matrices_have_conjugates_where_they_belong(every: int, x64: Non
     history = [rng.standard_normal((5, 3)) + 1j * rng.standard_normal((5, 3)) for _ in range(5)]
     vectors = [g[:, 0] for g in history]
     grads = [{"w": jnp.asarray(g), "v": jnp.asarray(v)} for g, v in zip(history, vectors, strict=True)]
-    soaped = run(scale_by_soap(beta1=0.8, beta2=0.9, every=every, max_dim=4), grads)
+    soaped = run(scale_by_soap(b1=0.8, b2=0.9, every=every, max_dim=4), grads)
     shampooed = run(scale_by_shampoo(eps=1e-2, every=every, max_dim=4), grads)
     for t in range(5):
         expected = soap_by_hand(history[: t + 1], 0.8, 0.9, 1e-8, every, long=True)

@@ -103,10 +103,10 @@ def ggn(jacobian: np.ndarray, loss: OutputLoss) -> np.ndarray:
 
 
 def empirical_fisher(jacobian: np.ndarray, loss: OutputLoss) -> np.ndarray:
-    """sum_i omega_i g_i g_i^T with g_i = J_i^T dl_i/df_i, the gradient of one position."""
+    """sum_i w_i g_i g_i^T with g_i = J_i^T dl_i/df_i, the gradient of one position."""
     positions, outputs = loss.gradient.shape
     per_position = np.einsum("pka,pk->pa", jacobian.reshape(positions, outputs, -1), loss.position_gradient)
-    return (per_position * loss.omega[:, None]).T @ per_position
+    return (per_position * loss.weights[:, None]).T @ per_position
 
 
 def damped_direction(curvature: np.ndarray, grad: np.ndarray, lam: float) -> np.ndarray:

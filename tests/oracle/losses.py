@@ -1,6 +1,6 @@
 """Losses in output space by hand, in NumPy float64: value, gradient and Hessian blocks of every position.
 
-With outputs f of shape (positions..., K), weights w and normaliser W (for a mean the sum of the weights, else 1) the
+With outputs f of shape (positions..., K), weights w and normalizer W (for a mean the sum of the weights, else 1) the
 loss is L = sum_i w_i/W l_i(f_i). Each function returns the pieces with positions flattened; w_i/W is already in them.
 """
 
@@ -21,14 +21,14 @@ class OutputLoss:
         value: the loss.
         gradient: (P, K), d loss / d outputs.
         hessian: (P, K, K), the block of every position; there is nothing between positions.
-        omega: (P,), the weight over the normaliser.
+        weights: (P,), the weight over the normalizer.
         position_gradient: (P, K), gradient of each position's own l_i, without its weight.
     """
 
     value: float
     gradient: np.ndarray
     hessian: np.ndarray
-    omega: np.ndarray
+    weights: np.ndarray
     position_gradient: np.ndarray
 
 
@@ -48,12 +48,12 @@ def _omega(positions: int, weights: Any, reduction: str) -> np.ndarray:
     return w / total if total else np.zeros_like(w)
 
 
-def _assemble(values: np.ndarray, gradient: np.ndarray, hessian: np.ndarray, omega: np.ndarray) -> OutputLoss:
+def _assemble(values: np.ndarray, gradient: np.ndarray, hessian: np.ndarray, weights: np.ndarray) -> OutputLoss:
     return OutputLoss(
-        value=float(omega @ values),
-        gradient=omega[:, None] * gradient,
-        hessian=omega[:, None, None] * hessian,
-        omega=omega,
+        value=float(weights @ values),
+        gradient=weights[:, None] * gradient,
+        hessian=weights[:, None, None] * hessian,
+        weights=weights,
         position_gradient=gradient,
     )
 

@@ -213,9 +213,9 @@ def _attention_init(key: jax.Array, dtype: Any) -> PyTree:
 
 def _attention(params: PyTree, x: jax.Array) -> jax.Array:
     """Pre-norm causal self-attention block with a residual and a head, (B, T, 4) -> (B, T, 3)."""
-    centred = x - jnp.mean(x, -1, keepdims=True)
-    spread = jnp.sqrt(jnp.mean(centred * centred, -1, keepdims=True) + jnp.asarray(1e-3, x.dtype))
-    h = centred / spread * params["norm"]["scale"] + params["norm"]["bias"]
+    centerd = x - jnp.mean(x, -1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean(centerd * centerd, -1, keepdims=True) + jnp.asarray(1e-3, x.dtype))
+    h = centerd / spread * params["norm"]["scale"] + params["norm"]["bias"]
     q, k, v = h @ params["q"], h @ params["k"], h @ params["v"]
     scores = jnp.einsum("btd,bsd->bts", q, k) / jnp.asarray(2.0, x.dtype)
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
@@ -280,7 +280,7 @@ def _dense_forms_init(key: jax.Array, dtype: Any) -> PyTree:
 
 
 def _dense_forms(params: PyTree, x: jax.Array) -> jax.Array:
-    """Dense layers in unusual clothes: kernel first, subtracted bias, reshaped, summed, normalised, masked, jitted."""
+    """Dense layers in unusual clothes: kernel first, subtracted bias, reshaped, summed, normalized, masked, jitted."""
     left = jnp.einsum("oi,bi->bo", params["rows"], x) - params["minus"]
     right = jax.jit(lambda y: y @ params["block"].reshape(3, 5))(x)
     hidden = jnp.tanh(left + right + params["plus"])
@@ -345,9 +345,9 @@ _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 def _batch_norm(params: PyTree, x: jax.Array) -> jax.Array:
     hidden = x @ params[0]["w"] + params[0]["b"]
-    centred = hidden - jnp.mean(hidden, axis=0)
-    spread = jnp.sqrt(jnp.mean(centred * centred, axis=0) + jnp.asarray(1e-2, x.dtype))
-    return jnp.tanh(centred / spread) @ params[1]["w"] + params[1]["b"]
+    centerd = hidden - jnp.mean(hidden, axis=0)
+    spread = jnp.sqrt(jnp.mean(centerd * centerd, axis=0) + jnp.asarray(1e-2, x.dtype))
+    return jnp.tanh(centerd / spread) @ params[1]["w"] + params[1]["b"]
 
 
 def _reversed_batch(params: PyTree, x: jax.Array) -> jax.Array:
@@ -440,7 +440,7 @@ _MLP_INIT = _dense_init((3, 5, 4))
 MIXING = (
     Model("batch_norm", _MLP_INIT, _batch_norm, (6, 3), (6, 4)),
     Model("reversed_batch", _MLP_INIT, _reversed_batch, (6, 3), (6, 4)),
-    Model("neighbour", _MLP_INIT, _neighbour, (6, 3), (6, 4)),
+    Model("neighbor", _MLP_INIT, _neighbour, (6, 3), (6, 4)),
     Model("batch_attention", _MLP_INIT, _batch_attention, (6, 3), (6, 4)),
     Model("counts_its_batch", _MLP_INIT, _counts_its_batch, (6, 3), (6, 4)),
     Model("own_offsets", _MLP_INIT, _own_offsets, (6, 3), (6, 4)),

@@ -56,7 +56,7 @@ def predicted(found: Plan) -> dict[str, float]:
 def test_known_extremes_choose_the_obvious_lane() -> None:
     # Two examples, a hundred iterations: four rows against hundreds of products.
     assert is_row_cholesky(plan((64, 256, 256, 3), 2, maxiter=100, tol=0.0).solver)
-    # 9,216 rows are beyond any factorisation.
+    # 9,216 rows are beyond any factorization.
     many = plan((64, 256, 256, 10), 1024)
     assert isinstance(many.solver, CG) or is_row_cg(many.solver)
     # A million parameters that few examples of many outputs see: vectors of row space are the shorter ones.
@@ -76,15 +76,15 @@ def test_more_rows_parameters_and_iterations_cost_more() -> None:
     assert longer["row Cholesky"] == base["row Cholesky"]
 
 
-def test_factorisation_grows_with_the_cube_of_the_rows() -> None:
+def test_factorization_grows_with_the_cube_of_the_rows() -> None:
     base = _shapes(rows=2000)
     one = solve_cost(RowSpace(Cholesky()), base)[0]
     two = solve_cost(RowSpace(Cholesky()), dataclasses.replace(base, rows=4000))[0]
-    assert two.factorisation == 8 * one.factorisation
+    assert two.factorization == 8 * one.factorization
     assert (
         7
-        < CPU.seconds(Cost(flops=two.factorisation, factorisation=two.factorisation))
-        / CPU.seconds(Cost(flops=one.factorisation, factorisation=one.factorisation))
+        < CPU.seconds(Cost(flops=two.factorization, factorization=two.factorization))
+        / CPU.seconds(Cost(flops=one.factorization, factorization=one.factorization))
         < 8
     )
 

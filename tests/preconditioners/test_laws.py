@@ -15,14 +15,14 @@ from curvax.estimators import GaussNewtonBartlett, Hutchinson
 from curvax.preconditioners import (
     AdaHessianPower,
     EmaDiagonal,
-    Identity,
+    IdentityPreconditioner,
     Jacobi,
     NystromPreconditioner,
     SophiaFloor,
 )
 
 CASES = {
-    "identity": Identity(),
+    "identity": IdentityPreconditioner(),
     "jacobi": Jacobi(Hutchinson(2)),
     "jacobi-no-lam": Jacobi(Hutchinson(), add_lam=False),
     "sophia-g": EmaDiagonal(GaussNewtonBartlett(), 0.99, 10, SophiaFloor(), bias_correction=False),
@@ -57,7 +57,7 @@ jitted = quick_jit(_refresh, static_argnums=(0, 5))
 
 
 def refresh(method, state, matrix, seed=0, dtype=jnp.float32):
-    wide = tree.wide_dtype(dtype)
+    wide = tree.accumulation_dtype(dtype)
     return jitted(
         method, state, jnp.asarray(matrix, wide), jnp.asarray(root(matrix), wide), jax.random.key(seed), dtype
     )
@@ -204,14 +204,14 @@ def test_empty_trees(method, empty):
 @each
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-22, 1e22])
 def test_rescaling_the_loss_rescales_the_answer(method, scale):
-    """P^-1 of (c C, c lam) is P^-1 of (C, lam) over c, or the same where P is normalised (identity, Nystrom)."""
-    normalised = isinstance(method, Identity | NystromPreconditioner)
+    """P^-1 of (c C, c lam) is P^-1 of (C, lam) over c, or the same where P is normalized (identity, Nystrom)."""
+    normalized = isinstance(method, IdentityPreconditioner | NystromPreconditioner)
     inverses = []
     for c in (1.0, scale):
         state = method.init(standin.like())
         for seed in range(3):
             state = refresh(method, state, c * MATRICES["decaying"], seed)
-        inverses.append(as_matrix(method, state, c * 0.01) * (1 if normalised else c))
+        inverses.append(as_matrix(method, state, c * 0.01) * (1 if normalized else c))
     np.testing.assert_allclose(*inverses, rtol=2e-3, atol=1e-4 * np.abs(inverses[0]).max())
 
 
@@ -219,5 +219,5 @@ def test_rescaling_the_loss_rescales_the_answer(method, scale):
 def test_needs_and_hashing(method):
     samples = isinstance(getattr(method, "estimator", None), GaussNewtonBartlett)
     assert method.needs_sampling == samples
-    assert method.needs_product == (not samples and not isinstance(method, Identity))
+    assert method.needs_product == (not samples and not isinstance(method, IdentityPreconditioner))
     assert isinstance(hash(method), int) and method.every >= 1

@@ -18,7 +18,7 @@ from curvax.preconditioners import (
     AdaHessianPower,
     Damped,
     EmaDiagonal,
-    Identity,
+    IdentityPreconditioner,
     Jacobi,
     NystromPreconditioner,
     SophiaFloor,
@@ -33,7 +33,7 @@ def ones(dtype=jnp.float64):
 
 
 def test_identity(x64):
-    method = Identity()
+    method = IdentityPreconditioner()
     assert method.apply(method.init(standin.like()), 0.3, v := ones()) is v
 
 

@@ -289,14 +289,14 @@ def test_bfloat16_parameters_train(name):
 
 
 def test_refreshing_the_residual_does_not_restart_conjugate_gradients():
-    """Peer: 435 iterations with "stabilise every 10" against 149 without, on a diagonal of condition 1e3."""
+    """Peer: 435 iterations with "stabilize every 10" against 149 without, on a diagonal of condition 1e3."""
     diagonal = np.geomspace(1.0, 1e3, 300)
     with precision("float64"):
         system = System(lambda v: jnp.asarray(diagonal) * v)
         rhs = jnp.asarray(np.random.default_rng(0).standard_normal(300))
         counts = {}
         for every in (0, 10):
-            solver = CG(tol=1e-6, maxiter=1000, warm_start=False, stabilise_every=every)
+            solver = CG(tol=1e-6, maxiter=1000, warm_start=False, stabilize_every=every)
             solution = quick_jit(lambda b, solver=solver: solver.solve(system, b, (), jnp.asarray(0.0)))(rhs)
             assert int(solution.result) == Result.CONVERGED
             assert dense.relative_error(np.asarray(solution.value), np.asarray(rhs) / diagonal) < 1e-3

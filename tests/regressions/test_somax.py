@@ -14,7 +14,7 @@ from oracle.compiling import quick_jit
 import curvax
 from curvax.damping import Constant, TrustRegion
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
-from curvax.preconditioners import EmaDiagonal, Identity, Jacobi
+from curvax.preconditioners import EmaDiagonal, IdentityPreconditioner, Jacobi
 from curvax.solvers import Lane
 
 MODEL = models.MLP_TANH
@@ -53,7 +53,7 @@ def test_every_name_of_an_estimator(name, kind):
 
 @pytest.mark.parametrize(
     ("name", "kind"), [("diag_direct", Jacobi), ("direct", Jacobi), ("diag_ema", EmaDiagonal), ("ema", EmaDiagonal),
-                       ("EMA", EmaDiagonal), ("none", Identity), ("identity", Identity)]
+                       ("EMA", EmaDiagonal), ("none", IdentityPreconditioner), ("identity", IdentityPreconditioner)]
 )  # fmt: skip
 def test_every_name_of_a_preconditioner(name, kind):
     assert type(_sgn(precond=name).assembly.preconditioner) is kind

@@ -15,7 +15,7 @@ from oracle.compiling import quick_jit
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton, GeneralizedGaussNewton, Model, Needs
 from curvax.losses import Loss, SquaredError
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums
 
 PyTree = Any
@@ -40,7 +40,7 @@ class Problem:
         return Evaluation(self.batch)
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> KroneckerBlocks:
         return self.curvature.blocks(self.params, self.evaluation)
 
     def measure(self, measure: Callable[[Any], Any], metric: Any = None, seed: int = 0) -> Any:
@@ -53,8 +53,8 @@ class Problem:
 
         def run(params: PyTree, batch: Any) -> Any:
             at = self.curvature.linearize(params, Evaluation(batch), Needs(factors=True))
-            assert at.site_factors is not None
-            return at.site_factors(metric, jax.random.key(seed))(measure)
+            assert at.layer_factors is not None
+            return at.layer_factors(metric, jax.random.key(seed))(measure)
 
         return quick_jit(run)
 
@@ -67,9 +67,9 @@ class Problem:
         blocks = self.blocks
 
         def run(params: PyTree, keys: jax.Array) -> FactorSums:
-            site_factors = self.curvature.linearize(params, self.evaluation, Needs(factors=True)).site_factors
-            assert site_factors is not None
-            return jax.vmap(lambda k: site_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND)))(
+            layer_factors = self.curvature.linearize(params, self.evaluation, Needs(factors=True)).layer_factors
+            assert layer_factors is not None
+            return jax.vmap(lambda k: layer_factors(metric, k)(lambda e: factor_sums(blocks, e, WeightSharing.EXPAND)))(
                 keys
             )
 
@@ -90,7 +90,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.array(np.random.default_rng(seed).standard_normal(shape))
 
 
-def kronecker_matrix(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], like: PyTree) -> np.ndarray:
+def kronecker_matrix(
+    blocks: KroneckerBlocks, inputs: Sequence[Any], outputs: Sequence[Any], like: PyTree
+) -> np.ndarray:
     """The matrix on raveled parameters that all A kron B together are; zero in the rest."""
     n = tree.size(like)
     _, unravel = tree.ravel(tree.zeros_like(like))
@@ -108,7 +110,7 @@ def kronecker_matrix(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
     return np.asarray(quick_jit(jax.vmap(on))(jnp.eye(n))).T
 
 
-def owners(blocks: Blocks, like: PyTree) -> np.ndarray:
+def owners(blocks: KroneckerBlocks, like: PyTree) -> np.ndarray:
     """(n,) for each parameter a number of its block and group; -1 outside of Kronecker blocks."""
 
     @quick_jit
@@ -126,7 +128,7 @@ def owners(blocks: Blocks, like: PyTree) -> np.ndarray:
     return np.concatenate([np.asarray(x).ravel() for x in numbered()]).round().astype(int) - 1
 
 
-def block_diagonal(matrix: np.ndarray, blocks: Blocks, like: PyTree) -> np.ndarray:
+def block_diagonal(matrix: np.ndarray, blocks: KroneckerBlocks, like: PyTree) -> np.ndarray:
     """What of a matrix lies within Kronecker blocks."""
     owner = owners(blocks, like)
     return np.where((owner[:, None] == owner[None, :]) & (owner[:, None] >= 0), matrix, 0.0)

@@ -94,12 +94,12 @@ PAIRS: dict[str, LossFn] = {
 }
 # Per case: the function, whether a mean is asked for, and words of the sentence.
 WRONG: dict[str, tuple[LossFn, bool, str]] = {
-    "own normaliser": (
+    "own normalizer": (
         lambda w, b: jnp.sum(jnp.square(b["x"] @ w).sum(-1) * b["m"]) / jnp.sum(b["m"]),
         True,
         r"divides by a number that it makes of its batch: let loss_fn return the tuple \(total, weight\)",
     ),
-    "own normaliser, at least one": (
+    "own normalizer, at least one": (
         lambda w, b: jnp.sum(jnp.square(b["x"] @ w).sum(-1) * b["m"]) / jnp.maximum(jnp.sum(b["m"]), 1.0),
         True,
         r"\(total, weight\)",
@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[LossFn, bool, str]] = {
         False,
         "adds a mean and a sum",
     ),
-    "centred": (
+    "centerd": (
         lambda w, b: jnp.mean(jnp.square(b["x"] @ w - jnp.mean(b["x"] @ w, 0))),
         True,
         "repeats a sum over all examples|pairs single examples.*batch_axes",
@@ -132,7 +132,7 @@ WRONG: dict[str, tuple[LossFn, bool, str]] = {
     "variance": (lambda w, b: jnp.var(b["x"] @ w), True, "batch_axes"),
     "all pairs": (lambda w, b: jnp.mean(jnp.square(b["x"][:, 0] @ w @ (b["x"][:, 0] @ w).T)), True, "batch_axes"),
     "largest": (lambda w, b: jnp.max(jnp.square(b["x"] @ w)), True, "reduce_max.*batch_axes"),
-    "neighbours": (lambda w, b: jnp.mean((b["x"] @ w) * jnp.roll(b["x"] @ w, 1, 0)), True, "batch_axes"),
+    "neighbors": (lambda w, b: jnp.mean((b["x"] @ w) * jnp.roll(b["x"] @ w, 1, 0)), True, "batch_axes"),
     "place in the batch": (
         lambda w, b: jnp.mean(jnp.square(b["x"] @ w).sum((1, 2)) * jnp.arange(b["x"].shape[0], dtype=jnp.float32)),
         True,
@@ -201,5 +201,5 @@ def test_a_leaf_that_is_shared_stays_whole() -> None:
 
 def test_the_user_is_believed_where_nothing_can_be_shown() -> None:
     given = BatchAxes((0, 0, 0))
-    assert not _found(WRONG["centred"][0], given=given).refused
-    assert "total, weight" in _found(WRONG["own normaliser"][0], given=given).refused
+    assert not _found(WRONG["centerd"][0], given=given).refused
+    assert "total, weight" in _found(WRONG["own normalizer"][0], given=given).refused

@@ -19,7 +19,7 @@ W = jnp.ones((5, 5), jnp.float32)
 
 
 @pytest.mark.parametrize("model", CLASSIFIERS, ids=str)
-def test_models_that_act_on_each_example_are_recognised(model: Any) -> None:
+def test_models_that_act_on_each_example_are_recognized(model: Any) -> None:
     independent, reason = examples_independent(model.predict, model.params(jnp.float32), model.inputs(jnp.float32))
     assert independent, reason
 

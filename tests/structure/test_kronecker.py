@@ -279,7 +279,7 @@ def test_weights_used_twice_join_their_positions():
             jax.tree.leaves(one.factors(sharing)), jax.tree.leaves(other.factors(sharing)), strict=True
         ):
             np.testing.assert_allclose(np.sort(mine.ravel()), np.sort(theirs.ravel()), rtol=1e-9, atol=1e-12)
-    assert any(len(block.sites) == 2 for block in one.blocks.kronecker)
+    assert any(len(block.uses) == 2 for block in one.blocks.kronecker)
     assert any("joined over 2 uses" in line for line in one.blocks.describe(["v", "w"]))
 
 
@@ -432,8 +432,8 @@ def test_microbatches_add_up(size):
     @quick_jit
     def sums(params):
         at = split.linearize(params, problem.evaluation, Needs(factors=True))
-        assert at.site_factors is not None
-        return at.site_factors(GeneralizedGaussNewton(), jax.random.key(0))(lambda e: factor_sums(blocks, e, EXPAND))
+        assert at.layer_factors is not None
+        return at.layer_factors(GeneralizedGaussNewton(), jax.random.key(0))(lambda e: factor_sums(blocks, e, EXPAND))
 
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(sums(problem.params)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
@@ -464,4 +464,4 @@ def test_blocks_are_equal_when_they_mean_the_same():
 
     assert model("HWIO") == model("HWIO") and hash(model("HWIO")) == hash(model("HWIO"))
     assert model("HWIO") != model("HWOI")
-    assert isinstance(model("HWIO"), structure.Blocks)
+    assert isinstance(model("HWIO"), structure.KroneckerBlocks)

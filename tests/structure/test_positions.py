@@ -145,7 +145,7 @@ LINEAR = (
 
 
 def gauss_newton(problem: Problem) -> np.ndarray:
-    """J^T diag(omega) J of squared error; weights like positions, a prefix of them, or like outputs."""
+    """J^T diag(weights) J of squared error; weights like positions, a prefix of them, or like outputs."""
     outputs, jacobian = dense.outputs_and_jacobian(problem.predict, problem.params, problem.batch["x"])
     w = np.asarray(problem.batch["w"], float)
     wide = np.broadcast_to(w.reshape(w.shape + (1,) * (outputs.ndim - w.ndim)), outputs.shape).ravel()
@@ -231,8 +231,8 @@ def test_reduced_positions_are_weighted_means(name: str) -> None:
     if name == "embedding":
         activations = np.eye(5)[np.asarray(problem.batch["x"])]
     else:
-        (site,) = capture(problem.predict, problem.params, problem.batch["x"]).structure.sites
-        rows = [np.asarray(site.activations(x[None]))[:, 0] for x in problem.batch["x"]]
+        (use,) = capture(problem.predict, problem.params, problem.batch["x"]).structure.uses
+        rows = [np.asarray(use.activations(x[None]))[:, 0] for x in problem.batch["x"]]
         activations = np.concatenate([np.stack(rows), np.ones((*np.shape(rows)[:2], 1))], axis=2)
     means = np.einsum("bt,btn->bn", w, activations) / w.sum(1, keepdims=True)
     expected = np.einsum("b,bi,bj->ij", w.sum(1), means, means)
@@ -476,8 +476,8 @@ def test_orders_of_axes_are_followed() -> None:
             return h.transpose(0, 1, 2, 3) if order.index(1) < order.index(2) else h.transpose(0, 2, 1, 3)
 
         captured = capture(predict, jnp.ones((5, 2)), jnp.ones((2, 3, 4, 5)))
-        (site,) = captured.structure.sites
-        reached = LossWeights(jnp.ones((2, 3, 4)), 4, 3).reached(captured, frozenset([site.path]))
-        numbers = site.by_position(reached.steps[site.path].first, np.min)
+        (use,) = captured.structure.uses
+        reached = LossWeights(jnp.ones((2, 3, 4)), 4, 3).reached(captured, frozenset([use.path]))
+        numbers = use.by_position(reached.steps[use.path].first, np.min)
         expected = np.arange(12).reshape(3, 4)
         np.testing.assert_array_equal(numbers, (expected if order.index(1) < order.index(2) else expected.T).ravel())

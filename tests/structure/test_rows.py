@@ -88,8 +88,8 @@ def test_gram_and_product_are_one_operator(metric: Any) -> None:
             shape = rows.output.row_shape
 
             def product(e: jax.Array) -> jax.Array:
-                pulled = rows.pull(rows.output.factor(e.reshape(shape)))
-                return rows.output.factor_transpose(rows.push(pulled)).reshape(-1)
+                pulled = rows.vjp(rows.output.factor(e.reshape(shape)))
+                return rows.output.factor_transpose(rows.jvp(pulled)).reshape(-1)
 
             return rows.gram(1 << 30), jax.vmap(product)(jnp.eye(int(np.prod(shape))))
 

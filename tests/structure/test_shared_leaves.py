@@ -247,7 +247,7 @@ def test_a_loss_that_couples_examples_keeps_the_fast_rows(x64: None) -> None:
     jaxpr = jax.make_jaxpr(lambda p, y: gram(p, y, 1 << 30))(params, _drawn(3, 6, 2))
     assert "while" not in str(jaxpr)  # one pass for all rows
     _, jacobian = dense.outputs_and_jacobian(predict, params, x)
-    centred = (jacobian.reshape(6, 2, -1) - jacobian.reshape(6, 2, -1).mean(0)).reshape(12, -1)
+    centerd = (jacobian.reshape(6, 2, -1) - jacobian.reshape(6, 2, -1).mean(0)).reshape(12, -1)
     for bound in (1 << 30, 1):
         found = quick_jit(lambda p, y, b=bound: gram(p, y, b))(params, _drawn(3, 6, 2))
-        np.testing.assert_allclose(found, centred @ centred.T / 6, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found, centerd @ centerd.T / 6, rtol=1e-10, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Over a zoo of models: what each leaf is recognised as, and that everything made of the factors is right."""
+"""Over a zoo of models: what each leaf is recognized as, and that everything made of the factors is right."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[
     """Rows of one example, per leaf (R, *leaf)."""
     found: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
     for leaf, indices in sites_by_leaf(captured).items():
-        sites = [captured.structure.sites[i] for i in indices]
+        uses = [captured.structure.uses[i] for i in indices]
         a, d = ([side[i] for i in indices] for side in (factors.activations, factors.cotangents))
-        found[leaf] = formed(sites, a, d)
-        for site, cotangents in zip(sites, d, strict=True):
-            if site.bias is not None:
-                found[site.bias.leaf] = jax.vmap(site.bias.to_leaf)(jnp.sum(cotangents, axis=1))
+        found[leaf] = formed(uses, a, d)
+        for use, cotangents in zip(uses, d, strict=True):
+            if use.bias is not None:
+                found[use.bias.leaf] = jax.vmap(use.bias.to_leaf)(jnp.sum(cotangents, axis=1))
     (count,) = {rows.shape[0] for rows in found.values()}
     return [found.get(i, jnp.zeros((count, *leaf.shape), leaf.dtype)) for i, leaf in enumerate(leaves)]
 
@@ -125,27 +125,27 @@ class TestZoo:
 
     def test_taking_a_leaf_apart_and_back_are_adjoint(self, entry: Entry) -> None:
         rng, leaves = np.random.default_rng(0), [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
-        sites = studied(entry).captured.structure.sites
-        blocks = [rng.standard_normal(site.block) for site in sites]
-        outputs = [rng.standard_normal((site.block[0], site.block[2])) for site in sites]
+        uses = studied(entry).captured.structure.uses
+        blocks = [rng.standard_normal(use.block) for use in uses]
+        outputs = [rng.standard_normal((use.block[0], use.block[2])) for use in uses]
 
         @quick_jit
         def both(leaves: Any, blocks: Any, outputs: Any) -> list[Any]:
             found = []
-            for site, block, output in zip(sites, blocks, outputs, strict=True):
-                found.append((site.from_leaf(leaves[site.leaf]), site.to_leaf(block)))
-                if site.bias is not None:
-                    found.append((site.bias.from_leaf(leaves[site.bias.leaf]), site.bias.to_leaf(output)))
+            for use, block, output in zip(uses, blocks, outputs, strict=True):
+                found.append((use.from_leaf(leaves[use.leaf]), use.to_leaf(block)))
+                if use.bias is not None:
+                    found.append((use.bias.from_leaf(leaves[use.bias.leaf]), use.bias.to_leaf(output)))
             return found
 
         found = iter(both(leaves, blocks, outputs))
-        for site, block, output in zip(sites, blocks, outputs, strict=True):
+        for use, block, output in zip(uses, blocks, outputs, strict=True):
             there, back = (np.asarray(x) for x in next(found))
-            assert there.shape == site.block and back.shape == leaves[site.leaf].shape
-            close(np.vdot(there, block), np.vdot(leaves[site.leaf], back), 1e-12)
-            if site.bias is not None:
+            assert there.shape == use.block and back.shape == leaves[use.leaf].shape
+            close(np.vdot(there, block), np.vdot(leaves[use.leaf], back), 1e-12)
+            if use.bias is not None:
                 there, back = (np.asarray(x) for x in next(found))
-                close(np.vdot(there, output), np.vdot(leaves[site.bias.leaf], back), 1e-12)
+                close(np.vdot(there, output), np.vdot(leaves[use.bias.leaf], back), 1e-12)
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.name in IN_BLOCKS], ids=str)

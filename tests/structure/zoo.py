@@ -1,4 +1,4 @@
-"""Every kind of model whose structure is recognised, tiny: what it computes, and the rule expected for each leaf.
+"""Every kind of model whose structure is recognized, tiny: what it computes, and the rule expected for each leaf.
 
 All take a batch of examples and strict dtype promotion. Expected rules are stated, not derived: where a change of the
 recognition changes one, that is either a gain to be written down here or a loss.
@@ -127,7 +127,7 @@ def _fused_reshaped(p: Any, x: jax.Array) -> jax.Array:
     return q * jax.nn.softmax(k) + v
 
 
-def _normalised_weights(p: Any, x: jax.Array) -> jax.Array:
+def _normalized_weights(p: Any, x: jax.Array) -> jax.Array:
     w = p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0)
     return jnp.tanh(x @ w + p["b"])
 
@@ -166,7 +166,7 @@ def _differences(p: Any, x: jax.Array) -> jax.Array:
 
 
 def _scaled_twice(p: Any, x: jax.Array) -> jax.Array:
-    """One leaf at two sites that scale it differently."""
+    """One leaf at two layer uses that scale it differently."""
     return jnp.tanh(jnp.tanh(x @ (2.0 * p["w"])) @ -p["w"])
 
 
@@ -224,8 +224,8 @@ def _pooled(kind: str) -> Predict:
 
 
 def _norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
-    centred = x - jnp.mean(x, -1, keepdims=True)
-    return centred * lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
+    centerd = x - jnp.mean(x, -1, keepdims=True)
+    return centerd * lax.rsqrt(jnp.mean(jnp.square(centerd), -1, keepdims=True) + eps)
 
 
 def _transformer(p: Any, tokens: jax.Array) -> jax.Array:
@@ -483,7 +483,7 @@ def _scale_and_weight(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["w"])[..., None] * p["w"]
 
 
-def _penalised(p: Any, x: jax.Array) -> jax.Array:
+def _penalized(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["w"]) @ p["v"] + jnp.sum(jnp.square(p["w"]))
 
 
@@ -712,8 +712,8 @@ ZOO = (
     Entry("fused, split before", _fused_split_before, dict(w=(3, 6)), (2, 3), dict(w=DENSE)),
     Entry("fused, reshaped", _fused_reshaped, dict(w=(3, 6), b=(6,)), (2, 3), dict(w=DENSE, b=BIAS)),
     Entry(
-        "weight normalisation",
-        _normalised_weights,
+        "weight normalization",
+        _normalized_weights,
         dict(w=(3, 4), g=(4,), b=(4,)),
         (3,),
         dict(w=SCALE, g=SCALE, b=BIAS),
@@ -825,7 +825,7 @@ ZOO = (
     Entry("stacked layers", _stacked, dict(w=(3, 4, 4), b=(3, 4)), (4,), dict(w=DENSE, b=BIAS)),
     Entry("stacked layers on positions", _stacked, dict(w=(3, 4, 4), b=(3, 4)), (2, 4), dict(w=DENSE, b=BIAS)),
     Entry(
-        "stacked layers, rematerialised",
+        "stacked layers, rematerialized",
         _stacked_remat,
         dict(w=(3, 3, 4), b=(3, 4), v=(3, 3, 4), g=(3, 3)),
         (2, 3),
@@ -896,7 +896,7 @@ ZOO = (
     ),
     Entry("scaled tables", _scaled_table, dict(e=(4, 3), s=(4, 3)), (3,), dict(e=EMBEDDING, s=EMBEDDING), high=4),
     Entry("inner jit", _jitted, MLP_SHAPES, (3,), MLP_RULES),
-    Entry("rematerialised", _remat, dict(w=(3, 3), b=(3,), v=(3, 2)), (3,), dict(w=DENSE, b=BIAS, v=DENSE)),
+    Entry("rematerialized", _remat, dict(w=(3, 3), b=(3,), v=(3, 2)), (3,), dict(w=DENSE, b=BIAS, v=DENSE)),
     Entry(
         "custom_vjp",
         lambda p, x: _straight_through(x @ p["w"] + p["b"]) @ p["v"],
@@ -922,7 +922,7 @@ ZOO = (
     ),
     Entry("weight and bias", _weight_and_bias, dict(w=(3, 4), v=(4, 2)), (3,), dict(w=EXPLICIT, v=DENSE)),
     Entry("scale and weight", _scale_and_weight, dict(w=(3,)), (2, 3), dict(w=EXPLICIT)),
-    Entry("penalised", _penalised, dict(w=(3, 4), v=(4, 2)), (3,), dict(w=EXPLICIT, v=DENSE)),
+    Entry("penalized", _penalized, dict(w=(3, 4), v=(4, 2)), (3,), dict(w=EXPLICIT, v=DENSE)),
     Entry("residual by grad", _pinn_reverse, PINN, (2,), PINN_RULES),
     Entry("residual by jvp", _pinn_forward, PINN, (2,), PINN_RULES),
     Entry(

@@ -51,7 +51,7 @@ def _candidates(work: Workload) -> list[run.Candidate]:
 
     found = [_candidate(JAX_CG, jax.jit(jax.vmap(peer)), matrices, rhs)]
     for name in implementations((batched_cg.BATCHED_CG,), matrices, rhs):
-        solve = partial(batched_cg.batched_cg, rtol=_RTOL, maxiter=maxiter, implementation=name)
+        solve = partial(batched_cg.batched_cg, tol=_RTOL, maxiter=maxiter, implementation=name)
         goal = None if name == REFERENCE else (1 / 5 if work == WORKLOADS[0] else 1.0)
         found.append(_candidate(name, jax.jit(lambda a, b, solve=solve: solve(a, b).value), matrices, rhs, goal))
     return found

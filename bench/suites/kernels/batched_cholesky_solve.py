@@ -1,4 +1,4 @@
-"""Many systems by Cholesky factorisation, beside `jax.scipy.linalg` on the batch."""
+"""Many systems by Cholesky factorization, beside `jax.scipy.linalg` on the batch."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def gauss_newton(
       shares: of a minibatch (`layerwise_gn`).
       inner: rate -> inner optimizer.
       search: with a line search; without one its data goes to inner minibatches.
-      prox_linear: the loss itself on linearised outputs.
+      prox_linear: the loss itself on linearized outputs.
       parts: cut the same batch into as many parts instead, one of them for the line search.
     """
     cut = setting if parts is None else dataclasses.replace(setting, parts=parts, search=1)

@@ -1,6 +1,6 @@
-"""Dense factorisations beside JAX's LAPACK, and steps that factorise beside the best that its threads allow.
+"""Dense factorizations beside JAX's LAPACK, and steps that factorize beside the best that its threads allow.
 
-`factorisations` times single ops in one process, LAPACK's threads held to one and as they come; `steps` whole steps in
+`factorizations` times single ops in one process, LAPACK's threads held to one and as they come; `steps` whole steps in
 processes of their own, one per setting of OPENBLAS_NUM_THREADS, on the machine as it is and beside two that never rest.
 """
 
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 
 from bench.schema import Row
-from bench.suites.linalg import factorisations, steps
+from bench.suites.linalg import factorizations, steps
 
 SUITE = "linalg"
 
@@ -22,6 +22,6 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
       quick: a smoke run: the smallest case of each kind, few rounds.
       only: run the cases whose name holds this text.
     """
-    for case in itertools.chain(factorisations.cases(quick), steps.cases(quick)):
+    for case in itertools.chain(factorizations.cases(quick), steps.cases(quick)):
         if only in case.title:
             yield case.rows(SUITE, 3 if quick else 15)

@@ -1,4 +1,4 @@
-"""Steps that factorise, in a process per setting of LAPACK's threads, all of them interleaved."""
+"""Steps that factorize, in a process per setting of LAPACK's threads, all of them interleaved."""
 
 from __future__ import annotations
 

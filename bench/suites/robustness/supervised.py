@@ -220,9 +220,9 @@ def dtypes() -> Iterator[Case]:
         batch = {"x": x.astype(dtype), "y": _taught(x).astype(dtype)}
         task = dataclasses.replace(_RELU, name=name, predict_fn=_tanh_network)
         yield _case(f"{name}, regression", task, _start(1, dtype=dtype), batch, 0.1)
-        labelled = {"x": batch["x"], "y": _labels(x)}
+        labeled = {"x": batch["x"], "y": _labels(x)}
         task = dataclasses.replace(_CLASSES_TASK, name=name)
-        yield _case(f"{name}, classification", task, _start(_CLASSES, dtype=dtype), labelled, 0.2)
+        yield _case(f"{name}, classification", task, _start(_CLASSES, dtype=dtype), labeled, 0.2)
 
 
 def singular() -> Iterator[Case]:

@@ -61,8 +61,8 @@ def _generic(work: Workload) -> _Function:
 
     def diagonal(params: PyTree, batch: dict[str, jax.Array]) -> PyTree:
         outputs = work.predict(params, batch["x"])
-        omega = loss.effective_weights(outputs, None)
-        bound = GeneralizedGaussNewton().bind(loss, outputs, batch["y"], omega, None)
+        weights = loss.effective_weights(outputs, None)
+        bound = GeneralizedGaussNewton().bind(loss, outputs, batch["y"], weights, None)
         captured = generic_capture(work.predict, params, batch["x"])
         return example_diagonal(captured, params, batch["x"], bound, DEFAULT_MAX_BYTES)
 

@@ -13,7 +13,7 @@
 namespace curvax {
 namespace {
 
-// A thread takes runs of neighbouring matrices: this many runs per thread balance the load.
+// A thread takes runs of neighboring matrices: this many runs per thread balance the load.
 constexpr int64_t kRunsPerThread = 8;
 // Below this many multiply-adds in a call one thread is faster than waking another.
 constexpr int64_t kThreadingWork = 1 << 19;
@@ -86,7 +86,7 @@ void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const Stack& stack, con
   ForEachRun(pool, threads, stack.count, n * n * n / 6, [&](const Workers& workers, int64_t begin, int64_t end) {
     LargeCholesky<T> solver(workers, n);
     for (int64_t i = begin; i < end; ++i) {
-      solver.Factorise(Data<T>(matrices) + i * n * n, n, T(0), T(0));
+      solver.Factorize(Data<T>(matrices) + i * n * n, n, T(0), T(0));
       Data<int32_t>(ends)[i] = solver.WriteFactor(Data<T>(factors) + i * n * n);
     }
   });
@@ -187,7 +187,7 @@ void RunQr(ffi::ThreadPool& pool, int64_t threads, const Stack& stack, const Ope
   ForEachRun(pool, threads, stack.count, 3 * m * n * k, [&](const Workers& workers, int64_t begin, int64_t end) {
     Qr<T> solver(workers, m, n);
     for (int64_t i = begin; i < end; ++i)
-      Data<int32_t>(results[2])[i] = solver.Factorise(Data<T>(matrices) + i * m * n, Data<T>(results[0]) + i * m * k,
+      Data<int32_t>(results[2])[i] = solver.Factorize(Data<T>(matrices) + i * m * n, Data<T>(results[0]) + i * m * k,
                                                       Data<T>(results[1]) + i * k * n);
   });
 }

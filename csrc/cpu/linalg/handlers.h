@@ -1,4 +1,4 @@
-// XLA FFI handlers of the dense factorisations; see kernels/dense_linalg/native.py for their contract.
+// XLA FFI handlers of the dense factorizations; see kernels/dense_linalg/native.py for their contract.
 #pragma once
 
 #include "xla/ffi/api/ffi.h"

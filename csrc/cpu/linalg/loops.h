@@ -1,4 +1,4 @@
-// The vector loops of the dense factorisations that are no products of packed matrices (cpu/panels.h), in the widest
+// The vector loops of the dense factorizations that are no products of packed matrices (cpu/panels.h), in the widest
 // instructions that this processor has.
 #pragma once
 

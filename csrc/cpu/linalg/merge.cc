@@ -69,7 +69,7 @@ void Merge<T>::Deflate() {
   }
 }
 
-// Rotates two neighbours so that the first has nothing of z, where the entry that this makes between them is rounding.
+// Rotates two neighbors so that the first has nothing of z, where the entry that this makes between them is rounding.
 template <typename T>
 bool Merge<T>::Combine(Pair& before, Pair& now, double tolerance) {
   const double length = std::hypot(before.z, now.z), gap = now.pole - before.pole;

@@ -23,7 +23,7 @@ struct Part {
 };
 
 // The whole is V^T (D + rho z z^T) V with the halves' eigenvectors in the rows of V and eigenvalues in D. What z hardly
-// touches, or equals a neighbour in D, is an eigenpair as it is (deflation). Of the rest D + rho z z^T, its roots come
+// touches, or equals a neighbor in D, is an eigenpair as it is (deflation). Of the rest D + rho z z^T, its roots come
 // from the secular equation, and the z for which they are exact (Loewner's formula, Gu and Eisenstat 1994) gives
 // eigenvectors that are orthogonal to rounding, however close the roots are.
 template <typename T>

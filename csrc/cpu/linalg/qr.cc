@@ -27,7 +27,7 @@ Qr<T>::Qr(const Workers& workers, int64_t rows, int64_t columns)
 }
 
 template <typename T>
-int Qr<T>::Factorise(const T* matrix, T* q, T* r) {
+int Qr<T>::Factorize(const T* matrix, T* q, T* r) {
   const int64_t panels = (columns_ + width_ - 1) / width_, blocks = blocks_.size();
   const Workers workers = workers_.Of(rows_ * columns_ * rank_);
   workers.For(panels, [&](int64_t panel) { Load(matrix, panel); });

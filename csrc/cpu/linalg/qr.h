@@ -24,7 +24,7 @@ class Qr {
 
   // Q (rows, k) and R (k, columns) for k the smaller of rows and columns, NaN where the matrix holds NaN or infinity;
   // a Result.
-  int Factorise(const T* matrix, T* q, T* r);
+  int Factorize(const T* matrix, T* q, T* r);
 
  private:
   T* Panel(int64_t panel) const { return panels_.data() + panel * length_ * width_; }

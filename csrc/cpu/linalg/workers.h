@@ -1,4 +1,4 @@
-// The threads that one factorisation may use.
+// The threads that one factorization may use.
 #pragma once
 
 #include <cstdint>

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from curvax.curvature.differentiate import LinearModel
-from curvax.curvature.output_space import Metric, OutputCurvature
-from curvax.curvature.partition import Partition
+from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.output_space import FisherType, OutputCurvature
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
@@ -33,7 +33,7 @@ class Evaluation:
       model_state: mutable model state (BatchNorm statistics), or `None`.
       model_key: random key of the model (dropout), or `None`.
       sample_key: random key for targets that the curvature itself samples (Monte Carlo Fisher), or `None`.
-      omega: effective weights (see `Loss.effective_weights`) when the caller holds a slice of a larger batch.
+      weights: effective weights (see `Loss.effective_weights`) when the caller holds a slice of a larger batch.
       total_weight: likewise the sum of the weights that a `loss_fn` returns over the larger batch.
       axes: which leaves of the batch hold the examples, once `Curvature.prepare` has asked; static.
     """
@@ -43,7 +43,7 @@ class Evaluation:
     model_state: PyTree = None
     model_key: jax.Array | None = None
     sample_key: jax.Array | None = None
-    omega: jax.Array | None = None
+    weights: jax.Array | None = None
     total_weight: jax.Array | None = None
     axes: BatchAxes | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -57,7 +57,7 @@ class Needs:
       product: curvature products; `rows` implies it.
       rows: the factors J and S of C = J^T S S^T J (row lane).
       sampling: gradients with targets sampled from the model.
-      factors: activations and cotangents of the model's sites, for Kronecker-factored blocks.
+      factors: activations and cotangents of the model's layer uses, for Kronecker-factored blocks.
       shared: one linearization serves all products. False repeats the forward pass in every product: only for the
         ablation `plan="off"`.
     """
@@ -82,51 +82,51 @@ Measure: TypeAlias = Callable[[Examples], PyTree]
 """A sum over examples, made from the factors of their rows."""
 
 
-class SiteFactors(Protocol):
+class LayerFactors(Protocol):
     """The factors of rows whose outer products make, or have as expectation, the curvature that a metric chooses."""
 
-    def __call__(self, metric: Metric, key: jax.Array, /) -> Callable[[Measure], PyTree]:
+    def __call__(self, fisher: FisherType, key: jax.Array, /) -> Callable[[Measure], PyTree]:
         """measure -> what it measures on the whole batch, summed over the slices in which the batch is held."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class JacobianRows:
     """The factors of C = J^T Q J, Q = S S^T, on one batch: J maps parameters to outputs, S maps rows to outputs.
 
     Attributes:
-      push: v -> J v, wide parameter vector to wide outputs.
-      pull: u -> J^T u.
+      jvp: v -> J v, upcast parameter vector to upcast outputs.
+      vjp: u -> J^T u.
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
-      diagonal: max_bytes -> the diagonal of C, a wide tree.
+      diagonal: max_bytes -> the diagonal of C, an upcast tree.
     """
 
-    push: Callable[[PyTree], jax.Array]
-    pull: Callable[[jax.Array], PyTree]
+    jvp: Callable[[PyTree], jax.Array]
+    vjp: Callable[[jax.Array], PyTree]
     output: OutputCurvature
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
-        return self.pull(self.output.product(self.push(v)))
+        return self.vjp(self.output.product(self.jvp(v)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Linearization:
-    """One batch seen from one parameter point. All vectors are wide (`curvax.tree.wide_dtype`).
+    """One batch seen from one parameter point. All vectors are upcast (`curvax.tree.accumulation_dtype`).
 
     Attributes:
-      params_like: `jax.ShapeDtypeStruct`s of wide parameter vectors.
+      params_like: `jax.ShapeDtypeStruct`s of upcast parameter vectors.
       loss: scalar loss at the point.
       gradient: its gradient, or `None` if not asked for.
       output_gradient: the gradient in output space, r with gradient = J^T r; `None` where there is no output space.
       product: v -> C v for the symmetric curvature C, or `None` if not asked for; may be vmapped.
-      sampled_gradient: key -> sum_i sqrt(omega_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
+      sampled_gradient: key -> sum_i sqrt(w_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
-      site_factors: activations and cotangents at the model's sites, example by example, or `None`.
+      layer_factors: activations and cotangents at the model's layer uses, example by example, or `None`.
       rounding: () -> how far rounding may move the loss (`losses.rounding`), a scalar; `None` for an operator that
         cannot say.
       leaf_axes: () -> `Curvature.leaf_axes` at the point, or `None`.
@@ -142,8 +142,8 @@ class Linearization:
     output_gradient: jax.Array | None = None
     product: Callable[[PyTree], PyTree] | None = None
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
-    rows: Rows | None = None
-    site_factors: SiteFactors | None = None
+    rows: JacobianRows | None = None
+    layer_factors: LayerFactors | None = None
     rounding: Callable[[], jax.Array] | None = None
     leaf_axes: Callable[[], tuple[tuple[LeafAxes, ...], ...]] | None = None
     model_state: PyTree = None
@@ -166,7 +166,7 @@ class Curvature(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def partition(self) -> Partition:
+    def partition(self) -> TrainablePartition:
         """Which parameters train."""
 
     @property
@@ -181,7 +181,7 @@ class Curvature(abc.ABC):
 
     @property
     def has_factors(self) -> bool:
-        """Whether linearizations offer `site_factors`."""
+        """Whether linearizations offer `layer_factors`."""
         return False
 
     @property
@@ -270,7 +270,7 @@ class Curvature(abc.ABC):
 
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        """Weights omega with which the examples of `evaluation.batch` enter the loss, normaliser included."""
+        """Weights weights with which the examples of `evaluation.batch` enter the loss, normalizer included."""
 
     @abc.abstractmethod
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
@@ -292,7 +292,7 @@ class Curvature(abc.ABC):
     def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
         """Per parameter leaf, what its axes are to the layers that use it, from shapes alone."""
 
-    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
         """The blocks of the parameters that Kronecker factors serve, from shapes alone.
 
         Raises:
@@ -308,7 +308,7 @@ class Curvature(abc.ABC):
         params: PyTree,
         evaluation: Evaluation,
         outputs: jax.Array,
-        push: Callable[[PyTree], jax.Array],
-        pull: Callable[[jax.Array], PyTree],
-    ) -> Rows:
+        jvp: Callable[[PyTree], jax.Array],
+        vjp: Callable[[jax.Array], PyTree],
+    ) -> JacobianRows:
         """The row factors of C at given outputs and linear maps; raises if there are none."""

@@ -20,66 +20,66 @@ class LinearModel:
 
     Attributes:
       outputs: model outputs, an array or a tree of them.
-      push: v -> J v, wide parameter vector to wide outputs; `None` unless asked for.
-      pull: u -> J^T u, outputs to a wide parameter vector.
+      tangents: v -> J v, of a parameter vector, in the accumulation dtype as its result; `None` unless asked for.
+      vjp: u -> J^T u, a parameter vector in the accumulation dtype.
       rest: (new model state, aux).
       bend: (v, u) -> sum_i u_i H_i v with H_i the Hessian of output i; `None` unless somebody needs it.
     """
 
     outputs: PyTree
-    push: Callable[[PyTree], PyTree] | None
-    pull: Callable[[PyTree], PyTree]
+    tangents: Callable[[PyTree], PyTree] | None
+    vjp: Callable[[PyTree], PyTree]
     rest: tuple[PyTree, Any]
     bend: Callable[[PyTree, PyTree], PyTree] | None = None
 
     def jvp(self, v: PyTree) -> PyTree:
-        """J v, of a model linearized with `push=True`."""
-        if self.push is None:
+        """J v, of a model linearized with `jvp=True`."""
+        if self.tangents is None:
             raise AssertionError("J v is asked of a model that was linearized for J^T u alone.")
-        return self.push(v)
+        return self.tangents(v)
 
 
 def linear_model(
-    function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree, *, push: bool, shared: bool = True
+    function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree, *, jvp: bool, shared: bool = True
 ) -> LinearModel:
     """Linearizes `function: params -> (outputs, rest)`.
 
     Args:
-      push: whether J v is wanted; without it only the reverse pass is built.
+      jvp: whether J v is wanted; without it only the reverse pass is built.
       shared: False builds maps that repeat the forward pass at each use.
 
     With a `jax.custom_vjp` inside, J v is taken as the transpose of u -> J^T u (reverse over reverse).
     """
-    if push and uses_custom_vjp(function, params):
+    if jvp and uses_custom_vjp(function, params):
         return _reverse_model(function, params)
-    if push:
+    if jvp:
         return _linearized_model(function, params) if shared else _repeated_model(function, params)
     outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
-    return LinearModel(outputs, None, _wide_pull(lambda u: vjp(u)[0], outputs), rest)
+    return LinearModel(outputs, None, _upcast_vjp(lambda u: vjp(u)[0], outputs), rest)
 
 
-def _wide_pull(pull: Callable[[PyTree], PyTree], outputs: PyTree) -> Callable[[PyTree], PyTree]:
-    return lambda u: tree.widen(pull(tree.cast_like(u, outputs)))
+def _upcast_vjp(vjp: Callable[[PyTree], PyTree], outputs: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda u: tree.upcast(vjp(tree.cast_like(u, outputs)))
 
 
-def _wide_push(push: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
-    return lambda v: tree.widen(push(tree.cast_like(v, params)))
+def _upcast_jvp(jvp: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda v: tree.upcast(jvp(tree.cast_like(v, params)))
 
 
 def _linearized_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
-    outputs, push, rest = jax.linearize(function, params, has_aux=True)
-    transpose = jax.linear_transpose(push, params)
-    return LinearModel(outputs, _wide_push(push, params), _wide_pull(lambda u: transpose(u)[0], outputs), rest)
+    outputs, jvp, rest = jax.linearize(function, params, has_aux=True)
+    transpose = jax.linear_transpose(jvp, params)
+    return LinearModel(outputs, _upcast_jvp(jvp, params), _upcast_vjp(lambda u: transpose(u)[0], outputs), rest)
 
 
 def _reverse_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
     outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
     # u -> J^T u is linear, so its own pullback at any point is v -> J v.
-    _, push = jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, outputs))
+    _, jvp = jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, outputs))
     return LinearModel(
         outputs,
-        _wide_push(lambda v: push(v)[0], params),
-        _wide_pull(lambda u: vjp(u)[0], outputs),
+        _upcast_jvp(lambda v: jvp(v)[0], params),
+        _upcast_vjp(lambda u: vjp(u)[0], outputs),
         rest,
     )
 
@@ -87,13 +87,13 @@ def _reverse_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyT
 def _repeated_model(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree) -> LinearModel:
     outputs, rest = function(params)
 
-    def push(v: PyTree) -> PyTree:
+    def jvp(v: PyTree) -> PyTree:
         return jax.jvp(lambda p: function(p)[0], (params,), (v,))[1]
 
-    def pull(u: PyTree) -> PyTree:
+    def vjp(u: PyTree) -> PyTree:
         return jax.vjp(lambda p: function(p)[0], params)[1](u)[0]
 
-    return LinearModel(outputs, _wide_push(push, params), _wide_pull(pull, outputs), rest)
+    return LinearModel(outputs, _upcast_jvp(jvp, params), _upcast_vjp(vjp, outputs), rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +127,20 @@ def second_order(
 
     if not product:
         gradient, (value, rest) = gradient_fn(params)
-        return SecondOrder(value, tree.widen(gradient), None, rest)
+        return SecondOrder(value, tree.upcast(gradient), None, rest)
     if uses_custom_vjp(function, params):
         gradient, vjp, (value, rest) = jax.vjp(gradient_fn, params, has_aux=True)
-        return SecondOrder(value, tree.widen(gradient), _wide_hvp(lambda v: vjp(v)[0], params), rest)
+        return SecondOrder(value, tree.upcast(gradient), _wide_hvp(lambda v: vjp(v)[0], params), rest)
     if shared:
         gradient, jvp, (value, rest) = jax.linearize(gradient_fn, params, has_aux=True)
-        return SecondOrder(value, tree.widen(gradient), _wide_hvp(jvp, params), rest)
+        return SecondOrder(value, tree.upcast(gradient), _wide_hvp(jvp, params), rest)
     gradient, (value, rest) = gradient_fn(params)
 
     def repeated(v: PyTree) -> PyTree:
         return jax.jvp(lambda p: gradient_fn(p)[0], (params,), (v,))[1]
 
-    return SecondOrder(value, tree.widen(gradient), _wide_hvp(repeated, params), rest)
+    return SecondOrder(value, tree.upcast(gradient), _wide_hvp(repeated, params), rest)
 
 
 def _wide_hvp(product: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
-    return lambda v: tree.widen(product(tree.cast_like(v, params)))
+    return lambda v: tree.upcast(product(tree.cast_like(v, params)))

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, Linearization, Measure, Needs, Rows, SiteFactors
+from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
 from curvax.curvature.differentiate import LinearModel, linear_model
 from curvax.curvature.model import Model
-from curvax.curvature.output_space import GeneralizedGaussNewton, Metric
-from curvax.curvature.partition import Partition
+from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses.base import Loss, Shaped, check_loss
+from curvax.output_space import FisherType, GeneralizedGaussNewton
 from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import ExampleAxes
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.blocks import Blocks, find_blocks
+from curvax.structure.blocks import KroneckerBlocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
@@ -35,22 +35,22 @@ class GaussNewton(Curvature):
     Attributes:
       model: the model and the keys of its batch.
       loss: the loss in output space.
-      metric: Q: generalized Gauss-Newton (default), Monte Carlo Fisher or empirical Fisher.
+      fisher: Q: generalized Gauss-Newton (default), Monte Carlo Fisher or empirical Fisher.
     """
 
     model: Model
     loss: Loss
-    metric: Metric = GeneralizedGaussNewton()
+    fisher: FisherType = GeneralizedGaussNewton()
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
 
     @property
     def name(self) -> str:
-        return f"{self.metric.name} of {type(self.loss).__name__}"
+        return f"{self.fisher.name} of {type(self.loss).__name__}"
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> TrainablePartition:
         return self.model.extras.partition
 
     @property
@@ -67,7 +67,7 @@ class GaussNewton(Curvature):
 
     @property
     def is_random(self) -> bool:
-        return self.metric.is_random
+        return self.fisher.is_random
 
     @property
     def has_state(self) -> bool:
@@ -81,7 +81,7 @@ class GaussNewton(Curvature):
         return self.model.outputs(params, evaluation)[0]
 
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
-        if not self.metric.uses_loss_hessian:
+        if not self.fisher.uses_loss_hessian:
             return ()
         return self.loss.kernels(jax.eval_shape(self.forward, params, evaluation))
 
@@ -114,8 +114,8 @@ class GaussNewton(Curvature):
         return self.model.batch_fault(self.loss, outputs, evaluation.batch, signed=False)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        if evaluation.omega is not None:
-            return evaluation.omega
+        if evaluation.weights is not None:
+            return evaluation.weights
         return self.weights_of(jax.eval_shape(self.forward, params, evaluation), evaluation)
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
@@ -126,31 +126,31 @@ class GaussNewton(Curvature):
         return self.model.outputs(params, evaluation)
 
     def value_of(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
-        omega = self.weights_of(outputs, evaluation)
-        return self.loss.value(outputs, self.model.targets(evaluation.batch), omega)
+        weights = self.weights_of(outputs, evaluation)
+        return self.loss.value(outputs, self.model.targets(evaluation.batch), weights)
 
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:
         evaluation = self.prepare(params, evaluation)
         curved = needs.product or needs.rows
-        at = linear_model(lambda p: self.model.outputs(p, evaluation), params, push=curved, shared=needs.shared)
+        at = linear_model(lambda p: self.model.outputs(p, evaluation), params, jvp=curved, shared=needs.shared)
         return self.linearize_outputs(params, evaluation, at, needs)
 
     def linearize_outputs(self, params: PyTree, evaluation: Evaluation, at: LinearModel, needs: Needs) -> Linearization:
         targets = self.model.targets(evaluation.batch)
-        omega = self.weights_of(at.outputs, evaluation)
+        weights = self.weights_of(at.outputs, evaluation)
         curved = needs.product or needs.rows
-        rows = self.rows(params, evaluation, at.outputs, at.jvp, at.pull) if curved else None
-        residual = self.loss.gradient(at.outputs, targets, omega)
+        rows = self.rows(params, evaluation, at.outputs, at.jvp, at.vjp) if curved else None
+        residual = self.loss.gradient(at.outputs, targets, weights)
         return Linearization(
-            params_like=jax.eval_shape(tree.widen, params),
-            loss=self.loss.value(at.outputs, targets, omega),
-            gradient=at.pull(residual) if needs.gradient else None,
+            params_like=jax.eval_shape(tree.upcast, params),
+            loss=self.loss.value(at.outputs, targets, weights),
+            gradient=at.vjp(residual) if needs.gradient else None,
             output_gradient=residual,
             product=rows.product if rows is not None else None,
-            sampled_gradient=self._sampled_gradient(at, targets, omega) if needs.sampling else None,
+            sampled_gradient=self._sampled_gradient(at, targets, weights) if needs.sampling else None,
             rows=rows if needs.rows else None,
-            site_factors=self._site_factors(params, evaluation, at.outputs, omega) if needs.factors else None,
-            rounding=lambda: self.loss.rounding(at.outputs, targets, omega),
+            layer_factors=self._layer_factors(params, evaluation, at.outputs, weights) if needs.factors else None,
+            rounding=lambda: self.loss.rounding(at.outputs, targets, weights),
             leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
@@ -164,7 +164,7 @@ class GaussNewton(Curvature):
     def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
         return leaf_axes(self.forward, params, evaluation)
 
-    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
         found = self._capture(params, evaluation)
         return find_blocks(found.structure, [leaf.shape for leaf in jax.tree.leaves(params)], found.dtype)
 
@@ -187,19 +187,19 @@ class GaussNewton(Curvature):
                 "make it treat examples one by one, or use another preconditioner."
             ) from None
 
-    def _site_factors(
-        self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, omega: jax.Array
-    ) -> SiteFactors:
-        def site_factors(metric: Metric, key: jax.Array) -> Callable[[Measure], PyTree]:
+    def _layer_factors(
+        self, params: PyTree, evaluation: Evaluation, outputs: jax.Array, weights: jax.Array
+    ) -> LayerFactors:
+        def layer_factors(fisher: FisherType, key: jax.Array) -> Callable[[Measure], PyTree]:
             targets, signs = jax.random.split(key)
-            output = metric.bind(self.loss, outputs, self.model.targets(evaluation.batch), omega, targets)
+            output = fisher.bind(self.loss, outputs, self.model.targets(evaluation.batch), weights, targets)
             captured, inputs = self._capture(params, evaluation), self.model.inputs(evaluation.batch)
-            weights = self.model.loss_weights(self.loss, omega, outputs, evaluation.batch)
+            counted = self.model.loss_weights(self.loss, weights, outputs, evaluation.batch)
             factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), output.cotangents(signs))
-            examples = examples_of(captured, factors, weights)
+            examples = examples_of(captured, factors, counted)
             return lambda measure: measure(examples)
 
-        return site_factors
+        return layer_factors
 
     def _predict(self, params: PyTree, inputs: Any, evaluation: Evaluation) -> jax.Array:
         return self.model.call(params, inputs, evaluation)[0]
@@ -209,12 +209,12 @@ class GaussNewton(Curvature):
         params: PyTree,
         evaluation: Evaluation,
         outputs: jax.Array,
-        push: Callable[[PyTree], jax.Array],
-        pull: Callable[[jax.Array], PyTree],
-    ) -> Rows:
+        jvp: Callable[[PyTree], jax.Array],
+        vjp: Callable[[jax.Array], PyTree],
+    ) -> JacobianRows:
         targets = self.model.targets(evaluation.batch)
-        omega = self.weights_of(outputs, evaluation)
-        output = self.metric.bind(self.loss, outputs, targets, omega, evaluation.sample_key)
+        weights = self.weights_of(outputs, evaluation)
+        output = self.fisher.bind(self.loss, outputs, targets, weights, evaluation.sample_key)
         inputs, axes = self.model.inputs(evaluation.batch), self.model.input_axes(evaluation)
 
         def predict(p: PyTree, x: Any) -> jax.Array:
@@ -222,23 +222,23 @@ class GaussNewton(Curvature):
 
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
             return row_gram(
-                predict, params, inputs, output, pull, axes=axes, max_bytes=max_bytes, implementation=implementation
+                predict, params, inputs, output, vjp, axes=axes, max_bytes=max_bytes, implementation=implementation
             )
 
         def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(predict, params, inputs, output, pull, axes=axes, max_bytes=max_bytes)
+            return row_diagonal(predict, params, inputs, output, vjp, axes=axes, max_bytes=max_bytes)
 
-        return Rows(push, pull, output, gram, diagonal)
+        return JacobianRows(jvp, vjp, output, gram, diagonal)
 
     def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
         """`effective_weights` for outputs that are at hand."""
-        if evaluation.omega is not None:
-            return evaluation.omega
+        if evaluation.weights is not None:
+            return evaluation.weights
         return self.model.effective_weights(self.loss, outputs, evaluation.batch, signed=False)
 
-    def _sampled_gradient(self, at: LinearModel, targets: Any, omega: jax.Array) -> Callable[[jax.Array], PyTree]:
+    def _sampled_gradient(self, at: LinearModel, targets: Any, weights: jax.Array) -> Callable[[jax.Array], PyTree]:
         def sampled_gradient(key: jax.Array) -> PyTree:
             sampled = self.loss.sample_targets(at.outputs, targets, key)
-            return at.pull(self.loss.gradient(at.outputs, sampled, jnp.sqrt(omega)))
+            return at.vjp(self.loss.gradient(at.outputs, sampled, jnp.sqrt(weights)))
 
         return sampled_gradient

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, Linearization, Needs, Rows
+from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Linearization, Needs
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.model import Extras, Model
-from curvax.curvature.partition import Partition
+from curvax.curvature.partition import TrainablePartition
 from curvax.live import Wanted, live_part
 from curvax.losses.base import Loss, check_loss
 from curvax.losses.rounding import measured_rounding
@@ -70,7 +70,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        """Weights of the examples in the loss, normaliser included."""
+        """Weights of the examples in the loss, normalizer included."""
 
     @abc.abstractmethod
     def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
@@ -146,8 +146,8 @@ class LossFunction(Objective):
         return weight
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        if evaluation.omega is not None:
-            return evaluation.omega
+        if evaluation.weights is not None:
+            return evaluation.weights
         axes = evaluation.axes or BatchAxes((0,) * len(jax.tree.leaves(evaluation.batch)))
         examples = axes.count(evaluation.batch)
         share = 1.0 / max(examples, 1) if self.reduction == "mean" else 1.0
@@ -159,18 +159,18 @@ class LossFunction(Objective):
             weight = jax.lax.stop_gradient(weight)
             whole = weight if evaluation.total_weight is None else evaluation.total_weight
             return _quotient(value, weight, whole.astype(value.dtype)), rest
-        if evaluation.omega is None:
+        if evaluation.weights is None:
             return value, rest
         # A slice of a larger batch: its mean counts with the slice's share of the whole, its sum as it is.
-        share = jnp.sum(evaluation.omega) if self.reduction == "mean" else jnp.ones((), value.dtype)
+        share = jnp.sum(evaluation.weights) if self.reduction == "mean" else jnp.ones((), value.dtype)
         return value * share.astype(value.dtype), rest
 
     def _parts(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, jax.Array | None, tuple[PyTree, Any]]:
-        """(value or total, weight or `None`, rest), wide."""
+        """(value or total, weight or `None`, rest), in the accumulation dtype."""
         returned, rest = self.extras.call(self.loss_fn, params, evaluation.batch, evaluation)
         value, weight = returned if isinstance(returned, tuple) else (returned, None)
         value = jnp.asarray(value)
-        value = value.astype(tree.wide_dtype(value.dtype))
+        value = value.astype(tree.accumulation_dtype(value.dtype))
         if weight is not None:
             weight = jnp.asarray(weight).astype(value.dtype)
         return value, weight, rest
@@ -226,22 +226,22 @@ class ModelLoss(Objective):
         return self.model.batch_fault(self.loss, outputs, evaluation.batch, signed=True)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        if evaluation.omega is not None:
-            return evaluation.omega
+        if evaluation.weights is not None:
+            return evaluation.weights
         outputs = jax.eval_shape(lambda p, e: self.model.outputs(p, e)[0], params, evaluation)
         return self.model.effective_weights(self.loss, outputs, evaluation.batch, signed=True)
 
     def __call__(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         evaluation = self.prepare(params, evaluation)
         outputs, rest = self.model.outputs(params, evaluation)
-        omega = self.effective_weights(params, evaluation)
-        return self.loss.value(outputs, self.model.targets(evaluation.batch), omega), rest
+        weights = self.effective_weights(params, evaluation)
+        return self.loss.value(outputs, self.model.targets(evaluation.batch), weights), rest
 
     def rounding(self, params: PyTree, evaluation: Evaluation, loss: jax.Array) -> jax.Array:
         # The forward pass is the linearization's own: the compiler merges them.
         outputs = self.model.outputs(params, evaluation)[0]
-        omega = self.effective_weights(params, evaluation)
-        return self.loss.rounding(outputs, self.model.targets(evaluation.batch), omega)
+        weights = self.effective_weights(params, evaluation)
+        return self.loss.rounding(outputs, self.model.targets(evaluation.batch), weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Hessian(Curvature):
         return "Hessian"
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> TrainablePartition:
         return self.objective.extras.partition
 
     @property
@@ -309,8 +309,8 @@ class Hessian(Curvature):
 
     def value_of(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
         model, loss = self._model
-        omega = model.effective_weights(loss, outputs, evaluation.batch, signed=True)
-        return loss.value(outputs, model.targets(evaluation.batch), omega)
+        weights = model.effective_weights(loss, outputs, evaluation.batch, signed=True)
+        return loss.value(outputs, model.targets(evaluation.batch), weights)
 
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         return self.objective.effective_weights(params, evaluation)
@@ -330,7 +330,7 @@ class Hessian(Curvature):
             return v if own is None else tree.where(own != 0, v, jax.tree.map(jnp.zeros_like, v))
 
         return Linearization(
-            params_like=jax.eval_shape(tree.widen, params),
+            params_like=jax.eval_shape(tree.upcast, params),
             loss=at.value,
             gradient=counted(at.gradient) if needs.gradient else None,
             product=None if at.product is None else lambda v: counted(at.hvp(v)),
@@ -348,19 +348,19 @@ class Hessian(Curvature):
         (model, loss), bend = self._model, at.bend
         if bend is None:
             raise AssertionError("the Hessian of a loss at outputs needs the second derivatives of these.")
-        targets, omega = model.targets(evaluation.batch), self.effective_weights(params, evaluation)
-        residual = loss.gradient(at.outputs, targets, omega)
+        targets, weights = model.targets(evaluation.batch), self.effective_weights(params, evaluation)
+        residual = loss.gradient(at.outputs, targets, weights)
 
         def product(v: PyTree) -> PyTree:
-            return tree.add(at.pull(loss.hessian_product(at.outputs, targets, omega, at.jvp(v))), bend(v, residual))
+            return tree.add(at.vjp(loss.hessian_product(at.outputs, targets, weights, at.jvp(v))), bend(v, residual))
 
         return Linearization(
-            params_like=jax.eval_shape(tree.widen, params),
-            loss=loss.value(at.outputs, targets, omega),
-            gradient=at.pull(residual) if needs.gradient else None,
+            params_like=jax.eval_shape(tree.upcast, params),
+            loss=loss.value(at.outputs, targets, weights),
+            gradient=at.vjp(residual) if needs.gradient else None,
             product=product if needs.product else None,
-            sampled_gradient=self._sampled(at, targets, omega) if needs.sampling else None,
-            rounding=lambda: loss.rounding(at.outputs, targets, omega),
+            sampled_gradient=self._sampled(at, targets, weights) if needs.sampling else None,
+            rounding=lambda: loss.rounding(at.outputs, targets, weights),
             leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=at.rest[0],
             aux=at.rest[1],
@@ -379,18 +379,18 @@ class Hessian(Curvature):
         model, _ = self._model
 
         def sampled_gradient(key: jax.Array) -> PyTree:
-            at = linear_model(lambda p: model.outputs(p, evaluation), params, push=False)
-            omega = self.effective_weights(params, evaluation)
-            return self._sampled(at, model.targets(evaluation.batch), omega)(key)
+            at = linear_model(lambda p: model.outputs(p, evaluation), params, jvp=False)
+            weights = self.effective_weights(params, evaluation)
+            return self._sampled(at, model.targets(evaluation.batch), weights)(key)
 
         return sampled_gradient
 
-    def _sampled(self, at: LinearModel, targets: Any, omega: jax.Array) -> Callable[[jax.Array], PyTree]:
+    def _sampled(self, at: LinearModel, targets: Any, weights: jax.Array) -> Callable[[jax.Array], PyTree]:
         _, loss = self._model
 
         def sampled_gradient(key: jax.Array) -> PyTree:
             sampled = loss.sample_targets(at.outputs, targets, key)
-            return at.pull(loss.gradient(at.outputs, sampled, jnp.sqrt(omega)))
+            return at.vjp(loss.gradient(at.outputs, sampled, jnp.sqrt(weights)))
 
         return sampled_gradient
 
@@ -405,7 +405,7 @@ class Hessian(Curvature):
         params: PyTree,
         evaluation: Evaluation,
         outputs: jax.Array,
-        push: Callable[[PyTree], jax.Array],
-        pull: Callable[[jax.Array], PyTree],
-    ) -> Rows:
+        jvp: Callable[[PyTree], jax.Array],
+        vjp: Callable[[jax.Array], PyTree],
+    ) -> JacobianRows:
         raise ValueError(_NO_ROWS)

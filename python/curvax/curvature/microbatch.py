@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, Linearization, Measure, Needs, Rows, SiteFactors
+from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
-from curvax.curvature.output_space import Metric
-from curvax.curvature.partition import Partition
+from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
+from curvax.output_space import FisherType
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import row_diagonal, row_gram
 from curvax.tree import PyTree
@@ -56,14 +56,14 @@ class Pieces:
         """Number of equal pieces."""
         return self.examples // self.size
 
-    def _piece(self, batch: Any, omega: jax.Array, index: jax.Array, state: PyTree) -> Evaluation:
+    def _piece(self, batch: Any, weights: jax.Array, index: jax.Array, state: PyTree) -> Evaluation:
         def fold(key: jax.Array | None) -> jax.Array | None:
             return None if key is None else jax.random.fold_in(key, index)
 
         return dataclasses.replace(
             self.evaluation,
             batch=batch,
-            omega=omega,
+            weights=weights,
             model_state=state,
             model_key=fold(self.evaluation.model_key),
             sample_key=fold(self.evaluation.sample_key),
@@ -80,13 +80,13 @@ class Pieces:
           (sum of terms, last model state, concatenated values).
         """
         whole, batch = self.count * self.size, self.evaluation.batch
-        parts, weighed = self.axes.parts(batch, self.size, self.count), (self.evaluation.omega, beside)
+        parts, weighed = self.axes.parts(batch, self.size, self.count), (self.evaluation.weights, beside)
         stacked = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), weighed)
 
         @for_loop_body
         def run(part: Any, index: jax.Array, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-            batch, (omega, aside) = part
-            return visit(self._piece(batch, omega, index, state), index, aside)
+            batch, (weights, aside) = part
+            return visit(self._piece(batch, weights, index, state), index, aside)
 
         def body(carry: tuple[PyTree, PyTree], xs: tuple[Any, jax.Array]) -> tuple[tuple[PyTree, PyTree], PyTree]:
             (held, weighed), index = xs
@@ -137,7 +137,7 @@ class Microbatched(Curvature):
         return f"{self.inner.name}, microbatches of {self.size}"
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> TrainablePartition:
         return self.inner.partition
 
     @property
@@ -219,8 +219,8 @@ class Microbatched(Curvature):
         examples = evaluation.axes.count(evaluation.batch)
         if examples <= self.size:
             return None
-        omega = self.inner.effective_weights(params, evaluation)
-        pieces = Pieces(dataclasses.replace(evaluation, omega=omega), evaluation.axes, self.size, examples)
+        weights = self.inner.effective_weights(params, evaluation)
+        pieces = Pieces(dataclasses.replace(evaluation, weights=weights), evaluation.axes, self.size, examples)
         weight = self._total_weight(params, pieces)
         return dataclasses.replace(pieces, evaluation=dataclasses.replace(pieces.evaluation, total_weight=weight))
 
@@ -262,14 +262,14 @@ class Microbatched(Curvature):
         rows = self._rows(params, pieces) if needs.rows else None
         product = self._product(params, pieces) if needs.product else None
         return Linearization(
-            params_like=jax.eval_shape(tree.widen, params),
+            params_like=jax.eval_shape(tree.upcast, params),
             loss=loss,
             gradient=gradient,
             output_gradient=output_gradient,
             product=rows.product if rows is not None else product,
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
-            site_factors=self._site_factors(params, pieces) if needs.factors else None,
+            layer_factors=self._layer_factors(params, pieces) if needs.factors else None,
             rounding=lambda: self._rounding(params, pieces),
             leaf_axes=lambda: self.leaf_axes(params, evaluation),
             model_state=model_state,
@@ -283,7 +283,7 @@ class Microbatched(Curvature):
     def leaf_axes(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[LeafAxes, ...], ...]:
         return self.inner.leaf_axes(params, evaluation)
 
-    def blocks(self, params: PyTree, evaluation: Evaluation) -> Blocks:
+    def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
         return self.inner.blocks(params, evaluation)
 
     def rows(
@@ -291,10 +291,10 @@ class Microbatched(Curvature):
         params: PyTree,
         evaluation: Evaluation,
         outputs: jax.Array,
-        push: Callable[[PyTree], jax.Array],
-        pull: Callable[[jax.Array], PyTree],
-    ) -> Rows:
-        return self.inner.rows(params, evaluation, outputs, push, pull)
+        jvp: Callable[[PyTree], jax.Array],
+        vjp: Callable[[jax.Array], PyTree],
+    ) -> JacobianRows:
+        return self.inner.rows(params, evaluation, outputs, jvp, vjp)
 
     def _product(self, params: PyTree, pieces: Pieces) -> Callable[[PyTree], PyTree]:
         def product(v: PyTree) -> PyTree:
@@ -330,36 +330,36 @@ class Microbatched(Curvature):
 
         return sampled_gradient
 
-    def _site_factors(self, params: PyTree, pieces: Pieces) -> SiteFactors:
-        def site_factors(metric: Metric, key: jax.Array) -> Callable[[Measure], PyTree]:
+    def _layer_factors(self, params: PyTree, pieces: Pieces) -> LayerFactors:
+        def layer_factors(fisher: FisherType, key: jax.Array) -> Callable[[Measure], PyTree]:
             def total(measure: Measure) -> PyTree:
                 def visit(piece: Evaluation, index: jax.Array, _: Any) -> tuple[PyTree, PyTree, PyTree]:
                     at = self.inner.linearize(params, piece, Needs(factors=True))
-                    if at.site_factors is None:
+                    if at.layer_factors is None:
                         raise AssertionError("a linearization asked for factors has them.")
-                    term = at.site_factors(metric, jax.random.fold_in(key, index))(measure)
+                    term = at.layer_factors(fisher, jax.random.fold_in(key, index))(measure)
                     return term, at.model_state, ()
 
                 return pieces.sum(visit)[0]
 
             return total
 
-        return site_factors
+        return layer_factors
 
     def linear_pieces(self, params: PyTree, pieces: Pieces) -> LinearModel:
         """The model between parameters and the outputs of all pieces, linearized anew wherever it is used."""
 
-        def push(v: PyTree) -> jax.Array:
+        def jvp(v: PyTree) -> jax.Array:
             def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
-                at = linear_model(lambda p: self.inner.outputs(p, piece), params, push=True)
+                at = linear_model(lambda p: self.inner.outputs(p, piece), params, jvp=True)
                 return (), at.rest[0], at.jvp(v)
 
             return pieces.sum(visit)[2]
 
-        def pull(u: jax.Array) -> PyTree:
+        def vjp(u: jax.Array) -> PyTree:
             def visit(piece: Evaluation, _: jax.Array, part: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
-                at = linear_model(lambda p: self.inner.outputs(p, piece), params, push=False)
-                return at.pull(part), at.rest[0], ()
+                at = linear_model(lambda p: self.inner.outputs(p, piece), params, jvp=False)
+                return at.vjp(part), at.rest[0], ()
 
             return pieces.sum(visit, beside=u)[0]
 
@@ -379,13 +379,13 @@ class Microbatched(Curvature):
             return (), state, (outputs, jax.tree.map(lambda x: x[None], aux))
 
         _, model_state, (outputs, aux) = pieces.sum(visit)
-        return LinearModel(outputs, push, pull, (model_state, aux), bend)
+        return LinearModel(outputs, jvp, vjp, (model_state, aux), bend)
 
-    def _rows(self, params: PyTree, pieces: Pieces) -> Rows:
+    def _rows(self, params: PyTree, pieces: Pieces) -> JacobianRows:
         at = self.linear_pieces(params, pieces)
-        return self._pulled(params, self.inner.rows(params, pieces.evaluation, at.outputs, at.jvp, at.pull))
+        return self._pulled(params, self.inner.rows(params, pieces.evaluation, at.outputs, at.jvp, at.vjp))
 
-    def _pulled(self, params: PyTree, rows: Rows) -> Rows:
+    def _pulled(self, params: PyTree, rows: JacobianRows) -> JacobianRows:
         """The rows, made by J^T where each piece has a key or a state of its own.
 
         No one function of an example describes such a model.
@@ -394,10 +394,10 @@ class Microbatched(Curvature):
             return rows
 
         def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            output, pull = rows.output, rows.pull
-            return row_gram(None, params, None, output, pull, max_bytes=max_bytes, implementation=implementation)
+            output, vjp = rows.output, rows.vjp
+            return row_gram(None, params, None, output, vjp, max_bytes=max_bytes, implementation=implementation)
 
         def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(None, params, None, rows.output, rows.pull, max_bytes=max_bytes)
+            return row_diagonal(None, params, None, rows.output, rows.vjp, max_bytes=max_bytes)
 
         return dataclasses.replace(rows, gram=gram, diagonal=diagonal)

@@ -13,7 +13,7 @@ import numpy as np
 
 from curvax import tree
 from curvax.curvature.base import Evaluation
-from curvax.curvature.partition import Partition
+from curvax.curvature.partition import TrainablePartition
 from curvax.losses.base import Loss, Shaped
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.batch_axis import ExampleModel
@@ -36,7 +36,7 @@ class Extras:
     has_state: bool = False
     has_aux: bool = False
     has_rng: bool = False
-    partition: Partition = Partition()
+    partition: TrainablePartition = TrainablePartition()
 
     def call(
         self, function: Callable[..., Any], trainable: PyTree, inputs: Any, evaluation: Evaluation
@@ -193,9 +193,9 @@ class Model:
             leaves[place] = leaf
         return dataclasses.replace(evaluation, batch=jax.tree.unflatten(structure, leaves))
 
-    def loss_weights(self, loss: Loss, omega: jax.Array, outputs: Shaped, batch: Any) -> LossWeights:
+    def loss_weights(self, loss: Loss, weights: jax.Array, outputs: Shaped, batch: Any) -> LossWeights:
         """Effective weights, and how they come from the batch."""
-        return LossWeights.of(omega, outputs, self._observed(loss, outputs, batch))
+        return LossWeights.of(weights, outputs, self._observed(loss, outputs, batch))
 
     def _observed(self, loss: Loss, outputs: Shaped, batch: Any) -> Any:
         return loss.observed_weights(outputs, self.targets(batch), self.weights(batch))
@@ -213,12 +213,12 @@ class Model:
 
     def effective_weights(self, loss: Loss, outputs: Shaped, batch: Any, *, signed: bool) -> jax.Array:
         """See `Loss.effective_weights`; NaN where a weight is negative and none may be."""
-        omega = loss.effective_weights(
+        weights = loss.effective_weights(
             outputs, loss.observed_weights(outputs, self.targets(batch), self.weights(batch))
         )
         if signed or self.weight_key is None:
-            return omega
-        return jnp.where(jnp.all(omega >= 0), omega, jnp.full((), jnp.nan, omega.dtype))
+            return weights
+        return jnp.where(jnp.all(weights >= 0), weights, jnp.full((), jnp.nan, weights.dtype))
 
     @property
     def _keys(self) -> dict[str, str]:

@@ -33,7 +33,7 @@ def _flag(mask: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
+class TrainablePartition:
     """Splits parameters into a trainable and a frozen tree, each with `None` where the other has the leaf.
 
     Attributes:

@@ -12,5 +12,5 @@ from curvax.estimators.gnb import GaussNewtonBartlett as GaussNewtonBartlett
 from curvax.estimators.hutchinson import Hutchinson as Hutchinson
 from curvax.estimators.hutchinson import HutchinsonTrace as HutchinsonTrace
 from curvax.estimators.hutchpp import HutchPlusPlus as HutchPlusPlus
-from curvax.estimators.nystrom import RandomisedNystrom as RandomisedNystrom
+from curvax.estimators.nystrom import RandomizedNystrom as RandomizedNystrom
 from curvax.estimators.xtrace import XTrace as XTrace

@@ -1,4 +1,4 @@
-"""Dense column blocks for the estimators that need orthogonalisation."""
+"""Dense column blocks for the estimators that need orthogonalization."""
 
 from __future__ import annotations
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import jax
 
+from curvax.curvature import Linearization
 from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.numbers import is_known, whole
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 Product: TypeAlias = Callable[[PyTree], PyTree]
 
@@ -40,15 +38,15 @@ class DiagonalEstimator(abc.ABC):
 
     @abc.abstractmethod
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
-        """An estimate of diag(C), with the structure, shapes and (wide) dtypes of `linearization.params_like`."""
+        """An estimate of diag(C), with the structure, shapes and (upcast) dtypes of `linearization.params_like`."""
 
     def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
         """The same estimate as its factors, where they are cheaper to hand on than their product."""
         return DiagonalEstimate((self.diagonal(linearization, key),))
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
-        """The ops that an estimate calls for wide parameters of these shapes, and what it asks of them."""
-        del wide
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that an estimate calls for upcast parameters of these shapes, and what it asks of them."""
+        del upcast
         return ()
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> DiagonalEstimator:
@@ -81,7 +79,7 @@ class TraceEstimator(abc.ABC):
         """Estimates the trace of `product`.
 
         Args:
-          product: v -> C v on wide trees shaped as `like`; it is vmapped.
+          product: v -> C v on upcast trees shaped as `like`; it is vmapped.
           like: arrays or `jax.ShapeDtypeStruct`s.
           key: the only source of randomness.
         """

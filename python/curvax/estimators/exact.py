@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 
+from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @dataclasses.dataclass(frozen=True)

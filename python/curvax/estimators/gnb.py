@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.curvature import Linearization
 from curvax.estimators._columns import mean_and_error
 from curvax.estimators.base import DiagonalEstimator, Product, TraceEstimate, TraceEstimator, check_count
 from curvax.estimators.block_average import BlockAverage
@@ -17,9 +17,6 @@ from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.kernels.hutchinson_reduce import HUTCHINSON_REDUCE, hutchinson_reduce
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +53,9 @@ class Hutchinson(DiagonalEstimator):
     def needs_sampling(self) -> bool:
         return False
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         plain = self.n_probes == 1 and self.block_average is None
-        return () if plain else ((HUTCHINSON_REDUCE, Request.of(wide)),)
+        return () if plain else ((HUTCHINSON_REDUCE, Request.of(upcast)),)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> Hutchinson:
         return dataclasses.replace(self, reduce=choices.get(HUTCHINSON_REDUCE.name, self.reduce))
@@ -118,8 +115,10 @@ class HutchinsonTrace(TraceEstimator):
 
 
 def _rademacher(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent random signs in the wide dtypes of `like`."""
+    """Independent random signs in the accumulation dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(k, x.shape, tree.wide_dtype(x.dtype)) for k, x in zip(keys, leaves, strict=True)]
+    signs = [
+        jax.random.rademacher(k, x.shape, tree.accumulation_dtype(x.dtype)) for k, x in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, signs)

@@ -1,4 +1,4 @@
-"""Randomised Nystrom approximation."""
+"""Randomized Nystrom approximation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curvax.tree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomisedNystrom(LowRankEstimator):
+class RandomizedNystrom(LowRankEstimator):
     """Positive semidefinite low-rank approximation of C from its products with random vectors.
 
     With Y = C W for an orthonormal W (n, rank), the Nystrom approximation Y (W^T Y)^+ Y^T is never above C and is C

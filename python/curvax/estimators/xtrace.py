@@ -39,14 +39,14 @@ class XTrace(TraceEstimator):
         if n <= k:
             return exact_trace(product, like)
         multiply = columns_product(product, like)
-        omega = jax.random.normal(key, (n, k), dtype)
-        y = multiply(omega)
+        weights = jax.random.normal(key, (n, k), dtype)
+        y = multiply(weights)
         q = orthonormal(y)
-        value, error = mean_and_error(_leave_one_out(omega, y, q, multiply(q)))
+        value, error = mean_and_error(_leave_one_out(weights, y, q, multiply(q)))
         return TraceEstimate(value, error, 2 * k)
 
 
-def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, z: jax.Array) -> jax.Array:
+def _leave_one_out(weights: jax.Array, y: jax.Array, q: jax.Array, z: jax.Array) -> jax.Array:
     """The k estimates, from Y = C Omega = Q R and Z = C Q.
 
     The range of Y without column i is that of Q (I - s_i s_i^T), with s_i the unit vector orthogonal to all columns
@@ -59,19 +59,19 @@ def _leave_one_out(omega: jax.Array, y: jax.Array, q: jax.Array, z: jax.Array) -
     term is unbiased for the trace there, and dividing by |u_i|^2 takes out the variance that the length of w_i would
     bring.
     """
-    n, k = omega.shape
+    n, k = weights.shape
     s = _left_out_directions(matmul(q.T, y))
-    w, h = matmul(q.T, omega), matmul(q.T, z)
+    w, h = matmul(q.T, weights), matmul(q.T, z)
     x = w - s * jnp.sum(s * w, axis=0)
-    u = omega - matmul(q, x)
+    u = weights - matmul(q, x)
     cu = y - matmul(z, x)
-    dimension = jnp.asarray(n - k + 1, omega.dtype)
+    dimension = jnp.asarray(n - k + 1, weights.dtype)
     remainder = dimension * jnp.sum(u * cu, axis=0) / jnp.sum(u * u, axis=0)
     return jnp.trace(h) - jnp.sum(s * matmul(h, s), axis=0) + remainder
 
 
 def _left_out_directions(r: jax.Array) -> jax.Array:
-    """Unit s_i (columns) orthogonal to every column of R but the i-th: the normalised columns of R^-T.
+    """Unit s_i (columns) orthogonal to every column of R but the i-th: the normalized columns of R^-T.
 
     Substitution makes each of them so to rounding of R, however small the diagonal of R is. Where that is below
     rounding itself (C of low rank) it is raised to it, which changes R by no more.

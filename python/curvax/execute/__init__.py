@@ -4,7 +4,7 @@ from curvax.execute.state import LastStep as LastStep
 from curvax.execute.state import Layout as Layout
 from curvax.execute.state import MethodState as MethodState
 from curvax.execute.state import check_part as check_part
-from curvax.execute.state import wide_shapes as wide_shapes
+from curvax.execute.state import upcast_shapes as upcast_shapes
 from curvax.execute.step import Problem as Problem
 from curvax.execute.step import Proposal as Proposal
 from curvax.execute.step import propose as propose

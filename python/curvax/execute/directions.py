@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Linearization, OutputCurvature, Rows
+from curvax.curvature import JacobianRows, Linearization, OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.loops import for_loop_body
 from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
@@ -31,7 +31,7 @@ class Task:
       space: vector arithmetic of parameter space.
       raveled: solve on one raveled vector in place of the tree.
       gram: implementation of `gram_accumulate` in the row lane; `None` takes the best supported one.
-      factorise: the same of `batched_cholesky_solve`, for solvers of a dense matrix.
+      factorize: the same of `batched_cholesky_solve`, for solvers of a dense matrix.
     """
 
     at: Linearization
@@ -42,7 +42,7 @@ class Task:
     space: TreeSpace
     raveled: bool = False
     gram: Implementation | Choice | None = None
-    factorise: Implementation | Choice | None = None
+    factorize: Implementation | Choice | None = None
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
@@ -73,7 +73,7 @@ def _parameter_system(task: Task) -> System:
         raise ValueError("the diagonal lane has no curvature products.")
 
     product = for_loop_body(task.at.product or no_product)
-    return System(product, task.space, task.precondition, factorise=task.factorise)
+    return System(product, task.space, task.precondition, factorize=task.factorize)
 
 
 def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:
@@ -142,7 +142,7 @@ def _shift(solver: RowSpace, state: PyTree) -> PyTree | None:
     return tree.scale(jnp.asarray(solver.momentum, tree.scalar_dtype(state)), state)
 
 
-def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solution:
+def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree) -> Solution:
     """Solves with G = S^T J J^T S.
 
     If the gradient is J^T S t, then s = J^T S (G + lam I)^-1 t. Any other right-hand side goes through Woodbury's
@@ -150,13 +150,13 @@ def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solu
     """
     shift = _shift(solver, state)
     t = rows.output.gradient_in_rows() if task.own_gradient else None
-    like = jax.eval_shape(rows.output.factor_transpose, jax.eval_shape(rows.push, task.gradient))
+    like = jax.eval_shape(rows.output.factor_transpose, jax.eval_shape(rows.jvp, task.gradient))
 
     def product(w: jax.Array) -> jax.Array:
-        return rows.output.factor_transpose(rows.push(rows.pull(rows.output.factor(w))))
+        return rows.output.factor_transpose(rows.jvp(rows.vjp(rows.output.factor(w))))
 
     gram = rows.gram(solver.max_bytes, task.gram)
-    system = System(product, matrix=lambda: gram, factorise=task.factorise)
+    system = System(product, matrix=lambda: gram, factorize=task.factorize)
 
     def solve_rows(rhs: jax.Array) -> Solution:
         return solver.solve(system, rhs, (), task.lam)
@@ -164,9 +164,9 @@ def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solu
     if t is not None:
         rhs = t.astype(like.dtype)
         if shift is not None:
-            rhs = rhs - rows.output.factor_transpose(rows.push(shift))
+            rhs = rhs - rows.output.factor_transpose(rows.jvp(shift))
         solution = solve_rows(rhs)
-        correction = rows.pull(rows.output.factor(solution.value))
+        correction = rows.vjp(rows.output.factor(solution.value))
     else:
         rest = task.gradient
         if shift is not None:
@@ -177,11 +177,11 @@ def _row_matrix(solver: RowSpace, rows: Rows, task: Task, state: PyTree) -> Solu
 
 
 def _woodbury(
-    rows: Rows, solve_rows: Callable[[jax.Array], Solution], g: PyTree, lam: jax.Array
+    rows: JacobianRows, solve_rows: Callable[[jax.Array], Solution], g: PyTree, lam: jax.Array
 ) -> tuple[Solution, PyTree]:
     def once(v: PyTree) -> tuple[Solution, PyTree]:
-        solution = solve_rows(rows.output.factor_transpose(rows.push(v)))
-        back = rows.pull(rows.output.factor(solution.value))
+        solution = solve_rows(rows.output.factor_transpose(rows.jvp(v)))
+        back = rows.vjp(rows.output.factor(solution.value))
         return solution, tree.scale(1 / lam, jax.tree.map(jnp.subtract, v, back))
 
     solution, first = once(g)
@@ -189,7 +189,7 @@ def _woodbury(
     return solution, tree.add(first, once(rest)[1])
 
 
-def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTree) -> Solution:
+def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, state: PyTree) -> Solution:
     if not task.own_gradient:
         raise ValueError(
             "row-space CG needs the gradient of its own batch: use RowSpace(Cholesky()) or parameter-space CG when "
@@ -198,7 +198,7 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
 
     @for_loop_body
     def gram(u: jax.Array) -> jax.Array:
-        return rows.push(rows.pull(u))
+        return rows.jvp(rows.vjp(u))
 
     def product(pair: _Pair) -> _Pair:
         u = rows.output.product(pair[1])
@@ -211,11 +211,11 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     shift = _shift(solver, state)
     r = _output_gradient(task)
     if shift is not None:
-        r = r - rows.output.product(rows.push(shift))
+        r = r - rows.output.product(rows.jvp(shift))
     rhs = pair(r)
     start = None
     if cg.warm_start and shift is None:
-        w = pair(r - rows.output.product(rows.push(state)))
+        w = pair(r - rows.output.product(rows.jvp(state)))
         # Nothing to start from: a start along r would be an iteration without its share in the conjugate directions.
         start = tree.scale(
             (tree.max_abs(state) > 0).astype(rhs[0].dtype), _warm_start(system.space, rows.output, task.lam, w, rhs)
@@ -223,7 +223,7 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: Rows, task: Task, state: PyTr
     # Vector and image under K drift apart at rounding level; a residual below that steers by noise.
     floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
     solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)
-    correction = rows.pull(solution.value[0])
+    correction = rows.vjp(solution.value[0])
     return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction))
 
 

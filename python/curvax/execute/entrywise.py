@@ -41,7 +41,7 @@ def move(
     Args:
       step: the modules.
       params: trainable parameters.
-      gradient: wide.
+      gradient: upcast.
       lam: damping.
       sound: whether the step may be taken at all.
       diagonal, solver, transform: states of the modules; the first is already refreshed.

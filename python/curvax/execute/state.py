@@ -107,6 +107,6 @@ def check_part(name: str, state: Any, expected: Any) -> None:
     )
 
 
-def wide_shapes(params: PyTree) -> PyTree:
-    """Shapes of wide vectors over `params`."""
-    return jax.eval_shape(tree.widen, params)
+def upcast_shapes(params: PyTree) -> PyTree:
+    """Shapes of upcast vectors over `params`."""
+    return jax.eval_shape(tree.upcast, params)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.chain import RatedUpdate
 from curvax.curvature import Evaluation, Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
@@ -22,11 +23,10 @@ from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, Plan, entrywise, flat_vectors, kernel_choices
-from curvax.preconditioners import BlockPreconditioner, Identity
+from curvax.preconditioners import BlockPreconditioner, IdentityPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
 from curvax.solvers.base import solved, unsolved
 from curvax.telemetry import Metric
-from curvax.transform import RatedUpdate
 from curvax.tree import PyTree
 
 
@@ -37,7 +37,7 @@ class Proposal:
     Attributes:
       params: trainable parameters after the step: the old ones if it was not taken, and those before the last step
         where that one is undone.
-      update: the update that was applied, wide; zero if the step was not taken.
+      update: the update that was applied, in the accumulation dtype; zero if the step was not taken.
       state: the next state.
       info: the chosen metrics, and "aux" if the model returns one.
     """
@@ -110,7 +110,7 @@ class _Point:
     Attributes:
       at, curved: linearizations on the batches of the gradient and of the curvature; one and the same if the batches
         are.
-      gradient: wide.
+      gradient: upcast.
       lam: damping.
       preconditioner: its state, refreshed where that was due.
     """
@@ -127,7 +127,7 @@ class _Point:
         at, curved = _linearize(ctx)
         given = ctx.problem.gradient
         lam = ctx.assembly.damping.lam(ctx.state.damping)
-        gradient = at.gradient if given is None else tree.widen(given)
+        gradient = at.gradient if given is None else tree.upcast(given)
         return _Point(at, curved, gradient, lam, _refresh(ctx, curved, lam))
 
 
@@ -139,9 +139,9 @@ def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, st
     if isinstance(step, Entrywise) and problem.gradient is None:
         return _in_one_pass(ctx, point, step)
     solution = _solve(ctx, point)
-    wide = tree.widen(params)
-    update, transform = ctx.assembly.transform.update(solution.value, state.transform, wide)
-    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, wide, update)
+    upcast = tree.upcast(params)
+    update, transform = ctx.assembly.transform.update(solution.value, state.transform, upcast)
+    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, upcast, update)
     demanded, norm = _demanded(ctx, update)
     outcome = _evaluate(ctx, point, solution, after, demanded, norm)
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
@@ -180,7 +180,7 @@ def _in_one_pass(ctx: _Context, point: _Point, step: Entrywise) -> Proposal:
     # The direction is not at hand: telemetry that asks for it, or for the update, takes the other way.
     none = unsolved(moved.finite, point.lam.dtype)
     info = _info(ctx, point, following, none, None, outcome, moved.finite)
-    update = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, tree.widen(moved.params), tree.widen(params))
+    update = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, tree.upcast(moved.params), tree.upcast(params))
     return Proposal(moved.params, update, following, info)
 
 
@@ -277,14 +277,14 @@ def _solve(ctx: _Context, point: _Point) -> Solution:
         own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
         lam=point.lam,
         precondition=None
-        if isinstance(preconditioner, Identity)
+        if isinstance(preconditioner, IdentityPreconditioner)
         else lambda v: preconditioner.apply(point.preconditioner, point.lam, v),
         space=TreeSpace(
             choices.get(tree_cg.DOTS.name), choices.get(tree_cg.CG_UPDATE.name), choices.get(tree_cg.CG_DIRECTION.name)
         ),
         raveled=flat_vectors(tuple(choices.values()), point.gradient) is not None,
         gram=choices.get(gram_accumulate.GRAM_ACCUMULATE.name),
-        factorise=choices.get(batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE.name),
+        factorize=choices.get(batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE.name),
     )
     own = ctx.state.solver if plan.solver_index is None else ctx.state.solver[plan.solver_index]
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
@@ -320,7 +320,7 @@ def _evaluate(
             product = ctx.assembly.curvature.linearize(ctx.params, ctx.problem.curvature_batch, needs).product
         if product is None:
             raise AssertionError("a linearization asked for products has them.")
-        moved = jax.tree.map(jnp.subtract, tree.widen(after), tree.widen(ctx.params))
+        moved = jax.tree.map(jnp.subtract, tree.upcast(after), tree.upcast(ctx.params))
         moved = jax.tree.map(lambda m, g: m.astype(g.dtype), moved, point.gradient)
         slope, bend, squared = (
             tree.vdot(point.gradient, moved),
@@ -384,7 +384,7 @@ def _where_not_taken(ctx: _Context, undone: jax.Array | None) -> tuple[PyTree, P
     if last is None or undone is None:
         return params, tree.zeros_like(params)
     kept = tree.where(undone, last.before, params)
-    return kept, jax.tree.map(jnp.subtract, tree.widen(kept), tree.widen(params))
+    return kept, jax.tree.map(jnp.subtract, tree.upcast(kept), tree.upcast(params))
 
 
 def _info(

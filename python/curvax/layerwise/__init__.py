@@ -1,11 +1,11 @@
 """Full and layerwise Gauss-Newton for large batches, around any Optax optimizer (arXiv 2510.09378)."""
 
 from curvax.layerwise.blocks import BlockPartition as BlockPartition
-from curvax.layerwise.blocks import Blocks as Blocks
 from curvax.layerwise.blocks import ByGroup as ByGroup
 from curvax.layerwise.blocks import ByLeaf as ByLeaf
 from curvax.layerwise.blocks import ByPath as ByPath
 from curvax.layerwise.blocks import ByPrefix as ByPrefix
+from curvax.layerwise.blocks import ParameterBlocks as ParameterBlocks
 from curvax.layerwise.build import full_gn as full_gn
 from curvax.layerwise.build import layerwise_gn as layerwise_gn
 from curvax.layerwise.inner import ConjugateGradients as ConjugateGradients

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
-from curvax.layerwise.blocks import Blocks
+from curvax.layerwise.blocks import ParameterBlocks
 from curvax.tree import PyTree
 
 
@@ -39,17 +39,17 @@ class Tangents:
 
 
 def block_push(
-    push: Callable[[PyTree], PyTree], like: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+    jvp: Callable[[PyTree], PyTree], like: PyTree, blocks: ParameterBlocks, chosen: tuple[int, ...]
 ) -> Callable[[PyTree], PyTree]:
-    """P: wide vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.
+    """P: upcast vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.
 
     Args:
-      push: v -> J v, linear; traced once here.
+      jvp: v -> J v, linear; traced once here.
       like: shapes of v.
       blocks: the partition of v.
       chosen: the blocks that are wanted, ascending; entries of v in others are not read.
     """
-    closed, shapes = jax.make_jaxpr(push, return_shape=True)(like)
+    closed, shapes = jax.make_jaxpr(jvp, return_shape=True)(like)
     structure = jax.tree.structure(shapes)
 
     def pushed(v: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ from curvax.tree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class ParameterBlocks:
     """A partition of the parameters.
 
     Attributes:
@@ -35,7 +35,7 @@ class Blocks:
         return len(self.names)
 
     def norms(self, vector: PyTree) -> jax.Array:
-        """Euclidean norm of each block of a wide vector, safe against overflow and underflow of the squares."""
+        """Euclidean norm of each block of an upcast vector, safe against overflow and underflow of the squares."""
         top = tree.max_abs(vector)
         scale = jnp.where((top > 0) & jnp.isfinite(top), top, jnp.ones_like(top))
         squares = jnp.zeros((self.count,), scale.dtype)
@@ -80,7 +80,7 @@ class BlockPartition(abc.ABC):
         """The rule as the plan prints it."""
 
     @abc.abstractmethod
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         """The blocks of these parameters (arrays or shapes), every leaf in exactly one of them.
 
         Raises:
@@ -111,7 +111,7 @@ class ByGroup(BlockPartition):
     def name(self) -> str:
         return "top-level groups" + (f", layers of {', '.join(self.split)} apart" if self.split else "")
 
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         paths = jax.tree_util.tree_leaves_with_path(params)
         groups = [_text(path[:1]) for path, _ in paths]
         for wanted in self.split:
@@ -150,10 +150,10 @@ class ByLeaf(BlockPartition):
     def name(self) -> str:
         return "leaves"
 
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         # By position: two paths may read alike, {"a/b": x} and {"a": {"b": x}}.
         names = tuple(_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
-        return Blocks(names, tuple(range(len(names))))
+        return ParameterBlocks(names, tuple(range(len(names))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class ByPath(BlockPartition):
     def name(self) -> str:
         return f"by {getattr(self.block, '__name__', 'path')}"
 
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         owners: list[str | tuple[str, ...]] = []
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
             found = self.block(_text(path))
@@ -206,7 +206,7 @@ class ByPrefix(BlockPartition):
     def name(self) -> str:
         return "by prefixes of paths"
 
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         owners: list[str | tuple[str, ...]] = []
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
             text = _text(path)
@@ -232,11 +232,11 @@ def _text(path: KeyPath) -> str:
     return keystr(path, simple=True, separator="/") or "all"
 
 
-def _numbered(owners: list[str | tuple[str, ...]]) -> Blocks:
+def _numbered(owners: list[str | tuple[str, ...]]) -> ParameterBlocks:
     """Blocks in the order in which their names come up."""
     names: dict[str, int] = {}
     for owner in owners:
         for name in (owner,) if isinstance(owner, str) else owner:
             names.setdefault(name, len(names))
     of_leaf = tuple(names[o] if isinstance(o, str) else tuple(names[name] for name in o) for o in owners)
-    return Blocks(tuple(names), of_leaf)
+    return ParameterBlocks(tuple(names), of_leaf)

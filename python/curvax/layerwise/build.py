@@ -9,7 +9,7 @@ import jax
 import optax
 
 from curvax.curvature import Extras, GaussNewton, Model
-from curvax.curvature import Partition as TrainablePartition
+from curvax.curvature import TrainablePartition as TrainablePartition
 from curvax.curvature.partition import Mask
 from curvax.kernels._dispatch import Backend
 from curvax.layerwise.blocks import BlockPartition, ByGroup
@@ -68,7 +68,7 @@ def full_gn(
       line_search: `None` takes the full step whenever it is finite. The paper calls the search indispensable, save for
         `prox_linear`.
       warm_start: the next inner loop starts where this one ended, before the line search shortened the step.
-      prox_linear: minimise the loss itself of the linearised outputs, not its quadratic model.
+      prox_linear: minimize the loss itself of the linearized outputs, not its quadratic model.
       inner_schedule: index of the minibatch within the step, 0 to N - 1, -> factor on the inner update. `None`, the
         paper's choice for large batches, is a cosine from 1 to 0 in every step; `optax.constant_schedule(1.0)` leaves
         the rate to the inner optimizer's own schedule, whose count runs on from step to step.
@@ -121,7 +121,7 @@ def layerwise_gn(
 ) -> InnerLoopMethod:
     """Layerwise Gauss-Newton by an inner optimizer (Abreu et al. 2025): `full_gn` without curvature between blocks.
 
-    Every block minimises its own quadratic with the others held at theta0, gradient J_b^T (g0 + H J_b (theta_b -
+    Every block minimizes its own quadratic with the others held at theta0, gradient J_b^T (g0 + H J_b (theta_b -
     theta0_b)). All blocks share one linearization per minibatch, one run of the inner optimizer and one line search.
 
     Args:

@@ -121,18 +121,18 @@ class HeadOutputs(Outputs):
         return self._loss(self._parts(params, evaluation)[0], params, evaluation).value()
 
     def gradient(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, PyTree]:
-        at = linear_model(lambda p: self._parts(p, evaluation), params, push=False)
+        at = linear_model(lambda p: self._parts(p, evaluation), params, jvp=False)
         loss, residual = self._loss(at.outputs, params, evaluation).gradient()
-        return loss, at.pull(residual)
+        return loss, at.vjp(residual)
 
     def linearize(
         self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
     ) -> LinearizedOutputs:
-        at = linear_model(lambda p: self._parts(p, evaluation), params, push=True)
-        if at.push is None:
-            raise AssertionError("a model linearized with push=True has one.")
+        at = linear_model(lambda p: self._parts(p, evaluation), params, jvp=True)
+        if at.jvp is None:
+            raise AssertionError("a model linearized with jvp=True has one.")
         loss = self._loss(at.outputs, params, evaluation, prox_linear, scale)
-        return LinearizedOutputs(loss, at.push, at.pull, at.rest[0])
+        return LinearizedOutputs(loss, at.jvp, at.vjp, at.rest[0])
 
     def _parts(self, params: PyTree, evaluation: Evaluation) -> tuple[Parts, tuple[PyTree, Any]]:
         """(hidden states, matrix, bias), (new model state, aux)."""
@@ -158,9 +158,9 @@ class HeadOutputs(Outputs):
         if not isinstance(loss, SoftmaxCrossEntropy):
             raise AssertionError("a head is built for the softmax cross entropy alone.")
         # Positions and dtype are those of the logits; nothing else is read.
-        omega = self.curvature.effective_weights(params, evaluation)
+        weights = self.curvature.effective_weights(params, evaluation)
         labels = self.curvature.model.targets(evaluation.batch)
-        return HeadLoss(self.head, at, labels, omega, loss.label_smoothing, prox_linear, scale)
+        return HeadLoss(self.head, at, labels, weights, loss.label_smoothing, prox_linear, scale)
 
 
 def _logits(hidden: Any, matrix: Any) -> jax.ShapeDtypeStruct:
@@ -180,7 +180,7 @@ class HeadLoss(OutputLoss):
       head: implementations.
       at: hidden states, matrix, bias.
       labels: integers, one per position.
-      omega: effective weights.
+      weights: effective weights.
       label_smoothing: of the loss.
       prox_linear: whether slopes are those of the loss at moved logits.
       scale: see `OutputLoss`; `None` is 1.
@@ -189,7 +189,7 @@ class HeadLoss(OutputLoss):
     head: SoftmaxHead
     at: Parts
     labels: jax.Array
-    omega: jax.Array
+    weights: jax.Array
     label_smoothing: float
     prox_linear: bool = False
     scale: jax.Array | None = None
@@ -197,7 +197,7 @@ class HeadLoss(OutputLoss):
     def value(self) -> jax.Array:
         hidden, matrix, bias = self.at
         return linear_softmax_loss(
-            hidden, matrix, self.labels, bias=bias, weights=self.omega, label_smoothing=self.label_smoothing,
+            hidden, matrix, self.labels, bias=bias, weights=self.weights, label_smoothing=self.label_smoothing,
             implementation=self.head.residual,
         )  # fmt: skip
 
@@ -254,7 +254,7 @@ class HeadLoss(OutputLoss):
     def _residual(self, v: Tangent | None, max_bytes: int) -> tuple[jax.Array, Cotangents]:
         hidden, matrix, bias = self.at
         return linear_softmax_residual(
-            hidden, matrix, self.labels, bias=bias, weights=self.omega, label_smoothing=self.label_smoothing,
+            hidden, matrix, self.labels, bias=bias, weights=self.weights, label_smoothing=self.label_smoothing,
             tangent=None if v is None else self._narrow(v), quadratic=v is not None and not self.prox_linear,
             max_bytes=max_bytes, implementation=self.head.residual,
         )  # fmt: skip
@@ -263,12 +263,12 @@ class HeadLoss(OutputLoss):
         hidden, matrix, bias = self.at
         d_hidden, d_matrix, d_bias = self._narrow(self._scaled(v))
         return None, linear_softmax_hvp(
-            hidden, matrix, d_hidden, d_matrix, bias=bias, d_bias=d_bias, weights=self.omega, max_bytes=max_bytes,
+            hidden, matrix, d_hidden, d_matrix, bias=bias, d_bias=d_bias, weights=self.weights, max_bytes=max_bytes,
             implementation=self.head.hvp,
         )  # fmt: skip
 
     def _narrow(self, v: Tangent) -> Tangent:
-        """Tangents in the outputs' dtypes: exactly what they were before `linear_model` widened them."""
+        """Tangents in the outputs' dtypes: exactly what they were before `linear_model` upcast them."""
         return Tangent(*(None if x is None else x.astype(a.dtype) for x, a in zip(v, self.at, strict=True)))
 
 

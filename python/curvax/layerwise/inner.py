@@ -1,4 +1,4 @@
-"""What minimises the inner problem: an Optax optimizer, one update per minibatch, or conjugate gradients."""
+"""What minimizes the inner problem: an Optax optimizer, one update per minibatch, or conjugate gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 
 from curvax import tree
 from curvax.curvature import Evaluation
-from curvax.layerwise.blocks import Blocks
+from curvax.layerwise.blocks import ParameterBlocks
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.result import Result, code
 from curvax.solvers import CG
@@ -26,7 +26,7 @@ class InnerUpdate:
     """What one minibatch changes.
 
     Attributes:
-      delta: theta - theta0, wide.
+      delta: theta - theta0, in the accumulation dtype.
       state: the inner solver's state.
       loss: at theta0, on the minibatch.
       model_state: the model's new state.
@@ -57,7 +57,7 @@ class InnerSolver(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> Any:
-        """State for these wide parameters."""
+        """State for these upcast parameters."""
 
     @abc.abstractmethod
     def update(
@@ -74,7 +74,7 @@ class InnerSolver(abc.ABC):
         Args:
           problem: the inner problem.
           params: theta0, trainable, in its own dtypes.
-          delta: theta - theta0, wide.
+          delta: theta - theta0, in the accumulation dtype.
           state: own state.
           index: of the minibatch within the step, int32.
           evaluation: the minibatch.
@@ -86,7 +86,7 @@ class Optimizer(InnerSolver):
     """An Optax optimizer: one update per minibatch, at the gradient of that minibatch's inner problem.
 
     Attributes:
-      transform: the optimizer. It sees wide parameters theta = theta0 + delta and its state is never reset.
+      transform: the optimizer. It sees upcast parameters theta = theta0 + delta and its state is never reset.
       schedule: index of the minibatch within the step -> factor on the update.
       clip_norm: bound on the Euclidean norm of each block's gradient (of the whole gradient if there is one block), or
         `None`.
@@ -130,7 +130,7 @@ class Optimizer(InnerSolver):
         return InnerUpdate(delta, state, loss, model_state, code(Result.CONVERGED), jnp.asarray(1, jnp.int32), unsolved)
 
 
-def clip_blocks(blocks: Blocks, gradient: PyTree, bound: float) -> PyTree:
+def clip_blocks(blocks: ParameterBlocks, gradient: PyTree, bound: float) -> PyTree:
     """`gradient` with every block whose norm is above `bound` scaled back to it."""
     norms = blocks.norms(gradient)
     limit = jnp.asarray(bound, norms.dtype)

@@ -1,4 +1,4 @@
-"""Full and layerwise Gauss-Newton: an inner loop on the linearised model, then a line search (arXiv 2510.09378)."""
+"""Full and layerwise Gauss-Newton: an inner loop on the linearized model, then a line search (arXiv 2510.09378)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class InnerLoopMethod:
         params, state, info = method.finish(carry, search_batch)
 
     Attributes:
-      problem: what is minimised inside.
-      inner: what minimises it.
+      problem: what is minimized inside.
+      inner: what minimizes it.
       inner_steps: minibatches in a step.
       search: line search, or `None` to take the full step.
       warm_start: the next inner loop starts from where this one ended.
@@ -101,7 +101,7 @@ class InnerLoopMethod:
         return OuterState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
-            inner=self.inner.init(tree.widen(trainable)),
+            inner=self.inner.init(tree.upcast(trainable)),
             offset=tree.zeros_like(trainable) if self.warm_start else (),
             model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
@@ -154,7 +154,7 @@ class InnerLoopMethod:
                 f"warm_start is {self.warm_start} here, and was not where this state was made: set it alike, or pass "
                 "what this method's init or last step returned."
             )
-        like = jax.eval_shape(self.inner.init, jax.eval_shape(tree.widen, trainable))
+        like = jax.eval_shape(self.inner.init, jax.eval_shape(tree.upcast, trainable))
         if jax.tree.structure(like) != jax.tree.structure(state.inner):
             raise ValueError("this state was made with another inner solver: pass what this method's init returned.")
         dtype = tree.scalar_dtype(trainable)

@@ -23,8 +23,8 @@ class OutputLoss(abc.ABC):
     Where the minibatch is a share that stands for all of them, what a tangent adds to the gradient at f0 is multiplied
     by a factor, the scale.
 
-    Tangents and cotangents are trees like the outputs, wide. Of blocks, each leaf is `Tangents`: the blocks that reach
-    it; a block's cotangents are those of the outputs that it reaches.
+    Tangents and cotangents are trees like the outputs, in the accumulation dtype. Of blocks, each leaf is `Tangents`:
+    the blocks that reach it; a block's cotangents are those of the outputs that it reaches.
     """
 
     @abc.abstractmethod
@@ -58,14 +58,14 @@ class LinearizedOutputs:
 
     Attributes:
       loss: in output space.
-      push: v -> J v, wide parameter vector to wide outputs.
-      pull: u -> J^T u.
+      jvp: v -> J v, upcast parameter vector to upcast outputs.
+      vjp: u -> J^T u.
       model_state: the model's new state.
     """
 
     loss: OutputLoss
-    push: Callable[[PyTree], PyTree]
-    pull: Callable[[PyTree], PyTree]
+    jvp: Callable[[PyTree], PyTree]
+    vjp: Callable[[PyTree], PyTree]
     model_state: PyTree
 
 
@@ -133,17 +133,17 @@ class ArrayOutputs(Outputs):
         self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
     ) -> LinearizedOutputs:
         model = self.curvature.model
-        at = linear_model(lambda p: model.outputs(p, evaluation), params, push=True)
-        if at.push is None:
-            raise AssertionError("a model linearized with push=True has one.")
+        at = linear_model(lambda p: model.outputs(p, evaluation), params, jvp=True)
+        if at.jvp is None:
+            raise AssertionError("a model linearized with jvp=True has one.")
         loss = self.loss(at.outputs, evaluation, prox_linear, scale)
-        return LinearizedOutputs(loss, at.push, at.pull, at.rest[0])
+        return LinearizedOutputs(loss, at.jvp, at.vjp, at.rest[0])
 
     def loss(self, outputs: jax.Array, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None) -> ArrayLoss:
         """The loss at these outputs; arguments as for `linearize`."""
         targets = self.curvature.model.targets(evaluation.batch)
-        omega = self.curvature.weights_of(outputs, evaluation)
-        return ArrayLoss(self.curvature.loss, outputs, targets, omega, prox_linear, scale)
+        weights = self.curvature.weights_of(outputs, evaluation)
+        return ArrayLoss(self.curvature.loss, outputs, targets, weights, prox_linear, scale)
 
 
 @final
@@ -152,7 +152,7 @@ class ArrayLoss(OutputLoss):
     """A loss at an array of outputs.
 
     Attributes:
-      loss, outputs, targets, omega: as in `Loss`.
+      loss, outputs, targets, weights: as in `Loss`.
       prox_linear: whether slopes are those of the loss at moved outputs.
       scale: see `OutputLoss`; `None` is 1.
     """
@@ -160,21 +160,21 @@ class ArrayLoss(OutputLoss):
     loss: Loss
     outputs: jax.Array
     targets: Any
-    omega: jax.Array
+    weights: jax.Array
     prox_linear: bool
     scale: jax.Array | None = None
 
     def value(self) -> jax.Array:
-        return self.loss.value(self.outputs, self.targets, self.omega)
+        return self.loss.value(self.outputs, self.targets, self.weights)
 
     def residual(self) -> jax.Array:
-        return self.loss.gradient(self.outputs, self.targets, self.omega)
+        return self.loss.gradient(self.outputs, self.targets, self.weights)
 
     def slope(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.value(), self._slope(v)
 
     def product(self, v: jax.Array) -> jax.Array:
-        product = self.loss.hessian_product(self.outputs, self.targets, self.omega, v)
+        product = self.loss.hessian_product(self.outputs, self.targets, self.weights, v)
         return product if self.scale is None else self.scale.astype(product.dtype) * product
 
     def slopes(self, v: Tangents) -> tuple[jax.Array, Tangents]:
@@ -186,7 +186,7 @@ class ArrayLoss(OutputLoss):
     def _slope(self, v: jax.Array) -> jax.Array:
         if not self.prox_linear:
             return self.residual() + self.product(v)
-        moved = self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.omega)
+        moved = self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.weights)
         if self.scale is None:
             return moved
         residual = self.residual()

@@ -86,7 +86,7 @@ def plan_without_shapes(
     """What is known before a batch has been seen."""
     kind = "full Gauss-Newton" if problem.partition is None else f"layerwise Gauss-Newton ({problem.partition.name})"
     kind += f", {problem.shares} shares" if problem.shares > 1 else ""
-    inside = "full loss on linearised outputs" if problem.prox_linear else problem.curvature.name
+    inside = "full loss on linearized outputs" if problem.prox_linear else problem.curvature.name
     times = f"x {inner_steps}, a minibatch each"
     parts = [("linearize", times)]
     if problem.head is not None:
@@ -115,7 +115,7 @@ def plan_for_shapes(
 ) -> InnerLoopPlan:
     """`plan` with blocks, kernels and costs."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    wide = jax.eval_shape(tree.widen, shapes)
+    upcast = jax.eval_shape(tree.upcast, shapes)
     blocks = problem.blocks(shapes)
     sizes = [0] * blocks.count
     for leaf, owner in zip(jax.tree.leaves(shapes), blocks.of_leaf, strict=True):
@@ -123,7 +123,7 @@ def plan_for_shapes(
             sizes[one] += tree.size(leaf) // (1 if isinstance(owner, int) else len(owner))
 
     def inner(which: InnerProblem) -> Cost:
-        return trace(lambda p, d, e: which.gradient(p, d, e)[:2], shapes, wide, evaluation)
+        return trace(lambda p, d, e: which.gradient(p, d, e)[:2], shapes, upcast, evaluation)
 
     whole = dataclasses.replace(problem, partition=None)
     full = inner(whole)

@@ -1,10 +1,10 @@
-"""The inner problem of a Gauss-Newton step: the loss of the model linearised at the parameters.
+"""The inner problem of a Gauss-Newton step: the loss of the model linearized at the parameters.
 
 At theta0, with outputs f0, loss gradient g0 and Hessian H in output space, one minibatch's inner problem is
 
-    full        minimise  g0.v + v.H v / 2,  v = J delta
+    full        minimize  g0.v + v.H v / 2,  v = J delta
     layerwise   the same for every block b by itself, v_b = J_b delta_b, the other blocks held at theta0
-    prox-linear minimise  L(f0 + v) in the place of its quadratic model
+    prox-linear minimize  L(f0 + v) in the place of its quadratic model
 
 with gradients J_b^T (g0 + H v_b) and J_b^T dL(f0 + v_b).
 
@@ -34,7 +34,7 @@ from curvax.curvature import Curvature, Evaluation, GaussNewton, Microbatched
 from curvax.curvature.microbatch import Pieces
 from curvax.kernels import Choice
 from curvax.layerwise.block_maps import block_push
-from curvax.layerwise.blocks import BlockPartition, Blocks
+from curvax.layerwise.blocks import BlockPartition, ParameterBlocks
 from curvax.layerwise.head import HeadOutputs, SoftmaxHead
 from curvax.layerwise.outputs import ArrayOutputs, Outputs
 from curvax.layerwise.shares import Shares, share_bounds
@@ -44,7 +44,7 @@ from curvax.tree import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class LinearizedLoss:
-    """One minibatch at theta0. All vectors are wide.
+    """One minibatch at theta0. All vectors are upcast.
 
     Attributes:
       value: () -> loss at theta0.
@@ -73,12 +73,12 @@ class LinearizedLoss:
 
 @dataclasses.dataclass(frozen=True)
 class InnerProblem:
-    """What is minimised inside a step.
+    """What is minimized inside a step.
 
     Attributes:
       curvature: model and loss.
       partition: blocks that are solved apart; `None` for the full problem.
-      prox_linear: the loss itself on linearised outputs instead of its quadratic model.
+      prox_linear: the loss itself on linearized outputs instead of its quadratic model.
       shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
       microbatch_size: examples per accumulated piece of a minibatch, or `None`.
       head: what makes logits of the model's outputs, or `None` if the outputs are what the loss takes.
@@ -101,10 +101,10 @@ class InnerProblem:
         head = None if self.head is None else self.head.with_kernels(choices)
         return dataclasses.replace(self, curvature=self.curvature.with_kernels(choices), head=head)
 
-    def blocks(self, params: PyTree) -> Blocks:
+    def blocks(self, params: PyTree) -> ParameterBlocks:
         """The blocks; a single one for the full problem."""
         if self.partition is None:
-            return Blocks(("all",), (0,) * len(jax.tree.leaves(params)))
+            return ParameterBlocks(("all",), (0,) * len(jax.tree.leaves(params)))
         return self.partition.blocks(params)
 
     def axes(self, params: PyTree, evaluation: Evaluation) -> BatchAxes:
@@ -155,12 +155,12 @@ class InnerProblem:
         if evaluation.axes is None:
             raise AssertionError("what is cut into shares knows where its examples are.")
         shares, parts = Shares.of(self.shares, blocks, evaluation.axes.count(evaluation.batch)), []
-        omega, model_state = self.curvature.effective_weights(params, evaluation), evaluation.model_state
+        weights, model_state = self.curvature.effective_weights(params, evaluation), evaluation.model_state
         for index, chosen in enumerate(shares.blocks):
-            piece = shares.evaluation(index, evaluation, omega, model_state)
-            weight = jnp.sum(shares.cut(index, omega))
+            piece = shares.evaluation(index, evaluation, weights, model_state)
+            weight = jnp.sum(shares.cut(index, weights))
             # A share without weight has no curvature either, whatever it is multiplied by.
-            scale = jnp.sum(omega) / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+            scale = jnp.sum(weights) / jnp.where(weight > 0, weight, jnp.ones_like(weight))
             parts.append(self._linearize(params, piece, blocks, chosen, scale))
             model_state = parts[-1].model_state
         return _summed(parts)
@@ -169,30 +169,30 @@ class InnerProblem:
         self,
         params: PyTree,
         evaluation: Evaluation,
-        blocks: Blocks,
+        blocks: ParameterBlocks,
         chosen: tuple[int, ...],
         scale: jax.Array | None = None,
     ) -> LinearizedLoss:
         """The whole minibatch or a share: gradient of all blocks, curvature of the chosen ones times `scale`."""
         at = self.outputs.linearize(params, evaluation, self.prox_linear, scale)
-        push, pull, slope, product = at.push, at.pull, at.loss.slope, at.loss.product
+        jvp, vjp, slope, product = at.jvp, at.vjp, at.loss.slope, at.loss.product
         if self.partition is not None:
-            push, pull = _by_block(push, params, blocks, chosen)
+            jvp, vjp = _by_block(jvp, params, blocks, chosen)
             slope, product = at.loss.slopes, at.loss.products
 
         def start() -> PyTree:
-            return at.pull(at.loss.residual())
+            return at.vjp(at.loss.residual())
 
         def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
-            loss, found = slope(push(delta))
-            inside = pull(found)
+            loss, found = slope(jvp(delta))
+            inside = vjp(found)
             return loss, inside if scale is None else blocks.choose(chosen, inside, start())
 
         return LinearizedLoss(
             value=at.loss.value,
             start=start,
             slope=inner,
-            product=lambda delta: pull(product(push(delta))),
+            product=lambda delta: vjp(product(jvp(delta))),
             model_state=at.model_state,
         )
 
@@ -257,17 +257,17 @@ class InnerProblem:
         def maps(piece: Evaluation) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree], PyTree]:
             at = self.outputs.linearize(params, piece, self.prox_linear, None)
             if self.partition is None:
-                return at.push, at.pull, at.model_state
-            return *_by_block(at.push, params, blocks, tuple(range(blocks.count))), at.model_state
+                return at.jvp, at.vjp, at.model_state
+            return *_by_block(at.jvp, params, blocks, tuple(range(blocks.count))), at.model_state
 
-        def push(delta: PyTree) -> PyTree:
+        def jvp(delta: PyTree) -> PyTree:
             def visit(piece: Evaluation, *_: Any) -> tuple[Any, PyTree, PyTree]:
                 forward, _back, state = maps(piece)
                 return (), state, jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), forward(delta))
 
             return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), pieces.sum(visit)[2])
 
-        def pull(u: PyTree) -> PyTree:
+        def vjp(u: PyTree) -> PyTree:
             def visit(piece: Evaluation, _: jax.Array, part: PyTree) -> tuple[Any, PyTree, tuple[()]]:
                 _forward, back, state = maps(piece)
                 return back(jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), part)), state, ()
@@ -279,14 +279,14 @@ class InnerProblem:
         slope, product = (loss.slope, loss.product) if self.partition is None else (loss.slopes, loss.products)
 
         def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
-            value, found = slope(push(delta))
-            return value, pull(found)
+            value, found = slope(jvp(delta))
+            return value, vjp(found)
 
         return LinearizedLoss(
             value=loss.value,
-            start=lambda: whole.pull(loss.residual()),
+            start=lambda: whole.vjp(loss.residual()),
             slope=inner,
-            product=lambda delta: pull(product(push(delta))),
+            product=lambda delta: vjp(product(jvp(delta))),
             model_state=whole.rest[0],
         )
 
@@ -305,10 +305,10 @@ def _summed(parts: Sequence[LinearizedLoss]) -> LinearizedLoss:
 
 
 def _by_block(
-    push: Callable[[PyTree], PyTree], params: PyTree, blocks: Blocks, chosen: tuple[int, ...]
+    jvp: Callable[[PyTree], PyTree], params: PyTree, blocks: ParameterBlocks, chosen: tuple[int, ...]
 ) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
     """J and its transpose, block by block, of the chosen ones."""
-    like = jax.eval_shape(tree.widen, params)
-    by_block = block_push(push, like, blocks, chosen)
+    like = jax.eval_shape(tree.upcast, params)
+    by_block = block_push(jvp, like, blocks, chosen)
     transpose = jax.linear_transpose(by_block, like)
     return by_block, lambda u: transpose(u)[0]

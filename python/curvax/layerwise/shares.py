@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from curvax.curvature import Evaluation
-from curvax.layerwise.blocks import Blocks
+from curvax.layerwise.blocks import ParameterBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Shares:
 
     Attributes:
       bounds: first example of each share, and the number of examples.
-      blocks: the blocks of each share. Neighbours in depth go to different shares, so that all have about the same
+      blocks: the blocks of each share. Neighbors in depth go to different shares, so that all have about the same
         work: the tangent of a deep block passes through few layers, that of a shallow one through many.
     """
 
@@ -25,7 +25,7 @@ class Shares:
     blocks: tuple[tuple[int, ...], ...]
 
     @staticmethod
-    def of(count: int, blocks: Blocks, examples: int) -> Shares:
+    def of(count: int, blocks: ParameterBlocks, examples: int) -> Shares:
         """`count` shares, or one for each block if there are fewer.
 
         Raises:
@@ -39,18 +39,18 @@ class Shares:
             )
         return Shares(share_bounds(count, examples), tuple(tuple(range(i, blocks.count, count)) for i in range(count)))
 
-    def cut(self, index: int, omega: jax.Array) -> jax.Array:
+    def cut(self, index: int, weights: jax.Array) -> jax.Array:
         """Share `index` of weights."""
-        return omega[self.bounds[index] : self.bounds[index + 1]]
+        return weights[self.bounds[index] : self.bounds[index + 1]]
 
-    def evaluation(self, index: int, whole: Evaluation, omega: jax.Array, model_state: Any) -> Evaluation:
+    def evaluation(self, index: int, whole: Evaluation, weights: jax.Array, model_state: Any) -> Evaluation:
         """`whole` on share `index`, with a random key of its own."""
         key = None if whole.model_key is None else jax.random.fold_in(whole.model_key, index)
         if whole.axes is None:
             raise AssertionError("what is cut into shares knows where its examples are.")
         batch = whole.axes.slice(whole.batch, self.bounds[index], self.bounds[index + 1])
-        omega = self.cut(index, omega)
-        return dataclasses.replace(whole, batch=batch, omega=omega, model_state=model_state, model_key=key)
+        weights = self.cut(index, weights)
+        return dataclasses.replace(whole, batch=batch, weights=weights, model_state=model_state, model_key=key)
 
 
 def share_bounds(count: int, examples: int) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ class OuterState:
       step: steps so far, int32.
       rejected: steps not taken so far, int32.
       inner: the inner solver's state.
-      offset: where the next inner loop starts, relative to the parameters, wide; `()` without warm start.
+      offset: where the next inner loop starts, relative to the parameters, in the accumulation dtype; `()` without
+        warm start.
       model_state: mutable model state, or `None`.
       layout: what parameters the state belongs to; static.
     """
@@ -39,7 +40,7 @@ class Progress:
     """What minibatches change within a step.
 
     Attributes:
-      delta: theta - theta0, wide.
+      delta: theta - theta0, in the accumulation dtype.
       inner: the inner solver's state.
       index: minibatches so far, int32.
       loss: sum of their losses at theta0.

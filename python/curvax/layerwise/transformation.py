@@ -70,5 +70,5 @@ def _difference(new: jax.Array, old: jax.Array, like: jax.Array) -> jax.Array:
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return jnp.zeros_like(like)
     # Of two bfloat16 numbers float32 holds the difference exactly, so that apply_updates arrives at the new one.
-    wide = tree.wide_dtype(new.dtype)
-    return new.astype(wide) - old.astype(wide)
+    upcast = tree.accumulation_dtype(new.dtype)
+    return new.astype(upcast) - old.astype(upcast)

@@ -36,15 +36,15 @@ class Shaped(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loss(abc.ABC):
-    """L = sum_i omega_i l(f_i, y_i) over the positions i of a batch, as a function of the outputs f.
+    """L = sum_i w_i l(f_i, y_i) over the positions i of a batch, as a function of the outputs f.
 
     Positions are all axes of the outputs but the last, which holds the K outputs of one position; outputs of shape
-    (B,) are one scalar output for each of B positions. `effective_weights` makes omega once for a whole batch; every
-    other method takes omega as given, so a microbatch is the same slice along axis 0 of outputs, targets and omega.
+    (B,) are one scalar output for each of B positions. `effective_weights` makes weights once for a whole batch; every
+    other method takes weights as given, so a microbatch is the same slice along axis 0 of outputs, targets and weights.
 
-    Outputs may have any floating dtype. Results have the *wide* dtype of the outputs: float32 for narrower ones, their
-    own otherwise. A position of zero weight contributes exactly zero whatever its outputs and targets hold, infinities
-    and NaN included. All methods but `check` work under `jit`, `vmap` and differentiation.
+    Outputs may have any floating dtype. Results have the *accumulation* dtype of the outputs: float32 for narrower
+    ones, their own otherwise. A position of zero weight contributes exactly zero whatever its outputs and targets
+    hold, infinities and NaN included. All methods but `check` work under `jit`, `vmap` and differentiation.
 
     Attributes:
       reduction: "mean" (default, as in most training code) divides by the sum of the weights, so all-ones weights
@@ -69,7 +69,7 @@ class Loss(abc.ABC):
         return False
 
     def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
-        """The weights omega of the terms, normaliser included.
+        """The weights weights of the terms, normalizer included.
 
         Args:
           outputs: the whole batch's outputs; only shape and dtype are read, so a `jax.ShapeDtypeStruct` will do.
@@ -78,15 +78,15 @@ class Loss(abc.ABC):
             (default) weighs every position 1.
 
         Returns:
-          omega in the wide dtype, shaped like the positions (like the outputs for outputs-shaped weights). With
-          "mean" the normaliser is the sum of the weights over positions (outputs-shaped weights count 1/K each, so
-          that all ones again change nothing); if that sum is zero omega is zero, and so is the loss. A negative weight
+          weights in the accumulation dtype, shaped like the positions (like the outputs for outputs-shaped weights).
+          With "mean" the normalizer is the sum of the weights over positions (outputs-shaped weights count 1/K each, so
+          that all ones again change nothing); if that sum is zero, so are the weights and the loss. A negative weight
           makes it NaN with "mean": the sum of weights of both signs says nothing of how much they weigh.
 
         Raises:
           TypeError, ValueError: weights of a wrong dtype or shape.
         """
-        positions, dtype = positions_shape(outputs), wide_dtype(outputs.dtype)
+        positions, dtype = positions_shape(outputs), accumulation_dtype(outputs.dtype)
         if weights is None:
             count = max(math.prod(positions), 1) if self.reduction == "mean" else 1
             return jnp.full(positions, 1.0 / count, dtype)
@@ -195,40 +195,40 @@ class Loss(abc.ABC):
         """Validates shape and dtype of the targets."""
 
     @abc.abstractmethod
-    def value(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
-        """The loss, sum_i omega_i l(f_i, y_i): a wide scalar."""
+    def value(self, outputs: jax.Array, targets: Any, weights: jax.Array) -> jax.Array:
+        """The loss, sum_i w_i l(f_i, y_i): an upcast scalar."""
 
     @abc.abstractmethod
-    def gradient(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
-        """The gradient with respect to the outputs: omega_i l'(f_i), outputs-shaped and wide."""
+    def gradient(self, outputs: jax.Array, targets: Any, weights: jax.Array) -> jax.Array:
+        """The gradient with respect to the outputs: w_i l'(f_i), outputs-shaped and in the accumulation dtype."""
 
-    def rounding(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array:
-        """How far rounding may move the value (`losses.rounding`): a wide scalar, at least 0."""
-        value, slope = self.value(outputs, targets, omega), self.gradient(outputs, targets, omega)
+    def rounding(self, outputs: jax.Array, targets: Any, weights: jax.Array) -> jax.Array:
+        """How far rounding may move the value (`losses.rounding`): an upcast scalar, at least 0."""
+        value, slope = self.value(outputs, targets, weights), self.gradient(outputs, targets, weights)
         return loss_rounding(value, jnp.asarray(outputs), slope.reshape(outputs.shape))
 
     @abc.abstractmethod
-    def hessian_product(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:
-        """Q v with Q = omega_i l''(f_i), for outputs-shaped `v`; outputs-shaped and wide."""
+    def hessian_product(self, outputs: jax.Array, targets: Any, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """Q v with Q = w_i l''(f_i), for outputs-shaped `v`; outputs-shaped and in the accumulation dtype."""
 
     @abc.abstractmethod
-    def factor(self, outputs: jax.Array, targets: Any, omega: jax.Array, u: jax.Array) -> jax.Array:
-        """S u with S S^T = Q exactly, for `u` of shape `row_shape`; outputs-shaped and wide."""
+    def factor(self, outputs: jax.Array, targets: Any, weights: jax.Array, u: jax.Array) -> jax.Array:
+        """S u with S S^T = Q exactly, for `u` of shape `row_shape`; outputs-shaped and in the accumulation dtype."""
 
     @abc.abstractmethod
-    def factor_transpose(self, outputs: jax.Array, targets: Any, omega: jax.Array, v: jax.Array) -> jax.Array:
-        """S^T v for outputs-shaped `v`; of shape `row_shape` and wide."""
+    def factor_transpose(self, outputs: jax.Array, targets: Any, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """S^T v for outputs-shaped `v`; of shape `row_shape` and in the accumulation dtype."""
 
     @abc.abstractmethod
-    def gradient_in_rows(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> jax.Array | None:
+    def gradient_in_rows(self, outputs: jax.Array, targets: Any, weights: jax.Array) -> jax.Array | None:
         """The rows t of shape `row_shape` with S t = gradient, zero at zero weight; `None` if the loss cannot say."""
 
     @abc.abstractmethod
     def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> Any:
         """Targets y~ drawn from the model's own predictive distribution.
 
-        They are such that l'(f, y~) has mean zero and covariance l''(f) at every position: with sqrt(omega) in the
-        place of omega, `gradient` then gives residuals whose expected outer product is Q.
+        They are such that l'(f, y~) has mean zero and covariance l''(f) at every position: with sqrt(weights) in the
+        place of weights, `gradient` then gives residuals whose expected outer product is Q.
 
         Args:
           outputs: the model's outputs.
@@ -246,9 +246,9 @@ def _extent(targets: Any, weights: Any) -> str:
     return ", ".join(f"{name} from {np.min(x)} to {np.max(x)}" for name, x in named if np.size(x))
 
 
-def wide_dtype(dtype: Any) -> np.dtype:
+def accumulation_dtype(dtype: Any) -> np.dtype:
     """The dtype that losses compute in: at least float32, and one that JAX's current 64-bit setting has."""
-    return jax.dtypes.canonicalize_dtype(tree.wide_dtype(dtype))
+    return jax.dtypes.canonicalize_dtype(tree.accumulation_dtype(dtype))
 
 
 def positions_shape(outputs: Shaped) -> tuple[int, ...]:
@@ -276,9 +276,9 @@ def append_axes(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
-def weigh(omega: jax.Array, x: jax.Array) -> jax.Array:
-    """The product omega x, and exactly zero where omega is zero even if x is not finite there."""
-    return jnp.where(omega == 0, jnp.zeros((), x.dtype), omega * x)
+def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """The product weights x, and exactly zero where weights is zero even if x is not finite there."""
+    return jnp.where(weights == 0, jnp.zeros((), x.dtype), weights * x)
 
 
 def root(x: jax.Array) -> jax.Array:

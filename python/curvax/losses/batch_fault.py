@@ -28,7 +28,7 @@ _SENTENCES = {
     BatchFault.NONE: "Nothing is wrong with the batch.",
     BatchFault.NEGATIVE_WEIGHT: "A weight is negative or not a number, and curvature with such weights is no longer "
     "positive: give the curvature weights that are not negative, and hand the gradient of the signed loss in as the "
-    "updates of curvax.optax.scale_by_ggn (or another scale_by_*).",
+    "updates of curvax.transforms.scale_by_ggn (or another scale_by_*).",
     BatchFault.LABEL_OUT_OF_RANGE: "A label that counts is not in 0 .. classes - 1: give such positions weight zero by "
     "weight_key, or name their label by SoftmaxCrossEntropy(ignore_index=).",
 }

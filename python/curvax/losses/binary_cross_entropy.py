@@ -8,7 +8,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from curvax.losses.base import exp_clipped, times, wide_dtype
+from curvax.losses.base import accumulation_dtype, exp_clipped, times
 from curvax.losses.elementwise import DiagonalLoss
 
 
@@ -27,7 +27,7 @@ class SigmoidBinaryCrossEntropy(DiagonalLoss):
     def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> jax.Array:
         """Zeros and ones drawn with probability p of a one, in the targets' dtype; see `Loss.sample_targets`."""
         f = jnp.asarray(outputs)
-        p = jax.nn.sigmoid(f.astype(wide_dtype(f.dtype)))
+        p = jax.nn.sigmoid(f.astype(accumulation_dtype(f.dtype)))
         return jax.random.bernoulli(key, p).astype(targets.dtype).reshape(targets.shape)
 
     # With q = 1 - p = sigmoid(-f), writing each piece as (1 - y) ... p ... and y ... q ... keeps the digits that p - 1

@@ -15,6 +15,7 @@ from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses.base import (
     Loss,
     Shaped,
+    accumulation_dtype,
     append_axes,
     exp_clipped,
     is_real,
@@ -23,7 +24,6 @@ from curvax.losses.base import (
     shaped,
     times,
     weigh,
-    wide_dtype,
 )
 from curvax.losses.batch_fault import BatchFault
 from curvax.losses.rounding import MARGIN
@@ -38,9 +38,9 @@ class SoftmaxCrossEntropy(Loss):
     like the positions, or label rows y >= 0 shaped like the outputs (one-hot or soft, of any real dtype). Label rows
     need not sum to one: with the mass c = sum_k y_k
 
-        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(omega c) diag(sqrt p) N,
+        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(weights c) diag(sqrt p) N,
 
-    where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = omega H
+    where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = weights H
     holds exactly: H has rank K - 1, and there are no more rows than that. N is the Householder reflection that takes
     sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros.
 
@@ -97,37 +97,37 @@ class SoftmaxCrossEntropy(Loss):
             known |= ~append_axes(jnp.asarray(counted).astype(jnp.bool_), labels.ndim)
         return jnp.where((fault == 0) & ~jnp.all(known), int(BatchFault.LABEL_OUT_OF_RANGE), fault).astype(jnp.int32)
 
-    def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
-        """The loss sum_i omega_i sum_k -y_ik log p_ik; see `Loss.value`."""
-        log_p, y, _, weight = self._prepare(outputs, targets, omega)
+    def value(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The loss sum_i w_i sum_k -y_ik log p_ik; see `Loss.value`."""
+        log_p, y, _, weight = self._prepare(outputs, targets, weights)
         return -jnp.sum(weigh(weight[..., 0], jnp.sum(times(y, log_p), axis=-1)))
 
-    def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
-        """The gradient omega (c p - y); see `Loss.gradient`."""
-        log_p, y, mass, weight = self._prepare(outputs, targets, omega)
+    def gradient(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The gradient weights (c p - y); see `Loss.gradient`."""
+        log_p, y, mass, weight = self._prepare(outputs, targets, weights)
         return weigh(weight, mass * jnp.exp(log_p) - y)
 
-    def rounding(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+    def rounding(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         """That of any loss, and what each -log p of a certain p, the logarithm of a sum near 1, is off by.
 
         See `Loss.rounding`.
         """
-        certain = tree.norm(omega) * jnp.asarray(MARGIN * float(jnp.finfo(omega.dtype).eps), omega.dtype)
-        return super().rounding(outputs, targets, omega) + certain
+        certain = tree.norm(weights) * jnp.asarray(MARGIN * float(jnp.finfo(weights.dtype).eps), weights.dtype)
+        return super().rounding(outputs, targets, weights) + certain
 
-    def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
-        """The product omega c p (v - p.v); see `Loss.hessian_product`."""
-        outputs, dtype = jnp.asarray(outputs), wide_dtype(outputs.dtype)
+    def hessian_product(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """The product weights c p (v - p.v); see `Loss.hessian_product`."""
+        outputs, dtype = jnp.asarray(outputs), accumulation_dtype(outputs.dtype)
         mass = _mass(outputs, jnp.asarray(targets), dtype)
         v = v if tree.scalar_dtype((outputs, v)) == dtype else v.astype(dtype)
-        return softmax_hvp(outputs, v, weigh(omega.astype(dtype), mass), implementation=self.implementation)
+        return softmax_hvp(outputs, v, weigh(weights.astype(dtype), mass), implementation=self.implementation)
 
     def kernels(self, outputs: Shaped) -> tuple[tuple[Op, Request], ...]:
         """The op `softmax_hvp`, unless an implementation of it was named; see `Loss.kernels`."""
         if self.implementation is not None:
             return ()
         like = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
-        return ((SOFTMAX_HVP, Request.of(like, jax.ShapeDtypeStruct(like.shape, wide_dtype(like.dtype)))),)
+        return ((SOFTMAX_HVP, Request.of(like, jax.ShapeDtypeStruct(like.shape, accumulation_dtype(like.dtype)))),)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> SoftmaxCrossEntropy:
         """The same loss with the choice for `softmax_hvp`, if there is one; see `Loss.with_kernels`."""
@@ -138,25 +138,25 @@ class SoftmaxCrossEntropy(Loss):
         """One row less than classes; see `Loss.row_shape`."""
         return (*outputs.shape[:-1], max(outputs.shape[-1] - 1, 1))
 
-    def factor(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, u: jax.Array) -> jax.Array:
-        """S u = sqrt(omega c) sqrt(p) (N u); see `Loss.factor`."""
-        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
+    def factor(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, u: jax.Array) -> jax.Array:
+        """S u = sqrt(weights c) sqrt(p) (N u); see `Loss.factor`."""
+        log_p, _, mass, weight = self._prepare(outputs, targets, weights)
         root_p = jnp.exp(0.5 * log_p)
         return weigh(root(weight * mass), root_p * _complement(root_p, u.astype(log_p.dtype)))
 
-    def factor_transpose(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
-        """S^T v = sqrt(omega c) N^T (sqrt(p) v); see `Loss.factor_transpose`."""
-        log_p, _, mass, weight = self._prepare(outputs, targets, omega)
+    def factor_transpose(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """S^T v = sqrt(weights c) N^T (sqrt(p) v); see `Loss.factor_transpose`."""
+        log_p, _, mass, weight = self._prepare(outputs, targets, weights)
         root_p = jnp.exp(0.5 * log_p)
         return weigh(root(weight * mass), _complement_transpose(root_p, root_p * v.astype(log_p.dtype)))
 
-    def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
-        """The rows t = sqrt(omega) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
+    def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The rows t = sqrt(weights) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
 
         S t is the gradient because what N N^T takes away, sqrt(p) (c p - y) / sqrt(p) summed, is zero. y / sqrt(p) is
         taken from log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.
         """
-        log_p, y, mass, weight = self._prepare(outputs, targets, omega)
+        log_p, y, mass, weight = self._prepare(outputs, targets, weights)
         half = 0.5 * log_p
         root_mass = root(jnp.where(mass == 0, jnp.ones_like(mass), mass))
         rows = mass * jnp.exp(half) - times(y, exp_clipped(-half))
@@ -166,11 +166,11 @@ class SoftmaxCrossEntropy(Loss):
         """Labels drawn from the softmax; see `Loss.sample_targets`.
 
         Integer labels give integer labels of the same dtype, unless labels are smoothed. Otherwise the sample is a row
-        y~, wide and outputs-shaped, whose gradient is sqrt(c) (p - e_k) with k drawn from p: it is sqrt(c) times the
+        y~, upcast and outputs-shaped, whose gradient is sqrt(c) (p - e_k) with k drawn from p: it is sqrt(c) times the
         preimage under smoothing of the one-hot row e_k (hence with small negative entries if e > 0). The mass c is
         read off the label rows, so these must be arrays.
         """
-        z = jnp.asarray(outputs).astype(wide_dtype(outputs.dtype))
+        z = jnp.asarray(outputs).astype(accumulation_dtype(outputs.dtype))
         label = jax.random.categorical(key, z, axis=-1).astype(jnp.int32)
         is_label = len(targets.shape) < z.ndim
         if is_label and not self.label_smoothing:
@@ -181,11 +181,11 @@ class SoftmaxCrossEntropy(Loss):
         return root(jnp.sum(jnp.asarray(targets).astype(z.dtype), axis=-1, keepdims=True)) * row
 
     def _prepare(
-        self, outputs: jax.Array, targets: jax.Array, omega: jax.Array
+        self, outputs: jax.Array, targets: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The log p and smoothed label rows (outputs-shaped), mass and weight (with a last axis of one), all wide."""
-        z = jnp.asarray(outputs).astype(wide_dtype(outputs.dtype))
-        weight = jnp.asarray(omega).astype(z.dtype)[..., None]
+        """The log p and smoothed label rows (outputs-shaped), mass and weight (with a last axis of one), all upcast."""
+        z = jnp.asarray(outputs).astype(accumulation_dtype(outputs.dtype))
+        weight = jnp.asarray(weights).astype(z.dtype)[..., None]
         z = jnp.where(weight == 0, jnp.zeros_like(z), z)
         y, mass = self._label_rows(z, jnp.asarray(targets))
         y = jnp.where(weight == 0, jnp.zeros_like(y), y)

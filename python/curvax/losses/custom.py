@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.kernels.dense_linalg import eigh
-from curvax.losses.base import Loss, Shaped, append_axes, positions_shape, root, shaped, weigh, wide_dtype
+from curvax.losses.base import Loss, Shaped, accumulation_dtype, append_axes, positions_shape, root, shaped, weigh
 from curvax.tree import PyTree
 
 RowFunction = Callable[[jax.Array, PyTree], jax.Array]
@@ -23,7 +23,7 @@ RowSampler = Callable[[jax.Array, jax.Array], PyTree] | Callable[[jax.Array, jax
 class CustomLoss(Loss):
     """l(f, y) = function(f, y) for the outputs f and the target y of *one* position; derivatives are automatic.
 
-    Targets are any pytree whose leaves have the positions' axes first. The function sees f of shape (K,), wide (a
+    Targets are any pytree whose leaves have the positions' axes first. The function sees f of shape (K,), upcast (a
     scalar where outputs have shape (B,)), and the target's leaves without the positions' axes, floating ones cast to
     the dtype of f. Before it is called, outputs at positions of zero weight are set to zero.
 
@@ -43,39 +43,39 @@ class CustomLoss(Loss):
     function: RowFunction
     sampler: RowSampler | None = None
 
-    def value(self, outputs: jax.Array, targets: PyTree, omega: jax.Array) -> jax.Array:
+    def value(self, outputs: jax.Array, targets: PyTree, weights: jax.Array) -> jax.Array:
         """See `Loss.value`."""
-        f, omega = _prepare(outputs, omega)
-        terms = _each_position(self._row_value, omega)(f, targets)
-        return jnp.sum(weigh(omega, terms))
+        f, weights = _prepare(outputs, weights)
+        terms = _each_position(self._row_value, weights)(f, targets)
+        return jnp.sum(weigh(weights, terms))
 
-    def gradient(self, outputs: jax.Array, targets: PyTree, omega: jax.Array) -> jax.Array:
+    def gradient(self, outputs: jax.Array, targets: PyTree, weights: jax.Array) -> jax.Array:
         """See `Loss.gradient`."""
-        f, omega = _prepare(outputs, omega)
-        slopes = _each_position(jax.grad(self._row_value), omega)(f, targets)
-        return weigh(append_axes(omega, f.ndim), slopes)
+        f, weights = _prepare(outputs, weights)
+        slopes = _each_position(jax.grad(self._row_value), weights)(f, targets)
+        return weigh(append_axes(weights, f.ndim), slopes)
 
-    def hessian_product(self, outputs: jax.Array, targets: PyTree, omega: jax.Array, v: jax.Array) -> jax.Array:
+    def hessian_product(self, outputs: jax.Array, targets: PyTree, weights: jax.Array, v: jax.Array) -> jax.Array:
         """See `Loss.hessian_product`."""
-        f, omega = _prepare(outputs, omega)
+        f, weights = _prepare(outputs, weights)
 
         def row_product(row: jax.Array, target: PyTree, v_row: jax.Array) -> jax.Array:
             return jax.jvp(lambda r: jax.grad(self._row_value)(r, target), (row,), (v_row,))[1]
 
-        products = _each_position(row_product, omega)(f, targets, v.astype(f.dtype))
-        return weigh(append_axes(omega, f.ndim), products)
+        products = _each_position(row_product, weights)(f, targets, v.astype(f.dtype))
+        return weigh(append_axes(weights, f.ndim), products)
 
-    def factor(self, outputs: jax.Array, targets: PyTree, omega: jax.Array, u: jax.Array) -> jax.Array:
-        """S u = sqrt(omega) [H]_+^(1/2) u; see `Loss.factor`."""
-        f, omega = _prepare(outputs, omega)
-        rows = _each_position(self._row_factor, omega)(f, targets, u.astype(f.dtype))
-        return weigh(append_axes(root(omega), f.ndim), rows)
+    def factor(self, outputs: jax.Array, targets: PyTree, weights: jax.Array, u: jax.Array) -> jax.Array:
+        """S u = sqrt(weights) [H]_+^(1/2) u; see `Loss.factor`."""
+        f, weights = _prepare(outputs, weights)
+        rows = _each_position(self._row_factor, weights)(f, targets, u.astype(f.dtype))
+        return weigh(append_axes(root(weights), f.ndim), rows)
 
-    def factor_transpose(self, outputs: jax.Array, targets: PyTree, omega: jax.Array, v: jax.Array) -> jax.Array:
+    def factor_transpose(self, outputs: jax.Array, targets: PyTree, weights: jax.Array, v: jax.Array) -> jax.Array:
         """See `Loss.factor_transpose`; S is symmetric."""
-        return self.factor(outputs, targets, omega, v)
+        return self.factor(outputs, targets, weights, v)
 
-    def gradient_in_rows(self, outputs: jax.Array, targets: PyTree, omega: jax.Array) -> None:
+    def gradient_in_rows(self, outputs: jax.Array, targets: PyTree, weights: jax.Array) -> None:
         """`None`: the gradient of an arbitrary function need not lie in the range of S."""
         return None
 
@@ -89,7 +89,7 @@ class CustomLoss(Loss):
             raise ValueError("CustomLoss cannot sample targets without a sampler: pass CustomLoss(function, sampler).")
         f = jnp.asarray(outputs)
         positions, draw = positions_shape(f), self.sampler
-        operands: list[Any] = [jax.random.split(key, positions), f.astype(wide_dtype(f.dtype))]
+        operands: list[Any] = [jax.random.split(key, positions), f.astype(accumulation_dtype(f.dtype))]
         if _required(draw) > 2:
             operands.append(_cast_floats(targets, operands[1].dtype))
         for _ in positions:
@@ -111,7 +111,7 @@ class CustomLoss(Loss):
 
     def _check_targets(self, outputs: Shaped, targets: PyTree) -> None:
         positions = positions_shape(outputs)
-        dtype = wide_dtype(outputs.dtype)
+        dtype = accumulation_dtype(outputs.dtype)
 
         def row_of(leaf: Any) -> jax.ShapeDtypeStruct:
             found = shaped(leaf, "targets' leaves")
@@ -141,15 +141,15 @@ def _required(function: Callable[..., Any]) -> int:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def _prepare(outputs: jax.Array, omega: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _prepare(outputs: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     f = jnp.asarray(outputs)
-    f = f.astype(wide_dtype(f.dtype))
-    omega = jnp.asarray(omega).astype(f.dtype)
-    return jnp.where(append_axes(omega, f.ndim) == 0, jnp.zeros((), f.dtype), f), omega
+    f = f.astype(accumulation_dtype(f.dtype))
+    weights = jnp.asarray(weights).astype(f.dtype)
+    return jnp.where(append_axes(weights, f.ndim) == 0, jnp.zeros((), f.dtype), f), weights
 
 
-def _each_position(function: Callable[..., jax.Array], omega: jax.Array) -> Callable[..., jax.Array]:
-    # The axes of omega are the positions' axes, also inside a vmap over examples.
-    for _ in range(omega.ndim):
+def _each_position(function: Callable[..., jax.Array], weights: jax.Array) -> Callable[..., jax.Array]:
+    # The axes of weights are the positions' axes, also inside a vmap over examples.
+    for _ in range(weights.ndim):
         function = jax.vmap(function)
     return function

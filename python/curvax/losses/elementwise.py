@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from curvax.losses.base import Loss, Shaped, append_axes, is_real, root, shaped, weigh, wide_dtype
+from curvax.losses.base import Loss, Shaped, accumulation_dtype, append_axes, is_real, root, shaped, weigh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,15 @@ class ElementwiseLoss(Loss):
 
     _weights_each_output: ClassVar[bool] = True
 
-    def _prepare(self, outputs: jax.Array, targets: Any, omega: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Outputs, targets (both outputs-shaped) and weights (broadcasting against them), all wide."""
+    def _prepare(self, outputs: jax.Array, targets: Any, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Outputs, targets (both outputs-shaped) and weights (broadcasting against them), all upcast."""
         f = jnp.asarray(outputs)
-        f = f.astype(wide_dtype(f.dtype))
+        f = f.astype(accumulation_dtype(f.dtype))
         y = jnp.asarray(targets)
         if not _same_but_last_one(y.shape, f.shape):
             raise ValueError(_mismatch(y.shape, f.shape))
         y = y.astype(f.dtype).reshape(f.shape)
-        weight = append_axes(jnp.asarray(omega).astype(f.dtype), f.ndim)
+        weight = append_axes(jnp.asarray(weights).astype(f.dtype), f.ndim)
         zero = jnp.zeros((), f.dtype)
         return jnp.where(weight == 0, zero, f), jnp.where(weight == 0, zero, y), weight
 
@@ -48,33 +48,33 @@ class ElementwiseLoss(Loss):
 class DiagonalLoss(ElementwiseLoss):
     """An elementwise loss given by four scalar functions; Q and S = sqrt(Q) are diagonal."""
 
-    def value(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+    def value(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         """See `Loss.value`."""
-        f, y, weight = self._prepare(outputs, targets, omega)
+        f, y, weight = self._prepare(outputs, targets, weights)
         return jnp.sum(weigh(weight, self._term(f, y)))
 
-    def gradient(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
+    def gradient(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         """See `Loss.gradient`."""
-        f, y, weight = self._prepare(outputs, targets, omega)
+        f, y, weight = self._prepare(outputs, targets, weights)
         return weigh(weight, self._slope(f, y))
 
-    def hessian_product(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
+    def hessian_product(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, v: jax.Array) -> jax.Array:
         """See `Loss.hessian_product`."""
-        f, _, weight = self._prepare(outputs, targets, omega)
+        f, _, weight = self._prepare(outputs, targets, weights)
         return weigh(weight, self._root_curvature(f) ** 2 * v.astype(f.dtype))
 
-    def factor(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, u: jax.Array) -> jax.Array:
+    def factor(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, u: jax.Array) -> jax.Array:
         """See `Loss.factor`."""
-        f, _, weight = self._prepare(outputs, targets, omega)
+        f, _, weight = self._prepare(outputs, targets, weights)
         return weigh(root(weight), self._root_curvature(f) * u.astype(f.dtype))
 
-    def factor_transpose(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array, v: jax.Array) -> jax.Array:
+    def factor_transpose(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, v: jax.Array) -> jax.Array:
         """See `Loss.factor_transpose`; S is symmetric."""
-        return self.factor(outputs, targets, omega, v)
+        return self.factor(outputs, targets, weights, v)
 
-    def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, omega: jax.Array) -> jax.Array:
-        """The rows t = sqrt(omega) l' / sqrt(l''); see `Loss.gradient_in_rows`."""
-        f, y, weight = self._prepare(outputs, targets, omega)
+    def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The rows t = sqrt(weights) l' / sqrt(l''); see `Loss.gradient_in_rows`."""
+        f, y, weight = self._prepare(outputs, targets, weights)
         return weigh(root(weight), self._slope_over_root(f, y))
 
     @abc.abstractmethod

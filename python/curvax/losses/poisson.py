@@ -8,7 +8,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from curvax.losses.base import exp_clipped, times, wide_dtype
+from curvax.losses.base import accumulation_dtype, exp_clipped, times
 from curvax.losses.elementwise import DiagonalLoss
 
 # Above this rate samples are Gaussian with the Poisson's mean and variance: float32 no longer tells counts apart.
@@ -27,12 +27,12 @@ class Poisson(DiagonalLoss):
     """
 
     def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> jax.Array:
-        """Counts drawn at rate exp(f), wide (large counts do not fit every dtype); see `Loss.sample_targets`.
+        """Counts drawn at rate exp(f), upcast (large counts do not fit every dtype); see `Loss.sample_targets`.
 
         JAX draws Poisson numbers from keys of its default kind (threefry) only.
         """
         f = jnp.asarray(outputs)
-        f = f.astype(wide_dtype(f.dtype))
+        f = f.astype(accumulation_dtype(f.dtype))
         rate = jnp.nan_to_num(jnp.exp(f), nan=0.0, posinf=jnp.finfo(f.dtype).max)
         exact, large = jax.random.split(key)
         counts = jax.random.poisson(exact, jnp.minimum(rate, _LARGE_RATE)).astype(f.dtype)

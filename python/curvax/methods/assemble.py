@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import optax
 
+from curvax.chain import build_transform
 from curvax.curvature import Curvature, Microbatched
 from curvax.damping import Constant, Damping
 from curvax.kernels._dispatch import Backend
 from curvax.method import Method
 from curvax.plan import Assembly, PlanMode
-from curvax.preconditioners import Identity, Preconditioner
+from curvax.preconditioners import IdentityPreconditioner, Preconditioner
 from curvax.solvers import Solver
 from curvax.telemetry import Telemetry
-from curvax.transform import build_transform
 
 
 def assemble(
@@ -49,7 +49,7 @@ def assemble(
         Assembly(
             curvature=curvature,
             solver=solver,
-            preconditioner=preconditioner or Identity(),
+            preconditioner=preconditioner or IdentityPreconditioner(),
             damping=damping or Constant(0.0),
             transform=build_transform() if tx is None else optax.with_extra_args_support(tx),
             telemetry=telemetry or Telemetry(),

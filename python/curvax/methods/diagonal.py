@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from curvax.chain import EntrywiseUpdate, ScalarOrSchedule
 from curvax.curvature import GaussNewton, Hessian
 from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartlett, Hutchinson
 from curvax.losses import Loss, SoftmaxCrossEntropy
@@ -16,7 +17,6 @@ from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOpt
 from curvax.methods.registry import preset
 from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import Diagonal
-from curvax.transform import EntrywiseUpdate, ScalarOrSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

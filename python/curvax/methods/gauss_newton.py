@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from curvax.curvature import GaussNewton, GeneralizedGaussNewton, Metric
+from curvax.curvature import FisherType, GaussNewton, GeneralizedGaussNewton
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.method import Method
 from curvax.methods.options import (
@@ -36,11 +36,11 @@ class SGNOptions(SGNFixedOptions):
 
     Attributes:
       loss: loss in output space.
-      metric: which member of the Gauss-Newton family: GGN, Monte Carlo Fisher, empirical Fisher.
+      fisher: which member of the Gauss-Newton family: GGN, Monte Carlo Fisher, empirical Fisher.
     """
 
     loss: Loss
-    metric: Metric = GeneralizedGaussNewton()
+    fisher: FisherType = GeneralizedGaussNewton()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,10 @@ class EGNFixedOptions(GaussNewtonOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EGNOptions(EGNFixedOptions):
-    """Keywords of `egn`; `loss` and `metric` as in `sgn`."""
+    """Keywords of `egn`; `loss` and `fisher` as in `sgn`."""
 
     loss: Loss
-    metric: Metric = GeneralizedGaussNewton()
+    fisher: FisherType = GeneralizedGaussNewton()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
     """
 
     loss: Loss
-    metric: Metric = GeneralizedGaussNewton()
+    fisher: FisherType = GeneralizedGaussNewton()
     lam_policy: object = "trust_region"
     max_bytes: int = DEFAULT_MAX_BYTES
 
@@ -91,24 +91,24 @@ class SpringOptions(GaussNewtonOptions):
       learning_rate: 1, the direction as it is; with momentum 0.99 a constant rate of 1 does not settle. The paper
         decays a small rate and bounds the step (`clip_norm`); a trust region (`lam_policy`) serves deterministic
         problems best.
-      momentum: how much of the previous direction the regulariser pulls towards; 0.99.
+      momentum: how much of the previous direction the regularizer pulls towards; 0.99.
       lam0: 1e-3.
       loss, metric: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
       max_bytes: bound on the memory of explicit rows.
     """
 
     loss: Loss = SquaredError()
-    metric: Metric = GeneralizedGaussNewton()
+    fisher: FisherType = GeneralizedGaussNewton()
     momentum: float = 0.99
     lam0: object = 1e-3
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
 def _build(
-    options: GaussNewtonOptions, loss: Loss, solver: Solver, metric: Metric = GeneralizedGaussNewton()
+    options: GaussNewtonOptions, loss: Loss, solver: Solver, fisher: FisherType = GeneralizedGaussNewton()
 ) -> Method:
     return options.build(
-        GaussNewton(options.model, loss, metric),
+        GaussNewton(options.model, loss, fisher),
         solver,
         damping=options.damping,
         preconditioner=options.preconditioner if isinstance(options, PrecondOptions) else None,
@@ -120,7 +120,7 @@ def _build(
 @preset("SGN: Gauss-Newton by CG in parameter space, any loss.", SGNOptions)
 def sgn(options: SGNOptions) -> Method:
     """Stochastic Gauss-Newton (Gargiani et al. 2020): CG on the damped Gauss-Newton system in parameter space."""
-    return _build(options, options.loss, options.cg, options.metric)
+    return _build(options, options.loss, options.cg, options.fisher)
 
 
 @preset("SGN (CE): Gauss-Newton by CG in parameter space, softmax cross entropy.", SGNFixedOptions)
@@ -138,7 +138,7 @@ def sgn_mse(options: SGNFixedOptions) -> Method:
 @preset("EGN: exact Gauss-Newton direction by Cholesky in row space, any loss.", EGNOptions)
 def egn(options: EGNOptions) -> Method:
     """Exact Gauss-Newton (Korbit et al. 2024): the damped system solved exactly through its batch x outputs rows."""
-    return _build(options, options.loss, RowSpace(Cholesky(), max_bytes=options.max_bytes), options.metric)
+    return _build(options, options.loss, RowSpace(Cholesky(), max_bytes=options.max_bytes), options.fisher)
 
 
 @preset("EGN (CE): exact Gauss-Newton direction in row space, softmax cross entropy.", EGNFixedOptions)
@@ -161,13 +161,13 @@ def egn_mse_cg(options: RowCGOptions) -> Method:
 
 @preset("Gauss-Newton (CE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_ce(options: GaussNewtonOptions) -> Method:
-    """The dense parameters x parameters matrix of softmax cross entropy, factorised: exact, for small models."""
+    """The dense parameters x parameters matrix of softmax cross entropy, factorized: exact, for small models."""
     return _build(options, SoftmaxCrossEntropy(), Cholesky())
 
 
 @preset("Gauss-Newton (MSE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_mse(options: GaussNewtonOptions) -> Method:
-    """The dense parameters x parameters matrix of squared error, factorised: exact, for small models."""
+    """The dense parameters x parameters matrix of squared error, factorized: exact, for small models."""
     return _build(options, SquaredError(), Cholesky())
 
 
@@ -180,11 +180,11 @@ def gauss_newton(options: AutomaticOptions) -> Method:
     """
     rowwise = (RowSpace(Cholesky(), max_bytes=options.max_bytes), RowSpace(options.cg))
     candidates = (options.cg, *rowwise, Cholesky())
-    return _build(options, options.loss, Automatic(candidates), options.metric)
+    return _build(options, options.loss, Automatic(candidates), options.fisher)
 
 
 @preset("SPRING: row-space Cholesky with momentum in parameter space (VMC, PINNs).", SpringOptions)
 def spring(options: SpringOptions) -> Method:
-    """SPRING (Goldshlager, Abrahamsen and Lin 2024): the regulariser pulls towards the previous direction."""
+    """SPRING (Goldshlager, Abrahamsen and Lin 2024): the regularizer pulls towards the previous direction."""
     solver = RowSpace(Cholesky(), momentum=options.momentum, max_bytes=options.max_bytes)
-    return _build(options, options.loss, solver, options.metric)
+    return _build(options, options.loss, solver, options.fisher)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from curvax.curvature import GaussNewton, Metric, MonteCarloFisher
+from curvax.chain import ScalarOrSchedule
+from curvax.curvature import FisherType, GaussNewton, MonteCarloFisher
 from curvax.damping import Damping
 from curvax.losses import Loss
 from curvax.method import Method
@@ -14,7 +15,6 @@ from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
 from curvax.structure.kronecker import WeightSharing
-from curvax.transform import ScalarOrSchedule
 
 _TRUST_REGION = {"every_k": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
 
@@ -44,7 +44,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
     """
 
     loss: Loss
-    fisher: Metric = MonteCarloFisher()
+    fisher: FisherType = MonteCarloFisher()
     sharing: WeightSharing = WeightSharing.EXPAND
     factor_decay: float = 0.95
     factor_every: int = 1

@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 
 from curvax.damping import Damping
 from curvax.estimators import BlockAverage, DiagonalEstimator, ExactDiagonal, GaussNewtonBartlett, Hutchinson
-from curvax.preconditioners import AdaHessianPower, Damped, EmaDiagonal, Identity, Jacobi, Preconditioner, SophiaFloor
+from curvax.preconditioners import (
+    AdaHessianPower,
+    Damped,
+    EmaDiagonal,
+    IdentityPreconditioner,
+    Jacobi,
+    Preconditioner,
+    SophiaFloor,
+)
 from curvax.spelling import check_keywords, nearest
 
 T = TypeVar("T")
@@ -109,7 +117,7 @@ def build_preconditioner(
     if kind == "identity":
         if options or estimator is not None:
             raise ValueError('estimator and precond_kwargs need a preconditioner to serve: set precond="diag_direct".')
-        return Identity()
+        return IdentityPreconditioner()
     chosen = estimator or Hutchinson()
     return _jacobi(chosen, options) if kind == "diag_direct" else _ema_diagonal(chosen, options)
 

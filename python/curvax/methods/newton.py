@@ -27,7 +27,7 @@ class HessianOptions(CommonOptions):
 
     Attributes:
       loss_fn: `loss_fn(params, batch) -> scalar`, or `-> (total, weight)` with the loss total / weight, which is what
-        microbatches need of a loss with a normaliser of its own (`curvature.LossFunction`).
+        microbatches need of a loss with a normalizer of its own (`curvature.LossFunction`).
       predict_fn, loss: in place of `loss_fn`: a model and a loss in output space.
       x_key, y_key, weight_key: keys of the batch; `loss_fn` reads the batch itself and ignores them.
       reduction: how `loss_fn` combines examples, for microbatching.
@@ -78,7 +78,7 @@ def newton_cg(options: NewtonCGOptions) -> Method:
 
 @preset("Newton with a dense Hessian (small models).", NewtonDirectOptions)
 def newton_direct(options: NewtonDirectOptions) -> Method:
-    """The dense damped Hessian, factorised; where indefinite, by the magnitudes of its eigenvalues."""
+    """The dense damped Hessian, factorized; where indefinite, by the magnitudes of its eigenvalues."""
     return options.build(
         Hessian(options.objective),
         Cholesky(),

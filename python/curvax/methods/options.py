@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import optax
 
-from curvax.curvature import Curvature, Extras, Microbatched, Model, Partition
+from curvax.chain import ScalarOrSchedule, build_transform
+from curvax.curvature import Curvature, Extras, Microbatched, Model, TrainablePartition
 from curvax.curvature.partition import Mask
 from curvax.damping import Constant, Damping, Scheduled, TrustRegion
 from curvax.damping.base import ScalarLike
@@ -21,11 +22,10 @@ from curvax.kernels._dispatch import Backend
 from curvax.method import Method
 from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
 from curvax.plan import Assembly, PlanMode
-from curvax.preconditioners import Identity, Preconditioner
+from curvax.preconditioners import IdentityPreconditioner, Preconditioner
 from curvax.solvers import CG, MartensStop, Solver
 from curvax.structure.batch_axes import AxesPrefix
-from curvax.telemetry import Metric, Record, Telemetry
-from curvax.transform import ScalarOrSchedule, build_transform
+from curvax.telemetry import Metric, MetricRecord, Telemetry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class CommonOptions:
 
     @property
     def extras(self) -> Extras:
-        return Extras(self.has_state, self.has_aux, self.has_rng, Partition(self.frozen))
+        return Extras(self.has_state, self.has_aux, self.has_rng, TrainablePartition(self.frozen))
 
     def build(
         self,
@@ -74,7 +74,7 @@ class CommonOptions:
             Assembly(
                 curvature=curvature,
                 solver=solver,
-                preconditioner=preconditioner or Identity(),
+                preconditioner=preconditioner or IdentityPreconditioner(),
                 damping=damping or Constant(0.0),
                 transform=transform,
                 telemetry=telemetry,
@@ -149,19 +149,19 @@ class CGOptions:
       tol: relative residual at which CG stops.
       maxiter: most CG iterations.
       warm_start: start from the previous solution.
-      stabilise_every: iterations between recomputed residuals.
+      stabilize_every: iterations between recomputed residuals.
       stop: Martens' stopping rule, or `None`.
     """
 
     tol: float = 1e-5
     maxiter: int = 20
     warm_start: bool = True
-    stabilise_every: int = 50
+    stabilize_every: int = 50
     stop: MartensStop | None = None
 
     @property
     def cg(self) -> CG:
-        return CG(self.tol, self.maxiter, self.warm_start, self.stabilise_every, self.stop)
+        return CG(self.tol, self.maxiter, self.warm_start, self.stabilize_every, self.stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class PrecondOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformOptions:
-    """Keywords of the Optax chain behind the direction (`curvax.transform.build_transform`).
+    """Keywords of the Optax chain behind the direction (`curvax.chain.build_transform`).
 
     Attributes:
       learning_rate: scalar or schedule.
@@ -252,19 +252,19 @@ class LossRecordOptions:
 
     Attributes:
       record_loss_every_k: period of `loss`, which costs nothing beyond the gradient.
-      metrics: further `telemetry.Record`s.
+      metrics: further `telemetry.MetricRecord`s.
     """
 
     record_loss_every_k: int = 1
-    metrics: tuple[Record, ...] = ()
+    metrics: tuple[MetricRecord, ...] = ()
 
     @property
     def telemetry(self) -> Telemetry:
         return Telemetry(self.loss_records + self.metrics)
 
     @property
-    def loss_records(self) -> tuple[Record, ...]:
-        return (Record(Metric.LOSS, self.record_loss_every_k),) if self.record_loss_every_k > 0 else ()
+    def loss_records(self) -> tuple[MetricRecord, ...]:
+        return (MetricRecord(Metric.LOSS, self.record_loss_every_k),) if self.record_loss_every_k > 0 else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,10 +285,14 @@ class SolveRecordOptions(LossRecordOptions):
     def telemetry(self) -> Telemetry:
         records = self.loss_records
         if self.record_lam:
-            records += (Record(Metric.LAM),)
+            records += (MetricRecord(Metric.LAM),)
         if self.record_cg_stats:
-            records += (Record(Metric.RESULT), Record(Metric.ITERATIONS), Record(Metric.RESIDUAL))
+            records += (MetricRecord(Metric.RESULT), MetricRecord(Metric.ITERATIONS), MetricRecord(Metric.RESIDUAL))
         if self.record_rho_every_k > 0:
             every = self.record_rho_every_k
-            records += (Record(Metric.RHO, every), Record(Metric.PREDICTED, every), Record(Metric.LOSS_AFTER, every))
+            records += (
+                MetricRecord(Metric.RHO, every),
+                MetricRecord(Metric.PREDICTED, every),
+                MetricRecord(Metric.LOSS_AFTER, every),
+            )
         return Telemetry(records + self.metrics)

@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 from jax.tree_util import keystr
 
-from curvax.transform import check_rates
+from curvax.chain import check_rates
 
 # Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
 _TINY = 1e-30
@@ -50,7 +50,7 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
                 return "adamw"
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise TypeError(
-                    f"{keystr(path)} is complex, and Muon orthogonalises real matrices: wrap the optimizer in "
+                    f"{keystr(path)} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
                     "optax.contrib.split_real_and_imaginary, or name its entry in others=."
                 )
             return "muon"
@@ -65,8 +65,8 @@ def muon_adamw(
     *,
     others: tuple[str, ...] = ("embed", "head"),
     adamw_learning_rate: optax.ScalarOrSchedule | None = None,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
+    b1: float = 0.9,
+    b2: float = 0.999,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.contrib.muon` on hidden matrices and `optax.adamw` on everything else.
@@ -75,7 +75,7 @@ def muon_adamw(
       learning_rate: of Muon, and of AdamW unless it has its own.
       others: top-level entries whose matrices AdamW takes; every one must be there. `()` where no entry is meant.
       adamw_learning_rate: `None` for the same.
-      beta1, beta2: AdamW's; 0.9 and 0.999 as in the paper.
+      b1, b2: AdamW's; 0.9 and 0.999 as in the paper.
       weight_decay: of both, times the learning rate.
 
     Raises:
@@ -87,7 +87,7 @@ def muon_adamw(
     if isinstance(others, str):
         raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
     rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
-    check_rates(learning_rate, weight_decay, beta1=beta1, beta2=beta2)
+    check_rates(learning_rate, weight_decay, b1=b1, b2=b2)
     check_rates(rate, weight_decay)
     stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrices = optax.contrib.muon(
@@ -96,5 +96,5 @@ def muon_adamw(
         weight_decay=weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
     )
-    rest = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay)
+    rest = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.partition({"muon": matrices, "adamw": rest}, hidden_matrices(*others))

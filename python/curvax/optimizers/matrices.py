@@ -13,9 +13,9 @@ Factors: TypeAlias = tuple[jax.Array, ...]
 """One per side of a leaf: (..., d, d), or its diagonal (..., d) for a side that is too long."""
 
 
-def widened(gradient: jax.Array) -> jax.Array:
+def upcast(gradient: jax.Array) -> jax.Array:
     """The gradient of a leaf in the dtype of the state, at least single precision."""
-    return gradient.astype(tree.wide_dtype(gradient.dtype))
+    return gradient.astype(tree.accumulation_dtype(gradient.dtype))
 
 
 def real_dtype(dtype: Any) -> Any:
@@ -73,7 +73,7 @@ def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:
 def unit_scale(factor: jax.Array) -> jax.Array:
     """A power of two near the mean diagonal of each factor, (..., 1, 1); 1 of a factor without any.
 
-    Divided by it, factors of gradients that differ by a power of two are the same bits: no factorisation underflows,
+    Divided by it, factors of gradients that differ by a power of two are the same bits: no factorization underflows,
     and none sees the scale of the loss.
     """
     mean = jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.chain import check_rates
 from curvax.kernels.dense_linalg import eigh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
@@ -22,9 +23,8 @@ from curvax.optimizers.matrices import (
     rounding,
     sides,
     unit_scale,
-    widened,
+    upcast,
 )
-from curvax.transform import check_rates
 
 MAX_DIM = 8192
 
@@ -47,7 +47,7 @@ class ShampooState(NamedTuple):
 
 def scale_by_shampoo(
     *,
-    beta2: Number | None = None,
+    b2: Number | None = None,
     eps: Number = 1e-4,
     every: Count = 1,
     max_dim: int | None = None,
@@ -59,7 +59,7 @@ def scale_by_shampoo(
     Complex leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
 
     Args:
-      beta2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
+      b2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
       eps: the multiple of the identity, relative to the mean diagonal of the factor. 1e-4 by default, the paper's
         figure, which is an absolute one there.
       every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
@@ -70,13 +70,13 @@ def scale_by_shampoo(
         2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
 
     Raises:
-      ValueError: `every` or `eps` is not positive, or `beta2` is not in [0, 1).
+      ValueError: `every` or `eps` is not positive, or `b2` is not in [0, 1).
       TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
     check_positive("every", every)
     check_positive("eps", eps)
-    if beta2 is not None:
-        check_fraction("beta2", beta2)
+    if b2 is not None:
+        check_fraction("beta2", b2)
 
     def init(params: Any) -> ShampooState:
         longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
@@ -91,24 +91,24 @@ def scale_by_shampoo(
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates, state._replace(count=state.count + 1)
-        wide, count = [jnp.atleast_1d(widened(g)) for g in leaves], state.count + 1
-        factors = tuple(_accumulated(g, old, beta2) for g, old in zip(wide, state.factors, strict=True))
+        gradients, count = [jnp.atleast_1d(upcast(g)) for g in leaves], state.count + 1
+        factors = tuple(_accumulated(g, old, b2) for g, old in zip(gradients, state.factors, strict=True))
 
         def refresh() -> tuple[Factors, ...]:
             def root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
-                mean = factor if beta2 is None else corrected(factor, beta2, count)
+                mean = factor if b2 is None else corrected(factor, b2, count)
                 return _inverse_root(mean, gradient, order, eps)
 
-            return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, wide, strict=True))
+            return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, gradients, strict=True))
 
-        due = (state.count % every == 0) | _blind(factors, state.roots, wide)
+        due = (state.count % every == 0) | _blind(factors, state.roots, gradients)
         roots = jax.lax.cond(due, refresh, lambda: state.roots)
-        moved = [_applied(g, of) for g, of in zip(wide, roots, strict=True)]
+        moved = [_applied(g, of) for g, of in zip(gradients, roots, strict=True)]
         lender = state.graft
         if graft is not None:
             lent, lender = graft.update(updates, state.graft, params)
             moved = [
-                _with_norm(m, jnp.atleast_1d(widened(x))) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)
+                _with_norm(m, jnp.atleast_1d(upcast(x))) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)
             ]
         narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
         return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
@@ -121,7 +121,7 @@ def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: Number = 0.9,
-    beta2: Number | None = None,
+    b2: Number | None = None,
     eps: Number = 1e-4,
     every: Count = 1,
     max_dim: int | None = None,
@@ -134,14 +134,14 @@ def shampoo(
       learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
-      beta2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
+      b2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
 
     Raises:
       TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_shampoo`.
     """
     check_rates(learning_rate, weight_decay, momentum=momentum)
     return optax.chain(
-        scale_by_shampoo(beta2=beta2, eps=eps, every=every, max_dim=max_dim, graft=graft),
+        scale_by_shampoo(b2=b2, eps=eps, every=every, max_dim=max_dim, graft=graft),
         optax.ema(cast(float, momentum), debias=False),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
@@ -149,7 +149,7 @@ def shampoo(
 
 
 def _zeros(leaf: Any, max_dim: int) -> Factors:
-    shape, dtype = leaf.shape or (1,), tree.wide_dtype(leaf.dtype)
+    shape, dtype = leaf.shape or (1,), tree.accumulation_dtype(leaf.dtype)
     return tuple(
         jnp.zeros((*shape[:-2], d, d), dtype) if dense else jnp.zeros((*shape[:-2], d), real_dtype(dtype))
         for d, dense in sides(shape, max_dim)
@@ -160,21 +160,21 @@ def _is_dense(factor: jax.Array, gradient: jax.Array) -> bool:
     return factor.ndim == max(gradient.ndim, 2)
 
 
-def _accumulated(gradient: jax.Array, factors: Factors, beta2: Number | None) -> Factors:
+def _accumulated(gradient: jax.Array, factors: Factors, b2: Number | None) -> Factors:
     terms = [outer(gradient, side, _is_dense(old, gradient)) for side, old in enumerate(factors)]
-    if beta2 is None:
+    if b2 is None:
         return tuple(old + term for old, term in zip(factors, terms, strict=True))
-    return tuple(decayed(old, term, beta2) for old, term in zip(factors, terms, strict=True))
+    return tuple(decayed(old, term, b2) for old, term in zip(factors, terms, strict=True))
 
 
-def _blind(factors: tuple[Factors, ...], roots: tuple[Factors, ...], wide: list[jax.Array]) -> jax.Array:
+def _blind(factors: tuple[Factors, ...], roots: tuple[Factors, ...], gradients: list[jax.Array]) -> jax.Array:
     """Whether a matrix has the roots of no gradient at all while it has seen one by now: they would not let it move."""
 
     def seen(factor: jax.Array, gradient: jax.Array) -> jax.Array:
         diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if _is_dense(factor, gradient) else factor
         return jnp.any(diagonal != 0, axis=-1)
 
-    blind = [jnp.any(seen(f[0], g) & ~seen(r[0], g)) for f, r, g in zip(factors, roots, wide, strict=True)]
+    blind = [jnp.any(seen(f[0], g) & ~seen(r[0], g)) for f, r, g in zip(factors, roots, gradients, strict=True)]
     return jnp.any(jnp.stack(blind))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import tree
+from curvax.chain import check_rates
 from curvax.kernels.dense_linalg import eigh, qr
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
@@ -21,9 +22,8 @@ from curvax.optimizers.matrices import (
     rounding,
     sides,
     unit_scale,
-    widened,
+    upcast,
 )
-from curvax.transform import check_rates
 
 Bases: TypeAlias = dict[int, jax.Array]
 """Of one leaf, by side: (..., d, d), for the sides that have a basis."""
@@ -51,8 +51,8 @@ class SoapState(NamedTuple):
 
 def scale_by_soap(
     *,
-    beta1: Number = 0.95,
-    beta2: Number = 0.95,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
     eps: Number = 1e-8,
     every: Count = 10,
     max_dim: int | None = None,
@@ -71,7 +71,7 @@ def scale_by_soap(
     random sign, and the update is zero.
 
     Args:
-      beta1, beta2: decay of first and second moments; beta2 also of the factors. 0.95 both, as in the paper.
+      b1, b2: decay of first and second moments; beta2 also of the factors. 0.95 both, as in the paper.
       eps: added to the root of the second moment, times the root mean square of that matrix's (or vector's) second
         moments; 1e-8.
       every: updates between refreshes of the bases; 10 in the paper.
@@ -83,8 +83,8 @@ def scale_by_soap(
       TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
     check_positive("every", every)
-    check_fraction("beta1", beta1)
-    check_fraction("beta2", beta2)
+    check_fraction("beta1", b1)
+    check_fraction("beta2", b2)
 
     def init(params: Any) -> SoapState:
         longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
@@ -102,17 +102,18 @@ def scale_by_soap(
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates, state._replace(count=state.count + 1)
-        wide, count = [widened(g) for g in leaves], state.count + 1
-        factors = tuple(_accumulated(g, of, beta2) for g, of in zip(wide, state.factors, strict=True))
+        gradients, count = [upcast(g) for g in leaves], state.count + 1
+        factors = tuple(_accumulated(g, of, b2) for g, of in zip(gradients, state.factors, strict=True))
         # The first update needs a basis before there is one; afterwards the basis follows the update.
         bases = jax.lax.cond(state.count == 0, lambda: jax.tree.map(_eigenvectors, factors), lambda: state.bases)
         means, moments = jax.tree.leaves(state.mean), jax.tree.leaves(state.square)
-        mean = [decayed(m, g, beta1) for m, g in zip(means, wide, strict=True)]
+        mean = [decayed(m, g, b1) for m, g in zip(means, gradients, strict=True)]
         square = [
-            decayed(v, jnp.square(jnp.abs(_into(g, of))), beta2) for v, g, of in zip(moments, wide, bases, strict=True)
+            decayed(v, jnp.square(jnp.abs(_into(g, of))), b2)
+            for v, g, of in zip(moments, gradients, bases, strict=True)
         ]
         moved = [
-            _out_of(_adam(_into(corrected(m, beta1, count), of), corrected(v, beta2, count), of, eps), of)
+            _out_of(_adam(_into(corrected(m, b1, count), of), corrected(v, b2, count), of, eps), of)
             for m, v, of in zip(mean, square, bases, strict=True)
         ]
         bases, square = jax.lax.cond(
@@ -135,8 +136,8 @@ def scale_by_soap(
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta1: Number = 0.95,
-    beta2: Number = 0.95,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
     eps: Number = 1e-8,
     every: Count = 10,
     max_dim: int | None = None,
@@ -147,14 +148,14 @@ def soap(
     Args:
       learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
       weight_decay: times the learning rate.
-      beta1, beta2, eps, every, max_dim: as in `scale_by_soap`.
+      b1, b2, eps, every, max_dim: as in `scale_by_soap`.
 
     Raises:
       TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_soap`.
     """
     check_rates(learning_rate, weight_decay)
     return optax.chain(
-        scale_by_soap(beta1=beta1, beta2=beta2, eps=eps, every=every, max_dim=max_dim),
+        scale_by_soap(b1=b1, b2=b2, eps=eps, every=every, max_dim=max_dim),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -163,13 +164,13 @@ def soap(
 def _no_bases(leaf: Any, max_dim: int) -> Bases:
     if len(leaf.shape) < 2:
         return {}
-    dtype = tree.wide_dtype(leaf.dtype)
+    dtype = tree.accumulation_dtype(leaf.dtype)
     found = enumerate(sides(leaf.shape, max_dim))
     return {i: jnp.zeros((*leaf.shape[:-2], d, d), dtype) for i, (d, dense) in found if dense}
 
 
-def _accumulated(gradient: jax.Array, factors: Bases, beta2: Number) -> Bases:
-    return {side: decayed(f, outer(gradient, side, dense=True), beta2) for side, f in factors.items()}
+def _accumulated(gradient: jax.Array, factors: Bases, b2: Number) -> Bases:
+    return {side: decayed(f, outer(gradient, side, dense=True), b2) for side, f in factors.items()}
 
 
 def _into(x: jax.Array, bases: Bases) -> jax.Array:

@@ -8,13 +8,13 @@ from typing import get_args
 
 import optax
 
-from curvax.curvature import Curvature, Partition
+from curvax.chain import RatedUpdate
+from curvax.curvature import Curvature, TrainablePartition
 from curvax.damping import Damping
 from curvax.kernels._dispatch import Backend
-from curvax.preconditioners import Identity, Preconditioner
+from curvax.preconditioners import IdentityPreconditioner, Preconditioner
 from curvax.solvers import Solver
 from curvax.telemetry import Metric, Telemetry
-from curvax.transform import RatedUpdate
 
 
 class PlanMode(enum.Enum):
@@ -53,10 +53,10 @@ class Assembly:
         """The telemetry that was asked for, and what a method with such modules reports in any case."""
         scheduled = isinstance(self.transform, RatedUpdate) and callable(self.transform.learning_rate)
         extra = [Metric.LEARNING_RATE] if scheduled else []
-        extra += [] if isinstance(self.preconditioner, Identity) else [Metric.REFRESHES_REJECTED]
+        extra += [] if isinstance(self.preconditioner, IdentityPreconditioner) else [Metric.REFRESHES_REJECTED]
         return self.telemetry.beside(*extra)
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> TrainablePartition:
         """Which parameters train."""
         return self.curvature.partition

@@ -41,14 +41,14 @@ class Cost:
       bytes: bytes moved to and from memory.
       memory: bytes alive at once beyond the arguments; of a counted trace, its largest value.
       launches: operations that run one by one.
-      factorisation, convolution: how many of the floating-point operations dense factorisations and convolutions do.
+      factorization, convolution: how many of the floating-point operations dense factorizations and convolutions do.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     memory: float = 0.0
     launches: float = 0.0
-    factorisation: float = 0.0
+    factorization: float = 0.0
     convolution: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
@@ -68,7 +68,7 @@ class Cost:
             bytes=rule(self.bytes, other.bytes),
             memory=memory,
             launches=rule(self.launches, other.launches),
-            factorisation=rule(self.factorisation, other.factorisation),
+            factorization=rule(self.factorization, other.factorization),
             convolution=rule(self.convolution, other.convolution),
         )
 

@@ -7,13 +7,13 @@ import math
 
 import jax
 
+from curvax.chain import EntrywiseUpdate
 from curvax.kernels.diagonal_update import DenominatorRule, UpdateRule
 from curvax.numbers import is_known
 from curvax.plan.assembly import Assembly
 from curvax.preconditioners import EmaDiagonal
 from curvax.solvers import Diagonal
 from curvax.telemetry import Metric
-from curvax.transform import EntrywiseUpdate
 
 
 @dataclasses.dataclass(frozen=True)

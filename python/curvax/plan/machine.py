@@ -23,7 +23,7 @@ class Machine:
       bandwidth, cached: bytes per second from memory and from the cache.
       cache: bytes that stay in the cache.
       launch: seconds per operation.
-      factorisation: FLOP/s of a large Cholesky factorisation in float32.
+      factorization: FLOP/s of a large Cholesky factorization in float32.
       half_rate: size of the matrix at which it reaches half of that.
     """
 
@@ -35,7 +35,7 @@ class Machine:
     cached: float
     cache: float
     launch: float
-    factorisation: float
+    factorization: float
     half_rate: float
 
     def seconds(self, cost: Cost, itemsize: int = 4) -> float:
@@ -47,16 +47,16 @@ class Machine:
         near = min(1.0, self.cache / cost.memory) if cost.memory else 1.0
         traffic = cost.bytes * (near / self.cached + (1 - near) / self.bandwidth)
         # n^3 / 3 operations: panels of a small matrix leave the products in it too small for the rate.
-        side = (3 * cost.factorisation) ** (1 / 3)
-        factorisation = cost.factorisation * narrow / self.factorisation * (1 + self.half_rate / max(side, 1.0))
-        products = (cost.flops - cost.factorisation - cost.convolution) * narrow / self.flops
+        side = (3 * cost.factorization) ** (1 / 3)
+        factorization = cost.factorization * narrow / self.factorization * (1 + self.half_rate / max(side, 1.0))
+        products = (cost.flops - cost.factorization - cost.convolution) * narrow / self.flops
         convolutions = cost.convolution * narrow / self.convolution
-        return products + convolutions + traffic + cost.launches * self.launch + factorisation
+        return products + convolutions + traffic + cost.launches * self.launch + factorization
 
     def __str__(self) -> str:
         return (
             f"{self.name}: matrix products {self.flops / 1e9:g} GFLOP/s, memory {self.bandwidth / 1e9:g} GB/s, "
-            f"Cholesky {self.factorisation / 1e9:g} GFLOP/s, {self.launch * 1e6:g} us a launch"
+            f"Cholesky {self.factorization / 1e9:g} GFLOP/s, {self.launch * 1e6:g} us a launch"
         )
 
 
@@ -69,7 +69,7 @@ CPU = Machine(
     cached=4.5e10,
     cache=1.4e7,
     launch=5e-7,
-    factorisation=2.6e11,
+    factorization=2.6e11,
     half_rate=300.0,
 )
 """AMD EPYC, 2 cores, jax 0.10.2: single products of 8 to 256 rows ran at 140 to 440 GFLOP/s, transposed ones at 70 to
@@ -85,12 +85,12 @@ GPU = Machine(
     cached=4.1e12,
     cache=5e7,
     launch=1.3e-6,
-    factorisation=1e13,
+    factorization=1e13,
     half_rate=4000.0,
 )
 """NVIDIA H200: float32 products at highest precision and copies as measured (`bench/results/h200`); a launch follows
 from a step of `sgn_ce` with 20 iterations of 34 launches and 105 more in 1.04 ms. Convolutions, float64 and the
-factorisation are guesses."""
+factorization are guesses."""
 
 
 def memory() -> int | None:

@@ -25,7 +25,7 @@ from curvax.preconditioners import (
     KFAC,
     BlockPreconditioner,
     EmaDiagonal,
-    Identity,
+    IdentityPreconditioner,
     Jacobi,
     NystromPreconditioner,
     Preconditioner,
@@ -76,10 +76,10 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
 
 def kernel_choices(assembly: Assembly, plan: Plan, params: PyTree, evaluation: Evaluation) -> tuple[Choice, ...]:
     """The implementation of each op that the step uses, for these shapes."""
-    wide = jax.eval_shape(tree.widen, params)
+    upcast = jax.eval_shape(tree.upcast, params)
     wanted: list[tuple[Op, Request]] = []
     if isinstance(plan.solver, CG):
-        wanted += [(op, Request.of(wide)) for op in tree_cg.OPS]
+        wanted += [(op, Request.of(upcast)) for op in tree_cg.OPS]
     matrix = _matrix(assembly, plan, params, evaluation)
     if matrix is not None and isinstance(plan.solver, RowSpace):
         wanted += [(op, Request.of(matrix)) for op in gram_accumulate.OPS]
@@ -89,7 +89,7 @@ def kernel_choices(assembly: Assembly, plan: Plan, params: PyTree, evaluation: E
         wanted += [(op, Request.of(matrix, rhs)) for op in batched_cholesky_solve.OPS]
     if _has_products(plan):
         wanted += assembly.curvature.kernels(params, evaluation)
-    wanted += assembly.preconditioner.kernels(wide)
+    wanted += assembly.preconditioner.kernels(upcast)
     if isinstance(entrywise(assembly), Entrywise):
         wanted.append((DIAGONAL_UPDATE, Request.of(params)))
     return tuple(resolve(op, assembly.backend, request) for op, request in wanted)
@@ -115,7 +115,7 @@ def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
     element. At 2 us a launch and 3 TB/s a leaf of a million elements is where both cost the same. Sharded parameters
     keep their tree, since raveling would gather them; ops with kernels of their own walk the leaves in one launch.
     """
-    request = Request.of(jax.eval_shape(tree.widen, params))
+    request = Request.of(jax.eval_shape(tree.upcast, params))
     leaves = len(request.shapes)
     vectors = [choice for choice in choices if choice.op in {op.name for op in tree_cg.OPS}]
     custom = any(choice.implementation != "reference" for choice in vectors)
@@ -165,7 +165,7 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
     _check(assembly, solver)
     shared = assembly.mode is PlanMode.SHARED
     preconditioner = assembly.preconditioner
-    refresh = Cadence() if isinstance(preconditioner, Identity) else Cadence((preconditioner.every,))
+    refresh = Cadence() if isinstance(preconditioner, IdentityPreconditioner) else Cadence((preconditioner.every,))
     own = Cadence() if assembly.damping.evaluate_every is None else Cadence((assembly.damping.evaluate_every,))
     evaluate = own | Cadence(assembly.telemetry.evaluate_periods())
     predict = own | Cadence(assembly.telemetry.predict_periods())
@@ -227,9 +227,9 @@ def _check(assembly: Assembly, solver: Solver) -> None:
         if each.lane is Lane.ROW and not curvature.has_rows:
             raise ValueError(f"the row lane needs a Gauss-Newton matrix, and the {curvature.name} has no row factors: "
                              "use a parameter-space solver or a Gauss-Newton curvature.")  # fmt: skip
-        if each.lane is Lane.ROW and not isinstance(preconditioner, Identity):
+        if each.lane is Lane.ROW and not isinstance(preconditioner, IdentityPreconditioner):
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
-        if each.lane is Lane.DIAGONAL and isinstance(preconditioner, Identity):
+        if each.lane is Lane.DIAGONAL and isinstance(preconditioner, IdentityPreconditioner):
             raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
     if preconditioner.needs_rows and not curvature.has_rows:
         raise ValueError(
@@ -274,7 +274,9 @@ def _requirements(
 
 
 def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
-    preconditioner = "none" if isinstance(assembly.preconditioner, Identity) else str(assembly.preconditioner)
+    preconditioner = (
+        "none" if isinstance(assembly.preconditioner, IdentityPreconditioner) else str(assembly.preconditioner)
+    )
     records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.reported.records)
     return (
         ("curvature", assembly.curvature.name),

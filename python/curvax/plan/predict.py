@@ -33,7 +33,7 @@ _PAIR_PASSES, _PAIR_FLOPS = 25.0, 20.0
 _STEP_PASSES = 15.0
 # Operations of an iteration: per leaf, and (scalars, tests) in all.
 _LEAF_LAUNCHES, _ITERATION_LAUNCHES = 4.0, 15.0
-# A dense solve beside its factorisation: damping, mirroring, the check for finite numbers, refinement and residual.
+# A dense solve beside its factorization: damping, mirroring, the check for finite numbers, refinement and residual.
 _DENSE_PASSES, _DENSE_LAUNCHES = 10.0, 100.0
 # The row lane's own residual is a product, J^T u of the answer half of one.
 _ROW_LANE_PRODUCTS = 1.5
@@ -46,7 +46,7 @@ class Shapes:
     """Counted work of the pieces that every candidate is made of.
 
     Attributes:
-      parameters, leaves, itemsize: of the trainable parameters; bytes per number of wide vectors.
+      parameters, leaves, itemsize: of the trainable parameters; bytes per number of upcast vectors.
       rows: unknowns of the row system; 0 without rows.
       linearize, gradient, product, gram: forward pass; forward and reverse; a curvature product; the rows' Gram matrix.
       residuals: bytes that reverse mode keeps.
@@ -70,7 +70,7 @@ class Shapes:
         curvature = assembly.curvature
         inner = curvature.inner if isinstance(curvature, Microbatched) else curvature
         shapes = jax.eval_shape(lambda: params)
-        wide = jax.eval_shape(tree.widen, shapes)
+        upcast = jax.eval_shape(tree.upcast, shapes)
 
         def linearize(p: PyTree, e: Evaluation) -> jax.Array:
             return curvature.linearize(p, e, Needs()).loss
@@ -82,7 +82,10 @@ class Shapes:
             found = curvature.linearize(p, e, Needs(product=True)).product
             return found(v) if found is not None else v
 
-        forward, whole = costing.trace(linearize, shapes, evaluation), costing.trace(product, shapes, evaluation, wide)
+        forward, whole = (
+            costing.trace(linearize, shapes, evaluation),
+            costing.trace(product, shapes, evaluation, upcast),
+        )
         rows = count_rows(curvature, shapes, evaluation)
         solvers = assembly.solver.candidates if isinstance(assembly.solver, Automatic) else (assembly.solver,)
         rowwise = any(isinstance(s, RowSpace) and isinstance(s.solver, Cholesky) for s in solvers)
@@ -101,7 +104,7 @@ class Shapes:
 
     @property
     def vector(self) -> int:
-        """Bytes of one wide parameter vector."""
+        """Bytes of one upcast parameter vector."""
         return self.parameters * self.itemsize
 
     @property
@@ -168,13 +171,13 @@ def _iterations(solver: Solver, s: Shapes) -> tuple[int, str]:
 
 
 def _dense(size: int, itemsize: int) -> Cost:
-    """Factorisation of a dense system and what surrounds it."""
+    """Factorization of a dense system and what surrounds it."""
     entries = float(size) ** 2
     return Cost(
         flops=size * entries / 3 + 4 * entries,
         bytes=_DENSE_PASSES * itemsize * entries,
         launches=_DENSE_LAUNCHES,
-        factorisation=size * entries / 3,
+        factorization=size * entries / 3,
     )
 
 

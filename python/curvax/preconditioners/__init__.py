@@ -13,7 +13,7 @@ from curvax.preconditioners.ema_diagonal import SophiaFloor as SophiaFloor
 from curvax.preconditioners.factor_inverses import CholeskyInverse as CholeskyInverse
 from curvax.preconditioners.factor_inverses import EigenInverse as EigenInverse
 from curvax.preconditioners.factor_inverses import FactorInverse as FactorInverse
-from curvax.preconditioners.identity import Identity as Identity
+from curvax.preconditioners.identity import IdentityPreconditioner as IdentityPreconditioner
 from curvax.preconditioners.identity import IdentityState as IdentityState
 from curvax.preconditioners.jacobi import Jacobi as Jacobi
 from curvax.preconditioners.jacobi import JacobiState as JacobiState

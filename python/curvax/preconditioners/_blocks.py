@@ -6,21 +6,19 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from curvax.curvature import FisherType, Linearization
+from curvax.curvature.base import Measure
 from curvax.estimators.base import check_count
 from curvax.loops import for_loop_body
 from curvax.preconditioners._diagonal import divide
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization, Metric
-    from curvax.curvature.base import Measure
 
 T = TypeVar("T")
 
@@ -46,7 +44,7 @@ class FactorAverages:
     count: jax.Array
 
     @staticmethod
-    def zeros(blocks: Blocks) -> FactorAverages:
+    def zeros(blocks: KroneckerBlocks) -> FactorAverages:
         """No curvature seen."""
         return FactorAverages(
             [jnp.zeros(b.input_shape, blocks.dtype) for b in blocks.kronecker],
@@ -67,7 +65,7 @@ class FactorAverages:
         scaled = jax.tree.map(lambda x: x * factor.astype(x.dtype), (self.inputs, self.outputs, self.diagonal))
         return FactorAverages(scaled[0], scaled[1], scaled[2], self.count)
 
-    def mean_curvature(self, blocks: Blocks) -> jax.Array:
+    def mean_curvature(self, blocks: KroneckerBlocks) -> jax.Array:
         """Mean of the diagonal that the factors stand for, tr A tr B per block, over all entries."""
         total = sum((jnp.sum(d) for d in self.diagonal), start=jnp.zeros((), blocks.dtype))
         for a, b in zip(self.inputs, self.outputs, strict=True):
@@ -95,12 +93,12 @@ def trace(matrices: jax.Array) -> jax.Array:
 
 
 def measured(
-    blocks: Blocks, linearization: Linearization, metric: Metric, key: jax.Array, sharing: WeightSharing
+    blocks: KroneckerBlocks, linearization: Linearization, fisher: FisherType, key: jax.Array, sharing: WeightSharing
 ) -> tuple[FactorSums, Callable[[Measure], PyTree]]:
     """The sums of one batch, and the function that takes further measures of the same rows."""
-    if linearization.site_factors is None:
-        raise ValueError("Kronecker factors need the model's sites; linearize with `Needs(factors=True)`.")
-    total = linearization.site_factors(metric, key)
+    if linearization.layer_factors is None:
+        raise ValueError("Kronecker factors need the model's layer uses; linearize with `Needs(factors=True)`.")
+    total = linearization.layer_factors(fisher, key)
     return total(lambda examples: factor_sums(blocks, examples, sharing)), total
 
 
@@ -126,7 +124,7 @@ def by_size(
 
 
 def apply_blocks(
-    blocks: Blocks,
+    blocks: KroneckerBlocks,
     v: PyTree,
     lam: jax.Array,
     scale: jax.Array,
@@ -144,18 +142,18 @@ def apply_blocks(
       inverse: (index of a Kronecker block, its entries (G, n, m)) -> the same of P^-1 v.
     """
     leaves, structure = jax.tree.flatten(v)
-    wide = [x.astype(blocks.dtype) for x in leaves]
-    found: list[jax.Array | None] = [None] * len(wide)
-    rest = {leaf: wide[leaf] for leaf in blocks.partial()}
+    upcast = [x.astype(blocks.dtype) for x in leaves]
+    found: list[jax.Array | None] = [None] * len(upcast)
+    rest = {leaf: upcast[leaf] for leaf in blocks.partial()}
     for index, block in enumerate(blocks.kronecker):
-        entries = block.take(wide)
+        entries = block.take(upcast)
         for leaf, part in block.put(inverse(index, entries)):
             before = found[leaf]
             found[leaf] = part if before is None else before + part
         if block.leaf in rest:
             rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
     for block, d in zip(blocks.diagonal, diagonal, strict=True):
-        found[block.leaf] = divide(wide[block.leaf], d + lam, scale)
+        found[block.leaf] = divide(upcast[block.leaf], d + lam, scale)
     for leaf, idle in rest.items():
         # No output depends on these entries: their curvature is zero.
         other = divide(idle, jnp.broadcast_to(lam, idle.shape), scale)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from curvax import tree
+from curvax.curvature import Linearization
 from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
-    from curvax.structure.blocks import Blocks
 
 State = TypeVar("State")
 
@@ -25,7 +23,7 @@ class Preconditioner(abc.ABC):
 
     `refresh` looks at C and is what a cadence gates; `apply` is what solvers and the diagonal lane call, and is
     linear in `v`, symmetric and positive definite for every state that `init` and `refresh` give. A state is a
-    registered dataclass of fixed shapes and (wide) dtypes, so it can be carried through `jax.lax.scan`; its
+    registered dataclass of fixed shapes and (upcast) dtypes, so it can be carried through `jax.lax.scan`; its
     `rejected` counts the refreshes that came out non-finite and left the rest of the state as it was. Rescaling C and
     lam by one factor rescales P^-1 by a constant at most.
 
@@ -62,9 +60,9 @@ class Preconditioner(abc.ABC):
     def apply(self, state: Any, lam: jax.Array | float, v: PyTree) -> PyTree:
         """P^-1 v, with the shapes and dtypes of `v`; `lam` is a non-negative scalar."""
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
-        """The ops that a refresh calls for wide parameters of these shapes, and what it asks of them."""
-        del wide
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that a refresh calls for upcast parameters of these shapes, and what it asks of them."""
+        del upcast
         return ()
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> Preconditioner:
@@ -84,7 +82,7 @@ class BlockPreconditioner(Preconditioner):
 
     Which blocks there are depends on how the parameters enter the model, which shapes of parameters alone do not tell:
     the state is made by `init_blocks` from what `Curvature.blocks` finds with the shapes of one batch. `refresh` calls
-    `linearization.site_factors`.
+    `linearization.layer_factors`.
     """
 
     @property
@@ -94,7 +92,7 @@ class BlockPreconditioner(Preconditioner):
 
     @property
     def needs_sampling(self) -> bool:
-        """False: targets are sampled by `site_factors`."""
+        """False: targets are sampled by `layer_factors`."""
         return False
 
     def init(self, params_like: PyTree) -> Any:
@@ -103,7 +101,7 @@ class BlockPreconditioner(Preconditioner):
                          "method.init(params, batch=batch) does.")  # fmt: skip
 
     @abc.abstractmethod
-    def init_blocks(self, blocks: Blocks) -> Any:
+    def init_blocks(self, blocks: KroneckerBlocks) -> Any:
         """The state before any refresh; its `blocks` are those that it holds."""
 
     @abc.abstractmethod

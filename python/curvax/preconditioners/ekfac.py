@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import Metric, MonteCarloFisher
+from curvax.curvature import Linearization
 from curvax.estimators.base import check_count
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.dense_linalg import EIGH
+from curvax.output_space import FisherType, MonteCarloFisher
 from curvax.preconditioners._blocks import (
     MAX_WIDTH,
     FactorAverages,
@@ -35,12 +35,9 @@ from curvax.preconditioners.factor_inverses import (
     of_matrices,
     out_of_basis,
 )
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +59,7 @@ class EKFACState:
     squares: list[jax.Array]
     scale: jax.Array
     rejected: jax.Array
-    blocks: Blocks = dataclasses.field(metadata={"static": True})
+    blocks: KroneckerBlocks = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +75,12 @@ class EKFAC(BlockPreconditioner):
     (Q * Q)^T s (R * R) in the new one, Q and R the turns of U and V.
 
     Attributes:
-      metric, sharing, decay, every, inverse_every, max_width: as in `KFAC`; `sharing` shapes the basis alone, as s is
+      fisher, sharing, decay, every, inverse_every, max_width: as in `KFAC`; `sharing` shapes the basis alone, as s is
         measured on the rows themselves, summed over positions.
       decompose: implementation of `eigh`, by name or as the planner's choice; `None` takes the best one.
     """
 
-    metric: Metric = MonteCarloFisher()
+    fisher: FisherType = MonteCarloFisher()
     sharing: WeightSharing = WeightSharing.EXPAND
     decay: float = 0.95
     every: int = 1
@@ -95,15 +92,15 @@ class EKFAC(BlockPreconditioner):
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The op `eigh`."""
-        return ((EIGH, of_matrices(wide)),)
+        return ((EIGH, of_matrices(upcast)),)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> EKFAC:
         """With the choice for `eigh`."""
         return dataclasses.replace(self, decompose=choices.get(EIGH.name, self.decompose))
 
-    def init_blocks(self, blocks: Blocks) -> EKFACState:
+    def init_blocks(self, blocks: KroneckerBlocks) -> EKFACState:
         """No curvature seen."""
         blocks = blocks.narrowed(self.max_width)
         bases: list[tuple[jax.Array | None, jax.Array]] = []
@@ -121,7 +118,7 @@ class EKFAC(BlockPreconditioner):
         """Factors of one more batch in the averages, new bases where these are due, then the curvature along them."""
         del lam
         blocks = state.blocks
-        sums, total = measured(blocks, linearization, self.metric, key, self.sharing)
+        sums, total = measured(blocks, linearization, self.fisher, key, self.sharing)
         finite = tree.all_finite(sums)
         factors = tree.where(finite, state.factors.with_batch(sums, self.decay), state.factors)
         ratio = self.inverse_every // self.every

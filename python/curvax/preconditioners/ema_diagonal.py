@@ -6,12 +6,12 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.diagonal_update import (
@@ -24,9 +24,6 @@ from curvax.numbers import Number, as_dtype, check_fraction, check_not_negative,
 from curvax.preconditioners._diagonal import divide
 from curvax.preconditioners.base import Preconditioner
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 class Denominator(abc.ABC):
@@ -180,7 +177,7 @@ class EmaDiagonalState:
     """State of `EmaDiagonal`.
 
     Attributes:
-      average: running average, a wide tree in the units of the diagonal; before bias correction; zeros at first.
+      average: running average, an upcast tree in the units of the diagonal; before bias correction; zeros at first.
       scale: mean magnitude of the bias-corrected average over all parameters.
       count: number of refreshes in the average (int32).
       rejected: number of non-finite refreshes (int32).
@@ -236,9 +233,9 @@ class EmaDiagonal(Preconditioner):
         """As the estimator."""
         return self.estimator.needs_rows
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The accumulation's and the estimator's."""
-        return ((DIAGONAL_ACCUMULATE, Request.of(wide)), *self.estimator.kernels(wide))
+        return ((DIAGONAL_ACCUMULATE, Request.of(upcast)), *self.estimator.kernels(upcast))
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> EmaDiagonal:
         """Its own choice and the estimator's."""

@@ -5,7 +5,7 @@ Factored damping (Martens and Grosse 2015, section 6.3) splits lam over the fact
     A kron B + lam I  ~  (A + pi sqrt(lam) I) kron (B + sqrt(lam) / pi I),   pi = sqrt((tr A / n) / (tr B / m)),
 
 which adds pi sqrt(lam) I kron B + sqrt(lam) / pi A kron I that was not asked for; this pi makes its trace norm least.
-With eigenvectors the damping of A kron B is exact, and follows lam without a new factorisation.
+With eigenvectors the damping of A kron B is exact, and follows lam without a new factorization.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from curvax import tree
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.dense_linalg import CHOLESKY, EIGH, TRIANGULAR_SOLVE, cholesky, eigh, triangular_solve
 from curvax.preconditioners._blocks import by_size, trace
-from curvax.structure.blocks import Blocks, KroneckerBlock
+from curvax.structure.blocks import KroneckerBlock, KroneckerBlocks
 from curvax.tree import PyTree
 
 
@@ -35,13 +35,15 @@ class FactorInverse(abc.ABC):
 
     @abc.abstractmethod
     def compute(
-        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+        self, blocks: KroneckerBlocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
     ) -> list[Any]:
         """What is held of all blocks, from factors A and B, at damping `lam`."""
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
-        """The ops that `compute` calls for wide parameters, and what it asks of them; see `Preconditioner.kernels`."""
-        del wide
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
+        """The ops that `compute` calls for upcast parameters, and what it asks of them; see
+        `Preconditioner.kernels`.
+        """
+        del upcast
         return ()
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> FactorInverse:
@@ -91,9 +93,9 @@ class EigenInverse(FactorInverse):
     factored: bool = False
     decompose: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The op `eigh`."""
-        return ((EIGH, of_matrices(wide)),)
+        return ((EIGH, of_matrices(upcast)),)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> EigenInverse:
         """With the choice for `eigh`."""
@@ -108,7 +110,7 @@ class EigenInverse(FactorInverse):
         )
 
     def compute(
-        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+        self, blocks: KroneckerBlocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
     ) -> list[Eigen]:
         """Eigendecompositions, one batched call per size."""
         del blocks, lam
@@ -143,23 +145,23 @@ class CholeskyInverse(FactorInverse):
     damped by rounding at least.
 
     Attributes:
-      factorise, substitute: implementations of `cholesky` and `triangular_solve`, by name or as the planner's choices;
+      factorize, substitute: implementations of `cholesky` and `triangular_solve`, by name or as the planner's choices;
         `None` takes the best ones.
     """
 
-    factorise: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
+    factorize: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
     substitute: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The ops `cholesky` and `triangular_solve`."""
-        request = of_matrices(wide)
+        request = of_matrices(upcast)
         return ((CHOLESKY, request), (TRIANGULAR_SOLVE, request))
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> CholeskyInverse:
         """With the choices for both."""
         return dataclasses.replace(
             self,
-            factorise=choices.get(CHOLESKY.name, self.factorise),
+            factorize=choices.get(CHOLESKY.name, self.factorize),
             substitute=choices.get(TRIANGULAR_SOLVE.name, self.substitute),
         )
 
@@ -170,9 +172,9 @@ class CholeskyInverse(FactorInverse):
         return Inverses(inputs, identities(groups, m, dtype))
 
     def compute(
-        self, blocks: Blocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
+        self, blocks: KroneckerBlocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
     ) -> list[Inverses]:
-        """Cholesky factorisations, one batched call per size."""
+        """Cholesky factorizations, one batched call per size."""
         damped: list[jax.Array] = []
         for block, a, b in zip(blocks.kronecker, inputs, outputs, strict=True):
             _, n, m = block.shape
@@ -191,15 +193,15 @@ class CholeskyInverse(FactorInverse):
 
     def _inverse(self, matrices: jax.Array) -> jax.Array:
         """L^-T L^-1, symmetric up to rounding by construction."""
-        lower = cholesky(matrices, implementation=self.factorise).lower
+        lower = cholesky(matrices, implementation=self.factorize).lower
         identity = identities(matrices.shape[0], matrices.shape[-1], matrices.dtype)
         root = triangular_solve(lower, identity, implementation=self.substitute)
         return matmul(jnp.swapaxes(root, -1, -2), root)
 
 
-def of_matrices(wide: PyTree) -> Request:
-    """What is asked of the ops on factors of wide parameters: how large they are does not matter to them."""
-    return Request.of(jax.ShapeDtypeStruct((1, 1), tree.scalar_dtype(wide)))
+def of_matrices(upcast: PyTree) -> Request:
+    """What is asked of the ops on factors of upcast parameters: how large they are does not matter to them."""
+    return Request.of(jax.ShapeDtypeStruct((1, 1), tree.scalar_dtype(upcast)))
 
 
 def eigen(

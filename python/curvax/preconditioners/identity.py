@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from curvax.curvature import Linearization
 from curvax.estimators.base import check_count
 from curvax.preconditioners.base import Preconditioner
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IdentityState:
-    """State of `Identity`.
+    """State of `IdentityPreconditioner`.
 
     Attributes:
       rejected: always 0 (int32).
@@ -29,7 +26,7 @@ class IdentityState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity(Preconditioner):
+class IdentityPreconditioner(Preconditioner):
     """P^-1 v = v. It looks at nothing, so the plan has nothing to do at any cadence."""
 
     every: int = 1

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.preconditioners._diagonal import divide, mean_magnitude
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +23,7 @@ class JacobiState:
     """State of `Jacobi`.
 
     Attributes:
-      diagonal: the latest estimate of diag(C), a wide tree; zeros before the first refresh.
+      diagonal: the latest estimate of diag(C), an upcast tree; zeros before the first refresh.
       scale: mean magnitude of `diagonal` over all parameters.
       rejected: number of non-finite refreshes (int32).
     """
@@ -72,9 +69,9 @@ class Jacobi(Preconditioner):
         """As the estimator."""
         return self.estimator.needs_rows
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The estimator's."""
-        return self.estimator.kernels(wide)
+        return self.estimator.kernels(upcast)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> Jacobi:
         """The estimator's choices."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import Metric, MonteCarloFisher
+from curvax.curvature import Linearization
 from curvax.estimators.base import check_count
 from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.output_space import FisherType, MonteCarloFisher
 from curvax.preconditioners._blocks import (
     MAX_WIDTH,
     FactorAverages,
@@ -24,12 +25,9 @@ from curvax.preconditioners._blocks import (
 )
 from curvax.preconditioners.base import BlockPreconditioner
 from curvax.preconditioners.factor_inverses import EigenInverse, FactorInverse
-from curvax.structure.blocks import Blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +47,7 @@ class KFACState:
     inverses: list[Any]
     scale: jax.Array
     rejected: jax.Array
-    blocks: Blocks = dataclasses.field(metadata={"static": True})
+    blocks: KroneckerBlocks = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class KFAC(BlockPreconditioner):
     never multiplied into activations (a scale, say) keeps a diagonal; the plan says which do.
 
     Attributes:
-      metric: whose rows the cotangents are. One sampled target per position by default, as in the paper: one backward
+      fisher: whose rows the cotangents are. One sampled target per position by default, as in the paper: one backward
         pass for any number of outputs. `GeneralizedGaussNewton()` takes all columns of the loss Hessian's root instead:
         exact, one backward pass per output; `ObservedFisher()` the batch's own targets.
       sharing: what positions with shared weights are; `EXPAND` by default, which is exact for losses that are sums
@@ -79,7 +77,7 @@ class KFAC(BlockPreconditioner):
         is cheaper, and keeps to the lam of its refresh.
     """
 
-    metric: Metric = MonteCarloFisher()
+    fisher: FisherType = MonteCarloFisher()
     sharing: WeightSharing = WeightSharing.EXPAND
     decay: float = 0.95
     every: int = 1
@@ -91,15 +89,15 @@ class KFAC(BlockPreconditioner):
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 
-    def kernels(self, wide: PyTree) -> tuple[tuple[Op, Request], ...]:
+    def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """Those of the inverses."""
-        return self.inverse.kernels(wide)
+        return self.inverse.kernels(upcast)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> KFAC:
         """With the choices for the inverses."""
         return dataclasses.replace(self, inverse=self.inverse.with_kernels(choices))
 
-    def init_blocks(self, blocks: Blocks) -> KFACState:
+    def init_blocks(self, blocks: KroneckerBlocks) -> KFACState:
         """No curvature seen."""
         blocks = blocks.narrowed(self.max_width)
         inverses = [self.inverse.init(block, blocks.dtype) for block in blocks.kronecker]
@@ -114,7 +112,7 @@ class KFAC(BlockPreconditioner):
         Inverses are due with the first refresh that is finite, and then with every `inverse_every / every`-th.
         """
         blocks = state.blocks
-        sums, _ = measured(blocks, linearization, self.metric, key, self.sharing)
+        sums, _ = measured(blocks, linearization, self.fisher, key, self.sharing)
         finite = tree.all_finite(sums)
         factors = tree.where(finite, state.factors.with_batch(sums, self.decay), state.factors)
         ratio = self.inverse_every // self.every

@@ -1,21 +1,18 @@
-"""The randomised Nystrom preconditioner."""
+"""The randomized Nystrom preconditioner."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.curvature import Linearization
 from curvax.estimators.base import check_count
-from curvax.estimators.nystrom import RandomisedNystrom
+from curvax.estimators.nystrom import RandomizedNystrom
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
-
-if TYPE_CHECKING:
-    from curvax.curvature import Linearization
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +48,7 @@ class NystromPreconditioner(Preconditioner):
       rank: number of directions; each costs one curvature product per refresh and n numbers of memory.
       every: steps from one refresh to the next. The default, 1, is the safe one; the cost of `rank` products usually
         asks for more.
-      indefinite: see `RandomisedNystrom`; then the directions of positive curvature alone are preconditioned, at two
+      indefinite: see `RandomizedNystrom`; then the directions of positive curvature alone are preconditioned, at two
         products each. False by default.
     """
 
@@ -83,7 +80,7 @@ class NystromPreconditioner(Preconditioner):
         """A new approximation in place of the old one."""
         if linearization.product is None:
             raise ValueError("NystromPreconditioner needs curvature products; linearize with `Needs(product=True)`.")
-        found = RandomisedNystrom(self.rank, self.indefinite).low_rank(
+        found = RandomizedNystrom(self.rank, self.indefinite).low_rank(
             linearization.product, linearization.params_like, key
         )
         refreshed = NystromState(

@@ -80,7 +80,7 @@ class System:
       space: vector arithmetic of s.
       precondition: v -> P^-1 v for a symmetric positive definite P near C + lam I, or `None`.
       matrix: () -> C as a dense matrix over raveled vectors, or `None` to build it from products.
-      factorise: implementation of `batched_cholesky_solve` for solvers of the dense matrix; `None` takes the best
+      factorize: implementation of `batched_cholesky_solve` for solvers of the dense matrix; `None` takes the best
         supported one.
     """
 
@@ -88,7 +88,7 @@ class System:
     space: Space = TreeSpace()
     precondition: Callable[[PyTree], PyTree] | None = None
     matrix: Callable[[], jax.Array] | None = None
-    factorise: Implementation | Choice | None = None
+    factorize: Implementation | Choice | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +97,7 @@ class Solution:
     """What a solver returns.
 
     Attributes:
-      value: s, a wide vector.
+      value: s, an upcast vector.
       result: a `Result`, int32.
       iterations: products spent in the iteration, int32; 0 for direct solvers.
       residual: |g - (C + lam I) s| / |g|, recomputed from its definition (not a recurrence); NaN where no system is
@@ -137,7 +137,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def init(self, like: PyTree) -> Any:
-        """State with shapes and dtypes that `solve` keeps; `like` holds wide parameter shapes."""
+        """State with shapes and dtypes that `solve` keeps; `like` holds upcast parameter shapes."""
 
     @abc.abstractmethod
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:

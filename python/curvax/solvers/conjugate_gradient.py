@@ -63,7 +63,7 @@ class CG(Solver):
       tol: stop when the residual recurrence falls below tol times |g|.
       maxiter: most iterations.
       warm_start: start from the previous step's solution, kept in the state.
-      stabilise_every: every so many iterations the residual is recomputed as g - A x (one more product); the search
+      stabilize_every: every so many iterations the residual is recomputed as g - A x (one more product); the search
         direction is kept, so convergence is not set back. 50: in fewer float32 iterations the recurrence has not
         drifted. 0 never.
       stop: an additional stopping rule, or `None`.
@@ -72,11 +72,11 @@ class CG(Solver):
     tol: float = 1e-5
     maxiter: int = 20
     warm_start: bool = True
-    stabilise_every: int = 50
+    stabilize_every: int = 50
     stop: MartensStop | None = None
 
     def __post_init__(self) -> None:
-        for field, least in (("maxiter", 1), ("tol", 0), ("stabilise_every", 0)):
+        for field, least in (("maxiter", 1), ("tol", 0), ("stabilize_every", 0)):
             value = getattr(self, field)
             if isinstance(value, int | float) and not value >= least:
                 raise ValueError(f"{field} must be at least {least}, not {value}.")
@@ -215,14 +215,14 @@ class CG(Solver):
     def _refresh_residual(
         self, system: System, b: PyTree, lam: jax.Array, i: jax.Array, x: PyTree, r: PyTree, rr: jax.Array
     ) -> tuple[PyTree, jax.Array]:
-        if not 0 < self.stabilise_every < self.maxiter:
+        if not 0 < self.stabilize_every < self.maxiter:
             return r, rr
 
         def recompute() -> tuple[PyTree, jax.Array]:
             fresh = jax.tree.map(jnp.subtract, b, damped(system, lam)(x))
             return fresh, system.space.dots(((fresh, fresh),))[0]
 
-        return jax.lax.cond(i % self.stabilise_every == 0, recompute, lambda: (r, rr))
+        return jax.lax.cond(i % self.stabilize_every == 0, recompute, lambda: (r, rr))
 
     def _record(self, space: Any, at: _Iteration, b: PyTree, x: PyTree, r: PyTree) -> tuple[jax.Array, jax.Array]:
         if self.stop is None:

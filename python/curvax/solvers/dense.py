@@ -26,9 +26,9 @@ def _assemble(system: System, like: PyTree) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Cholesky(Solver):
-    """Cholesky factorisation of C + lam I, with one step of iterative refinement.
+    """Cholesky factorization of C + lam I, with one step of iterative refinement.
 
-    Where the factorisation fails, or its pivots say that the matrix is singular to rounding, the eigenvalue
+    Where the factorization fails, or its pivots say that the matrix is singular to rounding, the eigenvalue
     decomposition takes over: eigenvalues below rounding are left out (the minimum-norm solution, SINGULAR) and negative
     ones enter by their magnitude (a descent direction, INDEFINITE; Dauphin et al. 2014).
 
@@ -53,7 +53,7 @@ class Cholesky(Solver):
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         b, unravel = tree.ravel(rhs)
         c = system.matrix() if system.matrix is not None else _assemble(system, rhs)
-        value, result, residual = solve_dense(c.astype(b.dtype), b, lam, system.factorise)
+        value, result, residual = solve_dense(c.astype(b.dtype), b, lam, system.factorize)
         return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
 
 

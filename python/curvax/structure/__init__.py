@@ -1,7 +1,7 @@
 """What a model's structure makes cheap: which examples interact, Gram matrices, diagonals, norms, Kronecker factors."""
 
 from curvax.structure.batch_axis import examples_independent as examples_independent
-from curvax.structure.blocks import Blocks as Blocks
+from curvax.structure.blocks import KroneckerBlocks as KroneckerBlocks
 from curvax.structure.exact import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.structure.exact import ggn_diagonal as ggn_diagonal
 from curvax.structure.exact import jacobian_gram as jacobian_gram

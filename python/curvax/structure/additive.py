@@ -24,7 +24,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALISED, SCAN, scan_counts, subjaxprs
+from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts, subjaxprs
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.batch_axis import (
     REARRANGING,
@@ -486,7 +486,7 @@ def _barrier(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
 
 
 _CONTROL: dict[str, Callable[[_Adding, Step, list[_Part]], list[_Part]]] = {
-    **dict.fromkeys(REMATERIALISED | CUSTOM, _call),
+    **dict.fromkeys(REMATERIALIZED | CUSTOM, _call),
     SCAN: _scan,
     "while": _while,
     "cond": _cond,

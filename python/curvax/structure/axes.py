@@ -1,7 +1,7 @@
 """What the axes of a parameter leaf are to the layers that use it: copies, inputs, outputs, taps of a convolution.
 
 A shape does not tell: (3, 4, 5) is the kernel of a convolution in one dimension, a dense layer that writes into heads,
-or three dense layers stacked for a scan. The sites do (`curvax.structure.sites`): each says what the axes of its
+or three dense layers stacked for a scan. The layer uses do (`curvax.structure.uses`): each says what the axes of its
 operand are, and the axes of the leaf are followed to these through the views in between.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import jax
 
 from curvax.structure.program import traced_program
-from curvax.structure.recognise import recognise
-from curvax.structure.sites import ConvolutionSite, DenseSite, Site
+from curvax.structure.recognize import recognize
+from curvax.structure.uses import ConvolutionUse, DenseUse, LayerUse
 from curvax.structure.views import Reshape, Slice, Stacked, Transpose, View
 from curvax.tree import PyTree
 
@@ -54,8 +54,8 @@ def leaf_axes(
       arguments: arrays or shapes.
     """
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    sites = recognise(traced_program(function, params, arguments), shapes).sites
-    return tuple(tuple(_axes(site, shape) for site in sites if site.leaf == leaf) for leaf, shape in enumerate(shapes))
+    uses = recognize(traced_program(function, params, arguments), shapes).uses
+    return tuple(tuple(_axes(use, shape) for use in uses if use.leaf == leaf) for leaf, shape in enumerate(shapes))
 
 
 class _Kind(enum.Enum):
@@ -65,10 +65,10 @@ class _Kind(enum.Enum):
     TAPS = enum.auto()
 
 
-def _axes(site: Site, shape: tuple[int, ...]) -> LeafAxes:
-    operand = _through(site.views, [[_Run(frozenset({axis}), size)] for axis, size in enumerate(shape)])
+def _axes(use: LayerUse, shape: tuple[int, ...]) -> LeafAxes:
+    operand = _through(use.views, [[_Run(frozenset({axis}), size)] for axis, size in enumerate(shape)])
     found: dict[_Kind, list[int]] = {kind: [] for kind in _Kind}
-    for kind, axis in _kinds(site):
+    for kind, axis in _kinds(use):
         for run in operand[axis]:
             found[kind] += sorted(run.axes)
     wide = [axis for axis, size in enumerate(shape) if size > 1]
@@ -82,23 +82,23 @@ def _axes(site: Site, shape: tuple[int, ...]) -> LeafAxes:
     return LeafAxes(of(_Kind.COPIES), of(_Kind.INPUTS), of(_Kind.OUTPUTS), of(_Kind.TAPS))
 
 
-def _kinds(site: Site) -> Iterator[tuple[_Kind, int]]:
+def _kinds(use: LayerUse) -> Iterator[tuple[_Kind, int]]:
     """(kind, axis of the operand with the axes of stacked weights in front), kind by kind in the operand's order."""
-    depth = sum(site.stacked)
+    depth = sum(use.stacked)
     yield from ((_Kind.COPIES, axis) for axis in range(depth))
-    if isinstance(site, DenseSite):
-        contracted, batch = (tuple(of[site.operand]) for of in site.numbers)
-        for axis in range(len(site.operand_shape)):
+    if isinstance(use, DenseUse):
+        contracted, batch = (tuple(of[use.operand]) for of in use.numbers)
+        for axis in range(len(use.operand_shape)):
             kind = _Kind.COPIES if axis in batch else _Kind.INPUTS if axis in contracted else _Kind.OUTPUTS
             yield kind, depth + axis
-    elif isinstance(site, ConvolutionSite):
-        outputs, inputs, *taps = site.params["dimension_numbers"].rhs_spec
+    elif isinstance(use, ConvolutionUse):
+        outputs, inputs, *taps = use.params["dimension_numbers"].rhs_spec
         yield _Kind.OUTPUTS, depth + outputs
         yield _Kind.INPUTS, depth + inputs
         yield from ((_Kind.TAPS, depth + axis) for axis in taps)
     else:
         yield _Kind.INPUTS, depth
-        yield from ((_Kind.OUTPUTS, depth + axis) for axis in range(1, len(site.operand_shape)))
+        yield from ((_Kind.OUTPUTS, depth + axis) for axis in range(1, len(use.operand_shape)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr, Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALISED, SCAN, scan_counts, subjaxprs
+from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts, subjaxprs
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
 from curvax.structure.program import Atom, Name, Path, Program, Step, traced_program
@@ -521,7 +521,7 @@ def _barrier(_: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[
 
 
 _CONTROL: dict[str, Callable[[_Tracker, Step, list[_Seen], _Where], list[_Seen]]] = {
-    **dict.fromkeys(REMATERIALISED | CUSTOM, _call),
+    **dict.fromkeys(REMATERIALIZED | CUSTOM, _call),
     SCAN: _scan,
     "while": _while,
     "cond": _cond,

@@ -1,4 +1,4 @@
-"""Biases that a site takes along: leaves added to its output, whose rows are its cotangents summed over positions.
+"""Biases that a layer use takes along: leaves added to its output, whose rows are its cotangents summed over positions.
 
 With a one appended to every activation, (a, 1)^T d holds the gradients of weights and bias alike. That halves the work
 of their inner products, and is how Kronecker factors treat a bias.
@@ -10,16 +10,14 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from curvax.structure.entries import Added
 from curvax.structure.program import Name, Path, Program
-from curvax.structure.sites import Bias, EmbeddingSite, Site
+from curvax.structure.uses import Bias, EmbeddingUse, LayerUse
 from curvax.structure.views import Scale, Stacked, View, through, view_of
-
-if TYPE_CHECKING:
-    from curvax.structure.recognise import Added
 
 _SUMS = frozenset({"add", "add_any"})
 # Following entries of an output costs time and memory at planning.
@@ -27,41 +25,41 @@ _MOST_ENTRIES = 1 << 22
 
 
 def with_biases(
-    program: Program, sites: Sequence[Site], added: Mapping[int, Added], biases: Iterable[int]
-) -> list[Site]:
-    """The sites with a bias each where there is one.
+    program: Program, uses: Sequence[LayerUse], added: Mapping[int, Added], biases: Iterable[int]
+) -> list[LayerUse]:
+    """The layer uses with a bias each where there is one.
 
     Args:
       program: the model on one example.
-      sites: the sites.
+      uses: the layer uses.
       added: where leaves are added.
       biases: the leaves that are added at one place and used nowhere else.
     """
     free, found = set(biases), []
-    for site in sites:
-        matches = ((leaf, _match(program, site, added[leaf])) for leaf in sorted(free))
+    for use in uses:
+        matches = ((leaf, _match(program, use, added[leaf])) for leaf in sorted(free))
         leaf, order = next(((leaf, order) for leaf, order in matches if order is not None), (None, None))
         if leaf is not None and order is not None:
             free.discard(leaf)
-            site = dataclasses.replace(site, bias=Bias(leaf, added[leaf].leaf_shape, order))
-        found.append(site)
+            use = dataclasses.replace(use, bias=Bias(leaf, added[leaf].leaf_shape, order))
+        found.append(use)
     return found
 
 
-def _match(program: Program, site: Site, added: Added) -> np.ndarray | None:
-    """(G m,) entry of the leaf for each output, if it is a bias of the site; else `None`."""
+def _match(program: Program, use: LayerUse, added: Added) -> np.ndarray | None:
+    """(G m,) entry of the leaf for each output, if it is a bias of the layer use; else `None`."""
     entry, path = added.entry, added.path
-    inside = path[:-1] == site.path[:-1] and entry.stacked == site.stacked and entry.lengths == site.lengths
-    if not inside or isinstance(site, EmbeddingSite) or math.prod(site.perturbation_shape) > _MOST_ENTRIES:
+    inside = path[:-1] == use.path[:-1] and entry.stacked == use.stacked and entry.lengths == use.lengths
+    if not inside or isinstance(use, EmbeddingUse) or math.prod(use.perturbation_shape) > _MOST_ENTRIES:
         return None
     body = _body(program, path[:-1])
     # In a difference one of the two has the other's gradient reversed.
     if body.steps[path[-1]].primitive not in _SUMS:
         return None
-    chain = _chain(body, site.path[-1], path[-1], 1 - added.operand)
+    chain = _chain(body, use.path[-1], path[-1], 1 - added.operand)
     if chain is None or any(isinstance(_inner(view), Scale) for view in entry.views):
         return None
-    return _order(site, chain, added, body.steps[path[-1]].output_avals[0].shape)
+    return _order(use, chain, added, body.steps[path[-1]].output_avals[0].shape)
 
 
 def _inner(view: View) -> View:
@@ -115,7 +113,7 @@ def _uses(program: Program) -> dict[Name, list[tuple[int, int]]]:
     return uses
 
 
-def _order(site: Site, chain: Sequence[tuple[View, ...]], added: Added, shape: tuple[int, ...]) -> np.ndarray | None:
+def _order(use: LayerUse, chain: Sequence[tuple[View, ...]], added: Added, shape: tuple[int, ...]) -> np.ndarray | None:
     """(G m,) entry of the leaf that is added at each output, the same at all positions; `None` if it is not so.
 
     Found by sending the numbers of the leaf's entries the way that the entries go.
@@ -128,18 +126,18 @@ def _order(site: Site, chain: Sequence[tuple[View, ...]], added: Added, shape: t
         numbers = np.expand_dims(numbers, tuple(fresh))
     # A sum repeats the entries along axes of length one by itself.
     numbers = np.broadcast_to(numbers, (*numbers.shape[:stack], *shape))
-    # The site's output goes through the chain to the sum: which entry of the output stands where in the sum?
-    places = np.arange(math.prod(site.output_shape), dtype=np.int64).reshape(site.output_shape)
+    # The layer use's output goes through the chain to the sum: which entry of the output stands where in the sum?
+    places = np.arange(math.prod(use.output_shape), dtype=np.int64).reshape(use.output_shape)
     for views in chain:
         places = through(views, places)
     if places.shape != shape:
         return None
     at_output = np.empty((*numbers.shape[:stack], places.size), np.int64)
     at_output[..., places.ravel()] = numbers.reshape(*numbers.shape[:stack], -1)
-    at_output = at_output.reshape(*numbers.shape[:stack], *site.output_shape)
-    repeated = [i for i, stacked in enumerate(site.stacked) if not stacked]
-    at_output = np.broadcast_to(np.expand_dims(at_output, tuple(repeated)), site.perturbation_shape)
-    arranged = site.cotangents(at_output)
+    at_output = at_output.reshape(*numbers.shape[:stack], *use.output_shape)
+    repeated = [i for i, stacked in enumerate(use.stacked) if not stacked]
+    at_output = np.broadcast_to(np.expand_dims(at_output, tuple(repeated)), use.perturbation_shape)
+    arranged = use.cotangents(at_output)
     order = arranged[0].ravel()
     fits = np.all(arranged == arranged[:1]) and order.size == size and np.array_equal(np.sort(order), np.arange(size))
     return order if fits else None

@@ -1,11 +1,12 @@
 """Curvature by blocks: which entries of which leaves share a Kronecker-factored block, and which keep a diagonal.
 
-At a site a block W (G, n, m) acts as h = a W, so the curvature of each group is a sum over examples of
+At a layer use a block W (G, n, m) acts as h = a W, so the curvature of each group is a sum over examples of
 (sum_t a_t d_t^T)(sum_t a_t d_t^T)^T, which Kronecker factors A (n, n) and B (m, m) approximate by A kron B. A bias of
-the site's output is one more row of W, whose activation is always one. A leaf that is used at several sites has one
-block per site where these see different entries of it (a fused projection, cut up), one block for all sites where they
-see the same entries in the same order (weights used twice: their positions join), and a diagonal where they see them in
-different orders (an embedding whose transpose is the output layer), as has a leaf without any site.
+the layer use's output is one more row of W, whose activation is always one. A leaf that is used at several layer uses
+has one block per layer use where these see different entries of it (a fused projection, cut up), one block for all
+layer uses where they see the same entries in the same order (weights used twice: their positions join), and a diagonal
+where they see them in different orders (an embedding whose transpose is the output layer), as has a leaf without any
+layer use.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognise import NONE, Structure
-from curvax.structure.sites import Bias, EmbeddingSite, Site
+from curvax.structure.recognize import NONE, Structure
+from curvax.structure.uses import Bias, EmbeddingUse, LayerUse
 from curvax.structure.views import disjoint
 
 
@@ -31,20 +32,20 @@ class KroneckerBlock:
 
     Attributes:
       leaf: index of the leaf.
-      sites: indices of the sites that see these entries, all in the order of the first one.
-      site: the first one, which says how the leaf is laid out.
+      uses: indices of the layer uses that see these entries, all in the order of the first one.
+      use: the first one, which says how the leaf is laid out.
       bias: the leaf that makes the last row of the block, or `None`.
     """
 
     leaf: int
-    sites: tuple[int, ...]
-    site: Site
+    uses: tuple[int, ...]
+    use: LayerUse
     bias: Bias | None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(groups, inputs with the bias, outputs)."""
-        groups, n, m = self.site.block
+        groups, n, m = self.use.block
         return groups, n + (self.bias is not None), m
 
     @property
@@ -55,7 +56,7 @@ class KroneckerBlock:
     @property
     def embedding(self) -> bool:
         """Whether activations are one-hot, so that A is a diagonal and kept as a vector."""
-        return isinstance(self.site, EmbeddingSite)
+        return isinstance(self.use, EmbeddingUse)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -71,13 +72,13 @@ class KroneckerBlock:
 
     @property
     def scale(self) -> float:
-        """The number that the leaf is multiplied with on its way to the site; the activations take it over."""
-        return self.site.factor
+        """The number that the leaf is multiplied with on its way to the layer use; the activations take it over."""
+        return self.use.factor
 
     def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The block's entries (G, n, m) of a vector given by its leaves."""
         # `from_leaf` scales, as the leaf is scaled; here entries only move.
-        block = _unscaled(self.site.from_leaf(leaves[self.leaf]), self.scale)
+        block = _unscaled(self.use.from_leaf(leaves[self.leaf]), self.scale)
         if self.bias is None:
             return block
         groups, _, m = self.shape
@@ -91,7 +92,7 @@ class KroneckerBlock:
         return [(self.leaf, self._weights(block[:, :-1])), (self.bias.leaf, self.bias.to_leaf(block[:, -1]))]
 
     def _weights(self, block: jax.Array) -> jax.Array:
-        return _unscaled(self.site.to_leaf(block), self.scale)
+        return _unscaled(self.use.to_leaf(block), self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,48 +102,50 @@ class DiagonalBlock:
     Attributes:
       leaf: index of the leaf.
       shape: its shape.
-      sites: the sites at which it is used, if it is a leaf of sites.
-      bias_of: the sites whose bias it is.
+      uses: the layer uses at which it is used, if it is a leaf of layer uses.
+      bias_of: the layer uses whose bias it is.
       explicit: its place among the leaves with explicit rows, or `None`.
       reason: why it has no Kronecker factors.
     """
 
     leaf: int
     shape: tuple[int, ...]
-    sites: tuple[int, ...] = ()
+    uses: tuple[int, ...] = ()
     bias_of: tuple[int, ...] = ()
     explicit: int | None = None
     reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Blocks:
+class KroneckerBlocks:
     """The blocks of a model.
 
     Equality is that of what a state's arrays mean: blocks, and the orders in which biases and kernels are laid out.
 
     Attributes:
       kronecker, diagonal: the blocks.
-      sites: all sites of the model.
+      uses: all layer uses of the model.
       shapes: of the leaves.
       dtype: of factors.
     """
 
     kronecker: tuple[KroneckerBlock, ...]
     diagonal: tuple[DiagonalBlock, ...]
-    sites: tuple[Site, ...]
+    uses: tuple[LayerUse, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
 
     def __post_init__(self) -> None:
         biases = tuple(tuple(b.bias.order.tolist()) for b in self.kronecker if b.bias is not None)
-        layouts = tuple(site.entry_order for site in self.sites)
-        identity = (self.kronecker, self.diagonal, self.sites, self.shapes, str(self.dtype), biases, layouts)
+        layouts = tuple(use.entry_order for use in self.uses)
+        identity = (self.kronecker, self.diagonal, self.uses, self.shapes, str(self.dtype), biases, layouts)
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Blocks) and vars(self)["_identity"] == vars(other)["_identity"])
+        return self is other or (
+            isinstance(other, KroneckerBlocks) and vars(self)["_identity"] == vars(other)["_identity"]
+        )
 
     def __hash__(self) -> int:
         return vars(self)["_hash"]
@@ -151,10 +154,10 @@ class Blocks:
         """Leaves with entries that belong to no block: those of slices that are not used."""
         covered: dict[int, int] = collections.defaultdict(int)
         for block in self.kronecker:
-            covered[block.leaf] += math.prod(block.site.block)
+            covered[block.leaf] += math.prod(block.use.block)
         return frozenset(leaf for leaf, count in covered.items() if count < math.prod(self.shapes[leaf]))
 
-    def narrowed(self, max_width: int) -> Blocks:
+    def narrowed(self, max_width: int) -> KroneckerBlocks:
         """The same with a diagonal for every leaf that has a factor of more than `max_width` rows."""
         wide: dict[int, int] = {}
         for block in self.kronecker:
@@ -165,13 +168,13 @@ class Blocks:
         diagonal = list(self.diagonal)
         for leaf, width in wide.items():
             reason = f"a factor would have {width} rows, and max_width is {max_width}"
-            indices = tuple(i for block in self.kronecker if block.leaf == leaf for i in block.sites)
-            diagonal.append(DiagonalBlock(leaf, self.shapes[leaf], sites=indices, reason=reason))
+            indices = tuple(i for block in self.kronecker if block.leaf == leaf for i in block.uses)
+            diagonal.append(DiagonalBlock(leaf, self.shapes[leaf], uses=indices, reason=reason))
         for block in self.kronecker:
             if block.leaf in wide and block.bias is not None:
                 reason = "it is the bias of weights without factors"
                 bias = block.bias
-                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.sites, reason=reason))
+                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.uses, reason=reason))
         kept = tuple(block for block in self.kronecker if block.leaf not in wide)
         return dataclasses.replace(self, kronecker=kept, diagonal=tuple(diagonal))
 
@@ -181,9 +184,9 @@ class Blocks:
         for block in self.kronecker:
             groups, n, m = block.shape
             many = f"{groups} x " if groups > 1 else ""
-            shared = f", joined over {len(block.sites)} uses" if len(block.sites) > 1 else ""
+            shared = f", joined over {len(block.uses)} uses" if len(block.uses) > 1 else ""
             factors = f"diagonal {n} and {m} x {m}" if block.embedding else f"{n} x {n} and {m} x {m}"
-            lines[block.leaf].append(f"Kronecker factors {many}{factors} ({block.site.rule}{shared})")
+            lines[block.leaf].append(f"Kronecker factors {many}{factors} ({block.use.rule}{shared})")
             if block.bias is not None:
                 lines[block.bias.leaf].append(f"within the Kronecker factors of {names[block.leaf]}")
         for block in self.diagonal:
@@ -191,7 +194,7 @@ class Blocks:
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
 
 
-def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Blocks:
+def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> KroneckerBlocks:
     """The blocks of a model's structure.
 
     Args:
@@ -200,29 +203,31 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
       dtype: of factors.
     """
     by_leaf: dict[int, list[int]] = collections.defaultdict(list)
-    for index, site in enumerate(structure.sites):
-        by_leaf[site.leaf].append(index)
+    for index, use in enumerate(structure.uses):
+        by_leaf[use.leaf].append(index)
     kronecker: list[KroneckerBlock] = []
     diagonal = [
         DiagonalBlock(leaf, tuple(shapes[leaf]), explicit=place, reason=_why(structure, leaf))
         for place, leaf in enumerate(structure.explicit)
     ]
     for leaf, indices in by_leaf.items():
-        sites = [structure.sites[i] for i in indices]
-        found = _of_leaf(leaf, indices, sites)
+        uses = [structure.uses[i] for i in indices]
+        found = _of_leaf(leaf, indices, uses)
         kronecker += found
         if not found:
             reason = "it is used in several orders of its entries"
-            diagonal.append(DiagonalBlock(leaf, tuple(shapes[leaf]), sites=tuple(indices), reason=reason))
+            diagonal.append(DiagonalBlock(leaf, tuple(shapes[leaf]), uses=tuple(indices), reason=reason))
         held = {block.bias.leaf for block in found if block.bias is not None}
-        for index, site in zip(indices, sites, strict=True):
-            if site.bias is not None and site.bias.leaf not in held:
+        for index, use in zip(indices, uses, strict=True):
+            if use.bias is not None and use.bias.leaf not in held:
                 reason = "it is the bias of weights that are used several times"
-                bias = site.bias
+                bias = use.bias
                 diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=(index,), reason=reason))
     idle = [i for i, finding in enumerate(structure.findings) if finding.rule == NONE]
     diagonal += [DiagonalBlock(i, tuple(shapes[i]), reason="the outputs do not depend on it") for i in idle]
-    return Blocks(tuple(kronecker), tuple(diagonal), structure.sites, tuple(map(tuple, shapes)), np.dtype(dtype))
+    return KroneckerBlocks(
+        tuple(kronecker), tuple(diagonal), structure.uses, tuple(map(tuple, shapes)), np.dtype(dtype)
+    )
 
 
 def _why(structure: Structure, leaf: int) -> str:
@@ -230,16 +235,16 @@ def _why(structure: Structure, leaf: int) -> str:
     return f"it enters as {finding.rule}" + (f" ({finding.reason})" if finding.reason else "")
 
 
-def _of_leaf(leaf: int, indices: Sequence[int], sites: Sequence[Site]) -> list[KroneckerBlock]:
-    if any(site.factor == 0 for site in sites):
+def _of_leaf(leaf: int, indices: Sequence[int], uses: Sequence[LayerUse]) -> list[KroneckerBlock]:
+    if any(use.factor == 0 for use in uses):
         return []
-    first = sites[0]
-    if len(sites) == 1:
+    first = uses[0]
+    if len(uses) == 1:
         return [KroneckerBlock(leaf, tuple(indices), first, first.bias)]
-    if all(type(s) is type(first) and s.views == first.views and s.same_layout(first) for s in sites[1:]):
+    if all(type(s) is type(first) and s.views == first.views and s.same_layout(first) for s in uses[1:]):
         return [KroneckerBlock(leaf, tuple(indices), first, None)]
-    if all(disjoint(a.views, b.views) for a, b in itertools.combinations(sites, 2)):
-        return [KroneckerBlock(leaf, (i,), s, s.bias) for i, s in zip(indices, sites, strict=True)]
+    if all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2)):
+        return [KroneckerBlock(leaf, (i,), s, s.bias) for i, s in zip(indices, uses, strict=True)]
     return []
 
 

@@ -1,8 +1,8 @@
-"""The factors of a model's rows: activations and cotangents at every site, explicit rows of the other leaves.
+"""The factors of a model's rows: activations and cotangents at every layer use, explicit rows of the other leaves.
 
 The model on one example is evaluated once, with the activations recorded, and linearized in perturbations of the
-outputs of all sites and in the leaves that have none. One reverse pass per row then gives the cotangents of all sites:
-the products that would form the gradients of the weights are never made.
+outputs of all layer uses and in the leaves that have none. One reverse pass per row then gives the cotangents of all
+layer uses: the products that would form the gradients of the weights are never made.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from curvax import tree
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
 from curvax.structure.program import RESULT, Hooks, Path, replay, traced_program
-from curvax.structure.recognise import Structure, recognise
-from curvax.structure.sites import EmbeddingSite, Site
+from curvax.structure.recognize import Structure, recognize
+from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.tree import PyTree
 
 
@@ -30,8 +30,8 @@ class Factors:
     """Factors of the rows of one example; of several, with one more leading axis.
 
     Attributes:
-      activations: per site (T, G, n); of an embedding (T,) indices.
-      cotangents: per site (R, T, G, m).
+      activations: per layer use (T, G, n); of an embedding (T,) indices.
+      cotangents: per layer use (R, T, G, m).
       explicit: per leaf of `Structure.explicit` its rows, (R, *leaf).
     """
 
@@ -46,7 +46,7 @@ class Capture:
 
     Attributes:
       model: the model by example.
-      structure: its sites.
+      structure: its layer uses.
       dtype: of the factors: the widest of the parameters, at least float32.
     """
 
@@ -98,14 +98,14 @@ class Capture:
           inputs: what `Capture.one` has of the example.
           rows: outputs (1, ...) -> the output cotangents that make the rows, (R, 1, ...).
         """
-        sites, taken = self.structure.sites, self.structure.explicit
-        zeros = [jnp.zeros(site.perturbation_shape, site.output_dtype) for site in sites]
+        uses, taken = self.structure.uses, self.structure.explicit
+        zeros = [jnp.zeros(use.perturbation_shape, use.output_dtype) for use in uses]
         outputs, vjp, activations = jax.vjp(
             lambda e, p: self._perturbed(leaves, inputs, e, p), zeros, [leaves[i] for i in taken], has_aux=True
         )
         cotangents, explicit = jax.vmap(lambda u: vjp(u.astype(outputs.dtype)))(rows(outputs))
-        arranged = [jax.vmap(site.cotangents)(d.astype(self.dtype)) for site, d in zip(sites, cotangents, strict=True)]
-        return Factors(activations, arranged, [tree.widen(x) for x in explicit])
+        arranged = [jax.vmap(use.cotangents)(d.astype(self.dtype)) for use, d in zip(uses, cotangents, strict=True)]
+        return Factors(activations, arranged, [tree.upcast(x) for x in explicit])
 
     def batch(self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], cotangents: jax.Array) -> Factors:
         """The factors of all examples, for output cotangents (R, B, ...) and leaves of the inputs: one more axis B."""
@@ -123,22 +123,22 @@ class Capture:
         explicit: Sequence[jax.Array],
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Outputs and activations. The derivative with respect to a perturbation of h = a W is the cotangent of h."""
-        replaced, sites = list(leaves), self.structure.sites
+        replaced, uses = list(leaves), self.structure.uses
         for i, leaf in zip(self.structure.explicit, explicit, strict=True):
             replaced[i] = leaf
         own = len(inputs) - len(self.model.draws)
         hooks = Hooks(
             # Two leaves may be used by one step: they share its output, and so its perturbation.
-            added=_summed([site.path for site in sites], perturbations),
+            added=_summed([use.path for use in uses], perturbations),
             given={draw.single: x[0] for draw, x in zip(self.model.draws, inputs[own:], strict=True)},
-            recorded=frozenset((site.path, site.activation) for site in sites),
+            recorded=frozenset((use.path, use.activation) for use in uses),
         )
         (outputs,), records = replay(self.model.program, [*replaced, *inputs[:own]], hooks)
-        return outputs, [self._activations(site, records[site.path, site.activation]) for site in sites]
+        return outputs, [self._activations(use, records[use.path, use.activation]) for use in uses]
 
-    def _activations(self, site: Site, recorded: jax.Array) -> jax.Array:
-        arranged = site.activations(recorded)
-        return arranged if isinstance(site, EmbeddingSite) else arranged.astype(self.dtype)
+    def _activations(self, use: LayerUse, recorded: jax.Array) -> jax.Array:
+        arranged = use.activations(recorded)
+        return arranged if isinstance(use, EmbeddingUse) else arranged.astype(self.dtype)
 
 
 def _summed(paths: Sequence[Path], perturbations: Sequence[jax.Array]) -> dict[Path, jax.Array]:
@@ -158,4 +158,4 @@ def capture(
     """
     model = by_example(predict, params, inputs, axes)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    return Capture(model, recognise(model.program, shapes), tree.scalar_dtype(params))
+    return Capture(model, recognize(model.program, shapes), tree.scalar_dtype(params))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import OutputCurvature
+from curvax.output_space import OutputCurvature
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.squares import formed_bytes, squared_rows
 from curvax.tree import PyTree
@@ -58,7 +58,7 @@ def _blocks(count: int, size: int) -> jax.Array:
 
 def _columns(local: OutputCurvature, chosen: jax.Array, outputs: jax.Array) -> jax.Array:
     rows = math.prod(local.row_shape[1:])
-    basis = (chosen[:, None] == jnp.arange(rows, dtype=jnp.int32)).astype(tree.wide_dtype(outputs.dtype))
+    basis = (chosen[:, None] == jnp.arange(rows, dtype=jnp.int32)).astype(tree.accumulation_dtype(outputs.dtype))
     return jax.vmap(local.factor)(basis.reshape(-1, 1, *local.row_shape[1:]))
 
 
@@ -69,7 +69,7 @@ def _row_bytes(captured: Capture, make: Callable[..., Factors], shapes: list[tup
     return kept + formed_bytes(captured, shapes, rows=1)
 
 
-def joint_diagonal(output: OutputCurvature, pull: Callable[[jax.Array], PyTree], max_bytes: int) -> PyTree:
+def joint_diagonal(output: OutputCurvature, vjp: Callable[[jax.Array], PyTree], max_bytes: int) -> PyTree:
     """The diagonal where examples interact: all rows formed, some at a time."""
     total = math.prod(output.row_shape)
     outputs = jax.eval_shape(output.factor, jax.ShapeDtypeStruct(output.row_shape, jnp.float32))
@@ -78,7 +78,7 @@ def joint_diagonal(output: OutputCurvature, pull: Callable[[jax.Array], PyTree],
     def row(index: jax.Array) -> PyTree:
         # A row past the end is zero.
         basis = (jnp.arange(total, dtype=jnp.int32) == index).astype(dtype).reshape(output.row_shape)
-        return jax.tree.map(jnp.square, pull(output.factor(basis)))
+        return jax.tree.map(jnp.square, vjp(output.factor(basis)))
 
     like = jax.eval_shape(row, jax.ShapeDtypeStruct((), jnp.int32))
     bytes_per_row = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import (
-    GeneralizedGaussNewton,
-    GradientOuterProduct,
-    Identity,
-    Metric,
-    ObservedFisher,
-    OutputCurvature,
-)
 from curvax.kernels import Choice, Implementation
 from curvax.keys import check_key
 from curvax.losses.base import Loss, check_loss
+from curvax.output_space import (
+    FisherType,
+    GeneralizedGaussNewton,
+    GradientOuterProduct,
+    IdentityCurvature,
+    ObservedFisher,
+    OutputCurvature,
+)
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, Factors, capture
@@ -74,7 +74,7 @@ def jacobian_gram(
         predict_fn,
         params,
         inputs,
-        Identity(outputs),
+        IdentityCurvature(outputs),
         _pull(vjp, outputs),
         axes=leading_axes(batch_axes, inputs),
         max_bytes=max_bytes,
@@ -117,7 +117,7 @@ def ggn_diagonal(
       max_bytes: bound on the memory of factors and formed rows; 2 GiB by default.
 
     Returns:
-      A wide tree with the structure of `params`.
+      An upcast tree with the structure of `params`.
 
     Raises:
       ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
@@ -128,7 +128,7 @@ def ggn_diagonal(
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
     check_key("key", key)
-    root = jnp.sqrt(at.weights.omega)
+    root = jnp.sqrt(at.weights.values)
 
     def residual(k: jax.Array) -> jax.Array:
         return loss.gradient(at.outputs, loss.sample_targets(at.outputs, targets, k), root)
@@ -199,7 +199,7 @@ def per_example_gradient_norms(
     except Mixed as mixed:
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
-    residual = loss.gradient(at.outputs, targets, at.weights.omega)
+    residual = loss.gradient(at.outputs, targets, at.weights.values)
     norms = _norms(captured, params, sound_inputs(captured, jax.tree.leaves(inputs), at.weights), residual, max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
@@ -239,12 +239,12 @@ class _Point:
     targets: Any
     outputs: jax.Array
     weights: LossWeights
-    pull: Callable[[jax.Array], PyTree]
+    vjp: Callable[[jax.Array], PyTree]
     axes: BatchAxes | None
 
-    def diagonal(self, metric: Metric, max_bytes: int) -> PyTree:
+    def diagonal(self, fisher: FisherType, max_bytes: int) -> PyTree:
         """The diagonal of J^T Q J for the metric's Q."""
-        output = metric.bind(self.loss, self.outputs, self.targets, self.weights.omega, None)
+        output = fisher.bind(self.loss, self.outputs, self.targets, self.weights.values, None)
         return self.row_diagonal(output, max_bytes)
 
     def row_diagonal(self, output: OutputCurvature, max_bytes: int) -> PyTree:
@@ -255,7 +255,7 @@ class _Point:
             self.params,
             self.inputs,
             output,
-            self.pull,
+            self.vjp,
             axes=self.axes,
             weights=weights,
             max_bytes=max_bytes,
@@ -286,7 +286,7 @@ def _at(
 
 
 def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
-    return lambda u: tree.widen(vjp(u.reshape(outputs.shape).astype(outputs.dtype))[0])
+    return lambda u: tree.upcast(vjp(u.reshape(outputs.shape).astype(outputs.dtype))[0])
 
 
 def _flattened(predict: Predict) -> Predict:

@@ -33,11 +33,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from curvax.structure.blocks import Blocks, DiagonalBlock, KroneckerBlock
+from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
-from curvax.structure.sites import EmbeddingSite
+from curvax.structure.uses import EmbeddingUse
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
 _ENTRIES_AT_ONCE = 1 << 24
@@ -62,7 +62,7 @@ class Examples:
 
     Attributes:
       factors: with a leading example axis B.
-      weights: per site (B, T), what its positions weigh in the loss.
+      weights: per layer use (B, T), what its positions weigh in the loss.
     """
 
     factors: Factors
@@ -109,15 +109,15 @@ def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Exa
         )
 
     activations, cotangents = [], []
-    for site, w, a, d in zip(capture.structure.sites, each, factors.activations, factors.cotangents, strict=True):
+    for use, w, a, d in zip(capture.structure.uses, each, factors.activations, factors.cotangents, strict=True):
         # An index past the table finds nothing.
-        activations.append(keep(w != 0, a, site.block[1] if isinstance(site, EmbeddingSite) else 0))
+        activations.append(keep(w != 0, a, use.block[1] if isinstance(use, EmbeddingUse) else 0))
         cotangents.append(keep((w != 0)[:, None], d))
     explicit = [keep(weights.examples != 0, x) for x in factors.explicit]
     return Examples(Factors(activations, cotangents, explicit), each)
 
 
-def factor_sums(blocks: Blocks, examples: Examples, sharing: WeightSharing) -> FactorSums:
+def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightSharing) -> FactorSums:
     """The sums that make all Kronecker factors and diagonals."""
     inputs, outputs, weights = [], [], []
     for block in blocks.kronecker:
@@ -131,7 +131,7 @@ def factor_sums(blocks: Blocks, examples: Examples, sharing: WeightSharing) -> F
 
 
 def projected_squares(
-    blocks: Blocks, examples: Examples, bases: Sequence[tuple[jax.Array | None, jax.Array]]
+    blocks: KroneckerBlocks, examples: Examples, bases: Sequence[tuple[jax.Array | None, jax.Array]]
 ) -> list[jax.Array]:
     """Per Kronecker block sum_br (U^T (sum_t a d^T) V)^2 entrywise, (G, n, m).
 
@@ -170,8 +170,8 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
-    """(B, T, G, n), with the ones of a bias; positions of all sites one after another."""
-    joined = jnp.concatenate([examples.factors.activations[i] for i in block.sites], axis=1)
+    """(B, T, G, n), with the ones of a bias; positions of all layer uses one after another."""
+    joined = jnp.concatenate([examples.factors.activations[i] for i in block.uses], axis=1)
     if block.scale != 1:
         joined = joined * jnp.asarray(block.scale, joined.dtype)
     if block.bias is None:
@@ -181,12 +181,12 @@ def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
 
 def _indices(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, T) of an embedding."""
-    return jnp.concatenate([examples.factors.activations[i] for i in block.sites], axis=1)
+    return jnp.concatenate([examples.factors.activations[i] for i in block.uses], axis=1)
 
 
 def _cotangents(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, R, T, G, m)."""
-    return jnp.concatenate([examples.factors.cotangents[i] for i in block.sites], axis=2)
+    return jnp.concatenate([examples.factors.cotangents[i] for i in block.uses], axis=2)
 
 
 def _rows_by_group(x: jax.Array) -> jax.Array:
@@ -195,8 +195,8 @@ def _rows_by_group(x: jax.Array) -> jax.Array:
 
 
 def _weights(block: KroneckerBlock, examples: Examples) -> jax.Array:
-    """(B, T); several sites share the weight of an example by their positions."""
-    parts = [examples.weights[i] for i in block.sites]
+    """(B, T); several layer uses share the weight of an example by their positions."""
+    parts = [examples.weights[i] for i in block.uses]
     positions = sum(w.shape[1] for w in parts)
     return jnp.concatenate([w * (w.shape[1] / positions) for w in parts], axis=1)
 
@@ -240,38 +240,40 @@ def _output_sum(block: KroneckerBlock, examples: Examples, sharing: WeightSharin
     return second_moment(_rows_by_group(d))
 
 
-def _diagonal_sum(blocks: Blocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
+def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
     factors = examples.factors
     if block.explicit is not None:
         rows = factors.explicit[block.explicit]
         return jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
-    if block.sites:
+    if block.uses:
         return _formed_squares(blocks, block, examples)
     total = jnp.zeros(block.shape, blocks.dtype)
     for i in block.bias_of:
-        bias = blocks.sites[i].bias
+        bias = blocks.uses[i].bias
         if bias is not None:
             total = total + bias.to_leaf(jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)))
     return total
 
 
-def _formed_squares(blocks: Blocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
-    """Squared rows of a leaf whose sites disagree about the order of its entries: formed, some examples at a time."""
-    sites = [blocks.sites[i] for i in block.sites]
+def _formed_squares(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
+    """Squared rows of a leaf whose layer uses disagree about the order of its entries: formed, some examples at a
+    time.
+    """
+    uses = [blocks.uses[i] for i in block.uses]
 
     def rows(a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
         total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
-        for site, x, y in zip(sites, a, d, strict=True):
-            dense = one_hot(site, x, blocks.dtype) if isinstance(site, EmbeddingSite) else x
+        for use, x, y in zip(uses, a, d, strict=True):
+            dense = one_hot(use, x, blocks.dtype) if isinstance(use, EmbeddingUse) else x
             formed = jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest")
-            total = total + jax.vmap(site.to_leaf)(formed)
+            total = total + jax.vmap(use.to_leaf)(formed)
         return total
 
     def some(part: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         return jnp.sum(jnp.square(jax.vmap(rows)(*part)), axis=(0, 1))
 
-    activations = [examples.factors.activations[i] for i in block.sites]
-    cotangents = [examples.factors.cotangents[i] for i in block.sites]
+    activations = [examples.factors.activations[i] for i in block.uses]
+    cotangents = [examples.factors.cotangents[i] for i in block.uses]
     entries = cotangents[0].shape[1] * max(1, math.prod(block.shape))
     return _over_examples(some, (activations, cotangents), entries)
 

@@ -1,11 +1,11 @@
 """From the factors of an example to what its rows are made of, leaf by leaf, in the form that makes them meet cheapest.
 
-Rows of a leaf with sites meet either as pairs, without being formed,
+Rows of a leaf with layer uses meet either as pairs, without being formed,
 
     <sum_t a_t d_t^T, sum_u b_u e_u^T> = sum_tu (a_t . b_u) (d_t . e_u),
 
-or formed, sum_t a_t d_t^T laid out as the leaf. Pairs add up over sites only if these see the same entries of the leaf
-in the same order (then their positions are one longer list) or no common ones; otherwise the rows are formed.
+or formed, sum_t a_t d_t^T laid out as the leaf. Pairs add up over layer uses only if these see the same entries of the
+leaf in the same order (then their positions are one longer list) or no common ones; otherwise the rows are formed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import formed, one_hot, sites_by_leaf, with_one
-from curvax.structure.sites import EmbeddingSite, Site
+from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.structure.views import disjoint
 
 
@@ -42,41 +42,41 @@ def layers(capture: Capture, factors: Factors) -> list[Layer]:
     """All parts of the rows of one example."""
     found = [Layer(None, _flat(rows)[None]) for rows in factors.explicit]
     for indices in sites_by_leaf(capture).values():
-        sites = [capture.structure.sites[i] for i in indices]
-        found += _leaf(sites, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
+        uses = [capture.structure.uses[i] for i in indices]
+        found += _leaf(uses, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
     return found
 
 
-def _leaf(sites: Sequence[Site], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
-    apart = all(disjoint(a.views, b.views) for a, b in itertools.combinations(sites, 2))
-    if not apart and not _same_entries(sites):
-        biases = [_flat(jnp.sum(d, axis=1)) for site, d in zip(sites, cotangents, strict=True) if site.bias is not None]
-        return [Layer(None, rows[None]) for rows in (_flat(formed(sites, activations, cotangents)), *biases)]
-    scaled = [_scaled(site, a, d.dtype) for site, a, d in zip(sites, activations, cotangents, strict=True)]
+def _leaf(uses: Sequence[LayerUse], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
+    apart = all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2))
+    if not apart and not _same_entries(uses):
+        biases = [_flat(jnp.sum(d, axis=1)) for use, d in zip(uses, cotangents, strict=True) if use.bias is not None]
+        return [Layer(None, rows[None]) for rows in (_flat(formed(uses, activations, cotangents)), *biases)]
+    scaled = [_scaled(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
     if apart:
         return [_pairs_or_formed(*one) for one in zip(scaled, cotangents, strict=True)]
     return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), jnp.concatenate(cotangents, axis=1))]
 
 
-def _scaled(site: Site, activations: jax.Array, dtype: Any) -> jax.Array:
+def _scaled(use: LayerUse, activations: jax.Array, dtype: Any) -> jax.Array:
     """As the leaf's gradient has them: scaled as the leaf is on its way, then with a one for a bias, which is not."""
-    if isinstance(site, EmbeddingSite):
-        activations = one_hot(site, activations, dtype)
-    if site.factor != 1:
-        activations = activations * jnp.asarray(site.factor, dtype)
-    return with_one(site, activations)
+    if isinstance(use, EmbeddingUse):
+        activations = one_hot(use, activations, dtype)
+    if use.factor != 1:
+        activations = activations * jnp.asarray(use.factor, dtype)
+    return with_one(use, activations)
 
 
-def _same_entries(sites: Sequence[Site]) -> bool:
-    """Whether a block (G, n, m) means the same entries of the leaf, in the same order, at all sites."""
-    first = sites[0]
+def _same_entries(uses: Sequence[LayerUse]) -> bool:
+    """Whether a block (G, n, m) means the same entries of the leaf, in the same order, at all layer uses."""
+    first = uses[0]
     return all(
-        type(site) is type(first)
-        and site.same_layout(first)
-        and site.views == first.views
-        and site.bias is None
+        type(use) is type(first)
+        and use.same_layout(first)
+        and use.views == first.views
+        and use.bias is None
         and first.bias is None
-        for site in sites[1:]
+        for use in uses[1:]
     )
 
 

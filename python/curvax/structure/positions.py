@@ -23,7 +23,7 @@ from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.program import Path, Program
 from curvax.structure.reach import Reach, Reached, reached
-from curvax.structure.sites import Site
+from curvax.structure.uses import LayerUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +31,24 @@ class LossWeights:
     """The weights of a loss on a batch.
 
     Attributes:
-      omega: (B, ...) effective weights, shaped like positions or like outputs (`Loss.effective_weights`).
+      values: (B, ...) effective weights, shaped like positions or like outputs (`Loss.effective_weights`).
       outputs_ndim: number of axes of the outputs.
       axes: number of axes of the weights that the batch has; 0 for none, which are alike everywhere.
     """
 
-    omega: jax.Array
+    values: jax.Array
     outputs_ndim: int
     axes: int
 
     @staticmethod
-    def of(omega: jax.Array, outputs: Any, weights: object) -> LossWeights:
+    def of(weights: jax.Array, outputs: Any, given: object) -> LossWeights:
         """Of effective weights, outputs and the batch's own weights or `None`."""
-        return LossWeights(omega, len(outputs.shape), 0 if weights is None else np.ndim(weights))  # type: ignore[arg-type]
+        return LossWeights(weights, len(outputs.shape), 0 if given is None else np.ndim(given))  # type: ignore[arg-type]
 
     @property
     def flat(self) -> jax.Array:
         """(B, entries)."""
-        return self.omega.reshape(self.omega.shape[0], -1)
+        return self.values.reshape(self.values.shape[0], -1)
 
     @property
     def examples(self) -> jax.Array:
@@ -63,13 +63,13 @@ class LossWeights:
     @property
     def within(self) -> bool:
         """Whether weights may differ within an example."""
-        return self.axes > 1 and math.prod(self.omega.shape[1:]) > 1
+        return self.axes > 1 and math.prod(self.values.shape[1:]) > 1
 
     def flattened(self, outputs: jax.Array) -> LossWeights:
         """The same for outputs that are flattened to (B, entries)."""
-        shape = (*self.omega.shape, *[1] * (outputs.ndim - self.omega.ndim))
-        omega = jnp.broadcast_to(self.omega.reshape(shape), outputs.shape).reshape(outputs.shape[0], -1)
-        return LossWeights(omega, 2, self.axes)
+        shape = (*self.values.shape, *[1] * (outputs.ndim - self.values.ndim))
+        weights = jnp.broadcast_to(self.values.reshape(shape), outputs.shape).reshape(outputs.shape[0], -1)
+        return LossWeights(weights, 2, self.axes)
 
     def reached(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> Reached:
         """Which weights of its example the arguments and some steps of a model reach."""
@@ -77,38 +77,38 @@ class LossWeights:
 
     def reached_in(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
         """The same of the program of a model on one example."""
-        shape = self.omega.shape[1:]
+        shape = self.values.shape[1:]
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(1, *shape)
         outputs = Reach.of(numbers.reshape(*numbers.shape, *[1] * (self.outputs_ndim - numbers.ndim)))
         return reached(program, [outputs], steps)
 
 
 def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -> list[jax.Array]:
-    """The weights of the positions of every site, per site (B, T).
+    """The weights of the positions of every layer use, per layer use (B, T).
 
     Args:
       capture: the model.
       factors: of all examples.
       weights: of the loss.
     """
-    sites, dtype = capture.structure.sites, capture.dtype
+    uses, dtype = capture.structure.uses, capture.dtype
     if not weights.within:
         each = weights.examples.astype(dtype)[:, None]
-        return [jnp.broadcast_to(each / site.positions, (each.shape[0], site.positions)) for site in sites]
-    found = weights.reached(capture, frozenset(site.path for site in sites)).steps
+        return [jnp.broadcast_to(each / use.positions, (each.shape[0], use.positions)) for use in uses]
+    found = weights.reached(capture, frozenset(use.path for use in uses)).steps
     flat = weights.flat.astype(dtype)
-    return [_of_site(site, found[site.path], flat, d) for site, d in zip(sites, factors.cotangents, strict=True)]
+    return [_of_use(use, found[use.path], flat, d) for use, d in zip(uses, factors.cotangents, strict=True)]
 
 
-def _of_site(site: Site, reach: Reach, flat: jax.Array, d: jax.Array) -> jax.Array:
-    spans = Spans(site.by_position(reach.first, np.min), site.by_position(reach.last, np.max))
+def _of_use(use: LayerUse, reach: Reach, flat: jax.Array, d: jax.Array) -> jax.Array:
+    spans = Spans(use.by_position(reach.first, np.min), use.by_position(reach.last, np.max))
     if spans.apart:
-        return spans.means(flat) * (flat.shape[1] / site.positions)
+        return spans.means(flat) * (flat.shape[1] / use.positions)
     alive = spans.counted(flat) & jnp.any(d != 0, axis=(1, 3, 4))
-    if math.prod(site.output_shape[i] for i in site.position_axes) == flat.shape[1]:
+    if math.prod(use.output_shape[i] for i in use.position_axes) == flat.shape[1]:
         # As many positions as the loss weighs are its tokens or pixels: one that counts does so even if its cotangent
         # is zero by chance, of a unit that is off or a softmax of one key.
-        alive |= jnp.tile(flat != 0, (1, site.positions // flat.shape[1]))
+        alive |= jnp.tile(flat != 0, (1, use.positions // flat.shape[1]))
     alive = jnp.where(_partial(flat), alive, jnp.ones_like(alive))
     count = jnp.maximum(jnp.sum(alive, axis=1, keepdims=True), 1).astype(flat.dtype)
     return jnp.where(alive, jnp.sum(flat, axis=1, keepdims=True) / count, jnp.zeros((), flat.dtype))

@@ -1,7 +1,7 @@
 """A model's jaxpr as nested lists of equations, and its evaluation with perturbations and recordings along the way.
 
 Only what the outputs depend on is in it (`curvax.live`). Reading which parameter enters where is easier when inner
-`jit` calls are no walls: they are inlined. The bodies of scans and of rematerialised calls stay programs of their own,
+`jit` calls are no walls: they are inlined. The bodies of scans and of rematerialized calls stay programs of their own,
 so that they can be evaluated as what they are. Every other call stays one equation, above all `custom_jvp` and
 `custom_vjp`, whose derivative rules inlining would lose.
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.extend.core import JaxprEqn, Literal
 
-from curvax.jaxprs import CALLS, REMATERIALISED, SCAN, scan_counts
+from curvax.jaxprs import CALLS, REMATERIALIZED, SCAN, scan_counts
 from curvax.live import LiveJaxpr, Wanted, live_part
 from curvax.tree import PyTree
 
@@ -54,8 +54,8 @@ class Step:
 
     @property
     def body(self) -> Program | None:
-        """The body of a scan or a rematerialised call, whose steps have paths."""
-        return self.bodies[0] if self.primitive == SCAN or self.primitive in REMATERIALISED else None
+        """The body of a scan or a rematerialized call, whose steps have paths."""
+        return self.bodies[0] if self.primitive == SCAN or self.primitive in REMATERIALIZED else None
 
     @property
     def input_avals(self) -> list[Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALISED, SCAN, scan_counts
+from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts
 from curvax.structure.batch_rules import CUMULATIVE, ELEMENTWISE, REDUCTIONS, WINDOWS
 from curvax.structure.program import Name, Path, Program, Step
 
@@ -131,7 +131,7 @@ def reached(program: Program, results: Sequence[Reach | None], wanted: frozenset
 
 def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> Reached:
     name = step.primitive
-    if name in REMATERIALISED or name in CUSTOM:
+    if name in REMATERIALIZED or name in CUSTOM:
         return reached(step.bodies[0], outputs, wanted)
     if name == SCAN:
         return _scan(step, outputs, wanted)
@@ -216,7 +216,7 @@ def _reshape(step: Step, out: Reach) -> list[Reach]:
     if step.eqn.params["dimensions"] is not None or 0 in before:
         return [out.everywhere(len(before))]
     source, target = [1] * len(after), [1] * len(before)
-    # Groups of axes that are regrouped among themselves; those along which nothing changes stay unmaterialised.
+    # Groups of axes that are regrouped among themselves; those along which nothing changes stay unmaterialized.
     for mine, theirs in _groups(before, after):
         if any(max(out.first.shape[j], out.last.shape[j]) > 1 for j in theirs):
             for i in mine:
@@ -283,7 +283,7 @@ def _slices(step: Step, starts: Sequence[int], strides: Sequence[int], out: Reac
     """Entries of the operand that are not taken reach nothing."""
     before, after = step.input_avals[0].shape, step.output_avals[0].shape
 
-    def widened(x: np.ndarray, nothing: int) -> np.ndarray:
+    def upcast(x: np.ndarray, nothing: int) -> np.ndarray:
         for axis, (long, short) in enumerate(zip(before, after, strict=True)):
             if long != short:
                 shape = list(x.shape)
@@ -294,7 +294,7 @@ def _slices(step: Step, starts: Sequence[int], strides: Sequence[int], out: Reac
                 x = whole
         return x
 
-    return Reach(widened(out.first, _NOWHERE), widened(out.last, -1))
+    return Reach(upcast(out.first, _NOWHERE), upcast(out.last, -1))
 
 
 def _slice(step: Step, out: Reach) -> list[Reach]:

@@ -12,7 +12,7 @@ from curvax.structure.batch_axes import AxesPrefix, BatchAxes, leading_axes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import capture
 from curvax.structure.outputs import check_model
-from curvax.structure.recognise import GENERIC, Finding
+from curvax.structure.recognize import GENERIC, Finding
 from curvax.tree import PyTree
 
 

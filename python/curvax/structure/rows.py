@@ -1,7 +1,7 @@
 """The Gram matrix of the row factors, S^T J J^T S, for any model, in bounded memory.
 
 Where examples do not interact, each example's rows come from a model call on that example. The rows of a dense layer
-then stay a pair of activation and cotangents (`curvax.structure.recognise`); those of other parameters are formed by
+then stay a pair of activation and cotangents (`curvax.structure.recognize`); those of other parameters are formed by
 reverse-mode products. Where examples interact all rows are formed, by products over the whole batch.
 """
 
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.output_space import Identity, OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.kernels.gram_accumulate.whole import mirror
+from curvax.output_space import IdentityCurvature, OutputCurvature
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, capture
@@ -35,7 +35,7 @@ def row_gram(
     params: PyTree,
     inputs: Any,
     output: OutputCurvature,
-    pull: Callable[[jax.Array], PyTree],
+    vjp: Callable[[jax.Array], PyTree],
     *,
     axes: BatchAxes | None = None,
     weights: LossWeights | None = None,
@@ -46,11 +46,11 @@ def row_gram(
 
     Args:
       predict: (params, inputs) -> outputs; `None` if one function of the example does not describe the model, and the
-        rows must come from `pull`.
+        rows must come from `vjp`.
       params: trainable parameters.
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
-      pull: u -> J^T u over the whole batch.
+      vjp: u -> J^T u over the whole batch.
       axes: which leaves of the inputs hold the examples, if that is known; it is found out otherwise.
       weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
         model's examples (positions) do not interact. `None` by default.
@@ -59,7 +59,8 @@ def row_gram(
       implementation: of the op `gram_accumulate`.
 
     Returns:
-      (rows, rows) matrix in the wide dtype, rows flattened from `output.row_shape`, products at highest precision.
+      (rows, rows) matrix in the accumulation dtype, rows flattened from `output.row_shape`, products at highest
+      precision.
 
     Raises:
       ValueError: there are no trainable parameters.
@@ -75,7 +76,7 @@ def row_gram(
     if captured is not None:
         own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return gram(example_groups(captured, params, own, output), max_bytes, implementation)
-    return gram(_joint_groups(params, output, pull), max_bytes, implementation)
+    return gram(_joint_groups(params, output, vjp), max_bytes, implementation)
 
 
 def row_diagonal(
@@ -83,7 +84,7 @@ def row_diagonal(
     params: PyTree,
     inputs: Any,
     output: OutputCurvature,
-    pull: Callable[[jax.Array], PyTree],
+    vjp: Callable[[jax.Array], PyTree],
     *,
     axes: BatchAxes | None = None,
     weights: LossWeights | None = None,
@@ -92,7 +93,7 @@ def row_diagonal(
     """The diagonal of J^T S S^T J, the sum of the squared rows; arguments as in `row_gram`.
 
     Returns:
-      A wide tree with the structure of `params`.
+      An upcast tree with the structure of `params`.
     """
     captured = None
     if predict is not None and not output.couples_examples:
@@ -100,7 +101,7 @@ def row_diagonal(
     if captured is not None:
         own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
         return example_diagonal(captured, params, own, output, max_bytes)
-    return joint_diagonal(output, pull, max_bytes)
+    return joint_diagonal(output, vjp, max_bytes)
 
 
 def _captured(
@@ -131,7 +132,7 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
         local = output.example(index)
 
         def cotangents(outputs: jax.Array) -> jax.Array:
-            basis = jnp.eye(rows, dtype=tree.wide_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
+            basis = jnp.eye(rows, dtype=tree.accumulation_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
             return jax.vmap(local.factor)(basis)
 
         return layers(captured, captured.example(leaves, one, cotangents))
@@ -149,7 +150,7 @@ def _coupled_gram(
 ) -> jax.Array:
     """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
     like = _outputs_like(output)
-    rows = example_groups(captured, params, inputs, Identity(jnp.zeros(like.shape, like.dtype)))
+    rows = example_groups(captured, params, inputs, IdentityCurvature(jnp.zeros(like.shape, like.dtype)))
 
     def each_row(matrix: jax.Array) -> jax.Array:
         """S^T times every row of a matrix."""
@@ -158,14 +159,14 @@ def _coupled_gram(
     return mirror(each_row(each_row(gram(rows, max_bytes, implementation)).T))
 
 
-def _joint_groups(params: PyTree, output: OutputCurvature, pull: Callable[[jax.Array], PyTree]) -> RowGroups:
+def _joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:
     """One group per row, all parameters explicit."""
     total = math.prod(output.row_shape)
     dtype = jax.eval_shape(output.factor_transpose, _outputs_like(output)).dtype
 
     def make(index: jax.Array) -> list[Layer]:
         basis = jnp.zeros((total,), dtype).at[index].set(1).reshape(output.row_shape)
-        return [Layer(None, x.reshape(1, 1, -1)) for x in jax.tree.leaves(pull(output.factor(basis)))]
+        return [Layer(None, x.reshape(1, 1, -1)) for x in jax.tree.leaves(vjp(output.factor(basis)))]
 
     return RowGroups(total, 1, tree.scalar_dtype(params), make)
 

@@ -2,7 +2,8 @@
 
 On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast
 or scaled. The gradient of the leaf is that of the product's operand taken back through the adjoints of these maps, in
-reverse order. Casts between floating dtypes are left out: gradients stay in the wide dtype that they are made in.
+reverse order. Casts between floating dtypes are left out: gradients stay in the accumulation dtype that they are made
+in.
 """
 
 from __future__ import annotations

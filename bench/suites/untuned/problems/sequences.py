@@ -30,7 +30,7 @@ def _text_loss(params: Params, held_out: Batch) -> jax.Array:
 
 
 def _mackey_glass(length: int) -> np.ndarray:
-    """Mackey and Glass's series with a delay of 17, standardised."""
+    """Mackey and Glass's series with a delay of 17, standardized."""
     found = [1.2] * (_DELAY + 1)
     for _ in range(length + 200):
         late = found[-1 - _DELAY]

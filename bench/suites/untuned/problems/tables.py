@@ -26,7 +26,7 @@ def _split(x: np.ndarray, y: np.ndarray, held_out: int) -> Data:
 
 
 def _friedman() -> Data:
-    """Friedman's first function of ten inputs, with noise; targets standardised."""
+    """Friedman's first function of ten inputs, with noise; targets standardized."""
     x, y = make_friedman1(1200, noise=0.5, random_state=0)
     y = (y - y.mean()) / y.std()
     return _split((2 * x - 1).astype(np.float32), y[:, None].astype(np.float32), 400)
@@ -91,7 +91,7 @@ TABLES = (
         lambda params, batch: jnp.mean((_linear(params, batch["x"]) > 0) == (batch["y"] > 0.5)),
     ),
     Problem(
-        "factorisation",
+        "factorization",
         SquaredError(),
         _factors_init,
         _entry,

@@ -26,11 +26,11 @@ import optax
 from curvax.curvature import (
     Curvature,
     Extras,
+    FisherType,
     GaussNewton,
     GeneralizedGaussNewton,
     Hessian,
     LossFunction,
-    Metric,
     Model,
     Objective,
 )
@@ -167,7 +167,7 @@ def scale_by_ggn(
     *,
     solver: Solver = CG(),
     preconditioner: Preconditioner | None = None,
-    metric: Metric = GeneralizedGaussNewton(),
+    fisher: FisherType = GeneralizedGaussNewton(),
     x_key: str = "x",
     y_key: str = "y",
     weight_key: str | None = None,
@@ -184,7 +184,7 @@ def scale_by_ggn(
       lam: damping; `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` can schedule it.
       solver: `CG()`, `RowSpace(Cholesky())`, ...
       preconditioner: of CG; none by default.
-      metric: GGN, Monte Carlo Fisher or empirical Fisher.
+      fisher: GGN, Monte Carlo Fisher or empirical Fisher.
       x_key, y_key, weight_key: keys of the batch.
       extras: model state, aux, random key, frozen parameters.
       microbatch_size: examples per accumulated piece.
@@ -193,7 +193,7 @@ def scale_by_ggn(
     """
     model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
     return _face(
-        GaussNewton(model, loss, metric), solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend
+        GaussNewton(model, loss, fisher), solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend
     )
 
 
@@ -202,7 +202,7 @@ def scale_by_egn(
     loss: Loss,
     lam: ScalarLike = 1.0,
     *,
-    metric: Metric = GeneralizedGaussNewton(),
+    fisher: FisherType = GeneralizedGaussNewton(),
     max_bytes: int | None = None,
     x_key: str = "x",
     y_key: str = "y",
@@ -224,7 +224,7 @@ def scale_by_egn(
         loss,
         lam,
         solver=RowSpace(Cholesky(), max_bytes=_count("max_bytes", max_bytes, DEFAULT_MAX_BYTES)),
-        metric=metric,
+        fisher=fisher,
         x_key=x_key,
         y_key=y_key,
         weight_key=weight_key,

@@ -267,10 +267,10 @@ def _numpy_gram(layers: list[dict[str, np.ndarray]], x: np.ndarray) -> np.ndarra
         activations.append(np.maximum(activations[-1] @ layer["w"] + layer["b"], 0.0))
     logits = activations[-1] @ layers[-1]["w"] + layers[-1]["b"]
     with jax.enable_x64(True):
-        f, omega = jnp.asarray(logits), jnp.full(len(x), 1 / len(x))
+        f, weights = jnp.asarray(logits), jnp.full(len(x), 1 / len(x))
         basis = jnp.broadcast_to(jnp.eye(f.shape[1] - 1)[:, None], (f.shape[1] - 1, len(x), f.shape[1] - 1))
         loss, nothing = SoftmaxCrossEntropy(), jnp.zeros(len(x), jnp.int32)
-        columns = quick_jit(jax.vmap(lambda u: loss.factor(f, nothing, omega, u)))(basis)
+        columns = quick_jit(jax.vmap(lambda u: loss.factor(f, nothing, weights, u)))(basis)
         factor = np.asarray(columns).transpose(1, 2, 0)
     rows = []
     for depth in reversed(range(len(layers))):

@@ -1,8 +1,8 @@
 """How each parameter leaf enters a model, read from the program of the model on one example.
 
-A leaf is followed through everything that only moves or scales its entries, into rematerialised calls and scans, to
-each place where it is used. Where all of them are sites (`curvax.structure.sites`), the rows of its Jacobian are known
-as pairs of activations and cotangents, and need not be formed by reverse mode. A leaf that is added or multiplied
+A leaf is followed through everything that only moves or scales its entries, into rematerialized calls and scans, to
+each place where it is used. Where all of them are layer uses (`curvax.structure.uses`), the rows of its Jacobian are
+known as pairs of activations and cotangents, and need not be formed by reverse mode. A leaf that is added or multiplied
 elementwise has small rows that reverse mode forms at no loss. Any other use leaves that leaf, and no other, to generic
 reverse mode.
 """
@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.jaxprs import REMATERIALISED, SCAN, scan_counts
+from curvax.jaxprs import REMATERIALIZED, SCAN, scan_counts
 from curvax.structure.biases import with_biases
+from curvax.structure.entries import Added, Entry
 from curvax.structure.program import Atom, Name, Path, Program, Step
-from curvax.structure.sites import ConvolutionSite, DenseSite, EmbeddingSite, Site
-from curvax.structure.views import Stacked, View, pieces, summand, view_of
+from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse
+from curvax.structure.views import pieces, summand, view_of
 
 BIAS, SCALE, NONE, GENERIC = "bias", "scale", "no rows", "explicit rows"
 
@@ -51,71 +52,45 @@ class Structure:
 
     Attributes:
       findings: one per leaf, in the order of the leaves.
-      sites: of the leaves that enter through sites alone.
+      uses: of the leaves that enter through layer uses alone.
     """
 
     findings: tuple[Finding, ...]
-    sites: tuple[Site, ...]
+    uses: tuple[LayerUse, ...]
 
     @property
     def explicit(self) -> tuple[int, ...]:
-        """Leaves whose rows are formed by reverse mode: those that some output depends on and that have no site."""
-        served = {site.leaf for site in self.sites} | {site.bias.leaf for site in self.sites if site.bias is not None}
+        """Leaves whose rows are formed by reverse mode: those that some output depends on and that have no layer
+        use.
+        """
+        served = {use.leaf for use in self.uses} | {use.bias.leaf for use in self.uses if use.bias is not None}
         return tuple(i for i, f in enumerate(self.findings) if f.rule != NONE and i not in served)
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A value made of a leaf alone, by views.
-
-    Attributes:
-      leaf: its index.
-      views: from the leaf, axes of stacked weights in front.
-      stacked: for each scan around, outermost first, whether the value is one slice of stacked ones.
-      lengths: of those scans.
-      spread: the `broadcast_in_dim` that repeated its entries, or `None`; then only elementwise uses are understood.
-    """
-
-    leaf: int
-    views: tuple[View, ...] = ()
-    stacked: tuple[bool, ...] = ()
-    lengths: tuple[int, ...] = ()
-    spread: Step | None = None
-
-    def through(self, views: Sequence[View]) -> Entry:
-        """The entry after further views, each within one iteration."""
-        wrapped = list(views)
-        for _ in range(sum(self.stacked)):
-            wrapped = [Stacked(view) for view in wrapped]
-        return dataclasses.replace(self, views=(*self.views, *wrapped))
-
-    def inside(self, length: int, stacked: bool) -> Entry:
-        """The entry as the body of a scan sees it."""
-        return dataclasses.replace(self, stacked=(*self.stacked, stacked), lengths=(*self.lengths, length))
-
-
-@dataclasses.dataclass(frozen=True)
 class Other:
-    """A use that is no site: `BIAS`, `SCALE` or `GENERIC`, why, and what the leaf is there."""
+    """A use that is no layer use: `BIAS`, `SCALE` or `GENERIC`, why, and what the leaf is there."""
 
     rule: str
     reason: str
     entry: Entry
 
 
-def find_uses(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[Site | Other]]:
-    """Per leaf its uses, in the order of the program; arguments as for `recognise`."""
+def find_uses(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[LayerUse | Other]]:
+    """Per leaf its uses, in the order of the program; arguments as for `recognize`."""
     return _walked(program, shapes)[0]
 
 
-def _walked(program: Program, shapes: Sequence[tuple[int, ...]]) -> tuple[list[list[Site | Other]], dict[int, Added]]:
+def _walked(
+    program: Program, shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[list[LayerUse | Other]], dict[int, Added]]:
     walk = _Walk(shapes)
     entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
     walk.program(program, entries, entries, ())
     return [walk.uses[leaf] for leaf in range(len(shapes))], walk.added
 
 
-def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
+def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
     """Finds the structure of a model.
 
     Args:
@@ -123,63 +98,43 @@ def recognise(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
       shapes: of the parameter leaves.
     """
     uses, added = _walked(program, shapes)
-    findings, sites = [], []
+    findings, uses = [], []
     for leaf, shape in enumerate(shapes):
         finding, found = _judge(leaf, shape, uses[leaf])
         findings.append(finding)
-        sites += found
+        uses += found
     biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(uses[leaf]) == 1}
-    sites = with_biases(program, sites, added, biases)
-    for site in sites:
-        if site.bias is not None:
-            findings[site.bias.leaf] = Finding(BIAS, f"added to the output of a {site.rule} layer")
-    return Structure(tuple(findings), tuple(sites))
+    uses = with_biases(program, uses, added, biases)
+    for use in uses:
+        if use.bias is not None:
+            findings[use.bias.leaf] = Finding(BIAS, f"added to the output of a {use.rule} layer")
+    return Structure(tuple(findings), tuple(uses))
 
 
-def _judge(leaf: int, shape: tuple[int, ...], uses: Sequence[Site | Other]) -> tuple[Finding, list[Site]]:
+def _judge(leaf: int, shape: tuple[int, ...], uses: Sequence[LayerUse | Other]) -> tuple[Finding, list[LayerUse]]:
     if math.prod(shape) == 0:
         return Finding(NONE, "it has no entries"), []
     if not uses:
         return Finding(NONE, "the outputs do not depend on it"), []
-    sites = [use for use in uses if isinstance(use, Site)]
+    uses = [use for use in uses if isinstance(use, LayerUse)]
     others = [use for use in uses if isinstance(use, Other)]
     rules = {use.rule for use in others}
     if not others:
-        kinds = sorted({site.rule for site in sites})
-        count = "one site" if len(sites) == 1 else f"{len(sites)} sites"
-        return Finding(" and ".join(kinds), f"{count}, {_positions(sites)}"), sites
-    if not sites and rules <= {BIAS, SCALE}:
+        kinds = sorted({use.rule for use in uses})
+        count = "one layer use" if len(uses) == 1 else f"{len(uses)} layer uses"
+        return Finding(" and ".join(kinds), f"{count}, {_positions(uses)}"), uses
+    if not uses and rules <= {BIAS, SCALE}:
         return Finding(" and ".join(sorted(rules)), others[0].reason), []
     worst = next((use for use in others if use.rule == GENERIC), others[0])
     also = f", and used {len(uses) - 1} more times" if len(uses) > 1 else ""
     return Finding(GENERIC, worst.reason + also), []
 
 
-def _positions(sites: Sequence[Site]) -> str:
-    counts = sorted({site.positions for site in sites})
+def _positions(uses: Sequence[LayerUse]) -> str:
+    counts = sorted({use.positions for use in uses})
     if counts == [1]:
         return "one position per example"
     return f"{' and '.join(map(str, counts))} positions per example"
-
-
-@dataclasses.dataclass(frozen=True)
-class Added:
-    """A leaf that is added.
-
-    Attributes:
-      path, operand: where.
-      entry: what it is there, but for a repetition of entries.
-      leaf_shape: of the leaf.
-      dimensions: of the `broadcast_in_dim` that repeated the entries; `None` if nothing did.
-      before: shape of one iteration's entries before that.
-    """
-
-    path: Path
-    operand: int
-    entry: Entry
-    leaf_shape: tuple[int, ...]
-    dimensions: tuple[int, ...] | None
-    before: tuple[int, ...]
 
 
 class _Walk:
@@ -187,7 +142,7 @@ class _Walk:
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self.uses: dict[int, list[Site | Other]] = collections.defaultdict(list)
+        self.uses: dict[int, list[LayerUse | Other]] = collections.defaultdict(list)
         self.added: dict[int, Added] = {}
 
     def program(
@@ -233,7 +188,7 @@ class _Walk:
             return list(found)
         if step.primitive == SCAN:
             return self._scan(step, found, fixed, path)
-        if step.body is not None and step.primitive in REMATERIALISED:
+        if step.body is not None and step.primitive in REMATERIALIZED:
             return self.program(step.body, _named(step.body, found), _chosen(step.body, fixed), path)
         entries = [(i, entry) for i, entry in enumerate(found) if entry is not None]
         if len(entries) == 1 and entries[0][1].spread is None:
@@ -266,11 +221,11 @@ class _Walk:
         elif entry.spread is not None:
             self._other(entry, GENERIC, f"it is repeated before it enters through {step.primitive}")
         else:
-            site = _SITES.get(step.primitive, _no_site)(step, operand, entry, path)
-            if isinstance(site, Site):
-                self.uses[entry.leaf].append(site)
+            use = _USES.get(step.primitive, _no_use)(step, operand, entry, path)
+            if isinstance(use, LayerUse):
+                self.uses[entry.leaf].append(use)
             else:
-                self._other(entry, GENERIC, site)
+                self._other(entry, GENERIC, use)
 
     def _scan(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
         body, length = step.body, step.eqn.params["length"]
@@ -332,24 +287,24 @@ def _floating(step: Step) -> bool:
     return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (*step.input_avals, *step.output_avals))
 
 
-def _dense(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+def _dense(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
     if not _floating(step):
         return "it is not multiplied by floating-point numbers"
     numbers = step.eqn.params["dimension_numbers"]
-    return DenseSite(**_common(step, operand, entry, path, 1 - operand), numbers=numbers)
+    return DenseUse(**_common(step, operand, entry, path, 1 - operand), numbers=numbers)
 
 
-def _convolution(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+def _convolution(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
     if operand != 1:
         return "it is what a convolution's kernel moves over"
     if step.eqn.params["batch_group_count"] != 1:
         return "the convolution has batch groups"
     if not _floating(step):
         return "it is not multiplied by floating-point numbers"
-    return ConvolutionSite(**_common(step, operand, entry, path, 0), params=step.eqn.params)
+    return ConvolutionUse(**_common(step, operand, entry, path, 0), params=step.eqn.params)
 
 
-def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> Site | str:
+def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
     numbers, sizes = step.eqn.params["dimension_numbers"], step.eqn.params["slice_sizes"]
     table, out = step.input_avals[0].shape, step.output_avals[0].shape
     offsets = tuple(range(len(out) - len(table) + 1, len(out)))
@@ -367,12 +322,12 @@ def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> Site | str
         return "each iteration of a scan looks up in a table of its own"
     # What JAX's derivative does: it leaves out an index beyond the table unless the lookup was to clip it.
     clips = step.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    return EmbeddingSite(**_common(step, operand, entry, path, 1), clips=clips)
+    return EmbeddingUse(**_common(step, operand, entry, path, 1), clips=clips)
 
 
-def _no_site(step: Step, operand: int, entry: Entry, path: Path) -> str:
+def _no_use(step: Step, operand: int, entry: Entry, path: Path) -> str:
     del operand, entry, path
     return f"it enters through {step.primitive}"
 
 
-_SITES = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}
+_USES = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}

@@ -1,10 +1,10 @@
 """Curvature in output space: Q = S S^T with C = J^T Q J.
 
-The three members of the Gauss-Newton family differ only here. With omega_i the weight of position i:
+The three members of the Gauss-Newton family differ only here. With w_i the weight of position i:
 
-  generalized Gauss-Newton   Q_i = omega_i * Hessian of l at the outputs
-  Fisher (Monte Carlo)       Q_i = omega_i / m * sum over m samples y ~ model of grad l(f_i, y) grad l(f_i, y)^T
-  empirical Fisher           Q_i = omega_i * grad l(f_i, y_i) grad l(f_i, y_i)^T, y_i the observed target
+  generalized Gauss-Newton   Q_i = w_i * Hessian of l at the outputs
+  Fisher (Monte Carlo)       Q_i = w_i / m * sum over m samples y ~ model of grad l(f_i, y) grad l(f_i, y)^T
+  empirical Fisher           Q_i = w_i * grad l(f_i, y_i) grad l(f_i, y_i)^T, y_i the observed target
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def _columns(output: OutputCurvature) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LossHessian(OutputCurvature):
-    """Q = omega times the Hessian of the loss."""
+    """Q = weights times the Hessian of the loss."""
 
     loss: Loss
     outputs: jax.Array
     targets: Any
-    omega: jax.Array
+    weights: jax.Array
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -92,13 +92,13 @@ class LossHessian(OutputCurvature):
         return self.loss.couples_examples
 
     def product(self, v: jax.Array) -> jax.Array:
-        return self.loss.hessian_product(self.outputs, self.targets, self.omega, v)
+        return self.loss.hessian_product(self.outputs, self.targets, self.weights, v)
 
     def factor(self, rows: jax.Array) -> jax.Array:
-        return self.loss.factor(self.outputs, self.targets, self.omega, rows)
+        return self.loss.factor(self.outputs, self.targets, self.weights, rows)
 
     def factor_transpose(self, v: jax.Array) -> jax.Array:
-        return self.loss.factor_transpose(self.outputs, self.targets, self.omega, v)
+        return self.loss.factor_transpose(self.outputs, self.targets, self.weights, v)
 
     def cotangents(self, key: jax.Array) -> jax.Array:
         """All columns of S of one example, the same numbers of all examples together: exact."""
@@ -106,15 +106,15 @@ class LossHessian(OutputCurvature):
         return _columns(self)
 
     def gradient_in_rows(self) -> jax.Array | None:
-        return self.loss.gradient_in_rows(self.outputs, self.targets, self.omega)
+        return self.loss.gradient_in_rows(self.outputs, self.targets, self.weights)
 
     def example(self, index: jax.Array) -> LossHessian:
-        parts = _take((self.outputs, self.targets, self.omega), index)
+        parts = _take((self.outputs, self.targets, self.weights), index)
         return LossHessian(self.loss, *parts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity(OutputCurvature):
+class IdentityCurvature(OutputCurvature):
     """Q = I, whose rows are those of the Jacobian itself.
 
     Attributes:
@@ -148,8 +148,8 @@ class Identity(OutputCurvature):
     def gradient_in_rows(self) -> jax.Array | None:
         return None
 
-    def example(self, index: jax.Array) -> Identity:
-        return Identity(_take(self.outputs, index))
+    def example(self, index: jax.Array) -> IdentityCurvature:
+        return IdentityCurvature(_take(self.outputs, index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +159,12 @@ class GradientOuterProduct(OutputCurvature):
     Attributes:
       residuals: (m, *outputs.shape).
       gradient_rows: t of shape `row_shape` if the gradient lies in the range of S (empirical Fisher), else `None`.
-      centred: the residuals of different positions are independent with mean zero (sampled targets).
+      centerd: the residuals of different positions are independent with mean zero (sampled targets).
     """
 
     residuals: jax.Array
     gradient_rows: jax.Array | None = None
-    centred: bool = False
+    centerd: bool = False
 
     @property
     def _positions(self) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ class GradientOuterProduct(OutputCurvature):
         Those of several positions of one example would mix, so where their mean is not zero each position has a random
         sign, and the products of two positions cancel in expectation.
         """
-        if self.centred or len(self._positions) == 1:
+        if self.centerd or len(self._positions) == 1:
             return self.residuals
         signs = jax.random.rademacher(key, (self.residuals.shape[0], *self._positions), self.residuals.dtype)
         return self.residuals * signs[..., None]
@@ -213,7 +213,7 @@ class GradientOuterProduct(OutputCurvature):
         return GradientOuterProduct(jax.lax.dynamic_slice_in_dim(self.residuals, index, 1, axis=1))
 
 
-class Metric(abc.ABC):
+class FisherType(abc.ABC):
     """Chooses Q: the member of the Gauss-Newton family."""
 
     @property
@@ -233,13 +233,13 @@ class Metric(abc.ABC):
 
     @abc.abstractmethod
     def bind(
-        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+        self, loss: Loss, outputs: jax.Array, targets: Any, weights: jax.Array, key: jax.Array | None
     ) -> OutputCurvature:
         """Q at these outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneralizedGaussNewton(Metric):
+class GeneralizedGaussNewton(FisherType):
     """The Hessian of the loss (Schraudolph 2002)."""
 
     @property
@@ -255,13 +255,13 @@ class GeneralizedGaussNewton(Metric):
         return False
 
     def bind(
-        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+        self, loss: Loss, outputs: jax.Array, targets: Any, weights: jax.Array, key: jax.Array | None
     ) -> OutputCurvature:
-        return LossHessian(loss, outputs, targets, omega)
+        return LossHessian(loss, outputs, targets, weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class MonteCarloFisher(Metric):
+class MonteCarloFisher(FisherType):
     """Outer products of gradients with targets sampled from the model.
 
     Attributes:
@@ -283,20 +283,20 @@ class MonteCarloFisher(Metric):
         return True
 
     def bind(
-        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+        self, loss: Loss, outputs: jax.Array, targets: Any, weights: jax.Array, key: jax.Array | None
     ) -> OutputCurvature:
         if key is None:
             raise ValueError("the Monte Carlo Fisher samples targets: pass a random key to step.")
 
         def residual(k: jax.Array) -> jax.Array:
-            return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(omega))
+            return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(weights))
 
         residuals = jax.vmap(residual)(jax.random.split(key, self.n_samples))
-        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centred=True)
+        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centerd=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class ObservedFisher(Metric):
+class ObservedFisher(FisherType):
     """Outer products of the gradients at the observed targets: the empirical Fisher."""
 
     @property
@@ -312,11 +312,11 @@ class ObservedFisher(Metric):
         return False
 
     def bind(
-        self, loss: Loss, outputs: jax.Array, targets: Any, omega: jax.Array, key: jax.Array | None
+        self, loss: Loss, outputs: jax.Array, targets: Any, weights: jax.Array, key: jax.Array | None
     ) -> OutputCurvature:
-        residuals = loss.gradient(outputs, targets, jnp.sqrt(omega))[None]
+        residuals = loss.gradient(outputs, targets, jnp.sqrt(weights))[None]
         positions = outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape
-        # omega grad l = (sqrt(omega) grad l) sqrt(omega): the gradient is in the range of S, with t = sqrt(omega),
-        # as long as one weight serves the whole position.
-        rows = jnp.sqrt(omega)[..., None] if omega.shape == positions else None
+        # w grad l = (sqrt(w) grad l) sqrt(w): the gradient is in the range of S, with t = sqrt(w), as long as one
+        # weight serves the whole position.
+        rows = jnp.sqrt(weights)[..., None] if weights.shape == positions else None
         return GradientOuterProduct(residuals, rows)

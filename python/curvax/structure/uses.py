@@ -1,13 +1,14 @@
-"""Sites: the places where a parameter leaf is multiplied into a model, each with its two factors.
+"""Layer uses: the places where a parameter leaf is multiplied into a model, each with its two factors.
 
-At every site a block W of weights with G groups, n inputs and m outputs per group acts on T positions of an example,
+At every layer use a block W of weights with G groups, n inputs and m outputs per group acts on T positions of an
+example,
 
     h[t, g, :] = a[t, g, :] W[g],
 
 so that the gradient of W is sum_t a[t, g, :] d[t, g, :]^T with d the cotangent of h. A matrix product, a convolution
 (a holds the patches that the kernel meets) and a table lookup (a is one-hot) differ only in how a and h are laid out.
-Inside scans all of a site's arrays have one axis in front per scan: positions where the scan reuses the same weights,
-groups where it goes through stacked ones.
+Inside scans all of a layer use's arrays have one axis in front per scan: positions where the scan reuses the same
+weights, groups where it goes through stacked ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """A leaf that is nothing but a bias of a site's output.
+    """A leaf that is nothing but a bias of a layer use's output.
 
     Attributes:
       leaf: its index.
@@ -52,8 +53,8 @@ class Bias:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site(abc.ABC):
-    """One site.
+class LayerUse(abc.ABC):
+    """One layer use.
 
     Attributes:
       leaf: index of the parameter leaf.
@@ -64,7 +65,7 @@ class Site(abc.ABC):
       operand_shape, activation_shape, output_shape: of one iteration.
       output_dtype: dtype of the step's output.
       lengths: of the scans around it.
-      bias: the leaf that is nothing but a bias of this site's output, or `None`.
+      bias: the leaf that is nothing but a bias of this layer use's output, or `None`.
     """
 
     leaf: int
@@ -122,7 +123,7 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def same_layout(self, other: Any) -> bool:
-        """Whether a block of another site of this class, over the same operand, means the same entries."""
+        """Whether a block of another layer use of this class, over the same operand, means the same entries."""
 
     @property
     @abc.abstractmethod
@@ -137,8 +138,8 @@ class Site(abc.ABC):
         """The part of the leaf that acts here, as a block (G, n, m): the adjoint of `to_leaf`."""
         return self.from_operand(through(self.views, leaf))
 
-    def squared(self) -> Site:
-        """The site for squares of gradients: factors on the way to the leaf are squared, too."""
+    def squared(self) -> LayerUse:
+        """The layer use for squares of gradients: factors on the way to the leaf are squared, too."""
         return dataclasses.replace(self, views=squared(self.views))
 
     @property
@@ -186,7 +187,7 @@ class Site(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseSite(Site):
+class DenseUse(LayerUse):
     """A `dot_general`.
 
     Attributes:
@@ -245,7 +246,7 @@ class DenseSite(Site):
         frees = self._output_axes()
         return self._arrange(d, frees[self.activation], range(len(self._batch(0))), frees[self.operand])
 
-    def same_layout(self, other: DenseSite) -> bool:
+    def same_layout(self, other: DenseUse) -> bool:
         return self.operand_shape == other.operand_shape and self._axes() == other._axes() and self.block == other.block
 
     @property
@@ -266,7 +267,7 @@ class DenseSite(Site):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolutionSite(Site):
+class ConvolutionUse(LayerUse):
     """A `conv_general_dilated` whose kernel the weights are.
 
     Attributes:
@@ -338,7 +339,7 @@ class ConvolutionSite(Site):
         d = d.reshape((*d.shape[: depth + 1], self._groups, d.shape[depth + 1] // self._groups, *d.shape[depth + 2 :]))
         return self._arrange(d, [0, *range(3, d.ndim - depth)], [1], [2])
 
-    def same_layout(self, other: ConvolutionSite) -> bool:
+    def same_layout(self, other: ConvolutionUse) -> bool:
         spec = self.params["dimension_numbers"].rhs_spec
         return spec == other.params["dimension_numbers"].rhs_spec and self.block == other.block
 
@@ -365,7 +366,7 @@ class ConvolutionSite(Site):
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbeddingSite(Site):
+class EmbeddingUse(LayerUse):
     """A `gather` of whole rows of a table.
 
     Attributes:
@@ -406,7 +407,7 @@ class EmbeddingSite(Site):
         depth, index_axes = len(self.lengths), len(self.activation_shape) - 1
         return self._arrange(d, range(index_axes), [], range(index_axes, d.ndim - depth))
 
-    def same_layout(self, other: EmbeddingSite) -> bool:
+    def same_layout(self, other: EmbeddingUse) -> bool:
         return self.operand_shape == other.operand_shape
 
     @property
