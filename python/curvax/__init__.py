@@ -1,10 +1,13 @@
 """curvax: planned, kernel-backed second-order training in JAX."""
 
+import importlib.metadata
+
 from curvax import curvature as curvature
 from curvax import damping as damping
 from curvax import estimators as estimators
 from curvax import layerwise as layerwise
 from curvax import losses as losses
+from curvax import optax as optax
 from curvax import optimizers as optimizers
 from curvax import preconditioners as preconditioners
 from curvax import solvers as solvers
@@ -44,6 +47,6 @@ from curvax.plan import Plan as Plan
 from curvax.transforms import as_gradient_transformation as as_gradient_transformation
 from curvax.versions import warn_if_untested as _warn_if_untested
 
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("curvax")
 
 _warn_if_untested()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -11,6 +12,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(choices)}."
+
+
+def respelled(owner: str, given: Mapping[str, Any], spellings: Mapping[str, str]) -> dict[str, Any]:
+    """The keywords under the names that curvax has for them; TypeError if one is given under both."""
+    for word, ours in spellings.items():
+        if word in given and ours in given:
+            raise TypeError(f"{owner}: {word} and {ours} are one thing: give {ours} alone.")
+    return {spellings.get(word, word): value for word, value in given.items()}
 
 
 def check_keywords(

@@ -304,8 +304,8 @@ def scale_by_sophia_g(
     predict_fn: Callable[..., Any],
     loss: Loss = SoftmaxCrossEntropy(),
     *,
-    beta1: Number = 0.965,
-    beta2: Number = 0.99,
+    b1: Number = 0.965,
+    b2: Number = 0.99,
     gamma: Number = 0.05,
     eps: Number = 1e-8,
     every: int | None = None,
@@ -323,7 +323,7 @@ def scale_by_sophia_g(
 
     Args:
       predict_fn, loss: the model.
-      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_g`; `optax.inject_hyperparams(scale_by_sophia_g,
+      b1, b2, gamma, eps, clip_value: as in `curvax.sophia_g`; `optax.inject_hyperparams(scale_by_sophia_g,
         static_args=("predict_fn",))` can schedule them.
       every, n_samples: steps between refreshes of h, and label samples of each; `None` for 10 and 1. They shape what is
         computed, so numbers in their place go into `static_args`.
@@ -331,10 +331,10 @@ def scale_by_sophia_g(
     """
     return _face(
         GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
-        Diagonal(beta1),
+        Diagonal(b1),
         preconditioner=EmaDiagonal(
             GaussNewtonBartlett(_count("n_samples", n_samples, 1)),
-            beta2=beta2,
+            beta2=b2,
             every=_count("every", every, 10),
             denominator=SophiaFloor(gamma, eps),
         ),
@@ -347,8 +347,8 @@ def scale_by_sophia_g(
 def scale_by_sophia_h(
     loss_fn: Callable[..., Any] | Objective,
     *,
-    beta1: Number = 0.965,
-    beta2: Number = 0.99,
+    b1: Number = 0.965,
+    b2: Number = 0.99,
     gamma: Number = 0.01,
     eps: Number = 1e-8,
     every: int | None = None,
@@ -365,7 +365,7 @@ def scale_by_sophia_h(
 
     Args:
       loss_fn: as in `scale_by_newton_cg`.
-      beta1, beta2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
+      b1, b2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
       every, n_probes: steps between refreshes of h, and probes of each; `None` for 10 and 1.
       use_abs: take the magnitude of each estimate.
       reduction: how `loss_fn` combines examples, for microbatches.
@@ -373,10 +373,10 @@ def scale_by_sophia_h(
     """
     return _face(
         _hessian(loss_fn, extras, reduction, batch_axes),
-        Diagonal(beta1),
+        Diagonal(b1),
         preconditioner=EmaDiagonal(
             Hutchinson(_count("n_probes", n_probes, 1), use_abs),
-            beta2=beta2,
+            beta2=b2,
             every=_count("every", every, 10),
             denominator=SophiaFloor(gamma, eps),
         ),
@@ -389,8 +389,8 @@ def scale_by_sophia_h(
 def scale_by_adahessian(
     loss_fn: Callable[..., Any] | Objective,
     *,
-    beta1: Number = 0.9,
-    beta2: Number = 0.999,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
     power: Number = 1.0,
     eps: Number = 1e-4,
     every: int | None = None,
@@ -407,7 +407,7 @@ def scale_by_adahessian(
 
     Args:
       loss_fn: as in `scale_by_newton_cg`.
-      beta1, beta2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
+      b1, b2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
       every, n_probes: steps between refreshes of the diagonal, and probes of each; `None` for 1 both.
       use_abs: take the magnitude of each estimate before averaging.
       block_average: which entries are averaged; `True`, the default, for `BlockAverage()`, `None` or `False` for none.
@@ -417,10 +417,10 @@ def scale_by_adahessian(
     average = BlockAverage() if block_average is True else block_average
     return _face(
         _hessian(loss_fn, extras, reduction, batch_axes),
-        Diagonal(beta1),
+        Diagonal(b1),
         preconditioner=EmaDiagonal(
             Hutchinson(_count("n_probes", n_probes, 1), use_abs, average or None),
-            beta2=beta2,
+            beta2=b2,
             every=_count("every", every, 1),
             denominator=AdaHessianPower(power, eps),
         ),

@@ -84,7 +84,7 @@ def test_plan_of_every_preset(capsys, name):
 
 
 def test_plan_follows_options(capsys):
-    options = ["--option", "maxiter=7", "--option", "lam_policy=trust_region", "--option", "lam_kwargs={'every_k': 5}"]
+    options = ["--option", "maxiter=7", "--option", "lam_policy=trust_region", "--option", "lam_kwargs={'every': 5}"]
     assert cli.main(["plan", "sgn_ce", *options]) == 0
     text = capsys.readouterr().out
     assert "at most 7 iterations" in text

@@ -40,7 +40,7 @@ def _telemetry_and_trust_region(predict, plan):
         predict_fn=predict,
         lam_policy="trust_region",
         lam0=5.0,
-        lam_kwargs={"every_k": 5},
+        lam_kwargs={"every": 5},
         record_rho_every_k=3,
         plan=plan,
         # A fixed number of products: without sharing each of them runs the model again.

@@ -84,8 +84,8 @@ def test_impossible_values(option):
 
 def test_unknown_trust_region_option_names_the_nearest():
     with pytest.raises(TypeError) as raised:
-        curvax.sgn_ce(predict_fn=MODEL.predict, lam_policy="trust_region", lam_kwargs={"every": 5})
-    _says(raised, "every", "every_k")
+        curvax.sgn_ce(predict_fn=MODEL.predict, lam_policy="trust_region", lam_kwargs={"evry": 5})
+    _says(raised, "evry", "every")
 
 
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_ce", "ggn_direct_ce", "sophia_g"])

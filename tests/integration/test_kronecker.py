@@ -131,7 +131,7 @@ def test_scans_donates_and_resumes_without_another_trace(name):
         return predict(p, x)
 
     cadences = {"kfac": {"inverse_every": 2}, "ekfac": {"factor_every": 2, "inverse_every": 4}}
-    made = preset(name, counted, **cadences[name], lam_kwargs={"every_k": 2})
+    made = preset(name, counted, **cadences[name], lam_kwargs={"every": 2})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     state = made.init(params, batch=shapes)
     assert jax.eval_shape(lambda p: made.init(p, batch=shapes), params) == jax.eval_shape(lambda: state)

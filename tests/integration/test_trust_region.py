@@ -151,8 +151,8 @@ def test_a_policy_object_and_its_name_do_the_same():
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "ce", jnp.float32)
         outcomes = []
         choices: tuple[dict[str, Any], ...] = (
-            {"lam_policy": "trust_region", "lam0": 0.5, "lam_kwargs": {"every_k": 2}},
-            {"lam_policy": curvax.damping.TrustRegion(lam0=0.5, every_k=2)},
+            {"lam_policy": "trust_region", "lam0": 0.5, "lam_kwargs": {"every": 2}},
+            {"lam_policy": curvax.damping.TrustRegion(lam0=0.5, every=2)},
         )
         for options in choices:
             method = curvax.sgn_ce(predict_fn=MODEL.predict, **options)

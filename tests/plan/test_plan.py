@@ -88,7 +88,7 @@ def test_automatic_step_equals_the_candidate_it_chose() -> None:
 
 
 def test_explain_names_lane_parts_cadences_and_reasons() -> None:
-    method = curvax.sgn_ce(predict_fn=mlp, lam_policy="trust_region", lam_kwargs={"every_k": 5}, record_rho_every_k=3)
+    method = curvax.sgn_ce(predict_fn=mlp, lam_policy="trust_region", lam_kwargs={"every": 5}, record_rho_every_k=3)
     text = method.plan_for(shapes(8, 8, 3), batch(16, 8)).explain()
     for words in ("lane param", "every 5 steps", "every 3 steps", "cg_update", "trust region", "FLOP", "peak"):
         assert words in text

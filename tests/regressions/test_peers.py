@@ -198,7 +198,7 @@ def test_different_cadences_do_not_delay_each_other():
             predict_fn=counted(MODEL.predict, counter),
             lam_policy="trust_region",
             lam0=10.0,
-            lam_kwargs={"every_k": 5},
+            lam_kwargs={"every": 5},
             record_rho_every_k=3,
         )
         params, batch = MODEL.params(jnp.float32), batch_of(MODEL, "mse", jnp.float32)

@@ -142,7 +142,7 @@ def _inner(name: str, rate: float = 1e-2, *, layerwise: bool, goal: float | None
 
 
 def _shampoo(rate: Any) -> optax.GradientTransformation:
-    return shampoo(rate, beta2=0.95, every=10, eps=1e-12, graft=optax.scale_by_adam())
+    return shampoo(rate, b2=0.95, every=10, eps=1e-12, graft=optax.scale_by_adam())
 
 
 def _sophia(setting: Setting, rate: Any) -> Any:

@@ -54,7 +54,7 @@ class TrustRegion(Damping):
     there by inc^(-1/19). One refusal takes that back, so at the floor of its dtype, where nothing is left to gain, a
     run refuses one step in twenty and lam stays where it can return from when the data move.
 
-    Between looks (`every_k` > 1) a step is taken unseen if it is no longer than 2 / dec times the last one that was
+    Between looks (`every` > 1) a step is taken unseen if it is no longer than 2 / dec times the last one that was
     looked at and taken: twice what the change of lam explains. Longer ones are evaluated although they are not due, as
     are all steps behind one that was refused.
 
@@ -62,7 +62,7 @@ class TrustRegion(Damping):
       lam0: first damping, in units of the curvature.
       lower, upper: bounds on rho between which lam stays; 1/4 and 3/4 (Marquardt 1963, Martens 2010).
       inc, dec: factors for lam.
-      every_k: every how many steps rho is evaluated (one forward pass and one curvature product).
+      every: every how many steps rho is evaluated (one forward pass and one curvature product).
       min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature met
         along a step (times `lam0` before one was met), so that they follow the scale of the loss. A damping below the
         first is lost in the sum C + lam I.
@@ -74,7 +74,7 @@ class TrustRegion(Damping):
     upper: float = 0.75
     inc: float = 1.5
     dec: float = 0.5
-    every_k: int = 1
+    every: int = 1
     min_lam: float | None = None
     max_lam: float | None = None
     accept: float = 0.0
@@ -83,8 +83,8 @@ class TrustRegion(Damping):
         _check_lam0(self.lam0)
         if not isinstance(self.lam0, Tracer) and float(self.lam0) == 0:
             raise ValueError("a trust region multiplies its damping: give lam0 above 0.")
-        if self.every_k < 1:
-            raise ValueError(f"every_k must be at least 1, not {self.every_k}.")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}.")
         if not (self.inc > 1 > self.dec > 0):
             raise ValueError("inc must be above 1 and dec between 0 and 1.")
         if not self.lower <= self.upper:
@@ -92,11 +92,11 @@ class TrustRegion(Damping):
 
     @property
     def name(self) -> str:
-        return f"trust region (from {_show(self.lam0)}, every {self.every_k})"
+        return f"trust region (from {_show(self.lam0)}, every {self.every})"
 
     @property
     def evaluate_every(self) -> int | None:
-        return self.every_k
+        return self.every
 
     def init(self) -> TrustRegionState:
         lam0 = scalar(self.lam0)

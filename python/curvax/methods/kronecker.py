@@ -16,7 +16,7 @@ from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
 from curvax.structure.kronecker import WeightSharing
 
-_TRUST_REGION = {"every_k": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
+_TRUST_REGION = {"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

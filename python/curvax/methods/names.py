@@ -18,7 +18,7 @@ from curvax.preconditioners import (
     Preconditioner,
     SophiaFloor,
 )
-from curvax.spelling import check_keywords, nearest
+from curvax.spelling import check_keywords, nearest, respelled
 
 T = TypeVar("T")
 DampingT = TypeVar("DampingT", bound=Damping)
@@ -46,6 +46,10 @@ _PRECONDITIONERS = {
     "diag_ema": "diag_ema",
     "ema": "diag_ema",
 }
+
+# Somax's spellings of keywords that curvax has.
+SPELLINGS = {"stabilise_every": "stabilize_every"}
+_DAMPING_SPELLINGS = {"every_k": "every"}
 
 # What Somax takes and curvax does not: nothing is dropped in silence.
 _DAMPING_INSTEAD = {
@@ -77,6 +81,7 @@ def policy_name(policy: str) -> str:
 
 def build_damping(kind: type[DampingT], fields: Mapping[str, Any]) -> DampingT:
     """A damping policy from its fields."""
+    fields = respelled("lam_kwargs", fields, _DAMPING_SPELLINGS)
     return _from_mapping(kind, fields, "lam_kwargs", _DAMPING_INSTEAD)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from curvax.method import Method
-from curvax.spelling import check_keywords, nearest
+from curvax.methods.names import SPELLINGS
+from curvax.spelling import check_keywords, nearest, respelled
 
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
@@ -52,11 +53,12 @@ def preset(
         def method(*args: P.args, **kwargs: P.kwargs) -> Method:
             if args:
                 raise TypeError(f"{name} takes keywords only: write {name}({required[0]}=...).")
-            check_keywords(name, kwargs, signature.parameters, _ELSEWHERE)
-            missing = [word for word in required if word not in kwargs]
+            given = respelled(name, kwargs, SPELLINGS)
+            check_keywords(name, given, signature.parameters, _ELSEWHERE)
+            missing = [word for word in required if word not in given]
             if missing:
                 raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
-            return build(options(*args, **kwargs))
+            return build(options(**given))  # type: ignore[call-arg]
 
         method.__doc__ = f"{inspect.getdoc(build)}\n\nKeywords and what they mean: `curvax methods {name}` in a shell."
         method.__signature__ = signature.replace(return_annotation=Method)  # type: ignore[attr-defined]

@@ -97,13 +97,14 @@ def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
       program: the model on one example, with the parameter leaves as first arguments.
       shapes: of the parameter leaves.
     """
-    uses, added = _walked(program, shapes)
-    findings, uses = [], []
+    by_leaf, added = _walked(program, shapes)
+    findings: list[Finding] = []
+    uses: list[LayerUse] = []
     for leaf, shape in enumerate(shapes):
-        finding, found = _judge(leaf, shape, uses[leaf])
+        finding, served = _judge(leaf, shape, by_leaf[leaf])
         findings.append(finding)
-        uses += found
-    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(uses[leaf]) == 1}
+        uses += served
+    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(by_leaf[leaf]) == 1}
     uses = with_biases(program, uses, added, biases)
     for use in uses:
         if use.bias is not None:
@@ -116,14 +117,14 @@ def _judge(leaf: int, shape: tuple[int, ...], uses: Sequence[LayerUse | Other]) 
         return Finding(NONE, "it has no entries"), []
     if not uses:
         return Finding(NONE, "the outputs do not depend on it"), []
-    uses = [use for use in uses if isinstance(use, LayerUse)]
+    layers = [use for use in uses if isinstance(use, LayerUse)]
     others = [use for use in uses if isinstance(use, Other)]
     rules = {use.rule for use in others}
     if not others:
-        kinds = sorted({use.rule for use in uses})
-        count = "one layer use" if len(uses) == 1 else f"{len(uses)} layer uses"
-        return Finding(" and ".join(kinds), f"{count}, {_positions(uses)}"), uses
-    if not uses and rules <= {BIAS, SCALE}:
+        kinds = sorted({use.rule for use in layers})
+        count = "one layer use" if len(layers) == 1 else f"{len(layers)} layer uses"
+        return Finding(" and ".join(kinds), f"{count}, {_positions(layers)}"), layers
+    if not layers and rules <= {BIAS, SCALE}:
         return Finding(" and ".join(sorted(rules)), others[0].reason), []
     worst = next((use for use in others if use.rule == GENERIC), others[0])
     also = f", and used {len(uses) - 1} more times" if len(uses) > 1 else ""
