@@ -21,13 +21,15 @@ def test_somax_spellings_of_keywords() -> None:
     def predict(params, x):
         return x @ params["w"]
 
-    method = curvax.sgn_ce(predict_fn=predict, stabilise_every=7, lam_policy="trust_region", lam_kwargs={"every_k": 3})
+    method = curvax.make(
+        "sgn_ce", predict_fn=predict, stabilise_every=7, lam_policy="trust_region", lam_kwargs={"every_k": 3}
+    )
     assert method.assembly.solver.stabilize_every == 7
     assert method.assembly.damping.every == 3
     with pytest.raises(TypeError, match="stabilise_every and stabilize_every are one thing"):
-        curvax.sgn_ce(predict_fn=predict, stabilise_every=7, stabilize_every=7)
+        curvax.make("sgn_ce", predict_fn=predict, stabilise_every=7, stabilize_every=7)
     with pytest.raises(TypeError, match="every_k and every are one thing"):
-        curvax.sgn_ce(predict_fn=predict, lam_policy="trust_region", lam_kwargs={"every_k": 3, "every": 3})
+        curvax.make("sgn_ce", predict_fn=predict, lam_policy="trust_region", lam_kwargs={"every_k": 3, "every": 3})
 
 
 def test_one_version() -> None:
