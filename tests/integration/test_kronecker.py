@@ -294,7 +294,7 @@ def test_kfac_serves_cg(x64, inverse):
         made = curvax.assemble(
             curvature=curvature, solver=CG(1e-10, 200, warm_start=False), damping=Constant(1e-4),
             preconditioner=preconditioner,
-            telemetry=metrics.Telemetry((metrics.Record(metrics.Metric.ITERATIONS),)),
+            telemetry=metrics.Telemetry((metrics.MetricRecord(metrics.Metric.ITERATIONS),)),
         )  # fmt: skip
         new, _, info = quick_jit(made.step)(params, batch, made.init(params, batch=batch), KEY)
         found.append(dense.vector(params) - dense.vector(new))
