@@ -23,7 +23,7 @@ from curvax.solvers import Result
 over_implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
 
 # Empty, below and above a vector, a panel, a leaf of divide and conquer, a block of reflectors; several merges.
-SIZES = (0, 1, 2, 5, 16, 17, 33, 64, 65, 100, 129, 200)
+SIZES = (0, 1, 5, 17, 33, 64, 100, 200)
 SHAPES = (
     (0, 3),
     (3, 0),
@@ -132,7 +132,7 @@ class TestValues:
         np.testing.assert_array_equal(np.triu(found.lower, 1), 0)
 
     @pytest.mark.parametrize("transpose", [False, True])
-    @pytest.mark.parametrize(("n", "columns"), [(0, 2), (1, 1), (5, 0), (17, 3), (64, 64), (100, 33), (200, 7)])
+    @pytest.mark.parametrize(("n", "columns"), [(0, 2), (1, 1), (5, 0), (17, 3), (200, 7)])
     def test_triangular_solutions(
         self, n: int, columns: int, transpose: bool, implementation: Implementation, dtype: Any
     ) -> None:
@@ -268,9 +268,9 @@ def test_derivatives(implementation: Implementation, x64: None) -> None:
         return jnp.sum(values**2) + jnp.sum(projector**3) + jnp.sum(r**2 * 0.5) + jnp.sum(jnp.sin(solved))
 
     for x in (jnp.asarray(stack[0]), jnp.asarray(stack)):
-        np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), atol=1e-10)
         along = jnp.asarray(normal(*x.shape))
-        np.testing.assert_allclose(jax.jvp(ours, (x,), (along,))[1], jax.jvp(plain, (x,), (along,))[1], atol=1e-10)
+        for of in (jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (along,))[1]):
+            np.testing.assert_allclose(quick_jit(of(ours))(x), quick_jit(of(plain))(x), atol=1e-10)
 
 
 def test_threads_do_not_matter() -> None:
