@@ -190,8 +190,8 @@ def test_numbers_that_shape_what_is_computed_are_named(factory: Any, arguments: 
 
 
 def test_numbers_that_are_known_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1.5"):
-        optax.inject_hyperparams(soap)(0.1, beta2=1.5).init(PARAMS)
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.5"):
+        optax.inject_hyperparams(soap)(0.1, b2=1.5).init(PARAMS)
     with pytest.raises(ValueError, match="gamma must be positive"):
         curvax.transforms.scale_by_sophia_g(predict, gamma=-1.0)
 

@@ -25,7 +25,7 @@ def gradients(dtype: Any = jnp.float64) -> list[dict[str, jax.Array]]:
     return [{n: jnp.asarray(rng.standard_normal(s), dtype) for n, s in SHAPES.items()} for _ in range(STEPS)]
 
 
-@pytest.mark.parametrize(("every", "beta2"), [(1, None), (3, None), (2, 0.9)])
+@pytest.mark.parametrize(("every", "b2"), [(1, None), (3, None), (2, 0.9)])
 def test_shampoo_is_the_papers(every: int, b2: float | None, x64: None) -> None:
     grads = gradients()
     found = run(scale_by_shampoo(eps=1e-2, every=every, b2=b2, max_dim=5), grads)
@@ -148,5 +148,5 @@ def test_errors_name_the_mend() -> None:
         scale_by_soap(every=0)
     with pytest.raises(ValueError, match=r"eps must be positive and finite, got 0\.0"):
         scale_by_shampoo(eps=0.0)
-    with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1"):
         shampoo(0.1, b2=1)

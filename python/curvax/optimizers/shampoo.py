@@ -76,7 +76,7 @@ def scale_by_shampoo(
     check_positive("every", every)
     check_positive("eps", eps)
     if b2 is not None:
-        check_fraction("beta2", b2)
+        check_fraction("b2", b2)
 
     def init(params: Any) -> ShampooState:
         longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)

@@ -71,7 +71,7 @@ def scale_by_soap(
     random sign, and the update is zero.
 
     Args:
-      b1, b2: decay of first and second moments; beta2 also of the factors. 0.95 both, as in the paper.
+      b1, b2: decay of first and second moments; b2 also of the factors. 0.95 both, as in the paper.
       eps: added to the root of the second moment, times the root mean square of that matrix's (or vector's) second
         moments; 1e-8.
       every: updates between refreshes of the bases; 10 in the paper.
@@ -83,8 +83,8 @@ def scale_by_soap(
       TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
     check_positive("every", every)
-    check_fraction("beta1", b1)
-    check_fraction("beta2", b2)
+    check_fraction("b1", b1)
+    check_fraction("b2", b2)
 
     def init(params: Any) -> SoapState:
         longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
