@@ -7,6 +7,7 @@ import importlib.metadata
 import pytest
 
 import curvax
+from curvax.solvers import CG
 
 
 def test_the_former_name_of_the_transforms_warns_and_works() -> None:
@@ -24,8 +25,9 @@ def test_somax_spellings_of_keywords() -> None:
     method = curvax.make(
         "sgn_ce", predict_fn=predict, stabilise_every=7, lam_policy="trust_region", lam_kwargs={"every_k": 3}
     )
-    assert method.assembly.solver.stabilize_every == 7
-    assert method.assembly.damping.every == 3
+    solver = method.assembly.solver
+    assert isinstance(solver, CG) and solver.stabilize_every == 7
+    assert method.assembly.damping.evaluate_every == 3
     with pytest.raises(TypeError, match="stabilise_every and stabilize_every are one thing"):
         curvax.make("sgn_ce", predict_fn=predict, stabilise_every=7, stabilize_every=7)
     with pytest.raises(TypeError, match="every_k and every are one thing"):
