@@ -159,12 +159,12 @@ class GradientOuterProduct(OutputCurvature):
     Attributes:
       residuals: (m, *outputs.shape).
       gradient_rows: t of shape `row_shape` if the gradient lies in the range of S (empirical Fisher), else `None`.
-      centerd: the residuals of different positions are independent with mean zero (sampled targets).
+      centered: the residuals of different positions are independent with mean zero (sampled targets).
     """
 
     residuals: jax.Array
     gradient_rows: jax.Array | None = None
-    centerd: bool = False
+    centered: bool = False
 
     @property
     def _positions(self) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ class GradientOuterProduct(OutputCurvature):
         Those of several positions of one example would mix, so where their mean is not zero each position has a random
         sign, and the products of two positions cancel in expectation.
         """
-        if self.centerd or len(self._positions) == 1:
+        if self.centered or len(self._positions) == 1:
             return self.residuals
         signs = jax.random.rademacher(key, (self.residuals.shape[0], *self._positions), self.residuals.dtype)
         return self.residuals * signs[..., None]
@@ -292,7 +292,7 @@ class MonteCarloFisher(FisherType):
             return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(weights))
 
         residuals = jax.vmap(residual)(jax.random.split(key, self.n_samples))
-        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centerd=True)
+        return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centered=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Vector-space arithmetic on pytrees that Optax does not have: upcast accumulation and flat views.
+"""Vector-space arithmetic on pytrees that Optax does not have: accumulation in float32 or wider, and flat views.
 
 A parameter-space vector is a pytree with the structure of the trainable parameters. curvax keeps such vectors in
-*upcast* dtypes: float32 where the parameter is narrower (bfloat16, float16), the parameter's own dtype otherwise.
+their *accumulation dtypes*: float32 where the parameter is narrower (bfloat16, float16), the parameter's own otherwise.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def by_leaf(tree: PyTree, make: Callable[[Any], PyTree]) -> PyTree:
 
 def scalar_dtype(tree: PyTree) -> np.dtype:
     """The dtype of scalars (dot products, `lam`) that go with `tree`: the widest of its leaves, at least float32."""
-    upcast = {accumulation_dtype(x.dtype) for x in jax.tree.leaves(tree)}
-    return max(upcast, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
+    dtypes = {accumulation_dtype(x.dtype) for x in jax.tree.leaves(tree)}
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
 
 
 def size(tree: PyTree) -> int:
@@ -105,7 +105,7 @@ def size(tree: PyTree) -> int:
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, accumulated upcast. An empty tree gives 0.
+    """Inner product over all leaves, accumulated in the accumulation dtype. An empty tree gives 0.
 
     XLA adds up long reductions as trees of shorter ones, so a float32 result over 10^8 terms keeps its seven digits.
     """

@@ -27,7 +27,7 @@ curvature
 solvers
 structure
 output_space
-losses
+losses eigenbases
 kernels
 ffi
 loops live

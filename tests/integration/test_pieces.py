@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from oracle import dense, losses
 from oracle.compiling import quick_jit
+from oracle.token_model import drawn, token_inputs, token_params, tokens
 
 import curvax
 from curvax.curvature import Evaluation, GaussNewton, Hessian, Microbatched, Model, ModelLoss, Needs
@@ -21,10 +22,6 @@ from integration.harness import LOSSES, assert_close, key, moved, precision, tru
 PyTree = Any
 LAM = 0.1
 EXACT = {"tol": 1e-13, "maxiter": 300}
-
-
-def _drawn(seed: int, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def _step(method: Any, params: PyTree, batch: PyTree, model_state: PyTree = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -44,9 +41,9 @@ def _mlp(params: PyTree, x: jax.Array) -> jax.Array:
 
 def _mlp_params(outputs: int, dtype: Any = jnp.float64) -> PyTree:
     return {
-        "w": _drawn(0, 6, 8, dtype=dtype) / 2,
-        "b": _drawn(1, 8, dtype=dtype) / 10,
-        "v": _drawn(2, 8, outputs, dtype=dtype) / 3,
+        "w": drawn(0, 6, 8, dtype=dtype) / 2,
+        "b": drawn(1, 8, dtype=dtype) / 10,
+        "v": drawn(2, 8, outputs, dtype=dtype) / 3,
     }
 
 
@@ -89,8 +86,8 @@ COUPLED_METHODS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize(("name", "size"), [*((name, 3) for name in COUPLED_METHODS), ("egn", 1)])
 def test_a_centered_loss_has_the_numbers_of_the_whole_batch(name: str, size: int, x64: None) -> None:
     predict, outputs, shape = COUPLED["several outputs"]
-    params, x = _mlp_params(outputs), _drawn(3, *shape)
-    batch = {"x": x, "y": _drawn(4, *predict(params, x).shape)}
+    params, x = _mlp_params(outputs), drawn(3, *shape)
+    batch = {"x": x, "y": drawn(4, *predict(params, x).shape)}
     value, gradient, matrix, hessian = _centred_truth(predict, params, batch)
     lam = 3.0 if name == "newton_cg" else LAM
     method = COUPLED_METHODS[name](
@@ -109,8 +106,8 @@ def test_a_centered_loss_has_the_numbers_of_the_whole_batch(name: str, size: int
 @pytest.mark.parametrize(("name", "kind"), [*((name, "Gauss-Newton") for name in COUPLED), ("positions", "Hessian")])
 def test_products_and_rows_of_a_coupled_loss_in_pieces(name: str, kind: str, x64: None) -> None:
     predict, outputs, shape = COUPLED[name]
-    params, x = _mlp_params(outputs), _drawn(3, *shape)
-    batch = {"x": x, "y": _drawn(4, *predict(params, x).shape)}
+    params, x = _mlp_params(outputs), drawn(3, *shape)
+    batch = {"x": x, "y": drawn(4, *predict(params, x).shape)}
     value, gradient, matrix, hessian = _centred_truth(predict, params, batch)
     loss, model = SquaredError(centered=True), Model(predict)
     inner = GaussNewton(model, loss) if kind == "Gauss-Newton" else Hessian(ModelLoss(model, loss))
@@ -139,7 +136,7 @@ def test_products_and_rows_of_a_coupled_loss_in_pieces(name: str, kind: str, x64
 def test_a_trust_region_trains_a_centered_loss_in_single_precision() -> None:
     """Taken on the parts of a batch, every step of it was refused at microbatches of one."""
     with precision(jnp.float32):
-        params, x = _mlp_params(1, jnp.float32), _drawn(3, 16, 6, dtype=jnp.float32)
+        params, x = _mlp_params(1, jnp.float32), drawn(3, 16, 6, dtype=jnp.float32)
         batch = {"x": x, "y": jnp.sin(x[:, :1])}
         method = curvax.spring(
             predict_fn=_mlp,
@@ -162,7 +159,7 @@ def test_a_trust_region_trains_a_centered_loss_in_single_precision() -> None:
 
 
 def test_the_optax_face_takes_a_centered_loss_in_pieces(x64: None) -> None:
-    params, batch = _mlp_params(2), {"x": _drawn(3, 7, 6), "y": _drawn(4, 7, 2)}
+    params, batch = _mlp_params(2), {"x": drawn(3, 7, 6), "y": drawn(4, 7, 2)}
     _, gradient, matrix, _ = _centred_truth(_mlp, params, batch)
     for solver in (curvax.solvers.CG(**EXACT), curvax.solvers.RowSpace(curvax.solvers.Cholesky())):
         tx = curvax.transforms.scale_by_ggn(_mlp, SquaredError(centered=True), LAM, solver=solver, microbatch_size=3)
@@ -178,7 +175,7 @@ def test_the_optax_face_takes_a_centered_loss_in_pieces(x64: None) -> None:
 def _masked_batch(valid: list[int]) -> PyTree:
     """Twelve sequences of six positions, of which the first `valid[i]` count."""
     mask = np.asarray([[1.0] * n + [0.0] * (6 - n) for n in valid])
-    return {"x": _drawn(0, 12, 6, 3), "y": _drawn(1, 12, 6, 2), "m": jnp.asarray(mask)}
+    return {"x": drawn(0, 12, 6, 3), "y": drawn(1, 12, 6, 2), "m": jnp.asarray(mask)}
 
 
 def _small(params: PyTree, x: jax.Array) -> jax.Array:
@@ -186,7 +183,7 @@ def _small(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _small_params() -> PyTree:
-    return {"w": _drawn(5, 3, 5) / 2, "v": _drawn(6, 5, 2) / 2}
+    return {"w": drawn(5, 3, 5) / 2, "v": drawn(6, 5, 2) / 2}
 
 
 def _terms(params: PyTree, batch: PyTree) -> jax.Array:
@@ -281,8 +278,8 @@ def test_a_loss_that_does_not_add_up_is_told(name: str, loss_fn: Any, words: str
 
 def test_a_loss_function_with_a_leaf_that_is_shared(x64: None) -> None:
     """Position ids as long as the batch is."""
-    params = {"w": _drawn(0, 3, 4), "place": _drawn(1, 7, 4)}
-    batch = {"x": _drawn(2, 7, 7, 3), "places": jnp.arange(7), "y": _drawn(3, 7, 4)}
+    params = {"w": drawn(0, 3, 4), "place": drawn(1, 7, 4)}
+    batch = {"x": drawn(2, 7, 7, 3), "places": jnp.arange(7), "y": drawn(3, 7, 4)}
 
     def loss_fn(p: PyTree, b: PyTree) -> jax.Array:
         hidden = jnp.tanh(b["x"] @ p["w"] + p["place"][b["places"]]).mean(1)
@@ -299,26 +296,8 @@ def test_a_loss_function_with_a_leaf_that_is_shared(x64: None) -> None:
 # --- which leaves are cut ---------------------------------------------------------------------------------------------
 
 
-def _tokens(params: PyTree, x: PyTree) -> jax.Array:
-    hidden = params["embed"][x["tokens"]] + params["place"][x["places"]]
-    return jnp.tanh(hidden @ params["w"]).mean(1) @ params["v"]
-
-
-def _token_params(length: int) -> PyTree:
-    return {
-        "embed": _drawn(0, 9, 4),
-        "place": _drawn(1, length, 4),
-        "w": _drawn(2, 4, 5) / 2,
-        "v": _drawn(3, 5, 3) / 2,
-    }
-
-
 def _token_batch(examples: int, length: int, places: Any) -> PyTree:
-    tokens = np.random.default_rng(4).integers(0, 9, (examples, length))
-    return {
-        "x": {"tokens": jnp.asarray(tokens), "places": jnp.asarray(places)},
-        "y": jnp.asarray(np.arange(examples) % 3),
-    }
+    return {"x": token_inputs(examples, length, places), "y": jnp.asarray(np.arange(examples) % 3)}
 
 
 LANES: dict[str, dict[str, Any]] = {"egn_ce": {}, "sgn_ce": EXACT, "ggn_direct_ce": {}}
@@ -336,21 +315,21 @@ LANES: dict[str, dict[str, Any]] = {"egn_ce": {}, "sgn_ce": EXACT, "ggn_direct_c
 )
 def test_position_ids_are_not_cut(name: str, examples: int, size: int, places: str, x64: None) -> None:
     ids = np.arange(7) if places == "a vector" else np.arange(7)[None]
-    params, batch = _token_params(7), _token_batch(examples, 7, ids)
-    truth = truth_of(types.SimpleNamespace(predict=_tokens), "ce", params, batch)
-    method = getattr(curvax, name)(predict_fn=_tokens, lam0=LAM, microbatch_size=size, **LANES[name])
+    params, batch = token_params(7), _token_batch(examples, 7, ids)
+    truth = truth_of(types.SimpleNamespace(predict=tokens), "ce", params, batch)
+    method = getattr(curvax, name)(predict_fn=tokens, lam0=LAM, microbatch_size=size, **LANES[name])
     got, info = _step(method, params, batch)
     assert_close(got, truth.direction(LAM), 1e-8)
     assert float(info["loss"]) == pytest.approx(truth.loss.value, rel=1e-12)
 
 
 def test_kronecker_factors_and_plans_of_a_model_with_position_ids(x64: None) -> None:
-    params, batch = _token_params(7), _token_batch(7, 7, np.arange(7))
+    params, batch = token_params(7), _token_batch(7, 7, np.arange(7))
     given = {"x": {"tokens": 0, "places": None}, "y": 0}
     found = []
     variants: list[dict[str, Any]] = [{}, {"microbatch_size": 3}, {"microbatch_size": 3, "batch_axes": given}]
     for options in variants:
-        method = curvax.kfac(predict_fn=_tokens, loss=SoftmaxCrossEntropy(), fisher=_GGN, lam0=1.0, **options)
+        method = curvax.kfac(predict_fn=tokens, loss=SoftmaxCrossEntropy(), fisher=_GGN, lam0=1.0, **options)
         got, _ = _step(method, params, batch)
         found.append(got)
         assert "dense" in method.plan_for(params, batch).explain()
@@ -367,8 +346,8 @@ def _operator_network(params: PyTree, x: PyTree) -> jax.Array:
 
 @pytest.mark.parametrize(("name", "points"), [("sgn", 5), ("egn", 7), ("gauss_newton", 7)])
 def test_a_grid_that_all_examples_share_is_not_cut(name: str, points: int, x64: None) -> None:
-    params = {"branch": _drawn(0, 3, 4), "trunk": _drawn(1, 2, 4)}
-    batch = {"x": {"grid": _drawn(2, points, 2), "sensors": _drawn(3, 7, 3)}, "y": _drawn(4, 7, points)}
+    params = {"branch": drawn(0, 3, 4), "trunk": drawn(1, 2, 4)}
+    batch = {"x": {"grid": drawn(2, points, 2), "sensors": drawn(3, 7, 3)}, "y": drawn(4, 7, points)}
     truth = truth_of(types.SimpleNamespace(predict=_operator_network), "mse", params, batch)
     options = {"lam_policy": "const"} if name == "gauss_newton" else {}
     options |= {} if name == "egn" else EXACT
@@ -408,8 +387,8 @@ TIME_METHODS: dict[str, Callable[..., Any]] = {
 
 
 def _time_problem() -> tuple[PyTree, PyTree]:
-    params = {"i": _drawn(0, 3, 4) / 2, "h": _drawn(1, 4, 4) / 2, "o": _drawn(2, 4, 2)}
-    return params, {"x": _drawn(4, 5, 4, 3), "y": _drawn(5, 5, 4, 2), "w": jnp.asarray(_lengths())}
+    params = {"i": drawn(0, 3, 4) / 2, "h": drawn(1, 4, 4) / 2, "o": drawn(2, 4, 2)}
+    return params, {"x": drawn(4, 5, 4, 3), "y": drawn(5, 5, 4, 2), "w": jnp.asarray(_lengths())}
 
 
 def _lengths() -> np.ndarray:
@@ -468,8 +447,8 @@ def test_logits_of_all_pairs_are_refused_in_pieces() -> None:
         return h @ h.T
 
     with precision(jnp.float32):
-        params = {"w": _drawn(0, 3, 4, dtype=jnp.float32)}
-        batch = {"x": _drawn(1, 8, 3, dtype=jnp.float32), "y": jnp.arange(8)}
+        params = {"w": drawn(0, 3, 4, dtype=jnp.float32)}
+        batch = {"x": drawn(1, 8, 3, dtype=jnp.float32), "y": jnp.arange(8)}
         for name in ("sgn_ce", "sophia_g", "egn_ce"):
             method = getattr(curvax, name)(predict_fn=contrast, microbatch_size=4)
             with pytest.raises(ValueError, match=r"mixes examples .*dot_general"):
@@ -482,8 +461,8 @@ def test_rows_against_all_columns_are_cut_by_rows(x64: None) -> None:
     def towers(params: PyTree, x: PyTree) -> jax.Array:
         return jnp.tanh(x["image"] @ params["i"]) @ jnp.tanh(x["text"] @ params["t"]).T
 
-    params = {"i": _drawn(0, 3, 4), "t": _drawn(1, 2, 4)}
-    batch = {"x": {"image": _drawn(2, 6, 3), "text": _drawn(3, 6, 2)}, "y": jnp.arange(6)}
+    params = {"i": drawn(0, 3, 4), "t": drawn(1, 2, 4)}
+    batch = {"x": {"image": drawn(2, 6, 3), "text": drawn(3, 6, 2)}, "y": jnp.arange(6)}
     truth = truth_of(types.SimpleNamespace(predict=towers), "ce", params, batch)
     for name in LANES:
         method = getattr(curvax, name)(predict_fn=towers, lam0=LAM, microbatch_size=4, **LANES[name])
@@ -497,7 +476,7 @@ def test_statistics_of_the_batch_are_refused_or_those_of_the_piece(x64: None) ->
         hidden = x @ params["w"]
         return jnp.tanh(hidden - hidden.mean(0)) @ params["v"], {"mean": hidden.mean(0)}
 
-    params, batch = _small_params(), {"x": _drawn(0, 6, 3), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
+    params, batch = _small_params(), {"x": drawn(0, 6, 3), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
     state = {"mean": jnp.zeros(5)}
     method = curvax.sgn_ce(predict_fn=predict, has_state=True, microbatch_size=2, lam0=LAM, **EXACT)
     with pytest.raises(ValueError, match=r"mixes examples .*reduce_sum"):
@@ -518,7 +497,7 @@ def test_what_is_only_stored_or_shown_does_not_count_as_mixing(x64: None) -> Non
         hidden = jnp.tanh(x @ params["w"] - state["mean"])
         return hidden @ params["v"], {"mean": 0.9 * state["mean"] + 0.1 * hidden.mean(0)}, hidden.mean()
 
-    params, batch = _small_params(), {"x": _drawn(0, 6, 3), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
+    params, batch = _small_params(), {"x": drawn(0, 6, 3), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
     method = curvax.egn_ce(predict_fn=predict, has_state=True, has_aux=True, microbatch_size=2, lam0=LAM)
     _, info = _step(method, params, batch, {"mean": jnp.zeros(5)})
     assert bool(info["accepted"])
@@ -531,8 +510,8 @@ def test_dropout_and_keys_do_not_count_as_mixing() -> None:
         return jnp.where(kept, hidden, jnp.zeros_like(hidden)) @ params["v"]
 
     with precision(jnp.float32):
-        params = {"w": _drawn(5, 3, 5, dtype=jnp.float32), "v": _drawn(6, 5, 2, dtype=jnp.float32)}
-        batch = {"x": _drawn(0, 6, 3, dtype=jnp.float32), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
+        params = {"w": drawn(5, 3, 5, dtype=jnp.float32), "v": drawn(6, 5, 2, dtype=jnp.float32)}
+        batch = {"x": drawn(0, 6, 3, dtype=jnp.float32), "y": jnp.asarray([0, 1, 1, 0, 1, 0])}
         for name in ("sgn_ce", "egn_ce"):
             method = getattr(curvax, name)(predict_fn=predict, has_rng=True, microbatch_size=2)
             _, info = _step(method, params, batch)
@@ -550,12 +529,12 @@ def test_dropout_and_keys_do_not_count_as_mixing() -> None:
     ],
 )
 def test_axes_that_do_not_fit_are_told(axes: Any, error: type[Exception], words: str, x64: None) -> None:
-    batch = {"x": _drawn(0, 6, 3), "y": jnp.zeros(6, jnp.int32)}
+    batch = {"x": drawn(0, 6, 3), "y": jnp.zeros(6, jnp.int32)}
     with pytest.raises(error, match=words):
         _step(curvax.sgn_ce(predict_fn=_small, batch_axes=axes, microbatch_size=2), _small_params(), batch)
 
 
 def test_leaves_of_different_lengths_are_told_by_name(x64: None) -> None:
-    batch = {"x": _drawn(0, 6, 3), "y": jnp.zeros(5, jnp.int32)}
+    batch = {"x": drawn(0, 6, 3), "y": jnp.zeros(5, jnp.int32)}
     with pytest.raises(ValueError, match=r"\(5,\).*\(6, 2\)"):
         _step(curvax.sgn_ce(predict_fn=_small, microbatch_size=2), _small_params(), batch)

@@ -40,8 +40,8 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
     batch = {"x": _drawn(4, 7, 4), "y": _drawn(5, 7, 2)}
     outputs, jacobian = dense.outputs_and_jacobian(_mlp, params, batch["x"])
     residual = outputs - np.asarray(batch["y"])
-    centerd = jacobian.reshape(7, 2, -1)
-    centerd = (centerd - centerd.mean(0)).reshape(14, -1)
+    centered = jacobian.reshape(7, 2, -1)
+    centered = (centered - centered.mean(0)).reshape(14, -1)
     residual = (residual - residual.mean(0)).ravel() / 7
     flat = dense.vector(delta)
     block = np.concatenate(
@@ -49,7 +49,7 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
     )
     same = block[:, None] == block[None, :]
     # The loss is a quadratic of the outputs, so that prox-linear is the same.
-    want = centerd.T @ residual + (centerd.T @ centerd / 7 * same) @ flat
+    want = centered.T @ residual + (centered.T @ centered / 7 * same) @ flat
     curvature = GaussNewton(Model(_mlp), SquaredError(centered=True))
     for size in (2, 3):
         inner = InnerProblem(curvature, rule, prox_linear, microbatch_size=size)
@@ -63,9 +63,9 @@ def test_a_centered_loss_in_pieces(rule: Any, prox_linear: bool, x64: None) -> N
         loss, gradient, other, start, product = compute(delta)
         assert float(loss) == pytest.approx(7 * residual @ residual / 2, rel=1e-12) == float(other)
         np.testing.assert_allclose(dense.vector(gradient), want, rtol=1e-9, atol=1e-13)
-        np.testing.assert_allclose(dense.vector(start), centerd.T @ residual, rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(dense.vector(start), centered.T @ residual, rtol=1e-9, atol=1e-13)
         np.testing.assert_allclose(
-            dense.vector(product), (centerd.T @ centerd / 7 * same) @ flat, rtol=1e-9, atol=1e-13
+            dense.vector(product), (centered.T @ centered / 7 * same) @ flat, rtol=1e-9, atol=1e-13
         )
 
 

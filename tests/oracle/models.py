@@ -213,9 +213,9 @@ def _attention_init(key: jax.Array, dtype: Any) -> PyTree:
 
 def _attention(params: PyTree, x: jax.Array) -> jax.Array:
     """Pre-norm causal self-attention block with a residual and a head, (B, T, 4) -> (B, T, 3)."""
-    centerd = x - jnp.mean(x, -1, keepdims=True)
-    spread = jnp.sqrt(jnp.mean(centerd * centerd, -1, keepdims=True) + jnp.asarray(1e-3, x.dtype))
-    h = centerd / spread * params["norm"]["scale"] + params["norm"]["bias"]
+    centered = x - jnp.mean(x, -1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean(centered * centered, -1, keepdims=True) + jnp.asarray(1e-3, x.dtype))
+    h = centered / spread * params["norm"]["scale"] + params["norm"]["bias"]
     q, k, v = h @ params["q"], h @ params["k"], h @ params["v"]
     scores = jnp.einsum("btd,bsd->bts", q, k) / jnp.asarray(2.0, x.dtype)
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
@@ -345,9 +345,9 @@ _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 def _batch_norm(params: PyTree, x: jax.Array) -> jax.Array:
     hidden = x @ params[0]["w"] + params[0]["b"]
-    centerd = hidden - jnp.mean(hidden, axis=0)
-    spread = jnp.sqrt(jnp.mean(centerd * centerd, axis=0) + jnp.asarray(1e-2, x.dtype))
-    return jnp.tanh(centerd / spread) @ params[1]["w"] + params[1]["b"]
+    centered = hidden - jnp.mean(hidden, axis=0)
+    spread = jnp.sqrt(jnp.mean(centered * centered, axis=0) + jnp.asarray(1e-2, x.dtype))
+    return jnp.tanh(centered / spread) @ params[1]["w"] + params[1]["b"]
 
 
 def _reversed_batch(params: PyTree, x: jax.Array) -> jax.Array:

@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[LossFn, bool, str]] = {
         False,
         "adds a mean and a sum",
     ),
-    "centerd": (
+    "centered": (
         lambda w, b: jnp.mean(jnp.square(b["x"] @ w - jnp.mean(b["x"] @ w, 0))),
         True,
         "repeats a sum over all examples|pairs single examples.*batch_axes",
@@ -201,5 +201,5 @@ def test_a_leaf_that_is_shared_stays_whole() -> None:
 
 def test_the_user_is_believed_where_nothing_can_be_shown() -> None:
     given = BatchAxes((0, 0, 0))
-    assert not _found(WRONG["centerd"][0], given=given).refused
+    assert not _found(WRONG["centered"][0], given=given).refused
     assert "total, weight" in _found(WRONG["own normalizer"][0], given=given).refused

@@ -154,7 +154,7 @@ def _in_a_branch(key: jax.Array, h: jax.Array) -> jax.Array:
 MIXING: dict[str, Draw] = {
     "shuffled": lambda key, h: h + h[random.permutation(key, h.shape[0])],
     "shuffled at once": lambda key, h: h + random.permutation(key, h),
-    "centerd noise": lambda key, h: h + (lambda e: e - jnp.sum(e, 0))(random.normal(key, h.shape)),
+    "centered noise": lambda key, h: h + (lambda e: e - jnp.sum(e, 0))(random.normal(key, h.shape)),
     "mean of noise": lambda key, h: h + jnp.mean(random.normal(key, h.shape)),
     "noise summed in a scan": _summed_noise,
     "drawn in a branch": _in_a_branch,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from oracle import dense
 from oracle.compiling import quick_jit
+from oracle.token_model import drawn, token_inputs, token_params, tokens
 
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.structure import (
@@ -25,30 +26,6 @@ from curvax.structure.batch_axis import example_axes
 PyTree = Any
 
 
-def _drawn(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def _tokens(params: PyTree, x: PyTree) -> jax.Array:
-    """A pooled language model: tokens (B, T), position ids in any shape that broadcasts against them."""
-    hidden = params["embed"][x["tokens"]] + params["place"][x["places"]]
-    return jnp.tanh(hidden @ params["w"]).mean(1) @ params["v"]
-
-
-def _token_params(length: int) -> PyTree:
-    return {
-        "embed": _drawn(0, 9, 4),
-        "place": _drawn(1, length, 4),
-        "w": _drawn(2, 4, 5) / 2,
-        "v": _drawn(3, 5, 3) / 2,
-    }
-
-
-def _token_inputs(examples: int, length: int, places: Any) -> PyTree:
-    tokens = np.random.default_rng(4).integers(0, 9, (examples, length))
-    return {"tokens": jnp.asarray(tokens), "places": jnp.asarray(places)}
-
-
 PLACES: dict[str, Callable[[int, int], np.ndarray]] = {
     "one row": lambda b, t: np.arange(t)[None],
     "a vector": lambda b, t: np.arange(t),
@@ -61,25 +38,25 @@ PLACES: dict[str, Callable[[int, int], np.ndarray]] = {
 def test_rows_of_a_model_with_position_ids_are_cheap_and_right(
     examples: int, length: int, places: str, x64: None
 ) -> None:
-    params, x = _token_params(length), _token_inputs(examples, length, PLACES[places](examples, length))
+    params, x = token_params(length), token_inputs(examples, length, PLACES[places](examples, length))
     labels = jnp.asarray(np.arange(examples) % 3)
-    outputs, jacobian = dense.outputs_and_jacobian(_tokens, params, x)
+    outputs, jacobian = dense.outputs_and_jacobian(tokens, params, x)
     rows = jacobian.reshape(examples, 3, -1)
 
     # No warning: pytest makes an error of it.
-    gram = quick_jit(lambda p, i: jacobian_gram(_tokens, p, i))(params, x)
+    gram = quick_jit(lambda p, i: jacobian_gram(tokens, p, i))(params, x)
     np.testing.assert_allclose(gram, np.einsum("bkn,cln->bkcl", rows, rows), rtol=1e-10, atol=1e-12)
-    exact = quick_jit(lambda p, i: ggn_diagonal(_tokens, SoftmaxCrossEntropy(), p, i, labels))(params, x)
+    exact = quick_jit(lambda p, i: ggn_diagonal(tokens, SoftmaxCrossEntropy(), p, i, labels))(params, x)
     p = np.exp(outputs - outputs.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     hessian = (np.einsum("bk,kl->bkl", p, np.eye(3)) - np.einsum("bk,bl->bkl", p, p)) / examples
     np.testing.assert_allclose(
         dense.vector(exact), np.einsum("bkn,bkl,bln->n", rows, hessian, rows), rtol=1e-10, atol=1e-14
     )
-    norms = quick_jit(lambda p, i: per_example_gradient_norms(_tokens, SoftmaxCrossEntropy(), p, i, labels))(params, x)
+    norms = quick_jit(lambda p, i: per_example_gradient_norms(tokens, SoftmaxCrossEntropy(), p, i, labels))(params, x)
     residual = (p - np.eye(3)[np.asarray(labels)]) / examples
     np.testing.assert_allclose(norms, np.linalg.norm(np.einsum("bkn,bk->bn", rows, residual), axis=1), rtol=1e-10)
-    rules = {leaf.path: leaf.rule for leaf in report(_tokens, params, x)}
+    rules = {leaf.path: leaf.rule for leaf in report(tokens, params, x)}
     assert rules["['w']"] == rules["['v']"] == "dense", rules
 
 
@@ -144,7 +121,7 @@ SHARED: dict[str, tuple[Callable[..., jax.Array], PyTree, PyTree, list[bool]]] =
 
 def _filled(shapes: PyTree, seed: int) -> PyTree:
     leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return jax.tree.unflatten(structure, [_drawn(seed + i, *shape) for i, shape in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [drawn(seed + i, *shape) for i, shape in enumerate(leaves)])
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -185,7 +162,7 @@ MIXED: dict[str, tuple[Callable[..., jax.Array], PyTree, str]] = {
 @pytest.mark.parametrize("name", MIXED)
 def test_what_mixes_is_named(name: str, x64: None) -> None:
     model, shape, operation = MIXED[name]
-    independent, reason = examples_independent(model, {"w": _drawn(0, 3, 4)}, _drawn(1, *shape))
+    independent, reason = examples_independent(model, {"w": drawn(0, 3, 4)}, drawn(1, *shape))
     assert not independent and operation in reason, reason
 
 
@@ -199,7 +176,7 @@ def test_inputs_without_a_leaf_as_long_as_the_outputs() -> None:
 
 
 def test_the_user_says_what_is_shared(x64: None) -> None:
-    params, x = {"w": _drawn(0, 3, 2)}, {"a": _drawn(1, 4, 3), "b": _drawn(2, 4, 3)}
+    params, x = {"w": drawn(0, 3, 2)}, {"a": drawn(1, 4, 3), "b": drawn(2, 4, 3)}
 
     def predict(p: PyTree, i: PyTree) -> jax.Array:
         return (i["a"] * i["b"]) @ p["w"]
@@ -232,7 +209,7 @@ def test_a_loss_that_couples_examples_keeps_the_fast_rows(x64: None) -> None:
     """S^T J J^T S of the centered squared error, whose S takes the mean over the batch away."""
     from curvax.curvature import Evaluation, GaussNewton, Model, Needs
 
-    params, x = {"w": _drawn(0, 3, 4), "v": _drawn(1, 4, 2)}, _drawn(2, 6, 3)
+    params, x = {"w": drawn(0, 3, 4), "v": drawn(1, 4, 2)}, drawn(2, 6, 3)
 
     def predict(p: PyTree, i: jax.Array) -> jax.Array:
         return jnp.tanh(i @ p["w"]) @ p["v"]
@@ -244,10 +221,10 @@ def test_a_loss_that_couples_examples_keeps_the_fast_rows(x64: None) -> None:
         assert rows is not None
         return rows.gram(bound)
 
-    jaxpr = jax.make_jaxpr(lambda p, y: gram(p, y, 1 << 30))(params, _drawn(3, 6, 2))
+    jaxpr = jax.make_jaxpr(lambda p, y: gram(p, y, 1 << 30))(params, drawn(3, 6, 2))
     assert "while" not in str(jaxpr)  # one pass for all rows
     _, jacobian = dense.outputs_and_jacobian(predict, params, x)
-    centerd = (jacobian.reshape(6, 2, -1) - jacobian.reshape(6, 2, -1).mean(0)).reshape(12, -1)
+    centered = (jacobian.reshape(6, 2, -1) - jacobian.reshape(6, 2, -1).mean(0)).reshape(12, -1)
     for bound in (1 << 30, 1):
-        found = quick_jit(lambda p, y, b=bound: gram(p, y, b))(params, _drawn(3, 6, 2))
-        np.testing.assert_allclose(found, centerd @ centerd.T / 6, rtol=1e-10, atol=1e-12)
+        found = quick_jit(lambda p, y, b=bound: gram(p, y, b))(params, drawn(3, 6, 2))
+        np.testing.assert_allclose(found, centered @ centered.T / 6, rtol=1e-10, atol=1e-12)

@@ -224,8 +224,8 @@ def _pooled(kind: str) -> Predict:
 
 
 def _norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
-    centerd = x - jnp.mean(x, -1, keepdims=True)
-    return centerd * lax.rsqrt(jnp.mean(jnp.square(centerd), -1, keepdims=True) + eps)
+    centered = x - jnp.mean(x, -1, keepdims=True)
+    return centered * lax.rsqrt(jnp.mean(jnp.square(centered), -1, keepdims=True) + eps)
 
 
 def _transformer(p: Any, tokens: jax.Array) -> jax.Array:

@@ -156,7 +156,53 @@ class Linearization:
         return self.sampled_gradient is not None
 
 
-class Curvature(abc.ABC):
+class ReadsBatches(abc.ABC):
+    """What an operator and the loss of one both know of a batch; all but `check` answer for who knows nothing."""
+
+    @abc.abstractmethod
+    def check(self, params: PyTree, evaluation: Evaluation) -> None:
+        """Raises a one-sentence error for a batch that does not fit, from shapes alone."""
+
+    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
+        """Where the batch holds its examples, from shapes alone; an operator that does not know takes first axes.
+
+        Args:
+          params, evaluation: as for `linearize`.
+          sizes: number of examples -> those of the pieces that the batch is to be cut into; none if it stays whole.
+        """
+        del params, sizes
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(evaluation.batch)]
+        axes = BatchAxes(tuple(0 if shape else None for shape in shapes))
+        alike = len({shape[:1] for shape in shapes}) == 1 and axes.any
+        return ExampleAxes(axes, refused="" if alike else "the leaves of the batch have no first axis in common")
+
+    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
+        """The evaluation with `axes`, where they are needed, and without what examples of zero weight hold.
+
+        Such an example (a position, where the model acts on each position by itself) holds a copy of one that counts:
+        with weight zero it adds zero times the other's numbers, which are finite, and not zero times its own. Given
+        shapes in the place of arrays it finds the axes and changes nothing.
+        """
+        del params
+        return evaluation
+
+    def stand_in(self, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
+        """The second half of `prepare`, of an evaluation whose examples are known."""
+        del params
+        return dataclasses.replace(evaluation, axes=examples.axes)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        """See `Linearization.batch_fault`."""
+        del params, evaluation
+        return None
+
+    def total_weight(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
+        """What a `loss_fn` that returns (total, weight) says of the weight of a piece; `None` for all others."""
+        del params, evaluation
+        return None
+
+
+class Curvature(ReadsBatches):
     """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`."""
 
     @property
@@ -209,52 +255,10 @@ class Curvature(abc.ABC):
         del choices
         return self
 
-    @abc.abstractmethod
-    def check(self, params: PyTree, evaluation: Evaluation) -> None:
-        """Raises a one-sentence error for a batch that does not fit, from shapes alone."""
-
     @property
     def couples_examples(self) -> bool:
         """Whether examples enter each other's terms of the loss, so that it takes the outputs of all of them."""
         return False
-
-    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
-        """Where the batch holds its examples, from shapes alone; an operator that does not know takes first axes.
-
-        Args:
-          params, evaluation: as for `linearize`.
-          sizes: number of examples -> those of the pieces that the batch is to be cut into; none if it stays whole.
-        """
-        del params, sizes
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(evaluation.batch)]
-        axes = BatchAxes(tuple(0 if shape else None for shape in shapes))
-        alike = len({shape[:1] for shape in shapes}) == 1 and axes.any
-        return ExampleAxes(axes, refused="" if alike else "the leaves of the batch have no first axis in common")
-
-    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
-        """The evaluation with `axes`, where they are needed, and without what examples of zero weight hold.
-
-        Such an example (a position, where the model acts on each position by itself) holds a copy of one that counts:
-        with weight zero it adds zero times the other's numbers, which are finite, and not zero times its own. Given
-        shapes in the place of arrays it finds the axes and changes nothing.
-        """
-        del params
-        return evaluation
-
-    def stand_in(self, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
-        """The second half of `prepare`, of an evaluation whose examples are known."""
-        del params
-        return dataclasses.replace(evaluation, axes=examples.axes)
-
-    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
-        """See `Linearization.batch_fault`."""
-        del params, evaluation
-        return None
-
-    def total_weight(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
-        """What a `loss_fn` that returns (total, weight) says of the weight of a piece; `None` for all others."""
-        del params, evaluation
-        return None
 
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """(model outputs, (new model state, aux)), of an operator with rows or one that couples examples."""

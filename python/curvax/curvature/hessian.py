@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Linearization, Needs
+from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Linearization, Needs, ReadsBatches
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
@@ -27,7 +27,7 @@ from curvax.tree import PyTree
 _NO_ROWS = "the Hessian has no row factors: use a parameter-space solver, or the Gauss-Newton matrix."
 
 
-class Objective(abc.ABC):
+class Objective(ReadsBatches):
     """A scalar loss of parameters on a batch."""
 
     @property
@@ -39,34 +39,6 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def sampler(self) -> tuple[Model, Loss] | None:
         """The model and loss to sample targets from, if there are any."""
-
-    @abc.abstractmethod
-    def check(self, params: PyTree, evaluation: Evaluation) -> None:
-        """Raises a one-sentence error for a batch that does not fit."""
-
-    @abc.abstractmethod
-    def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
-        """See `Curvature.examples`."""
-
-    def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
-        """See `Curvature.prepare`."""
-        del params
-        return evaluation
-
-    def stand_in(self, params: PyTree, evaluation: Evaluation, examples: ExampleAxes) -> Evaluation:
-        """See `Curvature.stand_in`."""
-        del params
-        return dataclasses.replace(evaluation, axes=examples.axes)
-
-    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
-        """See `Curvature.batch_fault`; `None` where there is nothing to look at."""
-        del params, evaluation
-        return None
-
-    def total_weight(self, params: PyTree, evaluation: Evaluation) -> jax.Array | None:
-        """The sum of the weights of a piece, where that alone tells what the pieces' totals are divided by."""
-        del params, evaluation
-        return None
 
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:

@@ -70,5 +70,4 @@ def _difference(new: jax.Array, old: jax.Array, like: jax.Array) -> jax.Array:
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return jnp.zeros_like(like)
     # Of two bfloat16 numbers float32 holds the difference exactly, so that apply_updates arrives at the new one.
-    upcast = tree.accumulation_dtype(new.dtype)
-    return new.astype(upcast) - old.astype(upcast)
+    return tree.upcast(new) - tree.upcast(old)

@@ -39,8 +39,8 @@ class Loss(abc.ABC):
     """L = sum_i w_i l(f_i, y_i) over the positions i of a batch, as a function of the outputs f.
 
     Positions are all axes of the outputs but the last, which holds the K outputs of one position; outputs of shape
-    (B,) are one scalar output for each of B positions. `effective_weights` makes weights once for a whole batch; every
-    other method takes weights as given, so a microbatch is the same slice along axis 0 of outputs, targets and weights.
+    (B,) are one scalar output for each of B positions. `effective_weights` makes w once for a whole batch; every other
+    method takes such weights, so a microbatch is the same slice along axis 0 of outputs, targets and weights.
 
     Outputs may have any floating dtype. Results have the *accumulation* dtype of the outputs: float32 for narrower
     ones, their own otherwise. A position of zero weight contributes exactly zero whatever its outputs and targets
@@ -69,7 +69,7 @@ class Loss(abc.ABC):
         return False
 
     def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
-        """The weights weights of the terms, normalizer included.
+        """The weights w of the terms, normalizer included.
 
         Args:
           outputs: the whole batch's outputs; only shape and dtype are read, so a `jax.ShapeDtypeStruct` will do.
@@ -78,7 +78,7 @@ class Loss(abc.ABC):
             (default) weighs every position 1.
 
         Returns:
-          weights in the accumulation dtype, shaped like the positions (like the outputs for outputs-shaped weights).
+          w in the accumulation dtype, shaped like the positions (like the outputs for outputs-shaped weights).
           With "mean" the normalizer is the sum of the weights over positions (outputs-shaped weights count 1/K each, so
           that all ones again change nothing); if that sum is zero, so are the weights and the loss. A negative weight
           makes it NaN with "mean": the sum of weights of both signs says nothing of how much they weigh.
@@ -227,7 +227,7 @@ class Loss(abc.ABC):
     def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> Any:
         """Targets y~ drawn from the model's own predictive distribution.
 
-        They are such that l'(f, y~) has mean zero and covariance l''(f) at every position: with sqrt(weights) in the
+        They are such that l'(f, y~) has mean zero and covariance l''(f) at every position: with sqrt(w) in the
         place of weights, `gradient` then gives residuals whose expected outer product is Q.
 
         Args:
@@ -277,7 +277,7 @@ def append_axes(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """The product weights x, and exactly zero where weights is zero even if x is not finite there."""
+    """The product w x, and exactly zero where w is zero even if x is not finite there."""
     return jnp.where(weights == 0, jnp.zeros((), x.dtype), weights * x)
 
 

@@ -151,7 +151,7 @@ class SoftmaxCrossEntropy(Loss):
         return weigh(root(weight * mass), _complement_transpose(root_p, root_p * v.astype(log_p.dtype)))
 
     def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        """The rows t = sqrt(weights) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
+        """The rows t = sqrt(w) N^T (c p - y) / (sqrt(c) sqrt(p)); see `Loss.gradient_in_rows`.
 
         S t is the gradient because what N N^T takes away, sqrt(p) (c p - y) / sqrt(p) summed, is zero. y / sqrt(p) is
         taken from log p, so a confident wrong prediction keeps its full gradient until sqrt(p) itself underflows.

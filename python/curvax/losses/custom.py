@@ -66,7 +66,7 @@ class CustomLoss(Loss):
         return weigh(append_axes(weights, f.ndim), products)
 
     def factor(self, outputs: jax.Array, targets: PyTree, weights: jax.Array, u: jax.Array) -> jax.Array:
-        """S u = sqrt(weights) [H]_+^(1/2) u; see `Loss.factor`."""
+        """S u = sqrt(w) [H]_+^(1/2) u; see `Loss.factor`."""
         f, weights = _prepare(outputs, weights)
         rows = _each_position(self._row_factor, weights)(f, targets, u.astype(f.dtype))
         return weigh(append_axes(root(weights), f.ndim), rows)

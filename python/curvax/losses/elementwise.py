@@ -73,7 +73,7 @@ class DiagonalLoss(ElementwiseLoss):
         return self.factor(outputs, targets, weights, v)
 
     def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        """The rows t = sqrt(weights) l' / sqrt(l''); see `Loss.gradient_in_rows`."""
+        """The rows t = sqrt(w) l' / sqrt(l''); see `Loss.gradient_in_rows`."""
         f, y, weight = self._prepare(outputs, targets, weights)
         return weigh(root(weight), self._slope_over_root(f, y))
 

@@ -17,7 +17,7 @@ from curvax.losses.elementwise import ElementwiseLoss
 class SquaredError(ElementwiseLoss):
     """l(f, y) = 1/2 sum_k (f_k - y_k)^2, the negative log-likelihood of a Gaussian of variance one.
 
-    The Hessian is the identity: Q = weights, S = sqrt(weights), t = sqrt(weights) (f - y).
+    The Hessian is the identity: Q = w, S = sqrt(w), t = sqrt(w) (f - y).
 
     Attributes:
       centered: projects the mean over the leading axis out of the residual (default False). With P = I - 1 1^T / B
@@ -51,15 +51,15 @@ class SquaredError(ElementwiseLoss):
         return weigh(weight, self._project(v.astype(f.dtype)))
 
     def factor(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, u: jax.Array) -> jax.Array:
-        """S u = sqrt(weights) u; see `Loss.factor`."""
+        """S u = sqrt(w) u; see `Loss.factor`."""
         return self.hessian_product(outputs, targets, root(weights), u)
 
     def factor_transpose(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array, v: jax.Array) -> jax.Array:
-        """S^T v = sqrt(weights) v; see `Loss.factor_transpose`. S is symmetric."""
+        """S^T v = sqrt(w) v; see `Loss.factor_transpose`. S is symmetric."""
         return self.hessian_product(outputs, targets, root(weights), v)
 
     def gradient_in_rows(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        """The rows t = sqrt(weights) (f - y); see `Loss.gradient_in_rows`."""
+        """The rows t = sqrt(w) (f - y); see `Loss.gradient_in_rows`."""
         return self.gradient(outputs, targets, root(weights))
 
     def sample_targets(self, outputs: jax.Array, targets: Any, key: jax.Array) -> jax.Array:

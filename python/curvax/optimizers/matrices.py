@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.eigenbases import adjoint
 
 Factors: TypeAlias = tuple[jax.Array, ...]
 """One per side of a leaf: (..., d, d), or its diagonal (..., d) for a side that is too long."""
@@ -55,11 +56,6 @@ def outer(gradient: jax.Array, side: int, dense: bool) -> jax.Array:
     return jnp.matmul(g, adjoint(g), precision=jax.lax.Precision.HIGHEST)
 
 
-def adjoint(matrix: jax.Array) -> jax.Array:
-    """The conjugate transpose of each matrix."""
-    return jnp.swapaxes(matrix, -1, -2).conj()
-
-
 def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:
     """F X on the first side, X F^T on the second; of a diagonal factor entry by entry."""
     factor = factor.astype(x.dtype)
@@ -68,20 +64,3 @@ def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:
     if side == 0:
         return jnp.matmul(factor, x, precision=jax.lax.Precision.HIGHEST)
     return jnp.matmul(x, jnp.swapaxes(factor, -1, -2), precision=jax.lax.Precision.HIGHEST)
-
-
-def unit_scale(factor: jax.Array) -> jax.Array:
-    """A power of two near the mean diagonal of each factor, (..., 1, 1); 1 of a factor without any.
-
-    Divided by it, factors of gradients that differ by a power of two are the same bits: no factorization underflows,
-    and none sees the scale of the loss.
-    """
-    mean = jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-    _, exponent = jnp.frexp(mean)
-    scale = jnp.ldexp(jnp.ones_like(mean), exponent)
-    return jnp.where((mean > 0) & jnp.isfinite(mean), scale, jnp.ones_like(mean))[..., None, None]
-
-
-def rounding(eigenvalues: jax.Array) -> jax.Array:
-    """What eigenvalues of factors, in the last axis, must exceed to be known: rounding leaves an eighth of it."""
-    return 16 * jnp.finfo(eigenvalues.dtype).eps * jnp.sum(eigenvalues, axis=-1, keepdims=True)

@@ -10,19 +10,17 @@ import optax
 
 from curvax import tree
 from curvax.chain import check_rates
+from curvax.eigenbases import adjoint, rounding, unit_scale
 from curvax.kernels.dense_linalg import eigh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     Factors,
-    adjoint,
     corrected,
     decayed,
     multiply,
     outer,
     real_dtype,
-    rounding,
     sides,
-    unit_scale,
     upcast,
 )
 

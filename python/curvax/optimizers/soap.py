@@ -10,18 +10,16 @@ import optax
 
 from curvax import tree
 from curvax.chain import check_rates
-from curvax.kernels.dense_linalg import eigh, qr
+from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale
+from curvax.kernels.dense_linalg import qr
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
-    adjoint,
     corrected,
     decayed,
     multiply,
     outer,
     real_dtype,
-    rounding,
     sides,
-    unit_scale,
     upcast,
 )
 
@@ -216,23 +214,8 @@ def _unresolved(square: jax.Array, bases: Bases) -> jax.Array:
 
 
 def _eigenvectors(factor: jax.Array) -> jax.Array:
-    """Orthonormal eigenvectors in columns, largest eigenvalue first.
-
-    Where eigenvalues are rounding, as of every factor of fewer examples than rows, any basis of their span would do,
-    and rounding would choose it: on another number of devices another model would train. There it is the basis in which
-    a fixed diagonal matrix is diagonal, which also leaves rows that have no gradient to themselves.
-    """
-    n = factor.shape[-1]
-    pairs = eigh(factor / unit_scale(factor).astype(factor.dtype))
-    values, vectors = pairs.values[..., ::-1], pairs.vectors[..., ::-1]
-    known = values > rounding(values)
-    seen = jnp.where(known[..., None, :], vectors, jnp.zeros_like(vectors))
-    rest = jnp.eye(n, dtype=factor.dtype) - jnp.matmul(seen, adjoint(seen), precision=jax.lax.Precision.HIGHEST)
-    weights = jnp.linspace(1, 2, n, dtype=values.dtype).astype(factor.dtype)
-    fixed = eigh(jnp.matmul(rest * weights, rest, precision=jax.lax.Precision.HIGHEST)).vectors[..., ::-1]
-    # The rest has as many columns as are not known, and they come first.
-    place = (jnp.arange(n) - jnp.sum(known, axis=-1, keepdims=True)) % n
-    return jnp.where(known[..., None, :], vectors, jnp.take_along_axis(fixed, place[..., None, :], axis=-1))
+    """Orthonormal eigenvectors in columns, largest eigenvalue first; see `eigenbases`."""
+    return eigenbasis(factor / unit_scale(factor).astype(factor.dtype))[1][..., ::-1]
 
 
 def _refreshed(

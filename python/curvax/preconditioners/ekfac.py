@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import Linearization
+from curvax.eigenbases import eigenbasis
 from curvax.estimators.base import check_count
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.dense_linalg import EIGH
@@ -71,6 +72,9 @@ class EKFAC(BlockPreconditioner):
     measured at every refresh, while eigenvectors are old by up to `inverse_every` steps. See George et al., "Fast
     Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018).
 
+    Where eigenvalues of A or B are rounding, as of any factor of fewer terms than rows, s depends on which of many
+    bases is taken; `eigenbases` chooses one that rounding does not change.
+
     When the basis turns, the average of s turns with it: what was diag(s) in the old basis has the diagonal
     (Q * Q)^T s (R * R) in the new one, Q and R the turns of U and V.
 
@@ -125,7 +129,7 @@ class EKFAC(BlockPreconditioner):
 
         def turn() -> tuple[list[tuple[jax.Array | None, jax.Array]], list[jax.Array], jax.Array]:
             now = factors.corrected(self.decay)
-            pairs = eigen(now.inputs, now.outputs, self.decompose)
+            pairs = eigen(now.inputs, now.outputs, lambda matrices: eigenbasis(matrices, self.decompose))
             bases = [(e.input_vectors, e.output_vectors) for e in pairs]
             turned = [_turned(s, old, new) for s, old, new in zip(state.squares, state.bases, bases, strict=True)]
             sound = finite & tree.all_finite((bases, turned))

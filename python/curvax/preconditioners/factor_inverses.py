@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,13 @@ class EigenInverse(FactorInverse):
     ) -> list[Eigen]:
         """Eigendecompositions, one batched call per size."""
         del blocks, lam
-        return eigen(inputs, outputs, self.decompose)
+
+        def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # Where eigenvalues are rounding any vectors will do: all of them are divided by the same.
+            pairs = eigh(matrices, implementation=self.decompose)
+            return pairs.values, pairs.vectors
+
+        return eigen(inputs, outputs, decompose)
 
     def apply(self, held: Eigen, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
         """Into the eigenbasis, divided by its damped values, and back."""
@@ -205,14 +211,11 @@ def of_matrices(upcast: PyTree) -> Request:
 
 
 def eigen(
-    inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], implementation: Implementation | Choice | None = None
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[jax.Array],
+    decompose: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> list[Eigen]:
-    """Eigendecompositions of all factors, one batched call per size."""
-
-    def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pairs = eigh(matrices, implementation=implementation)
-        return pairs.values, pairs.vectors
-
+    """Eigendecompositions of all factors, one call of `decompose`, (values, vectors) of a stack, per size."""
     dense = [x for pair in zip(inputs, outputs, strict=True) for x in pair if x.ndim == 3]
     pairs = iter(by_size(decompose, dense))
     found = []

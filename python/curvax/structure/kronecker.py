@@ -205,7 +205,7 @@ def _input_sum(block: KroneckerBlock, examples: Examples, weights: jax.Array, sh
     a, w = _activations(block, examples), weights[:, :, None, None]
     if sharing is WeightSharing.REDUCE:
         total = jnp.sum(w, axis=1, keepdims=True)
-        a, w = jnp.sum(a * _quotient(w, total), axis=1, keepdims=True), total
+        a, w = _reduced(a * _quotient(w, total), 1)[:, None], total
     return second_moment(_rows_by_group(a * jnp.sqrt(w)))
 
 
@@ -236,8 +236,20 @@ def _occurrences(indices: jax.Array) -> jax.Array:
 def _output_sum(block: KroneckerBlock, examples: Examples, sharing: WeightSharing) -> jax.Array:
     d = _cotangents(block, examples)
     if sharing is WeightSharing.REDUCE:
-        d = jnp.sum(d, axis=2)
+        d = _reduced(d, 2)
     return second_moment(_rows_by_group(d))
+
+
+def _reduced(x: jax.Array, axis: int) -> jax.Array:
+    """The sum over positions, zero where no more is left of the terms than rounding.
+
+    Softmax does not see a constant that is added to all keys, so the cotangents of keys sum to zero. Eigenvectors of
+    what rounding leaves are arbitrary. Terms are rounded relative to what they are differences of, of which the largest
+    terms of all examples tell: 32 units of these, whose squares are nothing beside the largest in a second moment.
+    """
+    total, squares = jnp.sum(x, axis=axis), jnp.sum(jnp.square(x), axis=axis)
+    least = 32 * jnp.finfo(x.dtype).eps * jnp.sqrt(jnp.max(squares, initial=0))
+    return jnp.where(jnp.abs(total) > least, total, jnp.zeros_like(total))
 
 
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:

@@ -1,0 +1,82 @@
+"""Eigenvectors of sums of outer products, where rounding must not choose them.
+
+A factor of fewer terms than rows has a space of eigenvalues that are zero to rounding, and any basis of that space
+would do. The one that a decomposition returns is made of the last digits: it changes with the number of devices, with
+padding that is masked, with the order of a sum. What is measured along such eigenvectors changes with it.
+
+Here that space gets the basis in which a fixed diagonal matrix W is diagonal. Let K be the known eigenvectors and
+P = I - K K^T. Then P W P has the eigenvalue 0 on the span of K, and on the rest the fixed basis with eigenvalues
+between those of W:
+
+    eigenvalues of the factor      0   0   0.3  1.2        ascending, two of them known
+    eigenvectors                   ?   ?   k1   k2
+    eigenvalues of P W P           0   0   1.4  1.8
+    eigenvectors                   k   k   f1   f2         -> f1  f2  k1  k2
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from curvax.kernels._dispatch import Choice, Implementation
+from curvax.kernels.dense_linalg import eigh
+
+
+def adjoint(matrix: jax.Array) -> jax.Array:
+    """The conjugate transpose of each matrix."""
+    return jnp.swapaxes(matrix, -1, -2).conj()
+
+
+def unit_scale(factor: jax.Array) -> jax.Array:
+    """A power of two near the mean diagonal of each factor, (..., 1, 1); 1 of a factor without any.
+
+    Divided by it, factors of gradients that differ by a power of two are the same bits: no factorization underflows,
+    and none sees the scale of the loss.
+    """
+    mean = jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
+    _, exponent = jnp.frexp(mean)
+    scale = jnp.ldexp(jnp.ones_like(mean), exponent)
+    return jnp.where((mean > 0) & jnp.isfinite(mean), scale, jnp.ones_like(mean))[..., None, None]
+
+
+def rounding(eigenvalues: jax.Array) -> jax.Array:
+    """What eigenvalues of factors, in the last axis, must exceed to be known: rounding leaves an eighth of it."""
+    return 16 * jnp.finfo(eigenvalues.dtype).eps * jnp.sum(eigenvalues, axis=-1, keepdims=True)
+
+
+def eigenbasis(
+    factors: jax.Array, implementation: Implementation | Choice | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and orthonormal eigenvectors in columns, with a fixed basis where values are rounding.
+
+    The second decomposition, of P W P, runs only if some factor has such values.
+
+    Args:
+      factors: (..., n, n), symmetric or Hermitian and positive semidefinite.
+      implementation: of `eigh`.
+
+    Returns:
+      values (..., n) and vectors (..., n, n). Rows and columns of zeros keep to themselves.
+    """
+    pairs = eigh(factors, implementation=implementation)
+    unknown = pairs.values <= rounding(pairs.values)
+
+    def fixed() -> jax.Array:
+        n, vectors = factors.shape[-1], pairs.vectors
+        known = jnp.where(unknown[..., None, :], jnp.zeros_like(vectors), vectors)
+        others = jnp.eye(n, dtype=vectors.dtype) - jnp.matmul(
+            known, adjoint(known), precision=jax.lax.Precision.HIGHEST
+        )
+        weighed = others * jnp.linspace(1, 2, n, dtype=pairs.values.dtype).astype(vectors.dtype)
+        product = jnp.matmul(weighed, others, precision=jax.lax.Precision.HIGHEST)
+        basis = eigh(product, implementation=implementation).vectors
+        # As many of its last columns as there are unknown ones take their places, which are the first.
+        place = (jnp.arange(n) - jnp.sum(unknown, axis=-1, keepdims=True)) % n
+        return jnp.where(unknown[..., None, :], jnp.take_along_axis(basis, place[..., None, :], axis=-1), vectors)
+
+    return pairs.values, jax.lax.cond(jnp.any(unknown), fixed, lambda: pairs.vectors)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
