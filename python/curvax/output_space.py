@@ -289,7 +289,7 @@ class MonteCarloFisher(FisherType):
             raise ValueError("the Monte Carlo Fisher samples targets: pass a random key to step.")
 
         def residual(k: jax.Array) -> jax.Array:
-            return loss.gradient(outputs, loss.sample_targets(outputs, targets, k), jnp.sqrt(weights))
+            return loss.sampled_gradient(outputs, targets, weights, k)
 
         residuals = jax.vmap(residual)(jax.random.split(key, self.n_samples))
         return GradientOuterProduct(residuals * jnp.asarray(self.n_samples**-0.5, residuals.dtype), centered=True)

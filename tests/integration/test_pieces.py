@@ -103,6 +103,22 @@ def test_a_centered_loss_has_the_numbers_of_the_whole_batch(name: str, size: int
     assert float(info["rho"]) == pytest.approx((value - after) / (gradient @ want - want @ curved @ want / 2), rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("name", ["sgn", "egn", "newton_cg"])
+def test_a_mask_of_a_centered_loss_drops_examples(name: str, size: int | None, x64: None) -> None:
+    """Those without a weight count neither in the mean nor as examples, whatever stands there."""
+    params, x, y = _mlp_params(2), drawn(3, 9, 6), drawn(4, 9, 2)
+    valid = np.arange(9) % 3 != 1
+    masked = {"x": jnp.where(valid[:, None], x, 50.0), "y": jnp.where(valid[:, None], y, jnp.nan), "m": valid}
+    options: dict[str, Any] = {"predict_fn": _mlp, "loss": SquaredError(centered=True), "lam0": 3.0}
+    options |= {} if name == "egn" else EXACT
+    make = getattr(curvax, name)
+    want, _ = _step(make(**options), params, {"x": x[valid], "y": y[valid]})
+    got, info = _step(make(**options, weight_key="m", microbatch_size=size), params, masked)
+    assert_close(got, want, 1e-8)
+    assert bool(info["accepted"]) and int(info["batch_fault"]) == 0
+
+
 @pytest.mark.parametrize(("name", "kind"), [*((name, "Gauss-Newton") for name in COUPLED), ("positions", "Hessian")])
 def test_products_and_rows_of_a_coupled_loss_in_pieces(name: str, kind: str, x64: None) -> None:
     predict, outputs, shape = COUPLED[name]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
@@ -238,7 +237,6 @@ class GaussNewton(Curvature):
 
     def _sampled_gradient(self, at: LinearModel, targets: Any, weights: jax.Array) -> Callable[[jax.Array], PyTree]:
         def sampled_gradient(key: jax.Array) -> PyTree:
-            sampled = self.loss.sample_targets(at.outputs, targets, key)
-            return at.vjp(self.loss.gradient(at.outputs, sampled, jnp.sqrt(weights)))
+            return at.vjp(self.loss.sampled_gradient(at.outputs, targets, weights, key))
 
         return sampled_gradient

@@ -361,8 +361,7 @@ class Hessian(Curvature):
         _, loss = self._model
 
         def sampled_gradient(key: jax.Array) -> PyTree:
-            sampled = loss.sample_targets(at.outputs, targets, key)
-            return at.vjp(loss.gradient(at.outputs, sampled, jnp.sqrt(weights)))
+            return at.vjp(loss.sampled_gradient(at.outputs, targets, weights, key))
 
         return sampled_gradient
 

@@ -173,11 +173,6 @@ class Loss(abc.ABC):
         found, positions = shaped(weights, "weights"), positions_shape(outputs)
         if not is_real(found.dtype):
             raise TypeError(f"the weights are of dtype {found.dtype}: pass real or boolean ones.")
-        if self.couples_examples and found.shape != ():
-            raise ValueError(
-                f"the weights have shape {found.shape} but {self} couples examples and weighs them alike: "
-                "pass None or a scalar."
-            )
         if found.shape == positions[: len(found.shape)]:
             return
         if self._weights_each_output and found.shape == tuple(outputs.shape):
@@ -238,6 +233,15 @@ class Loss(abc.ABC):
         Returns:
           Targets that the other methods accept in the place of `targets`.
         """
+
+    def sampled_gradient(self, outputs: jax.Array, targets: Any, weights: jax.Array, key: jax.Array) -> jax.Array:
+        """A random vector like the outputs with mean zero and covariance Q: sqrt(w) l'(f, y~) at targets y~ drawn anew.
+
+        Args:
+          outputs, targets, weights: as for `gradient`.
+          key: random key.
+        """
+        return self.gradient(outputs, self.sample_targets(outputs, targets, key), jnp.sqrt(weights))
 
 
 def _extent(targets: Any, weights: Any) -> str:

@@ -128,12 +128,12 @@ def ggn_diagonal(
     if key is None or samples < 1:
         raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
     check_key("key", key)
-    root = jnp.sqrt(at.weights.values)
 
     def residual(k: jax.Array) -> jax.Array:
-        return loss.gradient(at.outputs, loss.sample_targets(at.outputs, targets, k), root)
+        return loss.sampled_gradient(at.outputs, targets, at.weights.values, k)
 
-    residuals = jax.vmap(residual)(jax.random.split(key, samples)) * jnp.asarray(samples**-0.5, root.dtype)
+    residuals = jax.vmap(residual)(jax.random.split(key, samples))
+    residuals *= jnp.asarray(samples**-0.5, residuals.dtype)
     # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
     flat = residuals.reshape(samples, at.outputs.shape[0], -1)
     flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(at.outputs))
