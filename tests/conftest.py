@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-import fast_compilation
+from tests import fast_compilation
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 fast_compilation.set_up()

@@ -8,8 +8,6 @@ CURVAX_CUDA=ON, and those in Triton jax-triton.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -17,13 +15,10 @@ import jax
 
 from bench.schema import Row
 from bench.suites import gpu_inner
+from curvax.kernels import Backend
 
 # The steps and the compiler are the tests' own.
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests"))
-
-from lowering import h200, steps
-
-from curvax.kernels import Backend
+from tests.lowering import h200, steps
 
 SUITE = "gpu_compile"
 PRODUCTS = "the products alone"

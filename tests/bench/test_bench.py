@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-
 from bench import run, schema
 from bench.generic import without_structure
 from bench.suites import kernels, lanes, layerwise, linalg, plan, steps, structure

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-
 from bench import schema
 from bench.suites import robustness
 from bench.suites.robustness import least_squares, rows, table

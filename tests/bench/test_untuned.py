@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-
 from bench import __main__ as command
 from bench import schema
 from bench.suites import untuned

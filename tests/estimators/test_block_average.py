@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.estimators import BlockAverage
 from curvax.losses import SquaredError
 from curvax.structure.axes import LeafAxes, leaf_axes
+from tests.oracle.compiling import quick_jit
 
 
 @pytest.mark.parametrize(

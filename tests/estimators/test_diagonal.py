@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
 from curvax.tree import accumulation_dtype
-from estimators import standin
-from estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, keys
+from tests.estimators import standin
+from tests.estimators.standin import SIZE, Dense, assert_mean, dense, flat, flat_rows, keys
+from tests.oracle.compiling import quick_jit
 
 
 def _diagonal(estimator, matrix, factor, key, dtype):

@@ -10,14 +10,14 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, losses
-from oracle.compiling import quick_jit
-from oracle.models import ALL, ATTENTION, CNN, MIXING, MLP_TANH
 
 import curvax
 from curvax.curvature import Evaluation, GaussNewton, Microbatched, Model, MonteCarloFisher, Needs, ObservedFisher
 from curvax.estimators import ExactDiagonal
 from curvax.losses import SquaredError
+from tests.oracle import dense, losses
+from tests.oracle.compiling import quick_jit
+from tests.oracle.models import ALL, ATTENTION, CNN, MIXING, MLP_TANH
 
 KEY = jax.random.key(0)
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.estimators import RandomizedNystrom
 from curvax.tree import accumulation_dtype
-from estimators import standin
-from estimators.standin import SIZE, Dense, keys
+from tests.estimators import standin
+from tests.estimators.standin import SIZE, Dense, keys
+from tests.oracle.compiling import quick_jit
 
 N = 60
 BOTH = pytest.mark.parametrize("indefinite", [False, True], ids=["one-pass", "two-pass"])

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.estimators import HutchinsonTrace, HutchPlusPlus, XTrace
 from curvax.estimators.xtrace import _leave_one_out
-from estimators import standin
-from estimators.standin import SIZE, Dense, assert_mean, keys
+from tests.estimators import standin
+from tests.estimators.standin import SIZE, Dense, assert_mean, keys
+from tests.oracle.compiling import quick_jit
 
 N = 60
 BUDGET = 12

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.systems import exact, positive, relative_residual, vectors
 
 from curvax.kernels import Implementation, Request
 from curvax.kernels.batched_cg import BATCHED_CG, BatchedSolution, batched_cg
 from curvax.solvers import Result
+from tests.oracle.systems import exact, positive, relative_residual, vectors
 
 pytestmark = pytest.mark.gpu
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import steps
 
 from curvax.kernels import Backend, strict_backend
+from tests.lowering import steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fallback]
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.kernels.dense_linalg import cholesky, eigh, qr, triangular_solve
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.optimizers import scale_by_shampoo, scale_by_soap
+from tests.oracle.compiling import quick_jit
 
 # Stacks of matrices of many sizes, as layers that are scanned over have them.
 STACKS = {"a": (4, 48, 64), "b": (9, 32, 64), "c": (8, 64, 128), "d": (64, 4, 16)}

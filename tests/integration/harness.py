@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle import dense, losses
-from oracle.compiling import quick_jit
-from oracle.models import Model
 
 import curvax
+from tests.oracle import dense, losses
+from tests.oracle.compiling import quick_jit
+from tests.oracle.models import Model
 
 PyTree = Any
 

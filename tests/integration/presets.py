@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from oracle.models import Model
 
 import curvax
+from tests.oracle.models import Model
 
 
 def loss_function(predict: Callable[..., jax.Array], kind: str) -> Callable[[Any, Any], jax.Array]:

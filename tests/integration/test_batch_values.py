@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.layerwise import full_gn
 from curvax.losses import BatchFault, SoftmaxCrossEntropy, SquaredError
 from curvax.structure import ggn_diagonal, per_example_gradient_norms
-from integration.harness import TOLERANCE, assert_close, batch_of, directions, key, precision, same_bits, truth_of
+from tests.integration.harness import TOLERANCE, assert_close, batch_of, directions, key, precision, same_bits, truth_of
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 PyTree = Any
 MODEL = models.MLP_TANH

@@ -5,12 +5,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration import presets
-from integration.harness import Counter, CountingEstimator, batch_of, counted, key, precision, steps_where_more_ran
+from tests.integration import presets
+from tests.integration.harness import (
+    Counter,
+    CountingEstimator,
+    batch_of,
+    counted,
+    key,
+    precision,
+    steps_where_more_ran,
+)
+from tests.oracle import models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 STEPS = 12

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration import presets
-from integration.harness import batch_of, key, precision, same_bits
+from tests.integration import presets
+from tests.integration.harness import batch_of, key, precision, same_bits
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 TRUST_REGION = {"lam_policy": "trust_region", "lam0": 1.0, "record_rho_every_k": 2}

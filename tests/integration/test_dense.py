@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.systems import IMPLEMENTATIONS, exact, positive, skip_unless_supported, vectors
 
 from curvax.kernels import Implementation
 from curvax.solvers import Result
 from curvax.solvers.dense import solve_dense
+from tests.oracle.systems import IMPLEMENTATIONS, exact, positive, skip_unless_supported, vectors
 
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 LAM = 0.25

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration.harness import batch_of, key, precision, standard_truth
+from tests.integration.harness import batch_of, key, precision, standard_truth
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 SIZE = 5
 BATCH = {"x": np.linspace(-1.0, 1.0, SIZE), "y": np.zeros(SIZE)}

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.damping import TrustRegion
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.solvers import CG, Result, System
 from curvax.telemetry import MetricRecord
+from tests.oracle.compiling import quick_jit
 
 LAM = 0.1
 

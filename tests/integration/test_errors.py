@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.losses import SoftmaxCrossEntropy
-from integration.harness import batch_of, key, precision
+from tests.integration.harness import batch_of, key, precision
+from tests.oracle import models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 

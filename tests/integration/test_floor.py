@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.damping import Constant, Damping, Outcome, TrustRegion
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
-from integration.harness import precision, same_bits
+from tests.integration.harness import precision, same_bits
+from tests.oracle.compiling import quick_jit
 
 # One refusal in twenty is what a trust region may spend at the floor (its docstring); the way there has some as well.
 ALLOWED = 0.08

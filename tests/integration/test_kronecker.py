@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, losses
-from oracle.compiling import quick_jit
-from structure.kronecker_models import normal
 
 import curvax
 from curvax.curvature import GaussNewton, GeneralizedGaussNewton, Model
@@ -19,6 +16,9 @@ from curvax.damping import Constant
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.preconditioners import EKFAC, KFAC, CholeskyInverse
 from curvax.solvers import CG
+from tests.oracle import dense, losses
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import normal
 
 EXACT = GeneralizedGaussNewton()
 LAM, KEY = 0.05, jax.random.key(3)

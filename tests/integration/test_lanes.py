@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, models
 
 import curvax
-from integration.harness import (
+from tests.integration.harness import (
     LAMBDAS,
     TOLERANCE,
     assert_close,
@@ -20,6 +19,7 @@ from integration.harness import (
     standard_truth,
     truth_of,
 )
+from tests.oracle import dense, models
 
 CG = {"float64": {"tol": 1e-12, "maxiter": 1000}, "float32": {"tol": 1e-5, "maxiter": 300}}
 PRESETS = {
@@ -140,7 +140,7 @@ GENERAL_CASES = [(name, models.MLP_TANH) for name in GENERAL] + [
 
 @pytest.mark.parametrize(("name", "model"), GENERAL_CASES, ids=str)
 def test_general_forms_with_other_losses(name, model):
-    from oracle import losses as by_hand
+    from tests.oracle import losses as by_hand
 
     preset, ours, theirs, options = GENERAL[name]
     with precision("float64"):

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.curvature import GeneralizedGaussNewton
 from curvax.layerwise import ByLeaf, full_gn, layerwise_gn
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
-from integration.harness import TOLERANCE, all_finite, assert_close, key, moved, precision, truth_of
+from tests.integration.harness import TOLERANCE, all_finite, assert_close, key, moved, precision, truth_of
+from tests.oracle.compiling import quick_jit
 
 PyTree = Any
 LAM = 0.1

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, losses, models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration import presets
-from integration.harness import (
+from tests.integration import presets
+from tests.integration.harness import (
     TOLERANCE,
     all_finite,
     assert_close,
@@ -24,6 +22,8 @@ from integration.harness import (
     standard_truth,
     truth_of,
 )
+from tests.oracle import dense, losses, models
+from tests.oracle.compiling import quick_jit
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model's examples interact")
 

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration import presets
-from integration.harness import (
+from tests.integration import presets
+from tests.integration.harness import (
     all_finite,
     batch_of,
     directions,
@@ -21,6 +19,8 @@ from integration.harness import (
     same_bits,
     truth_of,
 )
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 # Powers of two next to 1e-6 and 1e6, with an even exponent: multiplying by them and taking square roots is exact, so
 # that a scale-free algorithm gives the same bits and not only the same answer.

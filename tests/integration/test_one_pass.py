@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax import ffi, kernels
 from curvax.plan import Entrywise, entrywise
 from curvax.telemetry import Metric, MetricRecord
-from integration import presets
-from integration.harness import batch_of, key, precision
+from tests.integration import presets
+from tests.integration.harness import batch_of, key, precision
+from tests.oracle import models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 NAMES = ("sophia_g", "sophia_h", "adahessian")

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 from curvax import curvature, losses
-from integration.harness import TOLERANCE, assert_close, batch_of, key, precision, standard_truth, truth_of
+from tests.integration.harness import TOLERANCE, assert_close, batch_of, key, precision, standard_truth, truth_of
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 GRAM_BYTES = 2**20
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, losses
-from oracle.compiling import quick_jit
-from oracle.token_model import drawn, token_inputs, token_params, tokens
 
 import curvax
 from curvax.curvature import Evaluation, GaussNewton, Hessian, Microbatched, Model, ModelLoss, Needs
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
-from integration.harness import LOSSES, assert_close, key, moved, precision, truth_of
+from tests.integration.harness import LOSSES, assert_close, key, moved, precision, truth_of
+from tests.oracle import dense, losses
+from tests.oracle.compiling import quick_jit
+from tests.oracle.token_model import drawn, token_inputs, token_params, tokens
 
 PyTree = Any
 LAM = 0.1

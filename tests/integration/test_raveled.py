@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import models
 
 import curvax
 from curvax.estimators import Hutchinson
@@ -19,8 +18,9 @@ from curvax.plan import flat_vectors, planner
 from curvax.preconditioners import Jacobi
 from curvax.solvers import CG
 from curvax.solvers.conjugate_gradient import MartensStop
-from integration import presets
-from integration.harness import assert_close, batch_of, directions, precision, standard_truth
+from tests.integration import presets
+from tests.integration.harness import assert_close, batch_of, directions, precision, standard_truth
+from tests.oracle import models
 
 LAM = 1e-2
 REFERENCE = (Choice("dots", "reference", "auto"),)

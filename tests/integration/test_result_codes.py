@@ -11,8 +11,6 @@ import lineax
 import numpy as np
 import optax
 import pytest
-from oracle import models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.preconditioners import Preconditioner
@@ -20,8 +18,10 @@ from curvax.preconditioners.nystrom import NystromState
 from curvax.solvers import CG, Cholesky, Lineax, Result, Solution, Solver, System, batched_cg, batched_cholesky_solve
 from curvax.solvers.base import Lane, audited, relative_residual
 from curvax.telemetry import Metric, MetricRecord, Telemetry
-from integration import presets
-from integration.harness import batch_of, key, moved, precision
+from tests.integration import presets
+from tests.integration.harness import batch_of, key, moved, precision
+from tests.oracle import models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 SOLVERS = {

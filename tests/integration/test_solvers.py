@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.solvers import Result
-from integration import presets
-from integration.harness import (
+from tests.integration import presets
+from tests.integration.harness import (
     TOLERANCE,
     assert_close,
     batch_of,
@@ -23,6 +21,8 @@ from integration.harness import (
     standard_truth,
     truth_of,
 )
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 LAM = 1e-2

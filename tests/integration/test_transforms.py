@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.losses import SoftmaxCrossEntropy
-from integration.harness import batch_of, key, precision, standard_truth, truth_of
+from tests.integration.harness import batch_of, key, precision, standard_truth, truth_of
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 LAM = 0.1

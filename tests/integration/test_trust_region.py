@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, models
-from oracle.compiling import quick_jit
 
 import curvax
-from integration import presets
-from integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
+from tests.integration import presets
+from tests.integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 PRESETS = [presets.BY_NAME[name] for name in ("sgn_ce", "egn_ce", "egn_mse_cg", "newton_cg")]

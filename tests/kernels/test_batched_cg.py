@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from oracle.compiling import quick_jit
-from oracle.mosaic import interpret
-from oracle.systems import (
+
+from curvax.kernels import Choice, Implementation, Request, Unsupported, _mosaic
+from curvax.kernels.batched_cg import BATCHED_CG, BatchedSolution, batched_cg, native, on_chip, pallas
+from curvax.solvers import CG, Result, System
+from tests.oracle.compiling import quick_jit
+from tests.oracle.mosaic import interpret
+from tests.oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
     eps,
@@ -28,10 +32,6 @@ from oracle.systems import (
     textbook,
     vectors,
 )
-
-from curvax.kernels import Choice, Implementation, Request, Unsupported, _mosaic
-from curvax.kernels.batched_cg import BATCHED_CG, BatchedSolution, batched_cg, native, on_chip, pallas
-from curvax.solvers import CG, Result, System
 
 over_implementations = pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "pallas"))
 

@@ -10,17 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from oracle.compiling import quick_jit
-from oracle.systems import (
-    IMPLEMENTATIONS,
-    SIZES,
-    eps,
-    exact,
-    positive,
-    relative_residual,
-    skip_unless_supported,
-    vectors,
-)
 
 from curvax.kernels import Implementation
 from curvax.kernels.batched_cholesky_solve import (
@@ -30,6 +19,17 @@ from curvax.kernels.batched_cholesky_solve import (
     native,
 )
 from curvax.solvers import Result
+from tests.oracle.compiling import quick_jit
+from tests.oracle.systems import (
+    IMPLEMENTATIONS,
+    SIZES,
+    eps,
+    exact,
+    positive,
+    relative_residual,
+    skip_unless_supported,
+    vectors,
+)
 
 # Systems and how many: of block columns on the CPU, with few systems all threads on each.
 LARGE = ((7, 5), (255, 1), (257, 3), (257, 0), (1000, 1))

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from oracle.compiling import quick_jit
-from oracle.systems import eps, positive
 
 from curvax.kernels import Implementation, Request, Unsupported
 from curvax.kernels.dense_linalg import EIGH, OPS, cholesky, eigh, native, qr, triangular_solve
 from curvax.solvers import Result
+from tests.oracle.compiling import quick_jit
+from tests.oracle.systems import eps, positive
 
 over_implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
 

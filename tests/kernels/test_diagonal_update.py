@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from oracle.compiling import array, quick_jit
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
@@ -27,6 +26,7 @@ from curvax.kernels.diagonal_update import (
     native,
 )
 from curvax.tree import accumulation_dtype
+from tests.oracle.compiling import array, quick_jit
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native")
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import array, quick_jit
 
 from curvax.kernels import Implementation, Request, Unsupported
 from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE, gram_accumulate, gram_of_layers, native
 from curvax.kernels.gram_accumulate.factors import Rows, formed_is_cheaper, rows
+from tests.oracle.compiling import array, quick_jit
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "triton", "native")
 

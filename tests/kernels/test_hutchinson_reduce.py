@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from oracle.compiling import array, quick_jit
 
 from curvax.kernels import Implementation, Unsupported
 from curvax.kernels.hutchinson_reduce import OPS, hutchinson_reduce
 from curvax.tree import accumulation_dtype
+from tests.oracle.compiling import array, quick_jit
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference",)
 

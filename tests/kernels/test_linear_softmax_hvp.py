@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import array
-from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
 from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Head, LogitBlocks, Tangent
+from tests.oracle.compiling import array
+from tests.oracle.mosaic import interpret
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Run = Callable[[Head, Tangent, jax.Array, LogitBlocks], Any]

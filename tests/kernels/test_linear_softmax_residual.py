@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.kernels import Unsupported
 from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT
 from curvax.kernels.linear_softmax_residual import Tangent, linear_softmax_loss, linear_softmax_residual
 from curvax.losses import SoftmaxCrossEntropy
+from tests.oracle.compiling import quick_jit
 
 ROWS, FEATURES, COLUMNS = 37, 3, 300
 # Three blocks of 13 rows, of which the last has two again; and each in three blocks of columns.

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import array
-from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.sampled_softmax_residual import pallas, reference, sampled_softmax_residual
+from tests.oracle.compiling import array
+from tests.oracle.mosaic import interpret
 
 Run = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 

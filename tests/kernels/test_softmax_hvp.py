@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import array
-from oracle.mosaic import interpret
 
 from curvax.kernels import Choice, Request, Unsupported, _mosaic
 from curvax.kernels.softmax_hvp import OPS, SOFTMAX_HVP, pallas, softmax_hvp, tiling
 from curvax.kernels.softmax_hvp.tiling import Tiling
 from curvax.losses import SoftmaxCrossEntropy
+from tests.oracle.compiling import array
+from tests.oracle.mosaic import interpret
 
 Run = Callable[..., jax.Array]
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import array, quick_jit
 
 from curvax import ffi
 from curvax.kernels import Implementation, Request, Unsupported
 from curvax.kernels._dispatch import resolve
 from curvax.kernels.tree_cg import OPS, cg_direction, cg_update, dots, native
+from tests.oracle.compiling import array, quick_jit
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native")
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.curvature import Evaluation, GaussNewton, Model
 from curvax.layerwise import ByLeaf, ConjugateGradients, LineSearch, full_gn, layerwise_gn
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
 
 PyTree = Any
 

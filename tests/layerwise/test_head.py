@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation
 from curvax.layerwise import ByGroup, ByLeaf, ConjugateGradients, LineSearch, full_gn, layerwise_gn
 from curvax.losses import SigmoidBinaryCrossEntropy, SoftmaxCrossEntropy
 from curvax.solvers import CG
+from tests.oracle.compiling import quick_jit
 
 VOCABULARY, WIDTH, LENGTH, EXAMPLES = 11, 4, 3, 5
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense, losses, models
-from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation, GaussNewton, Model
 from curvax.layerwise import BlockPartition, ByGroup, ByLeaf, ByPath, ParameterBlocks
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
+from tests.oracle import dense, losses, models
+from tests.oracle.compiling import quick_jit
 
 MODELS = (
     models.MLP_TANH,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.layerwise import ByGroup, ByLeaf, ByPath, ByPrefix
 from curvax.layerwise.inner import clip_blocks
+from tests.oracle.compiling import quick_jit
 
 PARAMS: dict[str, Any] = {
     "embed": jnp.ones((5, 3)),

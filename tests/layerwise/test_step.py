@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import dense, losses, models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.layerwise import ByGroup, ByLeaf, ConjugateGradients, LineSearch, as_gradient_transformation
@@ -24,6 +22,8 @@ from curvax.layerwise import full_gn as make_full
 from curvax.layerwise import layerwise_gn as make_layerwise
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.solvers import CG
+from tests.oracle import dense, losses, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 BATCH = MODEL.input_shape[0]
@@ -425,7 +425,7 @@ CHILD = """
     sys.path.insert(0, sys.argv[2])
     import jax
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    from layerwise.test_step import resumable
+    from tests.layerwise.test_step import resumable
     method, params, batches, step = resumable()
     state = method.init(params)
     for i, batch in enumerate(batches):
@@ -450,7 +450,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
     saved = tmp_path / "state"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(saved), str(Path(__file__).parents[1])],
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(saved), str(Path(__file__).parents[2])],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax.losses import CustomLoss, Loss, Poisson, SigmoidBinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from tests.oracle.compiling import quick_jit
 
 
 @pytest.fixture(autouse=True)

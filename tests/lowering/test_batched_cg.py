@@ -11,7 +11,7 @@ import pytest
 
 from curvax.kernels import strict_backend
 from curvax.kernels.batched_cg import BatchedSolution, batched_cg
-from lowering.h200 import compile_for_h200, custom_calls, kernel_counts, temp_bytes
+from tests.lowering.h200 import compile_for_h200, custom_calls, kernel_counts, temp_bytes
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -20,7 +20,7 @@ from curvax.kernels.diagonal_update import (
     diagonal_accumulate,
     diagonal_update,
 )
-from lowering.h200 import busiest_loop, compile_for_h200
+from tests.lowering.h200 import busiest_loop, compile_for_h200
 
 LEAVES = 50
 PARAMS = [jax.ShapeDtypeStruct((1000 + i, 3), jnp.bfloat16 if i % 2 else jnp.float32) for i in range(LEAVES)]

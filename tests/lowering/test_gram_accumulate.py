@@ -15,8 +15,8 @@ import pytest
 
 from curvax.kernels.gram_accumulate import gram_accumulate, triton
 from curvax.kernels.gram_accumulate.factors import Rows
-from lowering import cubins
-from lowering.h200 import compile_for_h200, custom_calls, kernel_counts, temp_bytes
+from tests.lowering import cubins
+from tests.lowering.h200 import compile_for_h200, custom_calls, kernel_counts, temp_bytes
 
 _CALL = "triton_kernel_call_ffi"
 

@@ -14,7 +14,7 @@ from curvax.kernels.linear_softmax_hvp import linear_softmax_hvp
 from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT
 from curvax.kernels.sampled_softmax_residual import sampled_softmax_residual
 from curvax.kernels.softmax_hvp import softmax_hvp
-from lowering.h200 import busiest_loop, compile_for_h200, custom_calls, kernel_counts, temp_bytes
+from tests.lowering.h200 import busiest_loop, compile_for_h200, custom_calls, kernel_counts, temp_bytes
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -14,8 +14,8 @@ import pytest
 
 from curvax import ffi
 from curvax.kernels import Backend, Request, _mosaic
-from lowering import steps
-from lowering.h200 import busiest_loop, compile_for_h200, custom_calls, kernel_counts, missing, temp_bytes
+from tests.lowering import steps
+from tests.lowering.h200 import busiest_loop, compile_for_h200, custom_calls, kernel_counts, missing, temp_bytes
 
 
 @functools.cache

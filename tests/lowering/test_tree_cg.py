@@ -13,7 +13,7 @@ import pytest
 from curvax import ffi
 from curvax.kernels import Implementation
 from curvax.kernels.tree_cg import cg_direction, cg_update, dots
-from lowering.h200 import busiest_loop, compile_for_h200, temp_bytes, thunks
+from tests.lowering.h200 import busiest_loop, compile_for_h200, temp_bytes, thunks
 
 LEAVES = 50
 VECTOR = [jax.ShapeDtypeStruct((1000 + i, 3), jnp.float32) for i in range(LEAVES)]

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax import layerwise
 from curvax.losses import SquaredError
+from tests.oracle.compiling import quick_jit
 
 LOSS = SquaredError()
 KEYS = jax.random.split(jax.random.key(0), 2)

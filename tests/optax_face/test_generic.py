@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax import layerwise
@@ -22,6 +21,7 @@ from curvax.layerwise import full_gn, layerwise_gn
 from curvax.losses import SquaredError
 from curvax.optimizers import muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
 from curvax.preconditioners import KFAC, NystromPreconditioner
+from tests.oracle.compiling import quick_jit
 
 PARAMS = {"w": jnp.ones((3, 4)) / 4, "b": jnp.zeros(4), "v": jnp.eye(4, 2)}
 BATCH = {"x": jnp.arange(12.0).reshape(4, 3) / 12, "y": jnp.ones((4, 2))}

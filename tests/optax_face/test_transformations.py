@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from oracle import dense
-from oracle.compiling import quick_jit
-from oracle.losses import softmax_cross_entropy
 
 import curvax
 from curvax.curvature import GeneralizedGaussNewton, Model, ModelLoss
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.preconditioners import KFAC
 from curvax.solvers import CG, Cholesky
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.oracle.losses import softmax_cross_entropy
 
 LAM = 0.1
 EXACT = CG(tol=1e-12, maxiter=200)

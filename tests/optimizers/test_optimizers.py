@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from oracle.compiling import quick_jit
-from oracle.optimizers import adam_by_hand, shampoo_by_hand, soap_by_hand
-from oracle.optimizers import updates as run
 
 from curvax.optimizers import hidden_matrices, muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
+from tests.oracle.compiling import quick_jit
+from tests.oracle.optimizers import adam_by_hand, shampoo_by_hand, soap_by_hand
+from tests.oracle.optimizers import updates as run
 
 STEPS = 7
 SHAPES = {"matrix": (4, 3), "stack": (2, 3, 4), "vector": (5,), "scalar": (), "long": (9, 3)}

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax.contrib
 import pytest
-from oracle.compiling import quick_jit
-from oracle.optimizers import many_updates, power, shampoo_by_hand, soap_by_hand
-from oracle.optimizers import updates as run
 
 from curvax.optimizers import muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
+from tests.oracle.compiling import quick_jit
+from tests.oracle.optimizers import many_updates, power, shampoo_by_hand, soap_by_hand
+from tests.oracle.optimizers import updates as run
 
 SHAPES = {"matrix": (6, 9), "stack": (2, 5, 4), "vector": (5,), "scalar": (), "long": (12, 3), "low": (10, 14)}
 MAKERS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.compiling import quick_jit
+from tests.oracle.compiling import quick_jit
 
 
 def updates(tx: Any, grads: list[Any]) -> list[Any]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracle import dense, losses, models
-from oracle.compiling import quick_jit
+from tests.oracle import dense, losses, models
+from tests.oracle.compiling import quick_jit
 
 PLAIN = (*models.CLASSIFIERS, models.SCALAR, models.ONE_OUTPUT)
 TWICE = [m for m in PLAIN if m.true_derivative]

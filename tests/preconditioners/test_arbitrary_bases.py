@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.curvature import GeneralizedGaussNewton
 from curvax.eigenbases import eigenbasis
 from curvax.losses import SquaredError
 from curvax.structure import WeightSharing
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
 
 PyTree = Any
 

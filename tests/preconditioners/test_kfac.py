@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
-from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 from curvax import tree
 from curvax.curvature import GeneralizedGaussNewton, Needs
@@ -18,6 +16,8 @@ from curvax.losses import SoftmaxCrossEntropy
 from curvax.preconditioners import EKFAC, KFAC, CholeskyInverse, EigenInverse
 from curvax.preconditioners._blocks import by_size
 from curvax.structure.kronecker import WeightSharing
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 EXACT = GeneralizedGaussNewton()
 CASES = {

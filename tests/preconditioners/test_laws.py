@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from estimators import standin
-from estimators.standin import SIZE, Dense, keys
-from oracle.compiling import array, quick_jit
 
 from curvax import tree
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
@@ -20,6 +17,9 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     SophiaFloor,
 )
+from tests.estimators import standin
+from tests.estimators.standin import SIZE, Dense, keys
+from tests.oracle.compiling import array, quick_jit
 
 CASES = {
     "identity": IdentityPreconditioner(),

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from estimators import standin
-from estimators.standin import SIZE, Dense, dense, flat
-from oracle.compiling import quick_jit
 
 from curvax.estimators import DiagonalEstimator, Hutchinson
 from curvax.preconditioners import (
@@ -23,6 +20,9 @@ from curvax.preconditioners import (
     NystromPreconditioner,
     SophiaFloor,
 )
+from tests.estimators import standin
+from tests.estimators.standin import SIZE, Dense, dense, flat
+from tests.oracle.compiling import quick_jit
 
 N = 60
 ONES = np.ones(SIZE)

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from integration.harness import (
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+import curvax
+from curvax.solvers import CG, Result, System
+from tests.integration.harness import (
     LAMBDAS,
     TOLERANCE,
     Counter,
@@ -30,12 +34,8 @@ from integration.harness import (
     steps_where_more_ran,
     truth_of,
 )
-from jax.extend.core import ClosedJaxpr, Jaxpr
-from oracle import dense, models
-from oracle.compiling import quick_jit
-
-import curvax
-from curvax.solvers import CG, Result, System
+from tests.oracle import dense, models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from integration.harness import batch_of, key, precision, same_bits
-from oracle import models
-from oracle.compiling import quick_jit
 
 import curvax
 from curvax.damping import Constant, TrustRegion
 from curvax.estimators import GaussNewtonBartlett, Hutchinson
 from curvax.preconditioners import EmaDiagonal, IdentityPreconditioner, Jacobi
 from curvax.solvers import Lane
+from tests.integration.harness import batch_of, key, precision, same_bits
+from tests.oracle import models
+from tests.oracle.compiling import quick_jit
 
 MODEL = models.MLP_TANH
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "somax.md"

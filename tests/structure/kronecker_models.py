@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle import dense, losses
-from oracle.compiling import quick_jit
 
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton, GeneralizedGaussNewton, Model, Needs
 from curvax.losses import Loss, SquaredError
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums
+from tests.oracle import dense, losses
+from tests.oracle.compiling import quick_jit
 
 PyTree = Any
 

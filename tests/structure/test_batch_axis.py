@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.models import CLASSIFIERS
-from oracle.models import MIXING as MIXING_MODELS
 
 from curvax.structure import examples_independent
+from tests.oracle.models import CLASSIFIERS
+from tests.oracle.models import MIXING as MIXING_MODELS
 
 X = jnp.ones((6, 5), jnp.float32)
 W = jnp.ones((5, 5), jnp.float32)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax, random
-from oracle import dense
-from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation, Extras, GaussNewton, Model, Needs
 from curvax.losses import SquaredError
 from curvax.structure import examples_independent, ggn_diagonal, jacobian_gram, per_example_gradient_norms, report
-from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 Draw = Callable[[jax.Array, jax.Array], jax.Array]

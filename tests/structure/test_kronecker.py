@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.compiling import quick_jit
 
 from curvax import structure
 from curvax.curvature import (
@@ -26,7 +25,8 @@ from curvax.curvature import (
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.structure import kronecker
 from curvax.structure.kronecker import WeightSharing, factor_sums, projected_squares, second_moment
-from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 EXPAND, REDUCE = WeightSharing.EXPAND, WeightSharing.REDUCE
 both = pytest.mark.parametrize("sharing", [EXPAND, REDUCE])

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from oracle import dense
-from oracle.compiling import quick_jit
 
 from curvax.curvature import Evaluation, GaussNewton, Model, ObservedFisher
 from curvax.live import Wanted, live_part
@@ -30,7 +28,9 @@ from curvax.structure import (
     per_example_gradient_norms,
     report,
 )
-from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 Predict = Callable[[Any, Any], jax.Array]

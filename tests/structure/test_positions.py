@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from oracle import dense
-from oracle.compiling import quick_jit
 
 from curvax.curvature import GeneralizedGaussNewton, MonteCarloFisher, ObservedFisher
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
@@ -21,7 +19,9 @@ from curvax.structure import empirical_fisher_diagonal, ggn_diagonal, per_exampl
 from curvax.structure.capture import capture
 from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums, projected_squares
 from curvax.structure.positions import LossWeights, Spans, sound_inputs
-from structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
 
 EXPAND, REDUCE = WeightSharing.EXPAND, WeightSharing.REDUCE
 B, T, N, M = 3, 6, 4, 2

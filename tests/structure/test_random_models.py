@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from structure.test_zoo import close, study
+from tests.structure.test_zoo import close, study
 
 pytestmark = pytest.mark.usefixtures("x64")
 TIME, WIDTH = 2, 3

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense
-from oracle.compiling import array, quick_jit
-from oracle.models import MIXING, MLP_RELU, MLP_TANH
 
 import curvax
 from curvax.curvature import Evaluation, GaussNewton, Model, Needs
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.structure import report
+from tests.oracle import dense
+from tests.oracle.compiling import array, quick_jit
+from tests.oracle.models import MIXING, MLP_RELU, MLP_TANH
 
 FEATURES, WIDTH, CLASSES, BATCH = 3, 4, 3, 5
 

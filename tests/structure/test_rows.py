@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense
-from oracle.compiling import array, quick_jit
-from oracle.models import ALL, MIXING, MLP_TANH
 
 from curvax.curvature import Evaluation, GaussNewton, Model, MonteCarloFisher, Needs, ObservedFisher
 from curvax.losses import SquaredError
 from curvax.structure import jacobian_gram
+from tests.oracle import dense
+from tests.oracle.compiling import array, quick_jit
+from tests.oracle.models import ALL, MIXING, MLP_TANH
 
 
 def _rows(predict: Any, params: Any, batch: Any, metric: Any = None, key: Any = None) -> Any:

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense
-from oracle.compiling import quick_jit
-from oracle.token_model import drawn, token_inputs, token_params, tokens
 
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.structure import (
@@ -22,6 +19,9 @@ from curvax.structure import (
     report,
 )
 from curvax.structure.batch_axis import example_axes
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.oracle.token_model import drawn, token_inputs, token_params, tokens
 
 PyTree = Any
 

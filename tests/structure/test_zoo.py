@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dense
-from oracle.compiling import quick_jit
 
 from curvax.losses import SquaredError
 from curvax.structure import (
@@ -27,7 +25,9 @@ from curvax.structure.formed import formed, sites_by_leaf
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import layers
 from curvax.structure.squares import squared_norms, squared_rows
-from structure.zoo import ZOO, Entry, paths
+from tests.oracle import dense
+from tests.oracle.compiling import quick_jit
+from tests.structure.zoo import ZOO, Entry, paths
 
 pytestmark = pytest.mark.usefixtures("x64")
 IN_BLOCKS = ("mlp", "depthwise convolution", "tied table", "stacked layers on positions", "scaled twice", "cond")

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from oracle.compiling import array
+
+from tests.oracle.compiling import array
 
 PyTree = Any
 Predict = Callable[[Any, Any], jax.Array]

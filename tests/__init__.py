@@ -1,0 +1,1 @@
+"""The tests and what they share, one package: `tests.oracle` is the truth, `tests.structure.zoo` the models."""
