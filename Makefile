@@ -16,12 +16,13 @@ GPU_VENV ?= .venv-gpu
 GPU_PACKAGES ?= "jax[cuda13]==0.11.2" jax-triton==0.4.1 triton==3.7.0 pytest
 GPU_STAMP := $(GPU_VENV)/.installed
 
-.PHONY: help demo test test-cpp test-gpu-compile lint format wheel-check clean
+.PHONY: help demo test test-fast test-cpp test-gpu-compile lint format wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train on the digits data set, on the CPU"
 	@echo "make test         run the test suite"
+	@echo "make test-fast    what a change breaks first, in a minute and a half"
 	@echo "make test-cpp     the C++ and CUDA code under sanitizers, without a GPU"
 	@echo "make test-gpu-compile  lower and compile for NVIDIA GPUs, without one (PYTHON312=python3.13 for another Python)"
 	@echo "make lint         ruff, pyright and clang-format"
@@ -43,6 +44,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) -q
+
+# The tests marked `fast`: see tests/docs/test_fast.py.
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -n $(JOBS) -q --fast
 
 test-cpp: $(STAMP)
 	@$(BIN)/python -m pytest -q tests/cpp

@@ -31,6 +31,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+@pytest.mark.fast
 def test_methods_lists_every_preset_on_a_line(capsys):
     assert cli.main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -83,6 +84,7 @@ def test_plan_of_every_preset(capsys, name):
     assert any("step, on average" in line for line in rest), "no cost"
 
 
+@pytest.mark.fast
 def test_plan_follows_options(capsys):
     options = ["--option", "maxiter=7", "--option", "lam_policy=trust_region", "--option", "lam_kwargs={'every': 5}"]
     assert cli.main(["plan", "sgn_ce", *options]) == 0

@@ -11,6 +11,8 @@ import pytest
 
 import curvax.kernels
 
+pytestmark = pytest.mark.fast
+
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "glossary.md"
 ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| word")]
 

@@ -6,8 +6,12 @@ import ast
 import pathlib
 from collections.abc import Iterator
 
+import pytest
+
 import curvax
 import curvax.kernels
+
+pytestmark = pytest.mark.fast
 
 # From the top: each line may import from the lines below it, and its members not from one another.
 LAYERS = """

@@ -20,6 +20,7 @@ def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "plan: lane" in printed and "accepted True" in printed
 
 
+@pytest.mark.fast
 def test_every_preset_is_in_the_readme() -> None:
     import curvax
 

@@ -7,6 +7,8 @@ import pytest
 
 from curvax import versions
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.11.2", "0.12.0.1", "0.12.9"])
 def test_versions_inside_the_range_are_silent(version: str) -> None:

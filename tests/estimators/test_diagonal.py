@@ -60,6 +60,7 @@ class Softmax:
         return np.einsum("b,bd,bk->dk", self.weights, np.asarray(self.inputs) ** 2, p * (1 - p))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("n_probes", [1, 3])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_hutchinson_is_exact_on_diagonal_matrices(x64, n_probes, dtype):
@@ -70,6 +71,7 @@ def test_hutchinson_is_exact_on_diagonal_matrices(x64, n_probes, dtype):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == shapes
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("make", [standin.decaying, standin.indefinite], ids=["positive", "indefinite"])
 def test_hutchinson_is_unbiased_with_its_known_variance(x64, make):
     matrix = make(SIZE)

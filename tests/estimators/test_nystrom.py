@@ -38,6 +38,7 @@ def approximate(matrix, rank, dtype=jnp.float64, indefinite=False):
     return (basis * values) @ basis.T, values
 
 
+@pytest.mark.fast
 @BOTH
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("rank", [6, 9])

@@ -37,6 +37,7 @@ def sample(estimator, matrix: np.ndarray, m: int = 1000):
     return _many(estimator, jnp.asarray(matrix), keys(m), jnp.float64)
 
 
+@pytest.mark.fast
 @each
 @pytest.mark.parametrize("make", [standin.decaying, standin.indefinite], ids=["positive", "indefinite"])
 def test_unbiased_with_an_honest_standard_error(x64, estimator, make):

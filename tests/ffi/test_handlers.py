@@ -11,6 +11,8 @@ import pytest
 
 from curvax import ffi
 
+pytestmark = pytest.mark.fast
+
 F32 = jnp.float32
 SCALAR = jax.ShapeDtypeStruct((), F32)
 

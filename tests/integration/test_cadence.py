@@ -77,6 +77,7 @@ def test_with_the_plan_off_the_same_work_runs_in_every_step():
     assert min(counts) > max(planned)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_mse_cg", "newton_cg", "adahessian", "sophia_g"])
 def test_plain_step_evaluates_the_model_once(name):
     preset = presets.BY_NAME[name]
@@ -85,6 +86,7 @@ def test_plain_step_evaluates_the_model_once(name):
     assert counts == [1, 1, 1]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sophia_g", "sophia_h", "adahessian"])
 def test_curvature_is_refreshed_at_its_cadence_and_at_no_other_step(name):
     preset, every = presets.BY_NAME[name], 4

@@ -46,6 +46,7 @@ def _run(method, start, steps):
 START = np.array([0.4, -0.7, 1.1, 0.2, -0.3])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("every", [1, 3])
 def test_adahessian_step_by_step(power, every):
@@ -72,6 +73,7 @@ def test_adahessian_step_by_step(power, every):
         np.testing.assert_allclose(got, p, rtol=1e-9, err_msg=f"step {t}")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("every", [1, 4])
 def test_sophia_h_step_by_step(every):
     b1, b2, gamma, rate, decay = 0.9, 0.95, 0.4, 0.1, 0.2

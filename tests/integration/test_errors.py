@@ -61,6 +61,7 @@ def test_unknown_keyword_names_the_nearest(option, nearest, by_name):
     _says(raised, option, nearest)
 
 
+@pytest.mark.fast
 def test_unknown_method_names_the_nearest():
     with pytest.raises((KeyError, ValueError)) as raised:
         curvax.make("sng_ce", predict_fn=MODEL.predict)
@@ -88,6 +89,7 @@ def test_unknown_trust_region_option_names_the_nearest():
     _says(raised, "evry", "every")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_ce", "ggn_direct_ce", "sophia_g"])
 @pytest.mark.parametrize(
     "labels",
@@ -107,6 +109,7 @@ def test_wrong_targets(name):
     _says(raised, "(6, 3)", "(6, 4)")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_mse", "sophia_g"])
 @pytest.mark.parametrize("missing", ["x", "y"])
 def test_batch_without_its_keys(name, missing):

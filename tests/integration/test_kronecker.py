@@ -112,6 +112,7 @@ def test_one_step_is_the_dense_one(x64, name, method):
         np.testing.assert_allclose(params[leaf] - new[leaf], expected[leaf], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.fast
 def test_one_step_in_float32_is_near_the_dense_one():
     predict, params, batch = setting("cnn", jnp.float32)
     made = preset("kfac", predict, **plain())

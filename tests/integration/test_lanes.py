@@ -62,6 +62,7 @@ def test_direction_is_the_dense_damped_solve(dtype, name, model):
         assert info["loss"] == pytest.approx(truth.loss.value, rel=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "lam"), [("sgn_ce", 1.0), ("egn_ce", 1e-1), ("egn_mse_cg", 1e-3)])
 def test_constant_damping_as_a_number(name, lam):
     kind, preset, iterative = PRESETS[name]
@@ -138,6 +139,7 @@ GENERAL_CASES = [(name, models.MLP_TANH) for name in GENERAL] + [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "model"), GENERAL_CASES, ids=str)
 def test_general_forms_with_other_losses(name, model):
     from tests.oracle import losses as by_hand

@@ -122,6 +122,7 @@ def test_masked_pieces(name: str, x64: None) -> None:
     assert bool(info["accepted"]) and all_finite(state)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sgn", "egn", "newton_cg", "kfac"])
 def test_a_batch_that_is_masked_as_a_whole_moves_nothing(name: str, x64: None) -> None:
     method = METHODS[name](predict_fn=MODELS["logarithm"], weight_key="m")

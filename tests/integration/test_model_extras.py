@@ -223,6 +223,7 @@ MASKS = {
 FROZEN_CASES = [("sgn_ce", mask) for mask in MASKS] + [(name, "tree") for name in LANES if name != "sgn_ce"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "mask"), FROZEN_CASES)
 def test_frozen_parameters_stay_and_the_rest_solves_its_own_system(name, mask):
     with precision("float64"):

@@ -189,6 +189,7 @@ def _like(targets, other):
     return jax.nn.one_hot(targets, other.shape[-1], dtype=other.dtype)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("preset", presets.DISTINCT, ids=str)
 def test_non_finite_batches_are_refused_and_the_next_step_works(preset):
     model = models.LINEAR

@@ -76,6 +76,7 @@ def test_ggn_columns_gradient_and_loss(model, kind):
     np.testing.assert_allclose(pad[0], pad[1], atol=1e-10 * theirs.max(), err_msg="Gram matrix")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("model", "kind"), [(models.CNN, "ce"), (models.SHARED, "ce"), (models.SCALAR, "mse")], ids=lambda v: str(v)
 )
@@ -149,6 +150,7 @@ def test_monte_carlo_fisher_is_the_ggn_on_average():
 HESSIAN_MODELS = [models.MLP_TANH, models.CNN, models.RECURRENT, models.ATTENTION, models.ODD_TREE, models.CUSTOM_VJP]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("model", HESSIAN_MODELS, ids=str)
 def test_hessian_columns(model):
     with precision(jnp.float64):

@@ -230,6 +230,7 @@ def test_totals_and_weights_are_added_before_the_division(name: str, size: int |
     assert float(info["loss"]) == pytest.approx(float(value), rel=1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sophia_h", "adahessian"])
 def test_methods_on_totals_and_weights_do_not_see_the_pieces(name: str, x64: None) -> None:
     params, batch = _small_params(), _masked_batch([6, 6, 6, 6, 5, 0, 0, 0, 0, 0, 0, 0])

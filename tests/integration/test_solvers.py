@@ -29,6 +29,7 @@ LAM = 1e-2
 ITERATIVE = ["sgn_ce", "sgn_mse", "egn_mse_cg"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_warm_start_spends_nothing_on_a_solved_system(name):
     preset = presets.BY_NAME[name]

@@ -69,6 +69,7 @@ def test_three_steps_are_the_dense_directions_through_the_same_chain(name):
         np.testing.assert_allclose(dense.vector(ours), dense.vector(theirs), rtol=tolerance, atol=1e-2 * tolerance)
 
 
+@pytest.mark.fast
 def test_the_default_transform_subtracts_the_direction():
     with precision("float64"):
         method = curvax.egn_ce(predict_fn=MODEL.predict, lam0=LAM)

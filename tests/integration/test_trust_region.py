@@ -26,6 +26,7 @@ def _traces(state):
     return [leaf for leaf in leaves if isinstance(leaf, optax.TraceState)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_ce", "ggn_direct_mse"])
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_rho_is_actual_over_predicted_decrease(name, rate):

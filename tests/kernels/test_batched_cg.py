@@ -177,6 +177,7 @@ def mixed(n: int) -> tuple[np.ndarray, np.ndarray, list[Result], np.ndarray]:
 
 @over_implementations
 class TestOutcomes:
+    @pytest.mark.fast
     @pytest.mark.parametrize("n", [4, 31, 100])
     def test_mixed_batch(self, n: int, implementation: Implementation, dtype: Any) -> None:
         a, b, kinds, plain = mixed(n)

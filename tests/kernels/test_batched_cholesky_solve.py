@@ -105,6 +105,7 @@ def test_outcomes(n: int, implementation: Implementation, dtype: Any) -> None:
     np.testing.assert_allclose(found.value[8], alone.value[0], rtol=1e-5 if dtype == jnp.float32 else 1e-12)
 
 
+@pytest.mark.fast
 @over_implementations
 class TestMatrices:
     def test_singular_to_rounding(self, implementation: Implementation) -> None:

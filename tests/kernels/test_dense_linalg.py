@@ -122,6 +122,7 @@ class TestValues:
             assert found.result == Result.CONVERGED
             check_pairs(matrix, found.values, found.vectors, dtype)
 
+    @pytest.mark.fast
     @pytest.mark.parametrize("n", SIZES)
     def test_cholesky_factors(self, n: int, implementation: Implementation, dtype: Any) -> None:
         matrices = positive((2,), n, 100.0)

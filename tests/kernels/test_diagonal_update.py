@@ -126,6 +126,7 @@ def close(got: jax.Array, exact: np.ndarray, dtype: Any, ulps: float = 8) -> Non
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestUpdate:
+    @pytest.mark.fast
     @pytest.mark.parametrize("case", SHAPES)
     def test_shapes(self, case: str, implementation: Implementation) -> None:
         skip_unless_supported(implementation, case)

@@ -26,6 +26,8 @@ from curvax.kernels import (
     strict_backend,
 )
 
+pytestmark = pytest.mark.fast
+
 REQUEST = Request("cpu", 1, (np.dtype(np.float32),), ((3,), (4,)))
 
 

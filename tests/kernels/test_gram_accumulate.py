@@ -131,6 +131,7 @@ class TestValues:
         skip_unless_supported(implementation, gram, a, d)
         check(quick_jit(partial(gram_accumulate, implementation=implementation))(gram, a, d), gram, (a, d))
 
+    @pytest.mark.fast
     @pytest.mark.parametrize("case", ["odd", "several_tiles", "explicit", "positions_kept", "positions_formed"])
     def test_against_other_groups(self, case: str, implementation: Implementation, dtypes: tuple[Any, Any]) -> None:
         left, right = CASES[case].make(1, dtypes[1]), CASES[case].make(2, dtypes[1], groups=5)
@@ -142,6 +143,7 @@ class TestValues:
 
         check(quick_jit(call)(gram, left, right), gram, left, right)
 
+    @pytest.mark.fast
     def test_layers_add_up(self, implementation: Implementation) -> None:
         """What stands above the diagonal after one layer does not come back below it after the next."""
         first, second = CASES["several_tiles"], Case(70, 3, None, 20)

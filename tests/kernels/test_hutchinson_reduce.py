@@ -69,6 +69,7 @@ class TestValues:
                 leaf, by_hand(z[i], c[i], axes[i], use_abs=False), rtol=tolerance, atol=tolerance
             )
 
+    @pytest.mark.fast
     def test_signs_recover_a_diagonal_matrix(self, implementation: Implementation) -> None:
         diagonal = jnp.linspace(-2.0, 3.0, 700)
         z = jax.random.rademacher(jax.random.key(0), (4, 700), jnp.float32)

@@ -64,6 +64,7 @@ def setting(model: models.Model, dtype: Any = jnp.float64, seed: int = 0) -> tup
     return params, batch, delta, jax.tree.map(lambda d: jnp.asarray(d, dtype), dense.like(delta, params))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_gradient_and_product_are_the_dense_ones(model: models.Model, x64: None) -> None:
     params, batch, flat, delta = setting(model)

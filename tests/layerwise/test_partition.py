@@ -13,6 +13,8 @@ from curvax.layerwise import ByGroup, ByLeaf, ByPath, ByPrefix
 from curvax.layerwise.inner import clip_blocks
 from tests.oracle.compiling import quick_jit
 
+pytestmark = pytest.mark.fast
+
 PARAMS: dict[str, Any] = {
     "embed": jnp.ones((5, 3)),
     "layers": [{"w": jnp.ones((3, 3)), "b": jnp.ones(3)} for _ in range(11)],

@@ -133,6 +133,7 @@ def test_step_is_the_loop_written_by_hand(rule: Any, x64: None) -> None:
         np.testing.assert_allclose(float(info["search_loss_after"]), min(scores), rtol=1e-9)
 
 
+@pytest.mark.fast
 def test_streaming_is_the_step(x64: None) -> None:
     params = MODEL.params()
     method = build(ByLeaf(), shares=2, line_search=LineSearch(2, minibatches=2, chunk=2))
@@ -150,6 +151,7 @@ def test_streaming_is_the_step(x64: None) -> None:
     assert parts._cache_size() == 1
 
 
+@pytest.mark.fast
 def test_search_picks_the_best_candidate_and_rejects_what_is_worse(x64: None) -> None:
     params, batch = MODEL.params(), data(4)
     tried: dict[float, float] = {}

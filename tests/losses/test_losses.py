@@ -216,6 +216,7 @@ WEIGHTED = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("case", "kind"), WEIGHTED, ids=str)
 def test_all_pieces_match_the_dense_derivatives(case, kind):
     reduction = "sum" if kind == "prefix" else "mean"
@@ -616,6 +617,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("number", range(len(CHECKS)))
 def test_check_names_the_mend(number):
     loss, outputs, targets, weights, error, words = CHECKS[number]

@@ -80,6 +80,7 @@ def assert_alike(found: Any, expected: Any) -> None:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+@pytest.mark.fast
 @every_one
 def test_a_state_is_walked_by_map_params(make: Any, trees: int | None) -> None:
     tx = make()

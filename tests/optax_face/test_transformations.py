@@ -56,6 +56,7 @@ def ggn(lam: Any = LAM) -> Any:
     return curvax.transforms.scale_by_ggn(predict, SoftmaxCrossEntropy(), lam, solver=EXACT)
 
 
+@pytest.mark.fast
 def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> None:
     params, batch = problem
     tx = optax.chain(ggn(), optax.scale_by_learning_rate(0.5))

@@ -25,6 +25,7 @@ def gradients(dtype: Any = jnp.float64) -> list[dict[str, jax.Array]]:
     return [{n: jnp.asarray(rng.standard_normal(s), dtype) for n, s in SHAPES.items()} for _ in range(STEPS)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("every", "b2"), [(1, None), (3, None), (2, 0.9)])
 def test_shampoo_is_the_papers(every: int, b2: float | None, x64: None) -> None:
     grads = gradients()
@@ -57,6 +58,7 @@ def test_grafting_keeps_the_direction_and_takes_the_other_norm(x64: None) -> Non
     np.testing.assert_array_equal(still["w"], 0.0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("every", [1, 3])
 def test_soap_is_the_papers(every: int, x64: None) -> None:
     grads = gradients()

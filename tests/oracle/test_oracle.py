@@ -45,6 +45,7 @@ def test_reverse_and_forward_jacobians_agree(model):
     np.testing.assert_allclose(np.concatenate(columns, 1), jacobian, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["softmax", "soft", "smooth", "squared", "sigmoid", "poisson"])
 def test_hand_written_losses_match_automatic_differentiation(name):
     rng = np.random.default_rng(0)

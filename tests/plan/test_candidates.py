@@ -19,6 +19,8 @@ from curvax.plan.machine import CPU, GPU, machine
 from curvax.plan.predict import Shapes, solve_cost
 from curvax.solvers import CG, Cholesky, RowSpace, Solver
 
+pytestmark = pytest.mark.fast
+
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
     for w in params[:-1]:

@@ -87,6 +87,7 @@ def test_automatic_step_equals_the_candidate_it_chose() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.fast
 def test_explain_names_lane_parts_cadences_and_reasons() -> None:
     method = curvax.sgn_ce(predict_fn=mlp, lam_policy="trust_region", lam_kwargs={"every": 5}, record_rho_every_k=3)
     text = method.plan_for(shapes(8, 8, 3), batch(16, 8)).explain()
@@ -97,6 +98,7 @@ def test_explain_names_lane_parts_cadences_and_reasons() -> None:
     assert not curvax.sophia_g(predict_fn=mlp, eval_every_k=1).plan.refresh_apart
 
 
+@pytest.mark.fast
 def test_row_lane_names_its_kernel_and_honours_the_backend() -> None:
     clear_report()  # of what other tests asked for by name
 
@@ -128,6 +130,7 @@ def test_custom_vjp_and_frozen_leaves_are_named() -> None:
     assert "custom_vjp" in notes and "1 parameter leaf is frozen" in notes
 
 
+@pytest.mark.fast
 def test_costs_follow_cadence_and_plan_off() -> None:
     shared = curvax.sophia_g(predict_fn=mlp).plan_for(shapes(8, 8, 3), batch(16, 8))
     off = curvax.sophia_g(predict_fn=mlp, plan="off").plan_for(shapes(8, 8, 3), batch(16, 8))

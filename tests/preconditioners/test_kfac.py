@@ -103,6 +103,7 @@ def test_eigenvectors_invert_the_damped_product_exactly(x64, lam, sharing):
     np.testing.assert_allclose(inverse_matrix(method, state, lam, case.params), expected, rtol=1e-7, atol=1e-8 / lam)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("lam", [1e-2])
 def test_factored_damping_is_the_papers_and_both_forms_agree(x64, lam):
     case = problem()
@@ -288,6 +289,7 @@ def test_bfloat16_keeps_wide_states_and_narrow_vectors(method):
         assert np.linalg.norm(x - y) <= 0.1 * np.linalg.norm(x)
 
 
+@pytest.mark.fast
 def test_settings_are_checked_and_methods_hash():
     for kind in (KFAC, EKFAC):
         assert isinstance(hash(kind()), int) and kind() == kind()

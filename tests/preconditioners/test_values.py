@@ -37,6 +37,7 @@ def test_identity(x64):
     assert method.apply(method.init(standin.like()), 0.3, v := ones()) is v
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 @pytest.mark.parametrize("add_lam", [True, False])
 def test_jacobi(x64, lam, add_lam):
@@ -91,6 +92,7 @@ def dense_ema(rows, beta, square, correct) -> np.ndarray:
     return np.sqrt(total) if square else total
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("correct", [True, False], ids=["corrected", "raw"])
 @pytest.mark.parametrize("beta", [0.0, 0.99])
 @pytest.mark.parametrize(

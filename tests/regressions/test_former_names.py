@@ -9,6 +9,8 @@ import pytest
 import curvax
 from curvax.solvers import CG
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_former_name_of_the_transforms_warns_and_works() -> None:
     with pytest.warns(DeprecationWarning, match=r"curvax\.optax\.scale_by_ggn is curvax\.transforms\.scale_by_ggn now"):

@@ -15,6 +15,8 @@ import pytest
 from curvax.structure.additive import additive_axes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 
+pytestmark = pytest.mark.fast
+
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], Any]
 

@@ -14,6 +14,8 @@ from curvax.structure import examples_independent
 from tests.oracle.models import CLASSIFIERS
 from tests.oracle.models import MIXING as MIXING_MODELS
 
+pytestmark = pytest.mark.fast
+
 X = jnp.ones((6, 5), jnp.float32)
 W = jnp.ones((5, 5), jnp.float32)
 

@@ -56,6 +56,7 @@ def assert_blocks_exact(problem, sharing=EXPAND, kind="mse"):
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.fast
 @both
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_linear_layer_with_squared_error_is_exact(sharing, reduction):
@@ -90,6 +91,7 @@ def test_no_weight_at_all_gives_zeros():
     assert all(np.all(x == 0) for x in (*a, *b))
 
 
+@pytest.mark.fast
 @both
 @pytest.mark.parametrize("kind", ["mse", "ce"])
 def test_one_example_is_exact(sharing, kind):

@@ -344,6 +344,7 @@ def _needs_rows() -> Any:
     return Needs(rows=True)
 
 
+@pytest.mark.fast
 def test_each_operand_says_what_matters_of_it() -> None:
     def function(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sin(w) * stop(jnp.cos(w)) + x * 0.0, jnp.floor(w)

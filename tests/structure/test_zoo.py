@@ -31,6 +31,7 @@ from tests.structure.zoo import ZOO, Entry, paths
 
 pytestmark = pytest.mark.usefixtures("x64")
 IN_BLOCKS = ("mlp", "depthwise convolution", "tied table", "stacked layers on positions", "scaled twice", "cond")
+FAST = pytest.mark.fast
 
 
 def _factors(captured: Capture, leaves: list[jax.Array], inputs: jax.Array, outputs: Any) -> Factors:
@@ -99,7 +100,7 @@ def close(got: Any, want: Any, tolerance: float) -> None:
     np.testing.assert_allclose(np.ravel(got), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", [pytest.param(e, marks=FAST if e.name in IN_BLOCKS else ()) for e in ZOO], ids=str)
 class TestZoo:
     """One model after another, so that each is computed once."""
 
