@@ -1,8 +1,8 @@
 """Many factorizations in flight, over and over; test_factorize_at_once runs it in a process that it can end.
 
-    python tests/integration/factorize_at_once.py SEED UPDATES
+    python tests/integration/factorize_at_once.py UPDATES SEED...
 
-Prints a line per method when all of its updates are done.
+Prints a line per method and seed when all of its updates are done. The seeds share their compiled programs.
 """
 
 from __future__ import annotations
@@ -37,15 +37,21 @@ def stacks(rng: np.random.Generator, *leading: int) -> dict[str, jax.Array]:
     return {k: jnp.asarray(rng.standard_normal((*leading, *s)), jnp.float32) for k, s in STACKS.items()}
 
 
-def optimizer(tx: optax.GradientTransformation, rng: np.random.Generator, updates: int, *models: int) -> Any:
+Run = Callable[[np.random.Generator], Any]
+
+
+def optimizer(tx: optax.GradientTransformation, updates: int, *models: int) -> Run:
     """Updates of stacked layers; of several models at once where `models` says how many."""
     init, update = (jax.vmap(tx.init), jax.vmap(tx.update)) if models else (tx.init, tx.update)
-    state, step = init(stacks(rng, *models)), quick_jit(update)
-    found = None
-    for _ in range(updates):
-        found, state = step(stacks(rng, *models), state)
-        jax.block_until_ready(found)
-    return found
+    step = quick_jit(update)
+
+    def run(rng: np.random.Generator) -> Any:
+        state, solution = init(stacks(rng, *models)), None
+        for _ in range(updates):
+            solution, state = jax.block_until_ready(step(stacks(rng, *models), state))
+        return solution
+
+    return run
 
 
 def predict(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
@@ -54,14 +60,8 @@ def predict(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Arra
     return x @ params[-1][0] + params[-1][1]
 
 
-def method(made: curvax.Method, rng: np.random.Generator, updates: int, *models: int) -> Any:
+def method(made: curvax.Method, updates: int, *models: int) -> Run:
     """Steps of a network whose layers are of several sizes."""
-
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal((*models, *shape)) / 4, jnp.float32)
-
-    params = [(normal(m, n), normal(n)) for m, n in itertools.pairwise(WIDTHS)]
-    batch = {"x": normal(16, WIDTHS[0]), "y": jnp.asarray(rng.integers(0, WIDTHS[-1], (*models, 16)))}
     key = jax.random.key(0)
 
     def step(params: Any, batch: Any, state: Any) -> Any:
@@ -70,15 +70,23 @@ def method(made: curvax.Method, rng: np.random.Generator, updates: int, *models:
     def init(params: Any, batch: Any) -> Any:
         return made.init(params, batch=batch)
 
-    run, begin = (jax.vmap(step), jax.vmap(init)) if models else (step, init)
-    state, compiled = begin(params, batch), quick_jit(run)
-    for _ in range(updates):
-        params, state = compiled(params, batch, state)
-        jax.block_until_ready(params)
-    return params
+    begin, compiled = (jax.vmap(init), quick_jit(jax.vmap(step))) if models else (init, quick_jit(step))
+
+    def run(rng: np.random.Generator) -> Any:
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal((*models, *shape)) / 4, jnp.float32)
+
+        params: Any = [(normal(m, n), normal(n)) for m, n in itertools.pairwise(WIDTHS)]
+        batch = {"x": normal(16, WIDTHS[0]), "y": jnp.asarray(rng.integers(0, WIDTHS[-1], (*models, 16)))}
+        state = begin(params, batch)
+        for _ in range(updates):
+            params, state = jax.block_until_ready(compiled(params, batch, state))
+        return params
+
+    return run
 
 
-def references(rng: np.random.Generator, updates: int, *models: int) -> Any:
+def references(updates: int, *models: int) -> Run:
     """Plain JAX's factorizations, which are LAPACK's, all of them at once."""
 
     def one(stack: jax.Array) -> Any:
@@ -90,33 +98,40 @@ def references(rng: np.random.Generator, updates: int, *models: int) -> Any:
     def every(tree: Any) -> Any:
         return jax.tree.map(one, tree)
 
-    found, run = None, quick_jit(jax.vmap(every) if models else every)
-    for _ in range(updates):
-        found = jax.block_until_ready(run(stacks(rng, *models)))
-    return found
+    compiled = quick_jit(jax.vmap(every) if models else every)
+
+    def run(rng: np.random.Generator) -> Any:
+        factors = None
+        for _ in range(updates):
+            factors = jax.block_until_ready(compiled(stacks(rng, *models)))
+        return factors
+
+    return run
 
 
 def main() -> None:
-    """Runs everything, alone and under `vmap`."""
-    seed, updates = map(int, sys.argv[1:])
-    rng = np.random.default_rng(seed)
+    """Runs everything, alone and under `vmap`, once per seed."""
+    updates, *seeds = map(int, sys.argv[1:])
     model = {"predict_fn": predict, "loss": SoftmaxCrossEntropy()}
-    runs: dict[str, Callable[[], Any]] = {
-        "shampoo": lambda: optimizer(scale_by_shampoo(), rng, updates),
-        "soap": lambda: optimizer(scale_by_soap(every=1), rng, updates),
-        "shampoo of two models": lambda: optimizer(scale_by_shampoo(), rng, updates, 2),
-        "soap of two models": lambda: optimizer(scale_by_soap(every=1), rng, updates, 2),
-        "kfac": lambda: method(curvax.kfac(**model, inverse_every=1), rng, updates),
-        "ekfac of two models": lambda: method(curvax.ekfac(**model, inverse_every=1), rng, updates, 2),
-        "exact Gauss-Newton of three models": lambda: method(
-            curvax.egn_ce(predict_fn=predict, backend="reference"), rng, updates, 3
+    exact = curvax.egn_ce(predict_fn=predict, backend="reference")
+    runs: dict[str, Run] = {
+        "shampoo": optimizer(scale_by_shampoo(), updates),
+        "soap": optimizer(scale_by_soap(every=1), updates),
+        "shampoo of two models": optimizer(scale_by_shampoo(), updates, 2),
+        "soap of two models": optimizer(scale_by_soap(every=1), updates, 2),
+        "kfac": method(curvax.kfac(**model, inverse_every=1), updates),
+        "ekfac of two models": method(curvax.ekfac(**model, inverse_every=1), updates, 2),
+        "exact Gauss-Newton of three models": method(
+            curvax.egn_ce(predict_fn=predict, backend="reference"), updates, 3
         ),
-        "references": lambda: references(rng, updates),
-        "references of two models": lambda: references(rng, updates, 2),
+        "references": references(updates),
+        "references of two models": references(updates, 2),
     }
-    for name, run in runs.items():
-        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(run())), name
-        print(name, flush=True)
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        for name, run in runs.items():
+            assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(run(rng))), name
+            print(seed, name, flush=True)
 
 
 if __name__ == "__main__":
