@@ -45,7 +45,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) -q
 
-# The tests marked `fast`: see tests/docs/test_fast.py.
+# Some tests of every layer, marked `fast`: CONTRIBUTING.md says which to mark.
 test-fast: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) -q --fast
 

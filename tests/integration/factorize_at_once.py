@@ -121,9 +121,7 @@ def main() -> None:
         "soap of two models": optimizer(scale_by_soap(every=1), updates, 2),
         "kfac": method(curvax.kfac(**model, inverse_every=1), updates),
         "ekfac of two models": method(curvax.ekfac(**model, inverse_every=1), updates, 2),
-        "exact Gauss-Newton of three models": method(
-            curvax.egn_ce(predict_fn=predict, backend="reference"), updates, 3
-        ),
+        "exact Gauss-Newton of three models": method(exact, updates, 3),
         "references": references(updates),
         "references of two models": references(updates, 2),
     }

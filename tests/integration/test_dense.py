@@ -14,8 +14,6 @@ from curvax.solvers import Result
 from curvax.solvers.dense import solve_dense
 from tests.oracle.systems import IMPLEMENTATIONS, exact, positive, skip_unless_supported, vectors
 
-pytestmark = pytest.mark.fast
-
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 LAM = 0.25
 

@@ -204,21 +204,22 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("weights", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 @pytest.mark.parametrize("size", [None, 3])
-def test_tokens_count_as_much_as_they_weigh(x64, name, weights, size):
+def test_tokens_count_as_much_as_they_weigh(x64, name, size):
     """One layer on each token, squared error: the factors are exact, and the step that of the dense Gauss-Newton."""
     params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
-    batch = {"x": normal(2, 4, 6, 3), "y": normal(3, 4, 6, 2), "m": jnp.asarray(weights, float)}
-    batch["x"] = jnp.where(jnp.expand_dims(batch["m"], (1, 2)[batch["m"].ndim - 1 :]) == 0, 1e3, batch["x"])
-    truth = dense.truth(tokens, losses.squared_error, params, batch["x"], batch["y"], batch["m"])
     made = getattr(curvax, name)(
         predict_fn=tokens, loss=SquaredError(), weight_key="m", microbatch_size=size, **plain()
     )
-    new, _, info = quick_jit(made.step)(params, batch, made.init(params, batch=batch), KEY)
-    assert dense.relative_error(dense.vector(params) - dense.vector(new), truth.direction(LAM)) < 1e-8
-    assert info["accepted"] and info["loss"] == pytest.approx(truth.loss.value, rel=1e-10)
+    step = quick_jit(made.step)
+    for what, weights in MASKS.items():
+        batch = {"x": normal(2, 4, 6, 3), "y": normal(3, 4, 6, 2), "m": jnp.asarray(weights, float)}
+        batch["x"] = jnp.where(jnp.expand_dims(batch["m"], (1, 2)[batch["m"].ndim - 1 :]) == 0, 1e3, batch["x"])
+        truth = dense.truth(tokens, losses.squared_error, params, batch["x"], batch["y"], batch["m"])
+        new, _, info = step(params, batch, made.init(params, batch=batch), KEY)
+        assert dense.relative_error(dense.vector(params) - dense.vector(new), truth.direction(LAM)) < 1e-8, what
+        assert info["accepted"] and info["loss"] == pytest.approx(truth.loss.value, rel=1e-10), what
 
 
 def dropped(p, x, rng):

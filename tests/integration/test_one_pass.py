@@ -106,7 +106,6 @@ def test_narrow_parameters(name, dtype):
         assert all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(ours[0]))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_that_is_not_finite_is_rejected_alike(name):
     with precision("float64"):

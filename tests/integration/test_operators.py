@@ -150,7 +150,6 @@ def test_monte_carlo_fisher_is_the_ggn_on_average():
 HESSIAN_MODELS = [models.MLP_TANH, models.CNN, models.RECURRENT, models.ATTENTION, models.ODD_TREE, models.CUSTOM_VJP]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("model", HESSIAN_MODELS, ids=str)
 def test_hessian_columns(model):
     with precision(jnp.float64):

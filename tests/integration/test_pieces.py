@@ -428,34 +428,25 @@ def test_time_first_data_is_refused_unless_the_axis_is_said(operation: str, name
         assert float(info["loss"]) == pytest.approx(truth.loss.value, rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [None, 3])
-def test_masks_and_layers_of_time_first_data(size: int | None, x64: None) -> None:
+def test_masks_and_layers_of_time_first_data(x64: None) -> None:
     params, batch = _time_problem()
     truth = dense.truth(_time_first, LOSSES["mse"], params, batch["x"], batch["y"], batch["w"], "mean")
-    options = {"predict_fn": _time_first, "weight_key": "w", "batch_axes": 1, "microbatch_size": size}
-    got, info = _step(curvax.egn(loss=SquaredError(), lam0=LAM, **options), params, batch)
-    assert_close(got, truth.direction(LAM), 1e-8)
-    assert float(info["loss"]) == pytest.approx(truth.loss.value, rel=1e-12)
     turned = {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in batch.items()}
 
     def batch_first(p: PyTree, x: jax.Array) -> jax.Array:
         return jnp.swapaxes(_time_first(p, jnp.swapaxes(x, 0, 1)), 0, 1)
 
-    want, _ = _step(
-        curvax.kfac(predict_fn=batch_first, loss=SquaredError(), fisher=_GGN, weight_key="w"),
-        params,
-        turned,
-    )
-    got, _ = _step(curvax.kfac(loss=SquaredError(), fisher=_GGN, **options), params, batch)
-    assert_close(got, want, 1e-8)
-    hessian = curvax.newton_cg(loss=SquaredError(), lam0=10.0, **EXACT, **options)
-    got, _ = _step(hessian, params, batch)
-    plain, _ = _step(
-        curvax.newton_cg(predict_fn=batch_first, loss=SquaredError(), weight_key="w", lam0=10.0, **EXACT),
-        params,
-        turned,
-    )
-    assert_close(got, plain, 1e-8)
+    kfac: dict[str, Any] = {"loss": SquaredError(), "fisher": _GGN, "weight_key": "w"}
+    newton: dict[str, Any] = {"loss": SquaredError(), "lam0": 10.0, "weight_key": "w", **EXACT}
+    want, _ = _step(curvax.kfac(predict_fn=batch_first, **kfac), params, turned)
+    plain, _ = _step(curvax.newton_cg(predict_fn=batch_first, **newton), params, turned)
+    for size in (None, 3):
+        options: dict[str, Any] = {"predict_fn": _time_first, "batch_axes": 1, "microbatch_size": size}
+        got, info = _step(curvax.egn(loss=SquaredError(), lam0=LAM, weight_key="w", **options), params, batch)
+        assert_close(got, truth.direction(LAM), 1e-8)
+        assert float(info["loss"]) == pytest.approx(truth.loss.value, rel=1e-12)
+        assert_close(_step(curvax.kfac(**kfac, **options), params, batch)[0], want, 1e-8)
+        assert_close(_step(curvax.newton_cg(**newton, **options), params, batch)[0], plain, 1e-8)
 
 
 def test_logits_of_all_pairs_are_refused_in_pieces() -> None:

@@ -109,7 +109,6 @@ class TestValues:
         assert rr.dtype == (jnp.float32 if case == "no_leaves" else dtype)
         close_dot(rr, wide(new_r), wide(new_r))
 
-    @pytest.mark.fast
     def test_cg_direction(self, case: str, implementation: Implementation, dtype: Any) -> None:
         skip_unless_supported(implementation, case)
         z, p = (make(SHAPES[case], dtype, seed) for seed in (5, 6))

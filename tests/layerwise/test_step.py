@@ -133,7 +133,6 @@ def test_step_is_the_loop_written_by_hand(rule: Any, x64: None) -> None:
         np.testing.assert_allclose(float(info["search_loss_after"]), min(scores), rtol=1e-9)
 
 
-@pytest.mark.fast
 def test_streaming_is_the_step(x64: None) -> None:
     params = MODEL.params()
     method = build(ByLeaf(), shares=2, line_search=LineSearch(2, minibatches=2, chunk=2))
