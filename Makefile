@@ -42,12 +42,15 @@ $(STAMP): $(NATIVE)
 demo: $(STAMP)
 	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python examples/digits.py
 
+# Neighbours stay on one worker, which compiles once what they share, until a worker has nothing left.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(JOBS) -q
+	@$(PYTEST)
 
 # Some tests of every layer, marked `fast`: CONTRIBUTING.md says which to mark.
 test-fast: $(STAMP)
-	@$(BIN)/python -m pytest -n $(JOBS) -q --fast
+	@$(PYTEST) --fast
 
 test-cpp: $(STAMP)
 	@$(BIN)/python -m pytest -q tests/cpp
