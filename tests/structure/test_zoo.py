@@ -43,16 +43,16 @@ def _factors(captured: Capture, leaves: list[jax.Array], inputs: jax.Array, outp
 
 def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[jax.Array]:
     """Rows of one example, per leaf (R, *leaf)."""
-    found: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
+    by_leaf: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
     for leaf, indices in sites_by_leaf(captured).items():
         uses = [captured.structure.uses[i] for i in indices]
         a, d = ([side[i] for i in indices] for side in (factors.activations, factors.cotangents))
-        found[leaf] = formed(uses, a, d)
+        by_leaf[leaf] = formed(uses, a, d)
         for use, cotangents in zip(uses, d, strict=True):
             if use.bias is not None:
-                found[use.bias.leaf] = jax.vmap(use.bias.to_leaf)(jnp.sum(cotangents, axis=1))
-    (count,) = {rows.shape[0] for rows in found.values()}
-    return [found.get(i, jnp.zeros((count, *leaf.shape), leaf.dtype)) for i, leaf in enumerate(leaves)]
+                by_leaf[use.bias.leaf] = jax.vmap(use.bias.to_leaf)(jnp.sum(cotangents, axis=1))
+    (count,) = {rows.shape[0] for rows in by_leaf.values()}
+    return [by_leaf.get(i, jnp.zeros((count, *leaf.shape), leaf.dtype)) for i, leaf in enumerate(leaves)]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class TestZoo:
 
     def test_each_leaf_has_its_rule(self, entry: Entry) -> None:
         params, x = entry.params(), entry.batch()
-        found = report(entry.predict, params, x)
-        rules = {path: leaf.rule for path, leaf in zip(paths(params), found, strict=True)}
-        assert rules == dict(entry.rules), [str(leaf) for leaf in found]
+        leaves = report(entry.predict, params, x)
+        rules = {path: leaf.rule for path, leaf in zip(paths(params), leaves, strict=True)}
+        assert rules == dict(entry.rules), [str(leaf) for leaf in leaves]
 
     def test_its_factors_are_the_jacobian(self, entry: Entry) -> None:
         jacobian = studied(entry).jacobian
@@ -124,7 +124,7 @@ class TestZoo:
         close(studied(entry).made["squares"], squares.sum(0), 4 * entry.tolerance)
         close(studied(entry).made["norms"], squares.sum(1), 4 * entry.tolerance)
 
-    def test_taking_a_leaf_apart_and_back_are_adjoint(self, entry: Entry) -> None:
+    def test_from_leaf_and_to_leaf_are_adjoint(self, entry: Entry) -> None:
         rng, leaves = np.random.default_rng(0), [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
         uses = studied(entry).captured.structure.uses
         blocks = [rng.standard_normal(use.block) for use in uses]
@@ -132,20 +132,20 @@ class TestZoo:
 
         @quick_jit
         def both(leaves: Any, blocks: Any, outputs: Any) -> list[Any]:
-            found = []
+            pairs = []
             for use, block, output in zip(uses, blocks, outputs, strict=True):
-                found.append((use.from_leaf(leaves[use.leaf]), use.to_leaf(block)))
+                pairs.append((use.from_leaf(leaves[use.leaf]), use.to_leaf(block)))
                 if use.bias is not None:
-                    found.append((use.bias.from_leaf(leaves[use.bias.leaf]), use.bias.to_leaf(output)))
-            return found
+                    pairs.append((use.bias.from_leaf(leaves[use.bias.leaf]), use.bias.to_leaf(output)))
+            return pairs
 
-        found = iter(both(leaves, blocks, outputs))
+        results = iter(both(leaves, blocks, outputs))
         for use, block, output in zip(uses, blocks, outputs, strict=True):
-            there, back = (np.asarray(x) for x in next(found))
+            there, back = (np.asarray(x) for x in next(results))
             assert there.shape == use.block and back.shape == leaves[use.leaf].shape
             close(np.vdot(there, block), np.vdot(leaves[use.leaf], back), 1e-12)
             if use.bias is not None:
-                there, back = (np.asarray(x) for x in next(found))
+                there, back = (np.asarray(x) for x in next(results))
                 close(np.vdot(there, output), np.vdot(leaves[use.bias.leaf], back), 1e-12)
 
 
@@ -165,12 +165,12 @@ def test_exact_quantities_in_little_memory(entry: Entry) -> None:
             per_example_gradient_norms(*problem, max_bytes=20_000),
         )
     )()
-    found = [dense.vector(value) for value in made]
+    values = [dense.vector(value) for value in made]
     residual = outputs.ravel()[:, None] * jacobian
     positions = residual.reshape(-1, outputs.shape[-1], jacobian.shape[1]).sum(1)
     examples = residual.reshape(len(outputs), -1, jacobian.shape[1]).sum(1)
-    close(found[0], jacobian @ jacobian.T, 1e-10)
-    close(found[1], np.square(jacobian).sum(0), 1e-10)
-    close(found[2], np.square(positions).sum(0), 1e-10)
-    for norms in found[3:]:
+    close(values[0], jacobian @ jacobian.T, 1e-10)
+    close(values[1], np.square(jacobian).sum(0), 1e-10)
+    close(values[2], np.square(positions).sum(0), 1e-10)
+    for norms in values[3:]:
         close(norms, np.linalg.norm(examples, axis=1), 1e-10)
