@@ -245,6 +245,11 @@ class Curvature(ReadsBatches):
     def needs_model_key(self) -> bool:
         """Whether the model takes a random key."""
 
+    @property
+    def repeats_forward(self) -> bool:
+        """Whether each product begins with a forward pass of its own, so that it costs one more."""
+        return False
+
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         """The ops that curvature products call, and what they ask of them, from shapes alone: none for most."""
         del params, evaluation

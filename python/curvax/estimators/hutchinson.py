@@ -17,6 +17,7 @@ from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.kernels.hutchinson_reduce import HUTCHINSON_REDUCE, hutchinson_reduce
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Hutchinson(DiagonalEstimator):
     @property
     def needs_sampling(self) -> bool:
         return False
+
+    def cost(self, work: StepWork) -> Cost:
+        return work.product.times(self.n_probes)
 
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         plain = self.n_probes == 1 and self.block_average is None

@@ -36,6 +36,7 @@ from curvax.preconditioners.factor_inverses import (
     of_matrices,
     out_of_basis,
 )
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.tree import PyTree
@@ -95,6 +96,11 @@ class EKFAC(BlockPreconditioner):
     def __post_init__(self) -> None:
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """A refresh of the factors and, more seldom, one of the inverses."""
+        inverses = Requirement(Part.INVERSES, Cadence((self.inverse_every,)), type(self).__name__)
+        return (*super().requirements(), inverses)
 
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The op `eigh`."""

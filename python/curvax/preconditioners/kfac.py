@@ -25,6 +25,7 @@ from curvax.preconditioners._blocks import (
 )
 from curvax.preconditioners.base import BlockPreconditioner
 from curvax.preconditioners.factor_inverses import EigenInverse, FactorInverse
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing
 from curvax.tree import PyTree
@@ -88,6 +89,11 @@ class KFAC(BlockPreconditioner):
     def __post_init__(self) -> None:
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """A refresh of the factors and, more seldom, one of the inverses."""
+        inverses = Requirement(Part.INVERSES, Cadence((self.inverse_every,)), type(self).__name__)
+        return (*super().requirements(), inverses)
 
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """Those of the inverses."""

@@ -13,6 +13,7 @@ from curvax.estimators.base import check_count
 from curvax.estimators.nystrom import RandomizedNystrom
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +70,10 @@ class NystromPreconditioner(Preconditioner):
     def needs_sampling(self) -> bool:
         """False."""
         return False
+
+    def refresh_cost(self, work: StepWork) -> Cost:
+        """A product for each direction."""
+        return work.product.times(self.rank)
 
     def init(self, params_like: PyTree) -> NystromState:
         """The identity."""

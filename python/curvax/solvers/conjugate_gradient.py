@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.kernels import Op, Request, tree_cg
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, audited, code, damped
 from curvax.tree import PyTree
 
@@ -97,6 +98,23 @@ class CG(Solver):
     def products(self) -> int:
         # One for the true residual at the end, one for the residual of a warm start.
         return self.maxiter + 1 + self.warm_start
+
+    @property
+    def takes_any_space(self) -> bool:
+        return True
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        return tuple((op, Request.of(like)) for op in tree_cg.OPS)
+
+    def iterations(self, rank: int) -> tuple[int, str]:
+        """As many as the damped matrix has distinct eigenvalues: that of the null space and `rank` others.
+
+        That it may end sooner is not foreseen, since spectra are not shapes; one that runs to its limit recomputes no
+        residual.
+        """
+        if self.tol > 0 and rank + 1 < self.maxiter:
+            return rank + 1, f"at most {rank + 1} iterations, the rank being {rank}"
+        return self.maxiter, f"at most {self.maxiter} iterations"
 
     def init(self, like: PyTree) -> PyTree:
         return tree.zeros_like(like) if self.warm_start else ()

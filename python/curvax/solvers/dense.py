@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.kernels import Choice, Implementation, Request, select
+from curvax.kernels import Choice, Implementation, Op, Request, select
 from curvax.kernels.batched_cholesky_solve import BATCHED_CHOLESKY_SOLVE, batched_cholesky_solve
 from curvax.kernels.dense_linalg import Eigenpairs, eigh
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
@@ -46,6 +47,15 @@ class Cholesky(Solver):
     @property
     def products(self) -> int:
         return 0
+
+    @property
+    def takes_matrix(self) -> bool:
+        return True
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        size, dtype = tree.size(like), tree.scalar_dtype(like)
+        matrix, rhs = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
+        return ((BATCHED_CHOLESKY_SOLVE, Request.of(matrix, rhs)),)
 
     def init(self, like: PyTree) -> tuple[()]:
         return ()

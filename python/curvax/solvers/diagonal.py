@@ -46,6 +46,10 @@ class Diagonal(Solver):
     def products(self) -> int:
         return 0
 
+    @property
+    def entrywise(self) -> Diagonal:
+        return self
+
     def init(self, like: PyTree) -> DiagonalState | tuple[()]:
         if is_known(self.beta1) and self.beta1 == 0:
             return ()

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from curvax import tree
+from curvax.kernels import Op, Request, gram_accumulate
 from curvax.solvers.base import Lane, Solution, Solver, System
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
+from curvax.work import ITERATION_LAUNCHES, Cost, SolveCost, StepWork, SystemWork
+
+# The pair space keeps an image beside each vector, and its updates are not fused.
+_PAIR_PASSES, _PAIR_FLOPS, _PAIR_VECTORS = 25.0, 20.0, 16.0
+# The row lane's own residual is a product, J^T u of the answer half of one.
+_LANE_PRODUCTS = 1.5
+# CG in row space begins with the image of the right-hand side, one product, and tests a warm start with one and a half.
+_PAIR_PRODUCTS, _PAIR_WARM_PRODUCTS = 1.0, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,47 @@ class RowSpace(Solver):
     @property
     def products(self) -> int:
         return self.solver.products
+
+    @property
+    def needs_own_gradient(self) -> bool:
+        return self.solver.takes_any_space
+
+    def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
+        return None if self.solver.takes_any_space else rows()
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        if self.solver.takes_any_space:
+            return ()
+        size, dtype = rows(), tree.scalar_dtype(like)
+        matrix, vector = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
+        gram = tuple((op, Request.of(matrix)) for op in gram_accumulate.OPS)
+        return (*gram, *self.solver.kernels(vector, rows))
+
+    def solve_cost(self, work: StepWork) -> SolveCost:
+        inner = self.solver.system_cost(self._system(work))
+        beside = _LANE_PRODUCTS + (0.0 if self.solver.takes_matrix else _PAIR_PRODUCTS)
+        total = dataclasses.replace(inner.cost + work.product.times(beside), memory=inner.cost.memory)
+        return SolveCost(total, f"{work.rows} rows, {inner.reason}")
+
+    def _system(self, work: StepWork) -> SystemWork:
+        """The row system: its vectors are pairs, its matrix is the Gram matrix as the model's structure makes it."""
+        vector = work.itemsize * work.rows
+
+        def gram() -> Cost:
+            return dataclasses.replace(work.gram, memory=work.residuals + min(work.gram.memory, self.max_bytes))
+
+        return SystemWork(
+            unknowns=work.rows,
+            rank=work.rank,
+            itemsize=work.itemsize,
+            parameters=work.parameters,
+            leaves=1,
+            product=work.product,
+            vectors=Cost(_PAIR_FLOPS * work.rows, _PAIR_PASSES * vector, launches=ITERATION_LAUNCHES),
+            start=work.product.times(_PAIR_WARM_PRODUCTS),
+            matrix=gram,
+            memory=work.around_product + _PAIR_VECTORS * vector,
+        )
 
     @property
     def keeps_direction(self) -> bool:
