@@ -203,7 +203,12 @@ class ReadsBatches(abc.ABC):
 
 
 class Curvature(ReadsBatches):
-    """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`."""
+    """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`.
+
+    An implementor is a frozen dataclass whose one job is `linearize`: loss, gradient and products at a point, and what
+    else `Needs` asks for and the `has_` properties promise. `value` and `forward` are a forward pass for the step and
+    for the planner, which counts traces of all of these; `kernels` and `repeats_forward` tell it what traces do not.
+    """
 
     @property
     @abc.abstractmethod

@@ -52,9 +52,9 @@ class Outcome:
     @property
     def rho(self) -> jax.Array:
         """Actual over predicted decrease; NaN if the model predicts none."""
-        sound = self.predicted > 0
-        ratio = self.actual / jnp.where(sound, self.predicted, jnp.ones_like(self.predicted))
-        return jnp.where(sound, ratio, jnp.full_like(ratio, jnp.nan))
+        descends = self.predicted > 0
+        ratio = self.actual / jnp.where(descends, self.predicted, jnp.ones_like(self.predicted))
+        return jnp.where(descends, ratio, jnp.full_like(ratio, jnp.nan))
 
     @property
     def safe_rho(self) -> jax.Array:

@@ -65,8 +65,8 @@ class Hutchinson(DiagonalEstimator):
         return dataclasses.replace(self, reduce=choices.get(HUTCHINSON_REDUCE.name, self.reduce))
 
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
-        found = self.estimate(linearization, key).value()
-        return jax.tree.map(lambda d, like: jnp.broadcast_to(d, like.shape), found, linearization.params_like)
+        estimate = self.estimate(linearization, key).value()
+        return jax.tree.map(lambda d, like: jnp.broadcast_to(d, like.shape), estimate, linearization.params_like)
 
     def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
         like = linearization.params_like

@@ -15,6 +15,9 @@ from curvax.numbers import Number, as_dtype, check_not_negative, check_positive,
 class Denominator(abc.ABC):
     """How an averaged diagonal h becomes a denominator.
 
+    An implementor writes `root_mean_square`, `denominator` and `fallback`; one that the op `diagonal_update` knows has
+    a `rule` and its `offset` too.
+
     Floors are relative to `scale`, the mean of |h| over all parameters, so that rescaling the loss rescales them too.
     """
 

@@ -85,11 +85,11 @@ class NystromPreconditioner(Preconditioner):
         """A new approximation in place of the old one."""
         if linearization.product is None:
             raise ValueError("NystromPreconditioner needs curvature products; linearize with `Needs(product=True)`.")
-        found = RandomizedNystrom(self.rank, self.indefinite).low_rank(
+        low_rank = RandomizedNystrom(self.rank, self.indefinite).low_rank(
             linearization.product, linearization.params_like, key
         )
         refreshed = NystromState(
-            found.basis.astype(state.basis.dtype), found.values.astype(state.values.dtype), state.rejected
+            low_rank.basis.astype(state.basis.dtype), low_rank.values.astype(state.values.dtype), state.rejected
         )
         return accept_finite(state, refreshed)
 

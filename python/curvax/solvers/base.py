@@ -32,7 +32,10 @@ class Lane(enum.StrEnum):
 
 
 class Space(abc.ABC):
-    """Vector arithmetic of one Krylov space, the two updates of conjugate gradients included."""
+    """Vector arithmetic of one Krylov space, the two updates of conjugate gradients included.
+
+    An implementor chooses what a vector is (any pytree) and its inner product. C must be symmetric in that product.
+    """
 
     @abc.abstractmethod
     def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
@@ -243,7 +246,7 @@ def relative_residual(system: System, lam: jax.Array, rhs: PyTree, value: PyTree
 
 
 def unsolved(finite: jax.Array, dtype: Any, value: PyTree = None, state: Any = None) -> Solution:
-    """What becomes of a direction that no system stands behind: no iterations, no residual (NaN)."""
+    """The solution of a lane that solves no system: a direction without iterations and residual (NaN)."""
     result = jnp.where(finite, code(Result.CONVERGED), code(Result.NON_FINITE))
     return Solution(value, result, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, dtype), state)
 
@@ -253,7 +256,7 @@ _SLACK = 10.0
 
 
 def audited(solution: Solution, tolerance: float) -> Solution:
-    """The solution with a result code that its residual bears out.
+    """The solution, with a result code that agrees with its true residual.
 
     Args:
       solution: with its true residual.

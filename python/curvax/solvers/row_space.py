@@ -1,4 +1,28 @@
-"""A solver whose system lives in row space, batch times outputs, instead of parameter space."""
+"""A solver whose system lives in row space (sample space, minSR, kernel form) instead of parameter space.
+
+Let J be the Jacobian of all outputs of the batch, Q = S S^T the Hessian of the loss in these outputs, C = J^T Q J, and
+g = J^T r the gradient. The unknowns are as many as outputs, R, where parameter space has n, the parameters:
+
+    parameter space (n)                     row space (R)
+
+    (J^T Q J + lam I) s = g                 (S^T J J^T S + lam I) z = t,  S t = r,  s = J^T S z     with a matrix
+                                            (Q K + lam I) u = r,  K = J J^T,        s = J^T u       with products
+
+The first form is for solvers of a matrix. The second is for conjugate gradients: in the inner product <a, b> = a^T K b
+its operator is symmetric, and J^T u has the norm of u, so that iterates and residuals are those of parameter space. It
+needs no square root of Q. A vector is a pair (u, K u), which makes an iteration cost one product with K:
+
+    1. r and its image                (r, K r)                               one product
+    2. a start from the last step     in span{r, r - Q J s'}                 one and a half
+    3. the iteration                  p -> (Q (K p), K (Q (K p)))            one each
+    4. back                           s = J^T u                              a half
+
+An example: J = (1, 2)^T, Q = I, lam = 1 and r = (1, 1) have C = 5 and g = 3, so s = 3 / 6. In row space I + K is
+[[2, 2], [2, 5]], u = (1/2, 0), and J^T u = 1/2.
+
+`curvax/execute/directions.py` runs both forms. SPRING and warm starts keep the last direction in parameter space, whose
+shape does not depend on the batch.
+"""
 
 from __future__ import annotations
 
