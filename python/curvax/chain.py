@@ -122,6 +122,16 @@ class EntrywiseUpdate(RatedUpdate):
         return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: bool(flag), below), chosen, params)
 
 
+def learning_rate_of(transform: optax.GradientTransformation) -> ScalarOrSchedule | None:
+    """The learning rate of a chain that can say it; `None` for any other Optax transform."""
+    return transform.learning_rate if isinstance(transform, RatedUpdate) else None
+
+
+def entrywise_update(transform: optax.GradientTransformation) -> EntrywiseUpdate | None:
+    """The transform, if it is a chain that acts entry by entry and knows its parts; else `None`."""
+    return transform if isinstance(transform, EntrywiseUpdate) else None
+
+
 def check_learning_rate(learning_rate: Any) -> None:
     """Raises TypeError for what is neither a number nor a schedule. None would leave out the sign of descent."""
     if learning_rate is None or isinstance(learning_rate, str | bool | dict | list | tuple):

@@ -21,7 +21,10 @@ from curvax.losses.base import Loss
 
 
 class OutputCurvature(abc.ABC):
-    """Q of one batch: symmetric positive semidefinite, block diagonal over examples."""
+    """Q of one batch: symmetric positive semidefinite, block diagonal over examples.
+
+    An implementor writes products with Q and with a factor S of it, Q = S S^T, and says what shape a row has.
+    """
 
     @property
     @abc.abstractmethod
@@ -214,7 +217,10 @@ class GradientOuterProduct(OutputCurvature):
 
 
 class FisherType(abc.ABC):
-    """Chooses Q: the member of the Gauss-Newton family."""
+    """Chooses Q: the member of the Gauss-Newton family.
+
+    An implementor is a frozen dataclass; its one job is to make the `OutputCurvature` of a batch (`bind`).
+    """
 
     @property
     @abc.abstractmethod

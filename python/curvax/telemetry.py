@@ -13,6 +13,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.spelling import nearest
 
 
@@ -134,13 +135,11 @@ class Telemetry:
         known = {record.metric for record in self.records}
         return Telemetry((*self.records, *(MetricRecord(m) for m in metrics if m not in known)))
 
-    def evaluate_periods(self) -> tuple[int, ...]:
-        """Periods at which the loss after the step is needed."""
-        return tuple(r.every for r in self.records if r.metric.evaluates)
-
-    def predict_periods(self) -> tuple[int, ...]:
-        """Periods at which the predicted decrease is needed."""
-        return tuple(r.every for r in self.records if r.metric.predicts)
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The parts of a step that its metrics ask for, one for each period."""
+        evaluated = [r for r in self.records if r.metric.evaluates]
+        predicted = [r for r in self.records if r.metric.predicts]
+        return (*_by_period(Part.LOSS_AFTER, evaluated), *_by_period(Part.PREDICTED, predicted))
 
     def collect(self, step: jax.Array, values: dict[Metric, jax.Array]) -> dict[str, jax.Array]:
         """The info of one step from the values at hand."""
@@ -152,3 +151,9 @@ class Telemetry:
                 value if record.every == 1 else jnp.where(step % record.every == 0, value, missing)
             )
         return info
+
+
+def _by_period(part: Part, records: list[MetricRecord]) -> list[Requirement]:
+    periods = sorted({record.every for record in records})
+    names = {period: ", ".join(r.metric.value for r in records if r.every == period) for period in periods}
+    return [Requirement(part, Cadence((period,)), f"telemetry: {names[period]}") for period in periods]

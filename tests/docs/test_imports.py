@@ -36,12 +36,12 @@ kernels
 ffi
 loops live
 jaxprs
-deprecation keys numbers pipes result spelling telemetry tree versions
+deprecation keys numbers pipes requirements result spelling telemetry tree versions work
 """
 RANK = {name: rank for rank, line in enumerate(reversed(LAYERS.split("\n"))) for name in line.split()}
 
 # Names that the lowest layers take from a neighbor of their own line.
-NEIGHBORS = {("telemetry", "spelling")}
+NEIGHBORS = {("telemetry", "requirements"), ("telemetry", "spelling")}
 
 
 def _packages() -> Iterator[tuple[str, pathlib.Path]]:

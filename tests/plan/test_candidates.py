@@ -16,8 +16,8 @@ from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.plan import Cost, Plan, choose_solver
 from curvax.plan import cost as costing
 from curvax.plan.machine import CPU, GPU, machine
-from curvax.plan.predict import Shapes, solve_cost
 from curvax.solvers import CG, Cholesky, RowSpace, Solver
+from curvax.work import StepWork
 
 pytestmark = pytest.mark.fast
 
@@ -79,9 +79,9 @@ def test_more_rows_parameters_and_iterations_cost_more() -> None:
 
 
 def test_factorization_grows_with_the_cube_of_the_rows() -> None:
-    base = _shapes(rows=2000)
-    one = solve_cost(RowSpace(Cholesky()), base)[0]
-    two = solve_cost(RowSpace(Cholesky()), dataclasses.replace(base, rows=4000))[0]
+    base = _work(rows=2000)
+    one = RowSpace(Cholesky()).solve_cost(base).cost
+    two = RowSpace(Cholesky()).solve_cost(dataclasses.replace(base, rows=4000)).cost
     assert two.factorization == 8 * one.factorization
     assert (
         7
@@ -92,10 +92,10 @@ def test_factorization_grows_with_the_cube_of_the_rows() -> None:
 
 
 def test_cg_is_not_predicted_to_outlast_the_rank() -> None:
-    few = _shapes(rows=3)
+    few = _work(rows=3)
     for solver in (CG(maxiter=100), RowSpace(CG(maxiter=100))):
-        stopped, reason = solve_cost(solver, few)
-        endless, _ = solve_cost(_without_tolerance(solver), few)
+        stopped, reason = solver.solve_cost(few)
+        endless, _ = _without_tolerance(solver).solve_cost(few)
         assert stopped.flops < 0.1 * endless.flops and "the rank being 3" in reason
 
 
@@ -155,11 +155,11 @@ def test_a_gradient_from_elsewhere_rules_out_cg_in_row_space() -> None:
     assert jax.tree.structure(jax.eval_shape(step, zeros, batch)) == jax.tree.structure(zeros)
 
 
-def _shapes(rows: int) -> Shapes:
-    work = Cost(flops=1e6, bytes=1e6, launches=10)
-    return Shapes(
-        parameters=1000, leaves=4, itemsize=4, rows=rows, linearize=work, gradient=work, gram=work, product=work,
-        residuals=1000, factors=Cost(),
+def _work(rows: int) -> StepWork:
+    piece = Cost(flops=1e6, bytes=1e6, launches=10)
+    return StepWork(
+        parameters=1000, leaves=4, itemsize=4, rows=rows, linearize=piece, gradient=piece, product=piece,
+        residuals=1000, count_gram=lambda: piece,
     )  # fmt: skip
 
 

@@ -203,7 +203,12 @@ class ReadsBatches(abc.ABC):
 
 
 class Curvature(ReadsBatches):
-    """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`."""
+    """A symmetric matrix-free curvature of a loss, bound to a batch by `linearize`.
+
+    An implementor is a frozen dataclass whose one job is `linearize`: loss, gradient and products at a point, and what
+    else `Needs` asks for and the `has_` properties promise. `value` and `forward` are a forward pass for the step and
+    for the planner, which counts traces of all of these; `kernels` and `repeats_forward` tell it what traces do not.
+    """
 
     @property
     @abc.abstractmethod
@@ -244,6 +249,11 @@ class Curvature(ReadsBatches):
     @abc.abstractmethod
     def needs_model_key(self) -> bool:
         """Whether the model takes a random key."""
+
+    @property
+    def repeats_forward(self) -> bool:
+        """Whether each product begins with a forward pass of its own, so that it costs one more."""
+        return False
 
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         """The ops that curvature products call, and what they ask of them, from shapes alone: none for most."""

@@ -164,6 +164,10 @@ class Microbatched(Curvature):
     def needs_model_key(self) -> bool:
         return self.inner.needs_model_key
 
+    @property
+    def repeats_forward(self) -> bool:
+        return True
+
     def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
         return self.inner.kernels(params, evaluation)
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax.requirements import Cadence, Part, Requirement
+
 ScalarLike = float | jax.Array
 
 
@@ -50,9 +52,9 @@ class Outcome:
     @property
     def rho(self) -> jax.Array:
         """Actual over predicted decrease; NaN if the model predicts none."""
-        sound = self.predicted > 0
-        ratio = self.actual / jnp.where(sound, self.predicted, jnp.ones_like(self.predicted))
-        return jnp.where(sound, ratio, jnp.full_like(ratio, jnp.nan))
+        descends = self.predicted > 0
+        ratio = self.actual / jnp.where(descends, self.predicted, jnp.ones_like(self.predicted))
+        return jnp.where(descends, ratio, jnp.full_like(ratio, jnp.nan))
 
     @property
     def safe_rho(self) -> jax.Array:
@@ -67,7 +69,12 @@ class Outcome:
 
 
 class Damping(abc.ABC):
-    """Owns lam."""
+    """The policy that owns lam, the multiple of the identity added to the curvature.
+
+    An implementor is a frozen dataclass. It must say `name` and `evaluate_every`, and write `init`, `lam`, `accepts`
+    and `update`, pure functions of a state of fixed shapes. `requirements` follows from `evaluate_every`: a policy that
+    looks at outcomes costs a forward pass and a curvature product at the steps at which it looks.
+    """
 
     @property
     @abc.abstractmethod
@@ -78,6 +85,13 @@ class Damping(abc.ABC):
     @abc.abstractmethod
     def evaluate_every(self) -> int | None:
         """Every how many steps it needs the loss after the step and the predicted decrease; `None` for never."""
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The parts of a step that it asks for, with their cadence."""
+        if self.evaluate_every is None:
+            return ()
+        cadence, by = Cadence((self.evaluate_every,)), f"damping: {self.name}"
+        return tuple(Requirement(part, cadence, by) for part in (Part.LOSS_AFTER, Part.PREDICTED))
 
     @abc.abstractmethod
     def init(self) -> Any:

@@ -1,4 +1,20 @@
-"""Levenberg-Marquardt damping with real rejection."""
+"""Levenberg-Marquardt damping with real rejection.
+
+After a look at a step d, with rho = (f(x) - f(x + d)) / (predicted decrease), lam and the step fare as follows. The
+numbers are those of the comments in `TrustRegion.update`.
+
+    rho      -inf ....... accept ......... lower ............... upper ....... 1 .......
+    lam        x inc^k      |    x inc       |     unchanged       |    x dec
+    step      refused       |    taken       |       taken         |    taken
+
+    1. refused?   the k-th refusal in a row multiplies lam by inc^k
+    2. worse, better, or silent (the promise is below the rounding of the loss)?
+    3. lam by that answer, within bounds that follow the curvature along the steps
+    4. radius     how long a step may be that nobody looks at
+
+An example with inc = 1.5 and dec = 0.5: from lam = 1, rho = 0.9 makes 0.5. Two refusals in a row from there make
+0.5 x 1.5 = 0.75 and 0.75 x 1.5^2 = 1.6875.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +32,7 @@ _MOST = 1e6
 _REFUSALS = 1 / 20
 """Share of steps that a trust region at the floor of its dtype may spend on refusals; see `TrustRegion`."""
 _MEMORY = 0.99
-"""What is kept per look of the largest curvature met, so that bounds follow a curvature that fades."""
+"""Factor per look of the largest curvature so far, so that bounds follow a curvature that fades."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +44,7 @@ class TrustRegionState:
       lam: the damping.
       refused: lam of the last step that was refused; 0 before any.
       refusals: steps refused since one was taken, int32.
-      curvature: largest curvature met along a step, |d.Cd| / d.d, slowly forgotten; 0 before any.
+      curvature: largest curvature along a step so far, |d.Cd| / d.d, slowly forgotten; 0 before any.
       radius: length up to which steps are taken unseen.
     """
 
@@ -63,8 +79,8 @@ class TrustRegion(Damping):
       lower, upper: bounds on rho between which lam stays; 1/4 and 3/4 (Marquardt 1963, Martens 2010).
       inc, dec: factors for lam.
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
-      min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature met
-        along a step (times `lam0` before one was met), so that they follow the scale of the loss. A damping below the
+      min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature
+        along a step so far (times `lam0` before any), so that they follow the scale of the loss. A damping below the
         first is lost in the sum C + lam I.
       accept: least rho of a step that is taken.
     """
@@ -116,13 +132,16 @@ class TrustRegion(Damping):
         return jnp.where(downhill, outcome.safe_rho >= self.accept, outcome.actual > 0)
 
     def update(self, state: TrustRegionState, outcome: Outcome, due: jax.Array) -> TrustRegionState:
+        # 1.
         seen = due & outcome.evaluated
-        taken = self.accepts(outcome)
-        refused = (seen & ~taken) | ~outcome.finite
+        accepted = self.accepts(outcome)
+        refused = (seen & ~accepted) | ~outcome.finite
+        # 2.
         worse = refused | (seen & (outcome.safe_rho < self.lower))
         # A promise below rounding: whatever became of it, it does not speak for the model.
         silent = seen & ~refused & (jnp.abs(outcome.predicted) <= outcome.rounding)
         better = seen & ~worse & ~silent & (outcome.safe_rho > self.upper)
+        # 3.
         curvature = self._largest(state, outcome, seen)
         lam = jnp.where(better, state.lam * self.dec, state.lam)
         lam = jnp.where(silent, self._fallen(state), lam)
@@ -130,8 +149,9 @@ class TrustRegion(Damping):
         lam = jnp.where(silent & ~jnp.asarray(outcome.solved), state.lam * self.inc, lam)
         refusals = jnp.where(refused, state.refusals + 1, jnp.where(seen, 0, state.refusals))
         lam = jnp.where(refused, state.lam * self.inc ** refusals.astype(lam.dtype), lam)
+        # 4.
         norm = jnp.asarray(outcome.norm).astype(state.radius.dtype)
-        radius = jnp.where(seen & taken, norm * jnp.where(worse, 1.0, 2 / self.dec).astype(norm.dtype), state.radius)
+        radius = jnp.where(seen & accepted, norm * jnp.where(worse, 1.0, 2 / self.dec).astype(norm.dtype), state.radius)
         return TrustRegionState(
             lam=self._bounded(lam, state.lam, curvature, outcome),
             refused=jnp.where(refused, state.lam, state.refused),
@@ -147,9 +167,9 @@ class TrustRegion(Damping):
         return jnp.minimum(slowly, jnp.maximum(state.lam * self.dec, state.refused * self.inc))
 
     def _largest(self, state: TrustRegionState, outcome: Outcome, seen: jax.Array) -> jax.Array:
-        met = jnp.asarray(outcome.curvature).astype(state.curvature.dtype)
-        met = jnp.where(seen & jnp.isfinite(met), met, jnp.zeros_like(met))
-        return jnp.maximum(jnp.where(seen, _MEMORY * state.curvature, state.curvature), met)
+        along = jnp.asarray(outcome.curvature).astype(state.curvature.dtype)
+        along = jnp.where(seen & jnp.isfinite(along), along, jnp.zeros_like(along))
+        return jnp.maximum(jnp.where(seen, _MEMORY * state.curvature, state.curvature), along)
 
     def _bounded(self, lam: jax.Array, before: jax.Array, curvature: jax.Array, outcome: Outcome) -> jax.Array:
         """`lam` within its bounds; the default ones stop it on its way and never move it."""

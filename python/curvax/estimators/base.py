@@ -14,12 +14,18 @@ from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.numbers import is_known, whole
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 Product: TypeAlias = Callable[[PyTree], PyTree]
 
 
 class DiagonalEstimator(abc.ABC):
-    """Estimates the diagonal of a symmetric curvature C."""
+    """Estimates the diagonal of a symmetric curvature C, for a preconditioner that divides by it.
+
+    An implementor is a frozen dataclass. It must say what `diagonal` reads of a linearization (`needs_product`,
+    `needs_sampling`; `needs_rows` where it does) and write `diagonal`. The rest has defaults: `cost` counts a trace
+    unless a formula is given, `kernels` and `with_kernels` are for those that call ops.
+    """
 
     @property
     @abc.abstractmethod
@@ -35,6 +41,10 @@ class DiagonalEstimator(abc.ABC):
     def needs_rows(self) -> bool:
         """Whether `diagonal` reads `linearization.rows`."""
         return False
+
+    def cost(self, work: StepWork) -> Cost:
+        """Predicted work of one estimate; by default that of the refresh which it serves, counted on its trace."""
+        return work.refresh
 
     @abc.abstractmethod
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
@@ -72,7 +82,10 @@ class TraceEstimate:
 
 
 class TraceEstimator(abc.ABC):
-    """Estimates the trace of a symmetric linear operator, unbiased."""
+    """Estimates the trace of a symmetric linear operator, unbiased.
+
+    An implementor is a frozen dataclass with a `trace`, which says in its result how many products it took.
+    """
 
     @abc.abstractmethod
     def trace(self, product: Product, like: PyTree, key: jax.Array) -> TraceEstimate:
@@ -100,7 +113,10 @@ class LowRank:
 
 
 class LowRankEstimator(abc.ABC):
-    """Approximates the dominant eigenspace of a symmetric linear operator."""
+    """Approximates the dominant eigenspace of a symmetric linear operator.
+
+    An implementor is a frozen dataclass with a `low_rank`.
+    """
 
     @abc.abstractmethod
     def low_rank(self, product: Product, like: PyTree, key: jax.Array) -> LowRank:

@@ -10,6 +10,7 @@ from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ExactDiagonal(DiagonalEstimator):
     @property
     def needs_rows(self) -> bool:
         return True
+
+    def cost(self, work: StepWork) -> Cost:
+        return work.product
 
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
         del key

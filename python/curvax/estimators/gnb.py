@@ -11,6 +11,7 @@ from curvax.curvature import Linearization
 from curvax.estimators.base import DiagonalEstimator, check_count
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class GaussNewtonBartlett(DiagonalEstimator):
     @property
     def needs_sampling(self) -> bool:
         return True
+
+    def cost(self, work: StepWork) -> Cost:
+        return work.gradient.times(self.n_samples)
 
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
         return self.estimate(linearization, key).value()

@@ -17,6 +17,7 @@ from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.kernels.hutchinson_reduce import HUTCHINSON_REDUCE, hutchinson_reduce
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Hutchinson(DiagonalEstimator):
     def needs_sampling(self) -> bool:
         return False
 
+    def cost(self, work: StepWork) -> Cost:
+        return work.product.times(self.n_probes)
+
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         plain = self.n_probes == 1 and self.block_average is None
         return () if plain else ((HUTCHINSON_REDUCE, Request.of(upcast)),)
@@ -61,8 +65,8 @@ class Hutchinson(DiagonalEstimator):
         return dataclasses.replace(self, reduce=choices.get(HUTCHINSON_REDUCE.name, self.reduce))
 
     def diagonal(self, linearization: Linearization, key: jax.Array) -> PyTree:
-        found = self.estimate(linearization, key).value()
-        return jax.tree.map(lambda d, like: jnp.broadcast_to(d, like.shape), found, linearization.params_like)
+        estimate = self.estimate(linearization, key).value()
+        return jax.tree.map(lambda d, like: jnp.broadcast_to(d, like.shape), estimate, linearization.params_like)
 
     def estimate(self, linearization: Linearization, key: jax.Array) -> DiagonalEstimate:
         like = linearization.params_like

@@ -10,7 +10,7 @@ import jax
 from curvax import tree
 from curvax.loops import for_loop_body
 from curvax.plan.assembly import PlanMode
-from curvax.plan.requirements import Cadence
+from curvax.requirements import Cadence
 
 T = TypeVar("T")
 

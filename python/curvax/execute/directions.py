@@ -209,10 +209,12 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, sta
 
     system = System(product, _PairSpace())
     shift = _shift(solver, state)
+    # 1. The numbers are those of `curvax/solvers/row_space.py`.
     r = _output_gradient(task)
     if shift is not None:
         r = r - rows.output.product(rows.jvp(shift))
     rhs = pair(r)
+    # 2.
     start = None
     if cg.warm_start and shift is None:
         w = pair(r - rows.output.product(rows.jvp(state)))
@@ -220,9 +222,10 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, sta
         start = tree.scale(
             (tree.max_abs(state) > 0).astype(rhs[0].dtype), _warm_start(system.space, rows.output, task.lam, w, rhs)
         )
-    # Vector and image under K drift apart at rounding level; a residual below that steers by noise.
+    # 3. Vector and image under K drift apart at rounding level; a residual below that steers by noise.
     floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
     solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)
+    # 4.
     correction = rows.vjp(solution.value[0])
     return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction))
 

@@ -43,7 +43,10 @@ class InnerUpdate:
 
 
 class InnerSolver(abc.ABC):
-    """Turns one minibatch into a better delta."""
+    """Turns one minibatch into a better delta.
+
+    An implementor is a frozen dataclass that writes every abstract member below; its state has fixed shapes.
+    """
 
     @property
     @abc.abstractmethod

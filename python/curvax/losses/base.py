@@ -46,6 +46,9 @@ class Loss(abc.ABC):
     ones, their own otherwise. A position of zero weight contributes exactly zero whatever its outputs and targets
     hold, infinities and NaN included. All methods but `check` work under `jit`, `vmap` and differentiation.
 
+    An implementor is a frozen dataclass that writes every abstract method; of a sum of scalar losses with a canonical
+    link `losses.elementwise.DiagonalLoss` asks for four functions of numbers and `sample_targets` (docs/extending.md).
+
     Attributes:
       reduction: "mean" (default, as in most training code) divides by the sum of the weights, so all-ones weights
         change nothing and a 0/1 mask acts like dropping positions; "sum" divides by nothing.

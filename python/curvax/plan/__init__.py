@@ -2,7 +2,6 @@
 
 from curvax.plan.assembly import Assembly as Assembly
 from curvax.plan.assembly import PlanMode as PlanMode
-from curvax.plan.cost import Cost as Cost
 from curvax.plan.entrywise import Entrywise as Entrywise
 from curvax.plan.entrywise import entrywise as entrywise
 from curvax.plan.expense import warn_of_expense as warn_of_expense
@@ -14,6 +13,7 @@ from curvax.plan.planner import flat_vectors as flat_vectors
 from curvax.plan.planner import kernel_choices as kernel_choices
 from curvax.plan.planner import plan_for_shapes as plan_for_shapes
 from curvax.plan.planner import plan_method as plan_method
-from curvax.plan.requirements import Cadence as Cadence
-from curvax.plan.requirements import Part as Part
-from curvax.plan.requirements import Requirement as Requirement
+from curvax.requirements import Cadence as Cadence
+from curvax.requirements import Part as Part
+from curvax.requirements import Requirement as Requirement
+from curvax.work import Cost as Cost

@@ -8,11 +8,11 @@ from typing import get_args
 
 import optax
 
-from curvax.chain import RatedUpdate
+from curvax.chain import learning_rate_of
 from curvax.curvature import Curvature, TrainablePartition
 from curvax.damping import Damping
 from curvax.kernels._dispatch import Backend
-from curvax.preconditioners import IdentityPreconditioner, Preconditioner
+from curvax.preconditioners import Preconditioner
 from curvax.solvers import Solver
 from curvax.telemetry import Metric, Telemetry
 
@@ -41,8 +41,8 @@ class Assembly:
         known = get_args(Backend)
         if self.backend not in known:
             raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
-        rated = isinstance(self.transform, RatedUpdate)
-        if not rated and any(record.metric is Metric.LEARNING_RATE for record in self.telemetry.records):
+        rate = learning_rate_of(self.transform)
+        if rate is None and any(record.metric is Metric.LEARNING_RATE for record in self.telemetry.records):
             raise ValueError(
                 "learning_rate cannot be recorded of a transform that tx= brings along: read it from state.transform, "
                 "or pass learning_rate= in place of tx."
@@ -51,9 +51,8 @@ class Assembly:
     @property
     def reported(self) -> Telemetry:
         """The telemetry that was asked for, and what a method with such modules reports in any case."""
-        scheduled = isinstance(self.transform, RatedUpdate) and callable(self.transform.learning_rate)
-        extra = [Metric.LEARNING_RATE] if scheduled else []
-        extra += [] if isinstance(self.preconditioner, IdentityPreconditioner) else [Metric.REFRESHES_REJECTED]
+        extra = [Metric.LEARNING_RATE] if callable(learning_rate_of(self.transform)) else []
+        extra += [] if self.preconditioner.is_identity else [Metric.REFRESHES_REJECTED]
         return self.telemetry.beside(*extra)
 
     @property

@@ -9,7 +9,6 @@ one fused loop behind it, reductions and other equations that are not elementwis
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from jax.extend.core import Jaxpr
 
 from curvax.jaxprs import subjaxprs
 from curvax.live import LiveJaxpr, live_part
+from curvax.work import Cost as Cost
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
 # Updated in place: the part alone moves, read and written.
@@ -30,47 +30,6 @@ _UNFUSED = frozenset(
 )
 # A contraction, and the loop that is fused from what follows it.
 _CONTRACTION_LAUNCHES = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Work of one execution.
-
-    Attributes:
-      flops: floating-point operations.
-      bytes: bytes moved to and from memory.
-      memory: bytes alive at once beyond the arguments; of a counted trace, its largest value.
-      launches: operations that run one by one.
-      factorization, convolution: how many of the floating-point operations dense factorizations and convolutions do.
-    """
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    memory: float = 0.0
-    launches: float = 0.0
-    factorization: float = 0.0
-    convolution: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return self._with(other, lambda a, b: a + b, max(self.memory, other.memory))
-
-    def __sub__(self, other: Cost) -> Cost:
-        """The work without a part of it."""
-        return self._with(other, lambda a, b: max(a - b, 0.0), self.memory)
-
-    def times(self, count: float) -> Cost:
-        """The work `count` times over, one after another."""
-        return self._with(self, lambda a, _: a * count, self.memory)
-
-    def _with(self, other: Cost, rule: Callable[[float, float], float], memory: float) -> Cost:
-        return Cost(
-            flops=rule(self.flops, other.flops),
-            bytes=rule(self.bytes, other.bytes),
-            memory=memory,
-            launches=rule(self.launches, other.launches),
-            factorization=rule(self.factorization, other.factorization),
-            convolution=rule(self.convolution, other.convolution),
-        )
 
 
 def nbytes(tree: Any) -> int:

@@ -7,21 +7,21 @@ import math
 
 import jax
 
-from curvax.chain import EntrywiseUpdate
-from curvax.kernels.diagonal_update import DenominatorRule, UpdateRule
+from curvax.chain import EntrywiseUpdate, entrywise_update
+from curvax.kernels.diagonal_update import UpdateRule
 from curvax.numbers import is_known
 from curvax.plan.assembly import Assembly
-from curvax.preconditioners import EmaDiagonal
-from curvax.solvers import Diagonal
+from curvax.preconditioners import EntrywiseInverse
+from curvax.solvers import EntrywiseMean
 from curvax.telemetry import Metric
 
 
 @dataclasses.dataclass(frozen=True)
 class Entrywise:
-    """A step that is entrywise throughout: its modules, of kinds that the op knows, its weight decay and its rule."""
+    """A step that is entrywise throughout: what its modules say of themselves, its weight decay and its rule."""
 
-    solver: Diagonal
-    preconditioner: EmaDiagonal
+    solver: EntrywiseMean
+    preconditioner: EntrywiseInverse
     transform: EntrywiseUpdate
     decay: jax.Array | float
     rule: UpdateRule
@@ -29,13 +29,14 @@ class Entrywise:
 
 def entrywise(assembly: Assembly) -> Entrywise | str:
     """The step as one pass, or the reason why its parts must run one after another."""
-    solver, preconditioner, transform = assembly.solver, assembly.preconditioner, assembly.transform
-    if type(solver) is not Diagonal:
+    solver, preconditioner = assembly.solver.entrywise, assembly.preconditioner.entrywise
+    if solver is None:
         return "the direction is not that of the diagonal lane"
-    denominator = _denominator(assembly)
-    if denominator is None or not isinstance(preconditioner, EmaDiagonal):
+    denominator = None if preconditioner is None else preconditioner.denominator.rule
+    if preconditioner is None or denominator is None:
         return "the preconditioner is none that diagonal_update knows"
-    if not isinstance(transform, EntrywiseUpdate):
+    transform = entrywise_update(assembly.transform)
+    if transform is None:
         return "the transform is a chain of its own, or clips by norm or keeps momentum"
     decay = transform.constant_decay
     if decay is None:
@@ -52,8 +53,3 @@ def entrywise(assembly: Assembly) -> Entrywise | str:
 
 
 _NEEDS_PARTS = frozenset(m for m in Metric if m.evaluates or m.predicts) | {Metric.DIRECTION_NORM, Metric.UPDATE_NORM}
-
-
-def _denominator(assembly: Assembly) -> DenominatorRule | None:
-    found = assembly.preconditioner
-    return found.denominator.rule if type(found) is EmaDiagonal else None

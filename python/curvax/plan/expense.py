@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 from curvax.curvature import Evaluation
@@ -10,8 +9,8 @@ from curvax.kernels import caller_level
 from curvax.plan import machine as machines
 from curvax.plan.assembly import Assembly
 from curvax.plan.plan import Plan, bytes_text, time_text
-from curvax.plan.predict import Shapes, candidate, unknowns
-from curvax.solvers import CG, Automatic, Cholesky, RowSpace, Solver
+from curvax.plan.predict import candidate, step_work, unknowns
+from curvax.solvers import CG, Cholesky, Lane, RowSpace, Solver
 from curvax.tree import PyTree
 
 MEMORY_SHARE = 0.5
@@ -35,9 +34,9 @@ def warn_of_expense(assembly: Assembly, plan: Plan, params: PyTree, evaluation: 
     if size is None or size < _LEAST_UNKNOWNS:
         return
     solvers = (solver, *_others(assembly, solver))
-    shapes = Shapes.of(dataclasses.replace(assembly, solver=Automatic(solvers)), params, evaluation)
+    work = step_work(assembly, params, evaluation)
     machine, there = machines.machine(), machines.memory()
-    own, *rest = (candidate(index, each, shapes, machine) for index, each in enumerate(solvers))
+    own, *rest = (candidate(index, each, work, machine) for index, each in enumerate(solvers))
     other = min(rest, key=lambda c: c.seconds)
     large = there is not None and own.cost.memory > MEMORY_SHARE * there
     slow = own.seconds >= SECONDS and own.seconds >= RATIO * other.seconds
@@ -55,12 +54,12 @@ def warn_of_expense(assembly: Assembly, plan: Plan, params: PyTree, evaluation: 
 
 def _others(assembly: Assembly, solver: Solver) -> tuple[Solver, ...]:
     """Solvers of the same system in other lanes."""
-    if isinstance(solver, RowSpace):
+    if solver.lane is Lane.ROW:
         return CG(), Cholesky()
     return (CG(), RowSpace(Cholesky())) if assembly.curvature.has_rows else (CG(),)
 
 
 def _instead(solver: Solver) -> str:
-    if isinstance(solver, RowSpace):
+    if solver.lane is Lane.ROW:
         return "take gauss_newton, which chooses, or sgn, or fewer examples in a step."
     return "take conjugate gradients (sgn, newton_cg), or gauss_newton, which chooses."

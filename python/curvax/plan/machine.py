@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from curvax.plan.cost import Cost
+from curvax.work import Cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import dataclasses
 from curvax.curvature import Needs
 from curvax.kernels._dispatch import Choice
 from curvax.plan.assembly import PlanMode
-from curvax.plan.cost import Cost
-from curvax.plan.requirements import Cadence, Part, Requirement
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.solvers import Lane, Solver
+from curvax.work import Cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Plan:
       choices: implementation of each op, with the reason.
       candidates: what an automatic choice chose from.
       costs: predicted work by part; empty without shapes.
-      notes: facts found while planning (custom_vjp, frozen leaves, fallbacks).
+      state_bytes: bytes of the state of solver, preconditioner and damping, by kind of module; empty without shapes.
+      notes: facts learned while planning (custom_vjp, frozen leaves, fallbacks).
     """
 
     lane: Lane | None
@@ -77,6 +78,7 @@ class Plan:
     choices: tuple[Choice, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     costs: tuple[PartCost, ...] = ()
+    state_bytes: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,15 +1,16 @@
 """Approximate inverses of a damped curvature, for solvers and for the diagonal lane."""
 
 from curvax.preconditioners.base import BlockPreconditioner as BlockPreconditioner
+from curvax.preconditioners.base import EntrywiseInverse as EntrywiseInverse
 from curvax.preconditioners.base import Preconditioner as Preconditioner
+from curvax.preconditioners.denominators import AdaHessianPower as AdaHessianPower
+from curvax.preconditioners.denominators import Damped as Damped
+from curvax.preconditioners.denominators import Denominator as Denominator
+from curvax.preconditioners.denominators import SophiaFloor as SophiaFloor
 from curvax.preconditioners.ekfac import EKFAC as EKFAC
 from curvax.preconditioners.ekfac import EKFACState as EKFACState
-from curvax.preconditioners.ema_diagonal import AdaHessianPower as AdaHessianPower
-from curvax.preconditioners.ema_diagonal import Damped as Damped
-from curvax.preconditioners.ema_diagonal import Denominator as Denominator
 from curvax.preconditioners.ema_diagonal import EmaDiagonal as EmaDiagonal
 from curvax.preconditioners.ema_diagonal import EmaDiagonalState as EmaDiagonalState
-from curvax.preconditioners.ema_diagonal import SophiaFloor as SophiaFloor
 from curvax.preconditioners.factor_inverses import CholeskyInverse as CholeskyInverse
 from curvax.preconditioners.factor_inverses import EigenInverse as EigenInverse
 from curvax.preconditioners.factor_inverses import FactorInverse as FactorInverse

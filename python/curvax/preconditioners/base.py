@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from curvax import tree
-from curvax.curvature import Linearization
+from curvax.curvature import Curvature, Evaluation, Linearization
 from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.preconditioners.denominators import Denominator
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 State = TypeVar("State")
+
+
+class EntrywiseInverse(Protocol):
+    """P^-1 v = v / denominator(average * correction), entry by entry, as the op `diagonal_update` computes it.
+
+    Its state has the fields of an `EmaDiagonalState`.
+    """
+
+    @property
+    def denominator(self) -> Denominator:
+        """How the diagonal becomes a denominator."""
+        ...
+
+    def correction(self, count: jax.Array) -> jax.Array:
+        """The factor from the average of `count` estimates to their mean."""
+        ...
 
 
 class Preconditioner(abc.ABC):
@@ -26,6 +45,11 @@ class Preconditioner(abc.ABC):
     registered dataclass of fixed shapes and (upcast) dtypes, so it can be carried through `jax.lax.scan`; its
     `rejected` counts the refreshes that came out non-finite and left the rest of the state as it was. Rescaling C and
     lam by one factor rescales P^-1 by a constant at most.
+
+    An implementor is a frozen dataclass. It must say what `refresh` reads of a linearization (`needs_product`,
+    `needs_sampling`; `needs_rows` and `needs_factors` where it does) and write `init`, `refresh` and `apply`. The rest
+    is what the planner asks, with defaults: `refresh_cost` counts a trace of `refresh` unless a formula is given,
+    `requirements` is one refresh every `every` steps, `kernels` and `with_kernels` are for those that call ops.
 
     Attributes:
       every: number of steps from one refresh to the next; 1 refreshes on each step.
@@ -47,6 +71,39 @@ class Preconditioner(abc.ABC):
     def needs_rows(self) -> bool:
         """Whether `refresh` reads `linearization.rows`."""
         return False
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether `refresh` calls `linearization.layer_factors`."""
+        return False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether P^-1 v = v whatever happens, so that it may be left out."""
+        return False
+
+    @property
+    def entrywise(self) -> EntrywiseInverse | None:
+        """The quotient that it is, for the op `diagonal_update`; `None` (default) if it is of another kind."""
+        return None
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The parts of a step that it asks for, with their cadences: a refresh every `every` steps."""
+        return (Requirement(Part.REFRESH, Cadence((self.every,)), type(self).__name__),)
+
+    def refresh_cost(self, work: StepWork) -> Cost:
+        """Predicted work of one refresh in a step of which so much is counted; by default its own trace is counted."""
+        return work.refresh
+
+    def init_on(self, curvature: Curvature, params: PyTree, evaluation: Evaluation) -> Any:
+        """`init` for who has a batch; only shapes enter."""
+        del curvature, evaluation
+        return self.init(jax.eval_shape(tree.upcast, params))
+
+    def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
+        """Lines for the plan that follow from a state's shapes; `names` are those of the parameter leaves."""
+        del state, names
+        return ()
 
     @abc.abstractmethod
     def init(self, params_like: PyTree) -> Any:
@@ -73,16 +130,16 @@ class Preconditioner(abc.ABC):
 
 def accept_finite(state: State, refreshed: State) -> State:
     """`refreshed` if all of it is finite, else `state` with one more in its count `rejected`, leaf by leaf."""
-    kept = dataclasses.replace(state, rejected=state.rejected + 1)  # type: ignore[type-var]
-    return tree.where(tree.all_finite(refreshed), refreshed, kept)
+    before = dataclasses.replace(state, rejected=state.rejected + 1)  # type: ignore[type-var]
+    return tree.where(tree.all_finite(refreshed), refreshed, before)
 
 
 class BlockPreconditioner(Preconditioner):
     """A preconditioner whose state follows the blocks of a model (`curvax.structure.blocks`).
 
     Which blocks there are depends on how the parameters enter the model, which shapes of parameters alone do not tell:
-    the state is made by `init_blocks` from what `Curvature.blocks` finds with the shapes of one batch. `refresh` calls
-    `linearization.layer_factors`.
+    the state is made by `init_blocks` from what `Curvature.blocks` returns for the shapes of one batch. `refresh` calls
+    `linearization.layer_factors`. An implementor writes `init_blocks`, `refresh` and `apply`.
     """
 
     @property
@@ -95,6 +152,19 @@ class BlockPreconditioner(Preconditioner):
         """False: targets are sampled by `layer_factors`."""
         return False
 
+    @property
+    def needs_factors(self) -> bool:
+        """True."""
+        return True
+
+    def init_on(self, curvature: Curvature, params: PyTree, evaluation: Evaluation) -> Any:
+        """`init_blocks` on the blocks of the curvature."""
+        return self.init_blocks(curvature.blocks(params, evaluation))
+
+    def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
+        """A line per block."""
+        return tuple(f"block of {line}" for line in state.blocks.describe(names))
+
     def init(self, params_like: PyTree) -> Any:
         """Raises: the blocks are not known here."""
         raise ValueError(f"{type(self).__name__} keeps a state per block of the model: make it with init_blocks, as "
@@ -102,8 +172,8 @@ class BlockPreconditioner(Preconditioner):
 
     @abc.abstractmethod
     def init_blocks(self, blocks: KroneckerBlocks) -> Any:
-        """The state before any refresh; its `blocks` are those that it holds."""
+        """The state before any refresh; its field `blocks` has those that it serves."""
 
     @abc.abstractmethod
     def refresh(self, state: Any, linearization: Linearization, key: jax.Array, lam: jax.Array | float = 0.0) -> Any:
-        """The state after another look at C; `lam` is the damping of the step, for inverses that hold it fixed."""
+        """The state after another look at C; `lam` is the damping of the step, for inverses that are made at one."""

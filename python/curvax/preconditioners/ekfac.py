@@ -36,6 +36,7 @@ from curvax.preconditioners.factor_inverses import (
     of_matrices,
     out_of_basis,
 )
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.tree import PyTree
@@ -96,6 +97,11 @@ class EKFAC(BlockPreconditioner):
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 
+    def requirements(self) -> tuple[Requirement, ...]:
+        """A refresh of the factors and, more seldom, one of the inverses."""
+        inverses = Requirement(Part.INVERSES, Cadence((self.inverse_every,)), type(self).__name__)
+        return (*super().requirements(), inverses)
+
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The op `eigh`."""
         return ((EIGH, of_matrices(upcast)),)
@@ -122,27 +128,32 @@ class EKFAC(BlockPreconditioner):
         """Factors of one more batch in the averages, new bases where these are due, then the curvature along them."""
         del lam
         blocks = state.blocks
+        # 1.
         sums, total = measured(blocks, linearization, self.fisher, key, self.sharing)
+        # 2.
         finite = tree.all_finite(sums)
         factors = tree.where(finite, state.factors.with_batch(sums, self.decay), state.factors)
+        # 3.
         ratio = self.inverse_every // self.every
 
         def turn() -> tuple[list[tuple[jax.Array | None, jax.Array]], list[jax.Array], jax.Array]:
             now = factors.corrected(self.decay)
             pairs = eigen(now.inputs, now.outputs, lambda matrices: eigenbasis(matrices, self.decompose))
             bases = [(e.input_vectors, e.output_vectors) for e in pairs]
-            turned = [_turned(s, old, new) for s, old, new in zip(state.squares, state.bases, bases, strict=True)]
-            sound = finite & tree.all_finite((bases, turned))
-            return *tree.where(sound, (bases, turned), (state.bases, state.squares)), finite & ~sound
+            rotations = [_rotate(s, old, new) for s, old, new in zip(state.squares, state.bases, bases, strict=True)]
+            usable = finite & tree.all_finite((bases, rotations))
+            return *tree.where(usable, (bases, rotations), (state.bases, state.squares)), finite & ~usable
 
         due = finite & (state.factors.count % ratio == 0)
-        kept = (state.bases, state.squares, jnp.zeros_like(finite))
-        bases, squares, broken = when_due(due, ratio == 1, turn, lambda: kept)
+        old = (state.bases, state.squares, jnp.zeros_like(finite))
+        bases, squares, failed = when_due(due, ratio == 1, turn, lambda: old)
+        # 4.
         new = averages(squares, total(lambda examples: projected_squares(blocks, examples, bases)), self.decay)
-        sound = finite & tree.all_finite(new)
-        squares = tree.where(sound, new, squares)
+        usable = finite & tree.all_finite(new)
+        squares = tree.where(usable, new, squares)
+        # 5.
         scale = jnp.where(finite, factors.corrected(self.decay).mean_curvature(blocks), state.scale)
-        rejected = state.rejected + (~sound | broken).astype(jnp.int32)
+        rejected = state.rejected + (~usable | failed).astype(jnp.int32)
         return EKFACState(factors, bases, squares, scale, rejected, blocks)
 
     def apply(self, state: EKFACState, lam: jax.Array | float, v: PyTree) -> PyTree:
@@ -160,7 +171,7 @@ class EKFAC(BlockPreconditioner):
         return apply_blocks(state.blocks, v, damping, state.scale, diagonal, inverse)
 
 
-def _turned(
+def _rotate(
     squares: jax.Array, old: tuple[jax.Array | None, jax.Array], new: tuple[jax.Array | None, jax.Array]
 ) -> jax.Array:
     """The diagonal in the new basis of what has the diagonal `squares` in the old one, and nothing beside it."""

@@ -1,4 +1,4 @@
-"""How the inverse of a damped A kron B is held: by eigenvectors, or by inverses of damped factors.
+"""The inverse of a damped A kron B, in one of two forms: eigenvectors, or inverses of damped factors.
 
 Factored damping (Martens and Grosse 2015, section 6.3) splits lam over the factors,
 
@@ -27,17 +27,21 @@ from curvax.tree import PyTree
 
 
 class FactorInverse(abc.ABC):
-    """A form of the inverse of A kron B + lam I, per block."""
+    """A form of the inverse of A kron B + lam I, per block.
+
+    An implementor is a frozen dataclass with `init`, `compute` (at the cadence of the inverses) and `apply` (in every
+    step); `kernels` and `with_kernels` are for those that call ops.
+    """
 
     @abc.abstractmethod
     def init(self, block: KroneckerBlock, dtype: Any) -> Any:
-        """What is held of a block before any refresh."""
+        """The state of a block before any refresh."""
 
     @abc.abstractmethod
     def compute(
         self, blocks: KroneckerBlocks, inputs: Sequence[jax.Array], outputs: Sequence[jax.Array], lam: jax.Array
     ) -> list[Any]:
-        """What is held of all blocks, from factors A and B, at damping `lam`."""
+        """The states of all blocks, from factors A and B, at damping `lam`."""
 
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The ops that `compute` calls for upcast parameters, and what it asks of them; see
@@ -52,11 +56,11 @@ class FactorInverse(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def apply(self, held: Any, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+    def apply(self, state: Any, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
         """The inverse on the entries (G, n, m) of a block, at damping `lam`.
 
         Args:
-          held: as of `compute`.
+          state: one of those that `compute` returns.
           lam: damping.
           scale: mean curvature, in place of one that is zero while there is no damping.
           v: the entries.
@@ -122,16 +126,16 @@ class EigenInverse(FactorInverse):
 
         return eigen(inputs, outputs, decompose)
 
-    def apply(self, held: Eigen, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+    def apply(self, state: Eigen, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
         """Into the eigenbasis, divided by its damped values, and back."""
-        a, b = jnp.maximum(held.input_values, 0)[..., :, None], jnp.maximum(held.output_values, 0)[..., None, :]
+        a, b = jnp.maximum(state.input_values, 0)[..., :, None], jnp.maximum(state.output_values, 0)[..., None, :]
         if self.factored:
             on_inputs, on_outputs = split_damping(jnp.mean(a, (-1, -2)), jnp.mean(b, (-1, -2)), lam)
             denominators = (a + on_inputs[:, None, None]) * (b + on_outputs[:, None, None])
         else:
             denominators = damp(a * b, lam)
-        inside = into_basis(held.input_vectors, held.output_vectors, v)
-        return out_of_basis(held.input_vectors, held.output_vectors, divided(inside, denominators, scale))
+        inside = into_basis(state.input_vectors, state.output_vectors, v)
+        return out_of_basis(state.input_vectors, state.output_vectors, divided(inside, denominators, scale))
 
 
 @jax.tree_util.register_dataclass
@@ -188,14 +192,14 @@ class CholeskyInverse(FactorInverse):
             damped += [_damped(a, on_inputs), _damped(b, on_outputs)]
         dense = [x for x in damped if x.ndim == 3]
         inverted = iter(x for (x,) in by_size(lambda x: (self._inverse(x),), dense))
-        found = [next(inverted) if x.ndim == 3 else 1 / x for x in damped]
-        return [Inverses(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
+        inverses = [next(inverted) if x.ndim == 3 else 1 / x for x in damped]
+        return [Inverses(a, b) for a, b in zip(inverses[::2], inverses[1::2], strict=True)]
 
-    def apply(self, held: Inverses, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
+    def apply(self, state: Inverses, lam: jax.Array, scale: jax.Array, v: jax.Array) -> jax.Array:
         """A^-1 V B^-1."""
         del lam, scale
-        left = held.inputs[..., None] * v if held.inputs.ndim == 2 else matmul(held.inputs, v)
-        return matmul(left, held.outputs)
+        left = state.inputs[..., None] * v if state.inputs.ndim == 2 else matmul(state.inputs, v)
+        return matmul(left, state.outputs)
 
     def _inverse(self, matrices: jax.Array) -> jax.Array:
         """L^-T L^-1, symmetric up to rounding by construction."""
@@ -218,11 +222,11 @@ def eigen(
     """Eigendecompositions of all factors, one call of `decompose`, (values, vectors) of a stack, per size."""
     dense = [x for pair in zip(inputs, outputs, strict=True) for x in pair if x.ndim == 3]
     pairs = iter(by_size(decompose, dense))
-    found = []
+    results = []
     for a, _ in zip(inputs, outputs, strict=True):
         values, vectors = next(pairs) if a.ndim == 3 else (a, None)
-        found.append(Eigen(values, vectors, *next(pairs)))
-    return found
+        results.append(Eigen(values, vectors, *next(pairs)))
+    return results
 
 
 def into_basis(u: jax.Array | None, v: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from curvax.curvature import Linearization
 from curvax.estimators.base import check_count
 from curvax.preconditioners.base import Preconditioner
+from curvax.requirements import Requirement
 from curvax.tree import PyTree
 
 
@@ -43,6 +44,15 @@ class IdentityPreconditioner(Preconditioner):
     def needs_sampling(self) -> bool:
         """False."""
         return False
+
+    @property
+    def is_identity(self) -> bool:
+        """True."""
+        return True
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """Nothing."""
+        return ()
 
     def init(self, params_like: PyTree) -> IdentityState:
         """A state without content."""

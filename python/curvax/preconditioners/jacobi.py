@@ -15,6 +15,7 @@ from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.preconditioners._diagonal import divide, mean_magnitude
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +69,10 @@ class Jacobi(Preconditioner):
     def needs_rows(self) -> bool:
         """As the estimator."""
         return self.estimator.needs_rows
+
+    def refresh_cost(self, work: StepWork) -> Cost:
+        """The estimator's."""
+        return self.estimator.cost(work)
 
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """The estimator's."""

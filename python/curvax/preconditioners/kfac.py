@@ -25,6 +25,7 @@ from curvax.preconditioners._blocks import (
 )
 from curvax.preconditioners.base import BlockPreconditioner
 from curvax.preconditioners.factor_inverses import EigenInverse, FactorInverse
+from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing
 from curvax.tree import PyTree
@@ -37,7 +38,7 @@ class KFACState:
 
     Attributes:
       factors: running averages of A and B, and of the diagonals of leaves without factors.
-      inverses: per Kronecker block what `KFAC.inverse` holds.
+      inverses: per Kronecker block the state of `KFAC.inverse`.
       scale: mean curvature over all parameters.
       rejected: number of refreshes that were not finite (int32).
       blocks: the blocks; static.
@@ -89,6 +90,11 @@ class KFAC(BlockPreconditioner):
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 
+    def requirements(self) -> tuple[Requirement, ...]:
+        """A refresh of the factors and, more seldom, one of the inverses."""
+        inverses = Requirement(Part.INVERSES, Cadence((self.inverse_every,)), type(self).__name__)
+        return (*super().requirements(), inverses)
+
     def kernels(self, upcast: PyTree) -> tuple[tuple[Op, Request], ...]:
         """Those of the inverses."""
         return self.inverse.kernels(upcast)
@@ -112,22 +118,26 @@ class KFAC(BlockPreconditioner):
         Inverses are due with the first refresh that is finite, and then with every `inverse_every / every`-th.
         """
         blocks = state.blocks
+        # 1.
         sums, _ = measured(blocks, linearization, self.fisher, key, self.sharing)
+        # 2.
         finite = tree.all_finite(sums)
         factors = tree.where(finite, state.factors.with_batch(sums, self.decay), state.factors)
+        # 3.
         ratio = self.inverse_every // self.every
         damping = jnp.asarray(lam).astype(blocks.dtype)
 
         def compute() -> tuple[list[Any], jax.Array]:
             now = factors.corrected(self.decay)
-            found = self.inverse.compute(blocks, now.inputs, now.outputs, damping)
-            sound = finite & tree.all_finite(found)
-            return tree.where(sound, found, state.inverses), finite & ~sound
+            inverses = self.inverse.compute(blocks, now.inputs, now.outputs, damping)
+            usable = finite & tree.all_finite(inverses)
+            return tree.where(usable, inverses, state.inverses), finite & ~usable
 
         due = finite & (state.factors.count % ratio == 0)
-        inverses, broken = when_due(due, ratio == 1, compute, lambda: (state.inverses, jnp.zeros_like(finite)))
+        inverses, failed = when_due(due, ratio == 1, compute, lambda: (state.inverses, jnp.zeros_like(finite)))
+        # 5.
         scale = jnp.where(finite, factors.corrected(self.decay).mean_curvature(blocks), state.scale)
-        rejected = state.rejected + (~finite | broken).astype(jnp.int32)
+        rejected = state.rejected + (~finite | failed).astype(jnp.int32)
         return KFACState(factors, inverses, scale, rejected, blocks)
 
     def apply(self, state: KFACState, lam: jax.Array | float, v: PyTree) -> PyTree:

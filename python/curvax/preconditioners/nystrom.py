@@ -13,6 +13,7 @@ from curvax.estimators.base import check_count
 from curvax.estimators.nystrom import RandomizedNystrom
 from curvax.preconditioners.base import Preconditioner, accept_finite
 from curvax.tree import PyTree
+from curvax.work import Cost, StepWork
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +71,10 @@ class NystromPreconditioner(Preconditioner):
         """False."""
         return False
 
+    def refresh_cost(self, work: StepWork) -> Cost:
+        """A product for each direction."""
+        return work.product.times(self.rank)
+
     def init(self, params_like: PyTree) -> NystromState:
         """The identity."""
         n, dtype = tree.size(params_like), tree.scalar_dtype(params_like)
@@ -80,11 +85,11 @@ class NystromPreconditioner(Preconditioner):
         """A new approximation in place of the old one."""
         if linearization.product is None:
             raise ValueError("NystromPreconditioner needs curvature products; linearize with `Needs(product=True)`.")
-        found = RandomizedNystrom(self.rank, self.indefinite).low_rank(
+        low_rank = RandomizedNystrom(self.rank, self.indefinite).low_rank(
             linearization.product, linearization.params_like, key
         )
         refreshed = NystromState(
-            found.basis.astype(state.basis.dtype), found.values.astype(state.values.dtype), state.rejected
+            low_rank.basis.astype(state.basis.dtype), low_rank.values.astype(state.values.dtype), state.rejected
         )
         return accept_finite(state, refreshed)
 

@@ -4,6 +4,7 @@ Beside them, for many independent systems at once: `batched_cg` and `batched_cho
 """
 
 from curvax.solvers.automatic import Automatic as Automatic
+from curvax.solvers.base import EntrywiseMean as EntrywiseMean
 from curvax.solvers.base import Lane as Lane
 from curvax.solvers.base import Result as Result
 from curvax.solvers.base import Solution as Solution

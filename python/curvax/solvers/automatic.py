@@ -21,7 +21,7 @@ class Automatic(Solver):
       candidates: the solvers to choose from.
     """
 
-    candidates: tuple[Solver, ...]
+    candidates: tuple[Solver, ...] = dataclasses.field()
 
     def __post_init__(self) -> None:
         if not self.candidates:

@@ -6,18 +6,21 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
 from curvax.kernels import tree_cg
-from curvax.kernels._dispatch import Choice, Implementation
+from curvax.kernels._dispatch import Choice, Implementation, Op, Request
+from curvax.numbers import Number
+from curvax.requirements import EVERY_STEP, Part, Requirement
 from curvax.result import Result as Result
 from curvax.result import code as code
 from curvax.result import solved as solved
 from curvax.tree import PyTree
+from curvax.work import SolveCost, StepWork, SystemWork
 
 
 class Lane(enum.StrEnum):
@@ -29,7 +32,10 @@ class Lane(enum.StrEnum):
 
 
 class Space(abc.ABC):
-    """Vector arithmetic of one Krylov space, the two updates of conjugate gradients included."""
+    """Vector arithmetic of one Krylov space, the two updates of conjugate gradients included.
+
+    An implementor chooses what a vector is (any pytree) and its inner product. C must be symmetric in that product.
+    """
 
     @abc.abstractmethod
     def dots(self, pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
@@ -112,8 +118,35 @@ class Solution:
     state: Any
 
 
+class EntrywiseMean(Protocol):
+    """A running mean of gradients that the op `diagonal_update` can keep; its state is a `DiagonalState` or ()."""
+
+    @property
+    def beta1(self) -> Number:
+        """Decay of the mean."""
+        ...
+
+    def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
+        """1 / (1 - beta1^count): the factor from the mean, which starts at zero, to the weighted mean."""
+        ...
+
+
 class Solver(abc.ABC):
-    """Solves (C + lam I) s = g."""
+    """Solves (C + lam I) s = g.
+
+    An implementor is a frozen dataclass. It must say `name`, `lane` and `products`, make a state (`init`, `()` for
+    none) and solve one system (`solve`), whose result code the true residual has to bear out (`audited`). Everything
+    else is what the planner asks: the defaults are those of a solver that calls `system.product` at most `products`
+    times. One that factorizes `system.matrix()` says `takes_matrix`; one that ends sooner overrides `iterations`; one
+    that calls ops names them in `kernels`; one whose work is of another kind overrides `system_cost`.
+
+    Attributes:
+      candidates: solvers of which the planner takes one in this one's place; none by default.
+      warm_start: whether a solve starts from the last solution, which is the state.
+    """
+
+    candidates: tuple[Solver, ...] = ()
+    warm_start: bool = False
 
     @property
     @abc.abstractmethod
@@ -143,6 +176,64 @@ class Solver(abc.ABC):
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         """Solves for one right-hand side."""
 
+    @property
+    def takes_matrix(self) -> bool:
+        """Whether it solves with the dense matrix, made from `parameters` products where nothing better is known."""
+        return False
+
+    @property
+    def takes_any_space(self) -> bool:
+        """Whether it works in the inner product of `system.space`, so that row space needs no matrix for it."""
+        return False
+
+    @property
+    def needs_own_gradient(self) -> bool:
+        """Whether the right-hand side must be the gradient of the curvature's own batch."""
+        return False
+
+    @property
+    def entrywise(self) -> EntrywiseMean | None:
+        """The running mean whose preconditioned value is the whole solution, for the op `diagonal_update`."""
+        return None
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The parts of a step that it asks for: the solve, and the factors of rows if that is its lane."""
+        rows = (Requirement(Part.ROWS, EVERY_STEP, self.name),) if self.lane is Lane.ROW else ()
+        return (*rows, Requirement(Part.SOLVE, EVERY_STEP, self.name))
+
+    def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
+        """Size of the dense matrix that the step forms for it; `None` for none. `rows()` counts the row system's."""
+        del rows
+        return parameters if self.takes_matrix else None
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        """The ops that a solve calls, and what it asks of them.
+
+        Args:
+          like: shapes of a vector of the system.
+          rows: () -> unknowns of the row system.
+        """
+        del like, rows
+        return ()
+
+    def solve_cost(self, work: StepWork) -> SolveCost:
+        """Predicted work of one solve in a step of which so much is counted."""
+        return self.system_cost(work.parameter_system())
+
+    def system_cost(self, system: SystemWork) -> SolveCost:
+        """Predicted work of one solve of such a system, by `takes_matrix`, `lane` and `iterations`."""
+        if self.takes_matrix:
+            return SolveCost(system.dense_solve(), f"{system.parameters} parameters")
+        if self.lane is Lane.DIAGONAL:
+            return SolveCost(system.entrywise_solve(), "one pass over the parameters")
+        count, reason = self.iterations(system.rank)
+        return SolveCost(system.iterative_solve(count, self.warm_start), reason)
+
+    def iterations(self, rank: int) -> tuple[int, str]:
+        """Iterations expected of one solve where C has at most that rank, and why so many."""
+        del rank
+        return self.products, f"{self.products} products at most"
+
 
 def damped(system: System, lam: jax.Array) -> Callable[[PyTree], PyTree]:
     """v -> (C + lam I) v."""
@@ -155,7 +246,7 @@ def relative_residual(system: System, lam: jax.Array, rhs: PyTree, value: PyTree
 
 
 def unsolved(finite: jax.Array, dtype: Any, value: PyTree = None, state: Any = None) -> Solution:
-    """What becomes of a direction that no system stands behind: no iterations, no residual (NaN)."""
+    """The solution of a lane that solves no system: a direction without iterations and residual (NaN)."""
     result = jnp.where(finite, code(Result.CONVERGED), code(Result.NON_FINITE))
     return Solution(value, result, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, dtype), state)
 
@@ -165,7 +256,7 @@ _SLACK = 10.0
 
 
 def audited(solution: Solution, tolerance: float) -> Solution:
-    """The solution with a result code that its residual bears out.
+    """The solution, with a result code that agrees with its true residual.
 
     Args:
       solution: with its true residual.

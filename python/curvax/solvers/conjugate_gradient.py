@@ -1,4 +1,21 @@
-"""Preconditioned conjugate gradients with relative tests and an outcome (Hestenes and Stiefel 1952)."""
+"""Preconditioned conjugate gradients with relative tests and an outcome.
+
+The method of Hestenes and Stiefel (1952) for A x = b, A = C + lam I, with the numbers of the comments in `CG._advance`:
+
+    r = b - A x,  z = P^-1 r,  p = z
+    repeat
+      1.  q = C p                                   the one product of an iteration
+      2.  <p, A p> and |A p|^2 from q, without a pass for A p
+      3.  is the curvature <p, A p> / <p, p> positive beyond rounding?
+      4.  alpha = <r, z> / <p, A p>
+      5.  x = x + alpha p,  r = r - alpha A p
+      6.  z = P^-1 r
+      7.  p = z + beta p,  beta = <r, z> / <r, z of before>
+      8.  stop?
+
+On A = diag(1, 4) and b = (1, 1): alpha = 2/5 leads to x = (2/5, 2/5), r = (3/5, -3/5); beta = 9/25 and alpha = 5/8 lead
+to x = (1, 1/4). Two distinct eigenvalues, two iterations.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.kernels import Op, Request, tree_cg
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, audited, code, damped
 from curvax.tree import PyTree
 
@@ -36,7 +54,7 @@ class _Iteration:
     p: PyTree
     rz: jax.Array
     rr: jax.Array
-    largest: jax.Array  # largest curvature p^T A p / p^T p met so far
+    largest: jax.Array  # largest size |A p| / |p| of the operator so far
     history: jax.Array  # the last phi values, a ring; length 0 without MartensStop
     i: jax.Array
     result: jax.Array  # -1 while running
@@ -50,7 +68,7 @@ class CG(Solver):
     """Conjugate gradients on a symmetric system.
 
     The right-hand side is scaled to unit norm first, so the course of the iteration does not depend on the scale of
-    the loss. A direction p with p^T A p not above rounding of the largest curvature met ends the iteration: with
+    the loss. A direction p with p^T A p not above rounding of the largest size so far ends the iteration: with
     NEGATIVE_CURVATURE (the iterate so far is returned; at the first iteration a step along g of length
     |p|^2 / (|p| |A p|) |g|, the inverse of the operator's size along p), or with BREAKDOWN if the curvature is zero
     to rounding. A preconditioner that makes r.P^-1 r zero, negative or not finite ends it with BAD_PRECONDITIONER and
@@ -98,6 +116,23 @@ class CG(Solver):
         # One for the true residual at the end, one for the residual of a warm start.
         return self.maxiter + 1 + self.warm_start
 
+    @property
+    def takes_any_space(self) -> bool:
+        return True
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        return tuple((op, Request.of(like)) for op in tree_cg.OPS)
+
+    def iterations(self, rank: int) -> tuple[int, str]:
+        """As many as the damped matrix has distinct eigenvalues: that of the null space and `rank` others.
+
+        That it may end sooner is not foreseen, since spectra are not shapes; one that runs to its limit recomputes no
+        residual.
+        """
+        if self.tol > 0 and rank + 1 < self.maxiter:
+            return rank + 1, f"at most {rank + 1} iterations, the rank being {rank}"
+        return self.maxiter, f"at most {self.maxiter} iterations"
+
     def init(self, like: PyTree) -> PyTree:
         return tree.zeros_like(like) if self.warm_start else ()
 
@@ -113,9 +148,9 @@ class CG(Solver):
         size, b = scaled.size, scaled.unit
         zero = jax.tree.map(jnp.zeros_like, b)
         if start is None:
-            x, r, cold = zero, b, jnp.asarray(True)
+            x, r, from_zero = zero, b, jnp.asarray(True)
         else:
-            x, r, cold = self._warm(system, b, scaled.divide(start), apply)
+            x, r, from_zero = self._warm(system, b, scaled.divide(start), apply)
         z = r if system.precondition is None else system.precondition(r)
         (rr,) = space.dots(((r, r),))
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
@@ -126,7 +161,7 @@ class CG(Solver):
         )  # fmt: skip
         end = jax.lax.while_loop(
             lambda at: (at.result == _RUNNING) & (at.i < self.maxiter),
-            lambda at: self._advance(system, b, lam, cold, at),
+            lambda at: self._advance(system, b, lam, from_zero, at),
             begin,
         )
         result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
@@ -145,9 +180,9 @@ class CG(Solver):
         running = jnp.asarray(_RUNNING, jnp.int32)
         if system.precondition is None:
             return running
-        sound = (rz > 0) & jnp.isfinite(rz)
+        positive = (rz > 0) & jnp.isfinite(rz)
         some = rr > float(jnp.finfo(rr.dtype).eps) ** 2
-        return jnp.where(some & ~sound, code(Result.BAD_PRECONDITIONER), running)
+        return jnp.where(some & ~positive, code(Result.BAD_PRECONDITIONER), running)
 
     def _warm(
         self, system: System, b: PyTree, x: PyTree, apply: Callable[[PyTree], PyTree]
@@ -180,13 +215,15 @@ class CG(Solver):
         length = 0 if self.stop is None else max(10, -(-self.maxiter // 10)) + 1
         return jnp.zeros((length,), like.dtype)
 
-    def _advance(self, system: System, b: PyTree, lam: jax.Array, cold: jax.Array, at: _Iteration) -> _Iteration:
+    def _advance(self, system: System, b: PyTree, lam: jax.Array, from_zero: jax.Array, at: _Iteration) -> _Iteration:
         space = system.space
+        # 1.
         q = system.product(at.p)
         pq, pp, qq = space.dots(((at.p, q), (at.p, at.p), (q, q)))
-        # With A = C + lam I: p.Ap = p.Cp + lam p.p, |Ap|^2 = |Cp|^2 + 2 lam p.Cp + lam^2 p.p, without a pass for A p.
+        # 2. p.Ap = p.Cp + lam p.p and |Ap|^2 = |Cp|^2 + 2 lam p.Cp + lam^2 p.p.
         mu = lam.astype(pq.dtype)
         pq, qq = pq + mu * pp, qq + 2 * mu * pq + mu * mu * pp
+        # 3.
         eps = jnp.asarray(jnp.finfo(pq.dtype).eps, pq.dtype)
         curvature = pq / pp
         largest = jnp.maximum(at.largest, jnp.sqrt(qq / pp))
@@ -194,15 +231,19 @@ class CG(Solver):
         flat = ~negative & ~(curvature > eps * largest)
         finite = jnp.isfinite(pq) & jnp.isfinite(qq)
         proceed = finite & ~negative & ~flat
-        # Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
-        escape = negative & (at.i == 0) & finite & cold
+        # 4. Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
+        escape = negative & (at.i == 0) & finite & from_zero
         alpha = jnp.where(proceed, at.rz / jnp.where(proceed, pq, jnp.ones_like(pq)), jnp.zeros_like(pq))
         alpha = jnp.where(escape, at.rz / jnp.where(escape, jnp.sqrt(pp * qq), jnp.ones_like(pq)), alpha)
+        # 5.
         x, r, rr = space.update(alpha, lam, at.x, at.p, at.r, q)
         r, rr = self._refresh_residual(system, b, lam, at.i + 1, x, r, rr)
+        # 6.
         z = r if system.precondition is None else system.precondition(r)
         rz = rr if system.precondition is None else space.dots(((r, z),))[0]
+        # 7.
         p = space.direction(rz / jnp.where(at.rz > 0, at.rz, jnp.ones_like(at.rz)), z, at.p)
+        # 8. What stands last here counts most.
         result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), self._running(system, rr, rz))
         history, stalled = self._record(space, at, b, x, r)
         result = jnp.where((result == _RUNNING) & stalled, code(Result.STOPPED_EARLY), result)

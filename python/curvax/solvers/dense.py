@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.kernels import Choice, Implementation, Request, select
+from curvax.kernels import Choice, Implementation, Op, Request, select
 from curvax.kernels.batched_cholesky_solve import BATCHED_CHOLESKY_SOLVE, batched_cholesky_solve
 from curvax.kernels.dense_linalg import Eigenpairs, eigh
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
@@ -47,6 +48,15 @@ class Cholesky(Solver):
     def products(self) -> int:
         return 0
 
+    @property
+    def takes_matrix(self) -> bool:
+        return True
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        size, dtype = tree.size(like), tree.scalar_dtype(like)
+        matrix, rhs = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
+        return ((BATCHED_CHOLESKY_SOLVE, Request.of(matrix, rhs)),)
+
     def init(self, like: PyTree) -> tuple[()]:
         return ()
 
@@ -76,13 +86,13 @@ def solve_dense(
       (x, result code, |b - (c + lam I) x| / |b|); x and the residual are NaN where c or b are not finite.
     """
     choice = select(BATCHED_CHOLESKY_SOLVE, implementation, Request.of(c, b))
-    found = batched_cholesky_solve(c, b.T, damping=lam, implementation=choice)
-    sound = jnp.all(found.result == int(Result.CONVERGED))
-    finite = jnp.all(found.result != int(Result.NON_FINITE))
+    solution = batched_cholesky_solve(c, b.T, damping=lam, implementation=choice)
+    converged = jnp.all(solution.result == int(Result.CONVERGED))
+    finite = jnp.all(solution.result != int(Result.NON_FINITE))
 
     def solved() -> _Solved:
-        x = found.value.T
-        return x, code(Result.CONVERGED), found.residual if b.ndim == 1 else _residual(c, b, x, lam)
+        x = solution.value.T
+        return x, code(Result.CONVERGED), solution.residual if b.ndim == 1 else _residual(c, b, x, lam)
 
     def by_eigenvalues() -> _Solved:
         a = c + lam.astype(c.dtype) * jnp.eye(c.shape[0], dtype=c.dtype)
@@ -93,7 +103,7 @@ def solve_dense(
     def not_finite() -> _Solved:
         return jnp.full_like(b, jnp.nan), code(Result.NON_FINITE), jnp.full((), jnp.nan, b.dtype)
 
-    branch = jnp.where(finite, jnp.where(sound, 0, 1), 2)
+    branch = jnp.where(finite, jnp.where(converged, 0, 1), 2)
     return jax.lax.switch(branch, [solved, by_eigenvalues, not_finite])
 
 
@@ -101,11 +111,13 @@ def _solve_by_eigenvalues(pairs: Eigenpairs, b: jax.Array) -> tuple[jax.Array, j
     values, vectors = pairs.values, pairs.vectors
     rounding = jnp.asarray(values.size * jnp.finfo(values.dtype).eps, values.dtype)
     floor = rounding * jnp.max(jnp.abs(values))
-    kept = jnp.abs(values) > floor
-    inverse = jnp.where(kept, 1 / jnp.where(kept, jnp.abs(values), jnp.ones_like(values)), jnp.zeros_like(values))
+    significant = jnp.abs(values) > floor
+    inverse = jnp.where(
+        significant, 1 / jnp.where(significant, jnp.abs(values), jnp.ones_like(values)), jnp.zeros_like(values)
+    )
     x = jnp.einsum("ij,j,kj,k...->i...", vectors, inverse, vectors, b, precision=jax.lax.Precision.HIGHEST)
     result = jnp.where(jnp.any(values < -floor), code(Result.INDEFINITE), code(Result.SINGULAR))
-    return x, jnp.where(jnp.all(kept & (values > 0)), code(Result.CONVERGED), result)
+    return x, jnp.where(jnp.all(significant & (values > 0)), code(Result.CONVERGED), result)
 
 
 def _residual(c: jax.Array, b: jax.Array, x: jax.Array, lam: jax.Array) -> jax.Array:

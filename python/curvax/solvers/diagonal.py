@@ -46,19 +46,23 @@ class Diagonal(Solver):
     def products(self) -> int:
         return 0
 
+    @property
+    def entrywise(self) -> Diagonal:
+        return self
+
     def init(self, like: PyTree) -> DiagonalState | tuple[()]:
         if is_known(self.beta1) and self.beta1 == 0:
             return ()
         return DiagonalState(tree.zeros_like(like), jnp.zeros((), jnp.int32))
 
     def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
-        """What a mean over `count` steps is multiplied by, since it started at 0."""
+        """1 / (1 - beta1^count): the factor from a mean over `count` steps that started at 0 to the weighted mean."""
         return 1 / (1 - jnp.asarray(self.beta1, dtype) ** count.astype(dtype))
 
     def solve(self, system: System, rhs: PyTree, state: DiagonalState | tuple[()], lam: jax.Array) -> Solution:
         if system.precondition is None:
             raise ValueError("the diagonal lane needs a preconditioner: give one with an estimator.")
-        mean, following = rhs, state
+        mean, next_state = rhs, state
         if isinstance(state, DiagonalState):
 
             def mix(m: jax.Array, g: jax.Array) -> jax.Array:
@@ -67,7 +71,7 @@ class Diagonal(Solver):
 
             raw = jax.tree.map(mix, state.mean, rhs)
             count = state.count + 1
-            following = DiagonalState(raw, count)
+            next_state = DiagonalState(raw, count)
             mean = tree.scale(self.correction(count, tree.scalar_dtype(rhs)), raw)
         value = system.precondition(mean)
-        return unsolved(tree.all_finite(value), tree.scalar_dtype(rhs), value, following)
+        return unsolved(tree.all_finite(value), tree.scalar_dtype(rhs), value, next_state)

@@ -1,16 +1,50 @@
-"""A solver whose system lives in row space, batch times outputs, instead of parameter space."""
+"""A solver whose system lives in row space (sample space, minSR, kernel form) instead of parameter space.
+
+Let J be the Jacobian of all outputs of the batch, Q = S S^T the Hessian of the loss in these outputs, C = J^T Q J, and
+g = J^T r the gradient. The unknowns are as many as outputs, R, where parameter space has n, the parameters:
+
+    parameter space (n)                     row space (R)
+
+    (J^T Q J + lam I) s = g                 (S^T J J^T S + lam I) z = t,  S t = r,  s = J^T S z     with a matrix
+                                            (Q K + lam I) u = r,  K = J J^T,        s = J^T u       with products
+
+The first form is for solvers of a matrix. The second is for conjugate gradients: in the inner product <a, b> = a^T K b
+its operator is symmetric, and J^T u has the norm of u, so that iterates and residuals are those of parameter space. It
+needs no square root of Q. A vector is a pair (u, K u), which makes an iteration cost one product with K:
+
+    1. r and its image                (r, K r)                               one product
+    2. a start from the last step     in span{r, r - Q J s'}                 one and a half
+    3. the iteration                  p -> (Q (K p), K (Q (K p)))            one each
+    4. back                           s = J^T u                              a half
+
+An example: J = (1, 2)^T, Q = I, lam = 1 and r = (1, 1) have C = 5 and g = 3, so s = 3 / 6. In row space I + K is
+[[2, 2], [2, 5]], u = (1/2, 0), and J^T u = 1/2.
+
+`curvax/execute/directions.py` runs both forms. SPRING and warm starts keep the last direction in parameter space, whose
+shape does not depend on the batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from curvax import tree
+from curvax.kernels import Op, Request, gram_accumulate
 from curvax.solvers.base import Lane, Solution, Solver, System
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
+from curvax.work import ITERATION_LAUNCHES, Cost, SolveCost, StepWork, SystemWork
+
+# The pair space keeps an image beside each vector, and its updates are not fused.
+_PAIR_PASSES, _PAIR_FLOPS, _PAIR_VECTORS = 25.0, 20.0, 16.0
+# The row lane's own residual is a product, J^T u of the answer half of one.
+_LANE_PRODUCTS = 1.5
+# CG in row space begins with the image of the right-hand side, one product, and tests a warm start with one and a half.
+_PAIR_PRODUCTS, _PAIR_WARM_PRODUCTS = 1.0, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +83,47 @@ class RowSpace(Solver):
     @property
     def products(self) -> int:
         return self.solver.products
+
+    @property
+    def needs_own_gradient(self) -> bool:
+        return self.solver.takes_any_space
+
+    def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
+        return None if self.solver.takes_any_space else rows()
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        if self.solver.takes_any_space:
+            return ()
+        size, dtype = rows(), tree.scalar_dtype(like)
+        matrix, vector = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
+        gram = tuple((op, Request.of(matrix)) for op in gram_accumulate.OPS)
+        return (*gram, *self.solver.kernels(vector, rows))
+
+    def solve_cost(self, work: StepWork) -> SolveCost:
+        inner = self.solver.system_cost(self._system(work))
+        beside = _LANE_PRODUCTS + (0.0 if self.solver.takes_matrix else _PAIR_PRODUCTS)
+        total = dataclasses.replace(inner.cost + work.product.times(beside), memory=inner.cost.memory)
+        return SolveCost(total, f"{work.rows} rows, {inner.reason}")
+
+    def _system(self, work: StepWork) -> SystemWork:
+        """The row system: its vectors are pairs, its matrix is the Gram matrix as the model's structure makes it."""
+        vector = work.itemsize * work.rows
+
+        def gram() -> Cost:
+            return dataclasses.replace(work.gram, memory=work.residuals + min(work.gram.memory, self.max_bytes))
+
+        return SystemWork(
+            unknowns=work.rows,
+            rank=work.rank,
+            itemsize=work.itemsize,
+            parameters=work.parameters,
+            leaves=1,
+            product=work.product,
+            vectors=Cost(_PAIR_FLOPS * work.rows, _PAIR_PASSES * vector, launches=ITERATION_LAUNCHES),
+            start=work.product.times(_PAIR_WARM_PRODUCTS),
+            matrix=gram,
+            memory=work.around_product + _PAIR_VECTORS * vector,
+        )
 
     @property
     def keeps_direction(self) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 class Cadence:
     """The steps at which a part runs: step t (from 0) is due if any period divides it.
 
-    Periods stay apart: 3 and 5 together are due at 0, 3, 5, 6, 9, 10, ...
+    Periods keep their own steps: 3 and 5 together are due at 0, 3, 5, 6, 9, 10, ...
 
     Attributes:
       periods: at least 1 each; no period for never.
@@ -26,8 +26,9 @@ class Cadence:
         if any(period < 1 for period in self.periods):
             raise ValueError(f"a cadence is every 1 or more steps, not {min(self.periods)}.")
         distinct = sorted(set(self.periods))
-        kept = tuple(p for p in distinct if not any(p % q == 0 for q in distinct if q < p))
-        object.__setattr__(self, "periods", kept)
+        # A multiple of another period adds no step.
+        least = tuple(p for p in distinct if not any(p % q == 0 for q in distinct if q < p))
+        object.__setattr__(self, "periods", least)
 
     @property
     def never(self) -> bool:
@@ -65,8 +66,11 @@ class Cadence:
         return "every " + " and every ".join(str(p) for p in self.periods) + " steps"
 
 
+EVERY_STEP = Cadence((1,))
+
+
 class Part(enum.Enum):
-    """A piece of work of a step."""
+    """A piece of work of a step, in the order in which a step runs them and a plan prints them."""
 
     LINEARIZE = "linearize"
     GRADIENT = "gradient"
@@ -81,7 +85,7 @@ class Part(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """A part, when, and for whom."""
+    """A part of a step, when it is due, and the name of the module that asks for it."""
 
     part: Part
     cadence: Cadence
