@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ class Metric(enum.StrEnum):
     UPDATE_NORM = "update_norm"
     LEARNING_RATE = "learning_rate"
     REFRESHES_REJECTED = "refreshes_rejected"
+    STEP_SIZE = "step_size"
+    SEARCH_LOSS = "search_loss"
+    SEARCH_LOSS_AFTER = "search_loss_after"
 
     @property
     def meaning(self) -> str:
@@ -74,7 +78,7 @@ _INTEGERS = (
 )
 _MEANING = {
     Metric.STEP: "number of steps before this one",
-    Metric.LOSS: "loss before the step, on the step's batch",
+    Metric.LOSS: "loss before the step, on the step's batch; of an inner loop the mean over its minibatches",
     Metric.LAM: "damping used",
     Metric.ACCEPTED: "the step was taken",
     Metric.FINITE: "the step is made of finite numbers",
@@ -89,10 +93,15 @@ _MEANING = {
     Metric.RHO: "actual over predicted decrease",
     Metric.GRADIENT_NORM: "Euclidean norm of the gradient",
     Metric.DIRECTION_NORM: "Euclidean norm of the solution of the linear system",
-    Metric.UPDATE_NORM: "Euclidean norm of the proposed update",
+    Metric.UPDATE_NORM: "Euclidean norm of the proposed update; of an inner loop that of the update taken, 0 for none",
     Metric.LEARNING_RATE: "learning rate of this step",
     Metric.REFRESHES_REJECTED: "refreshes of the preconditioner that were not finite so far, this step's included",
+    Metric.STEP_SIZE: "step size that the line search took, 0 for none; of an inner loop",
+    Metric.SEARCH_LOSS: "loss before the step on the line search's data",
+    Metric.SEARCH_LOSS_AFTER: "loss after the step on the line search's data",
 }
+SOLVE_METRICS = frozenset(Metric) - {Metric.STEP_SIZE, Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER}
+"""What a method that solves one linear system a step can report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +143,12 @@ class Telemetry:
         known = {record.metric for record in self.records}
         return Telemetry((*self.records, *(MetricRecord(m) for m in metrics if m not in known)))
 
+    def check(self, offered: Collection[Metric], owner: str) -> None:
+        """Raises ValueError for a record of a metric that `owner`, which reports those `offered`, does not have."""
+        for record in self.records:
+            if record.metric not in offered:
+                raise ValueError(f"{owner} has no {record.metric.value} to record: drop its MetricRecord.")
+
     def evaluate_periods(self) -> tuple[int, ...]:
         """Periods at which the loss after the step is needed."""
         return tuple(r.every for r in self.records if r.metric.evaluates)
@@ -142,8 +157,8 @@ class Telemetry:
         """Periods at which the predicted decrease is needed."""
         return tuple(r.every for r in self.records if r.metric.predicts)
 
-    def collect(self, step: jax.Array, values: dict[Metric, jax.Array]) -> dict[str, jax.Array]:
-        """The info of one step from the values at hand."""
+    def collect(self, step: jax.Array, values: Mapping[Metric, jax.Array]) -> dict[str, jax.Array]:
+        """The info of one step from the values of its metrics."""
         info = {}
         for record in self.records:
             missing = record.metric.missing()
