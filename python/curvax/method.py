@@ -65,12 +65,15 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
       needs_batch: whether `init` needs a batch, or its shapes.
       takes_curvature_batch: whether the curvature may have a batch of its own.
       takes_gradient: whether the step can use a gradient from outside in place of its own.
+      narrows_updates: whether the Optax face gives updates in the dtypes of the parameters, as Optax does; the
+        alternative is upcast differences from which `optax.apply_updates` arrives at the method's own parameters.
     """
 
     plan: PlanT
     state_type: ClassVar[type[AbstractState]]
     takes_curvature_batch: ClassVar[bool] = True
     takes_gradient: ClassVar[bool] = True
+    narrows_updates: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod

@@ -10,7 +10,13 @@ from curvax.damping import Damping
 from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.names import policy_name
-from curvax.methods.options import DampingOptions, ModelOptions, SolveRecordOptions, TransformOptions
+from curvax.methods.options import (
+    AssemblyOptions,
+    DampingOptions,
+    ModelOptions,
+    SolveRecordOptions,
+    TransformOptions,
+)
 from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
@@ -20,7 +26,7 @@ _TRUST_REGION = {"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions):
+class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions, AssemblyOptions):
     """Keywords that `kfac` and `ekfac` share.
 
     Attributes:
