@@ -160,7 +160,7 @@ def _plan(options: argparse.Namespace) -> int:
     params, batch = _network(options.widths, options.classes, options.batch, loss)
     try:
         with warnings.catch_warnings():
-            # A fallback from the backend stands in the plan, with its reason.
+            # A fallback from the backend is in the plan, with its reason.
             warnings.simplefilter("ignore", UserWarning)
             plan = methods.make(options.name, **own, **given).plan_for(params, batch)
     except (TypeError, ValueError) as error:

@@ -3,13 +3,7 @@
 A function with many keywords takes one object of typed options instead, and `spread` gives callers the keywords back:
 
     @dataclasses.dataclass(frozen=True)
-    class AreaOptions:
-        '''Keywords of `area`.
-
-        Attributes:
-          width, height: in meters.
-        '''
-
+    class AreaOptions:  # its docstring says under `Attributes:` what each keyword means
         width: float
         _: dataclasses.KW_ONLY
         height: float = 1.0

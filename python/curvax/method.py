@@ -1,7 +1,7 @@
 """Methods: one protocol for all of them, and the method that solves one linear system a step.
 
-`AbstractMethod` is what every method does: `init`, `step`, `plan_for`, `explain`, and what the Optax face calls. It splits
-the parameters, checks state, key and model state, and leaves the step itself to a strategy, of which there are two:
+`AbstractMethod` is what every method does: `init`, `step`, `plan_for`, `explain`, and what the Optax face calls. It
+splits the parameters, checks state, key and model state, and leaves the step itself to a strategy. There are two:
 
     Method                     one linear system a step: linearize, refresh, solve, transform, accept
     layerwise.InnerLoopMethod  an inner optimization on the linearized model, then a line search
@@ -176,7 +176,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
 
         Returns:
           (params, state, info). A step that would leave non-finite parameters, or that the damping or the line search
-          rejects, returns the parameters as they were. Info holds metrics of `curvax.telemetry`, and "aux" if the model
+          rejects, returns the parameters as they were. Info has metrics of `curvax.telemetry`, and "aux" if the model
           returns one.
 
         Raises:

@@ -1,6 +1,6 @@
 """The metric schema: which scalars a step reports, and when.
 
-Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due holds NaN (floats),
+Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due is NaN (floats),
 -1 (integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for
 the device.
 """

@@ -1,12 +1,14 @@
 """What the parts of a step pass to one another: the context, the point, the attempt, the proposal.
 
-StepContext   settled before the step: modules, plan, parameters, batches, state
-    |  linearize, refresh
-Point         known at the parameters: loss, gradient, products, lam, preconditioner
-    |  solve, transform, evaluate; or all of it in one pass
-Attempt       what the step comes to if it is taken, and whether it is
-    |
-Proposal      parameters, update, next state and info
+    StepContext   settled before the step: modules, plan, parameters, batches, state
+        |  linearize, refresh
+    Point         known at the parameters: loss, gradient, products, lam, preconditioner
+        |  solve, transform, evaluate; or all of it in one pass
+    Attempt       what the step comes to, and whether it is taken
+        |  bookkeeping
+    Proposal      parameters, update, next state and info
+
+Proposals and their `StepInputs` are those of every method; the others belong to the step of one linear system.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ One step from theta0, with delta = theta - theta0 and inner_steps = 3 (the paper
     batch  | minibatch 0 | minibatch 1 | minibatch 2 | search batch |
     start       delta = offset of the last step (warm start), or 0
     accumulate  delta <- inner update of delta at minibatch 0, then 1, then 2
-    finish      step size a = argmin over {0, 1, ratio, ratio^2, ...} of the loss at theta0 + a delta on the search batch
+    finish      step size a = argmin over {0, 1, ratio, ratio^2, ...} of the search batch's loss at theta0 + a delta
                 theta1 = theta0 + a delta, or theta0 if a = 0 or a number is not finite
                 offset = theta0 + delta - theta1, where the next inner loop starts
 """

@@ -91,7 +91,7 @@ class EKFACOptions(KroneckerOptions):
 def kfac(options: KFACOptions) -> Method:
     """K-FAC (Martens and Grosse 2015) with a trust region and momentum.
 
-    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    The state has factors per layer, which `init` knows from the shapes of a batch: `init(params, batch=batch)`.
     """
     return _build(
         options,
@@ -111,7 +111,7 @@ def kfac(options: KFACOptions) -> Method:
 def ekfac(options: EKFACOptions) -> Method:
     """EKFAC (George et al. 2018) with a trust region and momentum.
 
-    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    The state has factors per layer, which `init` knows from the shapes of a batch: `init(params, batch=batch)`.
     """
     return _build(
         options,
