@@ -209,21 +209,23 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
             raise ValueError("this method takes gradient and curvature of the same examples: drop curvature_batch.")
         if gradient is not None and not self.takes_gradient:
             raise ValueError("this method takes its gradients itself: drop gradient.")
-        self.check_state(state, trainable)
-        if rng is not None:
-            check_key("rng", rng)
-        return self._propose(StepInputs(trainable, frozen, batch, state, rng, curvature_batch, gradient))
+        inputs = StepInputs(trainable, frozen, batch, state, rng, curvature_batch, gradient)
+        return self._propose(self._checked(inputs))
 
     @final
-    def check_state(self, state: Any, trainable: PyTree) -> None:
-        """Raises TypeError or ValueError for what is no state of this method and these trainable parameters."""
+    def _checked(self, inputs: StepInputs[StateT]) -> StepInputs[StateT]:
+        """Raises TypeError or ValueError for a state of another method or other parameters, and for what is no key."""
+        state: Any = inputs.state
         if not isinstance(state, self.state_type):
             raise TypeError(
                 f"step takes (params, batch, state, rng), and the state is a {type(state).__name__}: pass what init or "
                 "the last step returned."
             )
-        state.check(trainable)
-        self._check_parts(state, trainable)  # type: ignore[arg-type]
+        state.check(inputs.trainable)
+        self._check_parts(state, inputs.trainable)
+        if inputs.rng is not None:
+            check_key("rng", inputs.rng)
+        return inputs
 
     @final
     def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> PlanT:

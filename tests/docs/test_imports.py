@@ -14,7 +14,8 @@ LAYERS = """
 __main__
 cli
 optax
-transforms layerwise
+layerwise
+transforms
 methods
 method
 execute
@@ -32,12 +33,12 @@ kernels
 ffi
 loops live
 jaxprs
-deprecation keys numbers pipes result spelling telemetry tree versions
+deprecation keys keywords numbers pipes result spelling state_version telemetry tree versions
 """
 RANK = {name: rank for rank, line in enumerate(reversed(LAYERS.split("\n"))) for name in line.split()}
 
 # Names that the lowest layers take from a neighbor of their own line.
-NEIGHBORS = {("telemetry", "spelling")}
+NEIGHBORS = {("telemetry", "spelling"), ("keywords", "spelling")}
 
 
 def _packages() -> Iterator[tuple[str, pathlib.Path]]:

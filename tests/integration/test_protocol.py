@@ -75,7 +75,7 @@ def test_the_same_sentences(name: str, options: dict[str, Any]) -> None:
         method = curvax.make(name, **options)
         for call, error, sentence in (
             (lambda: curvax.make(name, **options, lerning_rate=1), TypeError, f"{name} has no keyword 'lerning_rate'"),
-            (lambda: curvax.make(name, predict_fn=MODEL.predict), TypeError, f"{name} needs loss"),
+            (lambda: curvax.make(name), TypeError, f"{name} needs predict_fn"),
             (lambda: getattr(curvax, name)(MODEL.predict), TypeError, f"{name} takes keywords only"),
             (lambda: method.step(params, batch, ()), TypeError, "pass what init or the last step returned"),
             (lambda: method.step(params, batch, method.init(params, batch=batch), 3), TypeError, "random key"),

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.curvature import Evaluation, GaussNewton
 from curvax.execute import Layout, Proposal, StepInputs
-from curvax.kernels._dispatch import Backend, Choice, resolve
-from curvax.keys import check_key
+from curvax.kernels._dispatch import Backend, Choice, check_backend, resolve
 from curvax.layerwise.inner import InnerSolver
 from curvax.layerwise.plan import InnerLoopPlan, plan_for_shapes, plan_without_shapes
 from curvax.layerwise.quadratic import InnerProblem
@@ -85,6 +84,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
     plan: InnerLoopPlan = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        check_backend(self.backend)
         self.telemetry.check((*_STEP_METRICS, *self._optional_metrics), "this inner loop")
         plan = plan_without_shapes(self.problem, self.inner, self.inner_steps, self.search, self.warm_start)
         object.__setattr__(self, "plan", plan)
@@ -142,10 +142,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
     def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
         """Begins a step in the streaming form; arguments as for `step`."""
         trainable, frozen = self.partition.split(params)
-        self.check_state(state, trainable)
-        if rng is not None:
-            check_key("rng", rng)
-        return self._begin(StepInputs(trainable, frozen, None, state, rng))
+        return self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng)))
 
     def accumulate(self, carry: Carry, minibatch: Any) -> Carry:
         """One minibatch of the streaming form: one linearization, one inner update. Jit it, donate `carry`.
