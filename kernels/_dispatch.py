@@ -177,7 +177,7 @@ def check_backend(backend: str) -> None:
     """Raises ValueError for what is no `Backend`."""
     known = get_args(Backend)
     if backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)}, not {backend!r}.")
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
 
 
 def resolve(op: Op, backend: Backend, request: Request) -> Choice:
