@@ -72,10 +72,16 @@ class FullGNOptions(LossRecordOptions, ModelOptions):
                 f"shares={shares} takes curvature on parts of the examples, and {self.loss} couples them: set "
                 "shares=1, or use a loss without coupling."
             )
-        inner = self.inner_solver
-        problem = InnerProblem(curvature, partition, self.prox_linear, shares, self.microbatch_size, self.softmax_head)
         return InnerLoopMethod(
-            problem, inner, self.inner_steps, self.line_search, self.warm_start, self.backend, self.telemetry
+            problem=InnerProblem(
+                curvature, partition, self.prox_linear, shares, self.microbatch_size, self.softmax_head
+            ),
+            inner=self.inner_solver,
+            inner_steps=self.inner_steps,
+            search=self.line_search,
+            warm_start=self.warm_start,
+            backend=self.backend,
+            telemetry=self.telemetry,
         )
 
     def _check(self) -> None:
