@@ -158,7 +158,16 @@ class LayerwiseGNOptions(FullGNOptions):
     shares: int = 1
 
 
-@preset("Full Gauss-Newton by an inner optimizer and a line search, for large batches.", FullGNOptions)
+_INSTEAD = {
+    "learning_rate": "the rate is the inner optimizer's: write inner=optax.adamw(1e-3), say.",
+    "tx": "write inner= for the optimizer inside; the line search is what comes behind it.",
+    "lam0": "damping is that of inner=ConjugateGradients(lam=...); an inner optimizer has none.",
+}
+
+
+@preset(
+    "Full Gauss-Newton by an inner optimizer and a line search, for large batches.", FullGNOptions, instead=_INSTEAD
+)
 def full_gn(options: FullGNOptions) -> InnerLoopMethod:
     """Full Gauss-Newton by an inner optimizer (Abreu et al. 2025, arXiv 2510.09378).
 
@@ -169,7 +178,7 @@ def full_gn(options: FullGNOptions) -> InnerLoopMethod:
     return options.build()
 
 
-@preset("Layerwise Gauss-Newton: `full_gn` without curvature between blocks.", LayerwiseGNOptions)
+@preset("Layerwise Gauss-Newton: `full_gn` without curvature between blocks.", LayerwiseGNOptions, instead=_INSTEAD)
 def layerwise_gn(options: LayerwiseGNOptions) -> InnerLoopMethod:
     """Layerwise Gauss-Newton by an inner optimizer (Abreu et al. 2025): `full_gn` without curvature between blocks.
 

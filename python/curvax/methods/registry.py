@@ -57,14 +57,21 @@ _ELSEWHERE = {
 
 
 def preset(
-    description: str, options: Callable[P, OptionsT]
+    description: str, options: Callable[P, OptionsT], *, instead: Mapping[str, str] = _ELSEWHERE
 ) -> Callable[[Callable[[OptionsT], MethodT]], Callable[P, MethodT]]:
-    """Registers `build(options)` as a preset whose keywords are the fields of the dataclass `options`."""
+    """Registers `build(options)` as a preset whose keywords are the fields of the dataclass `options`.
+
+    Args:
+      description: one line.
+      options: a dataclass, whose docstring says under `Attributes:` what each keyword means.
+      instead: keywords that other presets have -> what to write with this one.
+    """
 
     def register(build: Callable[[OptionsT], MethodT]) -> Callable[P, MethodT]:
         name, doc = build.__name__, inspect.getdoc(build) or description
-        method = spread(options, spellings=SPELLINGS, instead=_ELSEWHERE)(build)
-        _PRESETS[name] = (method, MethodInfo(name, description, inspect.signature(options), doc, keyword_docs(options)))
+        method = spread(options, spellings=SPELLINGS, instead=instead)(build)
+        info = MethodInfo(name, description, inspect.signature(method), doc, keyword_docs(options))
+        _PRESETS[name] = (method, info)
         return method
 
     return register
