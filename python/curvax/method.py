@@ -215,14 +215,13 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
     @final
     def _checked(self, inputs: StepInputs[StateT]) -> StepInputs[StateT]:
         """Raises TypeError or ValueError for a state of another method or other parameters, and for what is no key."""
-        state: Any = inputs.state
-        if not isinstance(state, self.state_type):
+        if not isinstance(inputs.state, self.state_type):
             raise TypeError(
-                f"step takes (params, batch, state, rng), and the state is a {type(state).__name__}: pass what init or "
-                "the last step returned."
+                f"step takes (params, batch, state, rng), and the state is a {type(inputs.state).__name__}: pass what "
+                "init or the last step returned."
             )
-        state.check(inputs.trainable)
-        self._check_parts(state, inputs.trainable)
+        inputs.state.check(inputs.trainable)
+        self._check_parts(inputs.state, inputs.trainable)
         if inputs.rng is not None:
             check_key("rng", inputs.rng)
         return inputs

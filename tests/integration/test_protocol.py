@@ -94,7 +94,7 @@ def test_inner_loops_are_presets() -> None:
     with pytest.raises(ValueError, match="Did you mean 'layerwise_gn'"):
         curvax.make("layer_wise_gn", **INNER)
     with pytest.raises(TypeError, match="Did you mean 'inner_steps'"):
-        curvax.full_gn(**INNER, inner_step=3)
+        curvax.make("full_gn", **INNER, inner_step=3)
     with pytest.raises(TypeError, match="'learning_rate': the rate is the inner optimizer's"):
         curvax.make("full_gn", **INNER, learning_rate=0.1)
     with pytest.raises(TypeError, match="full_gn needs inner, inner_steps"):

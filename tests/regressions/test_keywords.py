@@ -48,7 +48,8 @@ def area(options: Own) -> float:
 
 def test_calls() -> None:
     assert area(3.0) == 6.0
-    assert area(3.0, 4.0) == area(height=4.0, width=3.0) == area(3.0, hight=4.0) == 12.0
+    any_keywords: Any = area
+    assert area(3.0, 4.0) == area(height=4.0, width=3.0) == any_keywords(3.0, hight=4.0) == 12.0
     assert area(3.0, scale=2.0) == 12.0
     assert str(inspect.signature(area)) == (
         "(width: 'float', height: 'float' = 2.0, *, scale: 'float' = 1.0, depth: 'int' = 0) -> 'float'"
