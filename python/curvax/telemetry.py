@@ -138,16 +138,16 @@ class Telemetry:
             raise ValueError("a metric is recorded twice: give each one once.")
         object.__setattr__(self, "records", chosen)
 
-    def beside(self, *metrics: Metric) -> Telemetry:
-        """With those metrics in every step that no record is about yet."""
-        known = {record.metric for record in self.records}
-        return Telemetry((*self.records, *(MetricRecord(m) for m in metrics if m not in known)))
-
     def check(self, offered: Collection[Metric], owner: str) -> None:
         """Raises ValueError for a record of a metric that `owner`, which reports those `offered`, does not have."""
         for record in self.records:
             if record.metric not in offered:
                 raise ValueError(f"{owner} has no {record.metric.value} to record: drop its MetricRecord.")
+
+    def beside(self, *metrics: Metric) -> Telemetry:
+        """With those metrics in every step that no record is about yet."""
+        known = {record.metric for record in self.records}
+        return Telemetry((*self.records, *(MetricRecord(m) for m in metrics if m not in known)))
 
     def evaluate_periods(self) -> tuple[int, ...]:
         """Periods at which the loss after the step is needed."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import get_args
 
 import optax
 
 from curvax.chain import RatedUpdate
 from curvax.curvature import Curvature, TrainablePartition
 from curvax.damping import Damping
-from curvax.kernels._dispatch import Backend, check_backend
+from curvax.kernels._dispatch import Backend
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
 from curvax.solvers import Solver
 from curvax.telemetry import Metric, Telemetry
@@ -37,7 +38,9 @@ class Assembly:
     mode: PlanMode = PlanMode.SHARED
 
     def __post_init__(self) -> None:
-        check_backend(self.backend)
+        known = get_args(Backend)
+        if self.backend not in known:
+            raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
         rated = isinstance(self.transform, RatedUpdate)
         if not rated and any(record.metric is Metric.LEARNING_RATE for record in self.telemetry.records):
             raise ValueError(
