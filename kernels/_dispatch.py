@@ -173,6 +173,13 @@ def strict_backend() -> Iterator[None]:
         _strict.reset(token)
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError for what is no `Backend`."""
+    known = get_args(Backend)
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+
+
 def resolve(op: Op, backend: Backend, request: Request) -> Choice:
     """The implementation of `op` under a method's `backend`, which is a preference.
 
@@ -188,8 +195,7 @@ def resolve(op: Op, backend: Backend, request: Request) -> Choice:
       Unsupported: under `strict_backend`, if the op lacks the backend or the backend cannot run the request.
       ValueError: `backend` is no backend.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    check_backend(backend)
     if backend == "auto":
         return _best(op, request)
     objection = _objection(op, backend, request)

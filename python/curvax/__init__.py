@@ -19,6 +19,9 @@ from curvax.kernels import Unsupported as Unsupported
 from curvax.kernels import clear_report as clear_report
 from curvax.kernels import report as report
 from curvax.kernels import strict_backend as strict_backend
+from curvax.layerwise import full_gn as full_gn
+from curvax.layerwise import layerwise_gn as layerwise_gn
+from curvax.method import AbstractMethod as AbstractMethod
 from curvax.method import Method as Method
 from curvax.methods import MethodInfo as MethodInfo
 from curvax.methods import adahessian as adahessian

@@ -19,7 +19,6 @@ import platform
 import re
 import subprocess
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import curvax
 from curvax import ffi, kernels, methods, versions
@@ -49,7 +49,7 @@ from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.pipes import until_closed
 from curvax.tree import PyTree
 
-_MODEL_KEYWORDS = ("predict_fn", "loss", "loss_fn", "x_key", "y_key", "weight_key", "backend")
+_MODEL_KEYWORDS = ("predict_fn", "loss", "loss_fn", "x_key", "y_key", "weight_key", "backend", "inner")
 
 
 class UsageError(Exception):
@@ -125,12 +125,11 @@ def _methods(options: argparse.Namespace) -> int:
         return 0
     info = _describe(options.name)
     print(f"{info.name}: {info.description}\n\n{info.doc}\n\nkeywords")
-    documented = _keyword_docs(options.name)
     parameters = sorted(info.signature.parameters.values(), key=lambda p: p.default is not inspect.Parameter.empty)
     keywords = [_keyword(p) for p in parameters]
     width = min(max(map(len, keywords)), 36)
     for parameter, keyword in zip(parameters, keywords, strict=True):
-        print(f"  {keyword:<{width}}  {documented.get(parameter.name, '')}".rstrip())
+        print(f"  {keyword:<{width}}  {info.keywords.get(parameter.name, '')}".rstrip())
     return 0
 
 
@@ -147,25 +146,6 @@ def _keyword(parameter: inspect.Parameter) -> str:
     return f"{parameter.name}={parameter.default!r}"
 
 
-def _keyword_docs(name: str) -> dict[str, str]:
-    """Text per keyword, from the `Attributes:` of the preset's options and the groups that they inherit."""
-    build = inspect.unwrap(getattr(methods, name))
-    options = typing.get_type_hints(build)["options"]
-    found: dict[str, str] = {}
-    for group in options.__mro__:
-        for names, text in _attributes(inspect.cleandoc(group.__dict__.get("__doc__") or "")):
-            for keyword in names.split(", "):
-                found.setdefault(keyword, text)
-    return found
-
-
-def _attributes(doc: str) -> list[tuple[str, str]]:
-    """(names, text) of each entry in a docstring's `Attributes:`; continued lines are joined."""
-    section = doc.partition("Attributes:\n")[2]
-    joined = re.sub(r"\n {4,}", " ", section)
-    return re.findall(r"^  ([\w, ]+): (.*)$", joined, re.MULTILINE)
-
-
 def _plan(options: argparse.Namespace) -> int:
     """`curvax plan NAME`."""
     info = _describe(options.name)
@@ -175,11 +155,12 @@ def _plan(options: argparse.Namespace) -> int:
             raise UsageError(f"{word} belongs to the built-in network or has a flag of its own: leave it out.")
     loss = _loss(info)
     own: dict[str, Any] = {"predict_fn": _predict, "loss": loss, "backend": options.backend}
-    own = {word: value for word, value in own.items() if word in info.signature.parameters}
+    own |= {"inner": optax.adamw(1e-3), "inner_steps": 3}
+    own = {word: value for word, value in own.items() if word in info.signature.parameters and word not in given}
     params, batch = _network(options.widths, options.classes, options.batch, loss)
     try:
         with warnings.catch_warnings():
-            # A fallback from the backend stands in the plan, with its reason.
+            # A fallback from the backend is in the plan, with its reason.
             warnings.simplefilter("ignore", UserWarning)
             plan = methods.make(options.name, **own, **given).plan_for(params, batch)
     except (TypeError, ValueError) as error:
@@ -193,16 +174,16 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _keywords(pairs: Sequence[str]) -> dict[str, Any]:
     """Python literals from KEY=VALUE; what is no literal is a string."""
-    found = {}
+    keywords = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key.isidentifier():
             raise UsageError(f"--option takes KEY=VALUE, such as lam0=0.1, not {pair!r}.")
         try:
-            found[key] = ast.literal_eval(text)
+            keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            found[key] = text
-    return found
+            keywords[key] = text
+    return keywords
 
 
 def _loss(info: methods.MethodInfo) -> Loss:

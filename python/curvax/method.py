@@ -1,50 +1,127 @@
-"""A method: modules, planned and executed as one pure step."""
+"""Methods: one protocol for all of them, and the method that solves one linear system a step.
+
+`AbstractMethod` is what every method does: `init`, `step`, `plan_for`, `explain`, and what the Optax face calls. It
+splits the parameters, checks state, key and model state, and leaves the step itself to a strategy. There are two:
+
+    Method                     one linear system a step: linearize, refresh, solve, transform, accept
+    layerwise.InnerLoopMethod  an inner optimization on the linearized model, then a line search
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation
-from curvax.execute import LastStep, Layout, MethodState, Problem, Proposal, check_part, propose, upcast_shapes
+from curvax.curvature import Curvature, Evaluation, TrainablePartition
+from curvax.execute import (
+    AbstractState,
+    LastStep,
+    Layout,
+    MethodState,
+    Problem,
+    Proposal,
+    StepContext,
+    StepInputs,
+    check_part,
+    propose,
+    upcast_shapes,
+)
 from curvax.keys import check_key
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.preconditioners import BlockPreconditioner
+from curvax.telemetry import SOLVE_METRICS
 from curvax.tree import PyTree
 
+StateT = TypeVar("StateT", bound=AbstractState)
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Method:
-    """A second-order method assembled from modules.
+
+class ExplainsItself(Protocol):
+    """A plan: whatever can say as text what a step does."""
+
+    def explain(self) -> str: ...
+
+
+PlanT = TypeVar("PlanT", bound=ExplainsItself)
+
+
+class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
+    """What every second-order method does.
 
         state = method.init(params)
         params, state, info = jax.jit(method.step)(params, batch, state, rng)
 
+    A strategy is a final subclass that implements the abstract members; it gets trainable parameters alone, a checked
+    state and a checked key.
+
     Attributes:
-      assembly: the modules.
       plan: the static plan. Costs and automatic choices need shapes: see `plan_for`.
+      state_type: class of the method's state.
+      needs_batch: whether `init` needs a batch, or its shapes.
+      takes_curvature_batch: whether the curvature may have a batch of its own.
+      takes_gradient: whether the step can use a gradient from outside in place of its own.
+      narrows_updates: whether the Optax face gives updates in the dtypes of the parameters, as Optax does; the
+        alternative is upcast differences from which `optax.apply_updates` arrives at the method's own parameters.
     """
 
-    assembly: Assembly
-    plan: Plan = dataclasses.field(init=False)
+    plan: PlanT
+    state_type: ClassVar[type[AbstractState]]
+    takes_curvature_batch: ClassVar[bool] = True
+    takes_gradient: ClassVar[bool] = True
+    narrows_updates: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plan", plan_method(self.assembly))
-
-    def __repr__(self) -> str:
-        return f"<curvax.Method, {self.plan.explain().splitlines()[0]}>"
+    @property
+    @abc.abstractmethod
+    def curvature(self) -> Curvature:
+        """The curvature operator, which knows model, loss and trainable parameters."""
 
     @property
     def needs_batch(self) -> bool:
-        """Whether `init` needs a batch, or its shapes."""
-        return isinstance(self.assembly.preconditioner, BlockPreconditioner)
+        return False
 
-    def init(self, params: PyTree, *, batch: Any | None = None, model_state: PyTree = None) -> MethodState:
+    @property
+    def partition(self) -> TrainablePartition:
+        """Which parameters train."""
+        return self.curvature.partition
+
+    @abc.abstractmethod
+    def _first_state(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> StateT:
+        """The state before the first step of these parameters; `batch` as for `init`."""
+
+    @abc.abstractmethod
+    def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> StateT:
+        """The state of a tree without leaves: what is like the parameters in it is `params`.
+
+        `optax.tree.map_params` asks for one to tell which parts of a state are parameters. A state that follows the
+        blocks of a model is one scalar here, so that all of it counts as one part that is no parameters.
+        """
+
+    @abc.abstractmethod
+    def _check_parts(self, state: StateT, trainable: PyTree) -> None:
+        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged."""
+
+    @abc.abstractmethod
+    def _propose(self, inputs: StepInputs[StateT]) -> Proposal[StateT]:
+        """One step, from checked arguments."""
+
+    @abc.abstractmethod
+    def _plan_for(self, trainable: PyTree, evaluation: Evaluation) -> PlanT:
+        """The plan for these shapes."""
+
+    def __repr__(self) -> str:
+        return f"<curvax.{type(self).__name__}, {self.plan.explain().splitlines()[0]}>"
+
+    def explain(self) -> str:
+        """The plan without shapes as text; `plan_for(params, batch).explain()` adds sizes and costs."""
+        return self.plan.explain()
+
+    @final
+    def init(self, params: PyTree, *, batch: Any | None = None, model_state: PyTree = None) -> StateT:
         """The state before the first step.
 
         Args:
@@ -56,33 +133,156 @@ class Method:
 
         Raises:
           TypeError: a leaf of the parameters is not a real array.
-          ValueError: nothing trains, or `batch` or `model_state` is missing.
+          ValueError: nothing trains, or `batch` or `model_state` is missing, or the parameters do not fit the method.
         """
-        trainable, frozen = self.assembly.partition.split(params)
+        trainable, frozen = self.partition.split(params)
         return self.init_split(trainable, frozen, batch=batch, model_state=model_state)
 
+    @final
     def init_split(
         self, trainable: PyTree, frozen: PyTree, *, batch: Any | None = None, model_state: PyTree = None
-    ) -> MethodState:
+    ) -> StateT:
         """`init` of parameters as split by the method's partition, as for `propose`."""
         if not jax.tree.leaves(trainable):
             raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
-        if self.assembly.curvature.has_state != (model_state is not None):
+        if self.curvature.has_state != (model_state is not None):
             raise ValueError(
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
-        preconditioner = self._preconditioner(trainable, frozen, batch, model_state)
-        return self._state(trainable, preconditioner, model_state)
+        return self._first_state(trainable, frozen, batch, model_state)
+
+    @final
+    def step(
+        self,
+        params: PyTree,
+        batch: Any,
+        state: StateT,
+        rng: jax.Array | None = None,
+        *,
+        curvature_batch: Any | None = None,
+    ) -> tuple[PyTree, StateT, dict[str, Any]]:
+        """One step. Pure: jit it, scan it, donate `params` and `state`.
+
+        Args:
+          params: parameters, laid out as for `init`.
+          batch: mapping with the model's inputs and targets (for `loss_fn` methods whatever that takes). An inner loop
+            cuts its examples into equal parts, one for each minibatch.
+          state: from `init` or the last step.
+          rng: random key, raw or typed; the step number is folded in, so the same key may be passed every time. `None`
+            is enough for methods that draw nothing.
+          curvature_batch: a batch for the curvature, where it is to differ from that of loss and gradient; inner loops
+            take none.
+
+        Returns:
+          (params, state, info). A step that would leave non-finite parameters, or that the damping or the line search
+          rejects, returns the parameters as they were. Info has metrics of `curvax.telemetry`, and "aux" if the model
+          returns one.
+
+        Raises:
+          ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
+        """
+        trainable, frozen = self.partition.split(params)
+        proposal = self.propose(trainable, frozen, batch, state, rng, curvature_batch=curvature_batch)
+        return self.partition.merge(proposal.params, frozen), proposal.state, proposal.info
+
+    @final
+    def propose(
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: Any,
+        state: StateT,
+        rng: jax.Array | None = None,
+        *,
+        curvature_batch: Any | None = None,
+        gradient: PyTree | None = None,
+    ) -> Proposal[StateT]:
+        """The step on trainable parameters alone, optionally with a gradient from outside.
+
+        Args:
+          trainable, frozen: the parameters as split by the method's partition.
+          batch, state, rng, curvature_batch: as in `step`.
+          gradient: used in place of the batch's own gradient (accumulated over many batches, say).
+        """
+        if curvature_batch is not None and not self.takes_curvature_batch:
+            raise ValueError("this method takes gradient and curvature of the same examples: drop curvature_batch.")
+        if gradient is not None and not self.takes_gradient:
+            raise ValueError("this method takes its gradients itself: drop gradient.")
+        inputs = StepInputs(trainable, frozen, batch, state, rng, curvature_batch, gradient)
+        return self._propose(self._checked(inputs))
+
+    @final
+    def _checked(self, inputs: StepInputs[StateT]) -> StepInputs[StateT]:
+        """Raises TypeError or ValueError for a state of another method or other parameters, and for what is no key."""
+        if not isinstance(inputs.state, self.state_type):
+            raise TypeError(
+                f"step takes (params, batch, state, rng), and the state is a {type(inputs.state).__name__}: pass what "
+                "init or the last step returned."
+            )
+        inputs.state.check(inputs.trainable)
+        self._check_parts(inputs.state, inputs.trainable)
+        if inputs.rng is not None:
+            check_key("rng", inputs.rng)
+        return inputs
+
+    @final
+    def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> PlanT:
+        """The plan for these shapes, with costs; nothing is computed.
+
+        Args:
+          params, batch: arrays or `jax.ShapeDtypeStruct`s, the batch as for `step`.
+          model_state: as for `init`.
+        """
+        trainable, frozen = self.partition.split(params)
+        return self._plan_for(trainable, self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan()))
+
+    @final
+    def evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: StepKeys) -> Evaluation:
+        """What the curvature operator takes beside the trainable parameters."""
+        return Evaluation(
+            batch=batch,
+            frozen=frozen,
+            model_state=model_state,
+            model_key=keys.model if self.curvature.needs_model_key else None,
+            sample_key=keys.sample if self.curvature.is_random else None,
+        )
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Method(AbstractMethod[MethodState, Plan]):
+    """A method of modules, planned and executed as one pure step; `assemble` and the presets make it.
+
+    Attributes:
+      assembly: the modules.
+      plan: the static plan.
+    """
+
+    state_type = MethodState
+
+    assembly: Assembly
+    plan: Plan = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.assembly.telemetry.check(SOLVE_METRICS, "a method without an inner loop")
+        object.__setattr__(self, "plan", plan_method(self.assembly))
+
+    @property
+    def curvature(self) -> Curvature:
+        return self.assembly.curvature
+
+    @property
+    def needs_batch(self) -> bool:
+        return isinstance(self.assembly.preconditioner, BlockPreconditioner)
 
     def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
-        """The state of a tree without leaves: what is like the parameters in it is `params`.
-
-        `optax.tree.map_params` asks for one to tell which parts of a state are parameters. A state that follows the
-        blocks of a model is one scalar here, so that all of it counts as one part that is no parameters.
-        """
         preconditioner = jnp.zeros(()) if self.needs_batch else self.assembly.preconditioner.init(params)
         return self._state(params, preconditioner, model_state)
+
+    def _first_state(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> MethodState:
+        preconditioner = self._first_preconditioner(trainable, frozen, batch, model_state)
+        return self._state(trainable, preconditioner, model_state)
 
     def _state(self, trainable: PyTree, preconditioner: Any, model_state: PyTree) -> MethodState:
         first = LastStep(jax.tree.map(jnp.zeros_like, trainable), jnp.asarray(False))
@@ -102,98 +302,43 @@ class Method:
     def _takes_unseen_steps(self) -> bool:
         return self.assembly.damping.evaluate_every not in (None, 1)
 
-    def _preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any | None, model_state: PyTree) -> Any:
+    def _first_preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
         if not isinstance(preconditioner, BlockPreconditioner):
             return preconditioner.init(upcast_shapes(trainable))
         if batch is None:
             raise ValueError(
-                f"{type(preconditioner).__name__} keeps a state per layer, and layers are found from the shapes of a "
-                "batch: call init(params, batch=batch)."
+                f"{type(preconditioner).__name__} keeps a state per layer, and the layers are known from the shapes of "
+                "a batch: call init(params, batch=batch)."
             )
-        keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
-        evaluation = self._evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), keys)
+        evaluation = self.evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
         curvature.check(trainable, evaluation)
         evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
         return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
 
-    def step(
-        self,
-        params: PyTree,
-        batch: Any,
-        state: MethodState,
-        rng: jax.Array | None = None,
-        *,
-        curvature_batch: Any | None = None,
-    ) -> tuple[PyTree, MethodState, dict[str, Any]]:
-        """One step. Pure: jit it, scan it, donate `params` and `state`.
+    def _propose(self, inputs: StepInputs[MethodState]) -> Proposal[MethodState]:
+        trainable, state = inputs.trainable, inputs.state
+        # 1. What the operator is given, for the batch of the gradient and for that of the curvature.
+        keys = StepKeys.of(inputs.rng, state.step)
+        evaluation = self._prepared(trainable, self.evaluation(inputs.batch, inputs.frozen, state.model_state, keys))
+        curved = None
+        if inputs.curvature_batch is not None:
+            curved = self.evaluation(inputs.curvature_batch, inputs.frozen, state.model_state, keys)
+            curved = self._prepared(trainable, curved)
+        # 2. The plan for these shapes.
+        own_gradient = curved is None and inputs.gradient is None
+        plan = choose_solver(self.assembly, trainable, curved or evaluation, own_gradient=own_gradient)
+        warn_of_expense(self.assembly, plan, trainable, curved or evaluation)
+        # 3. The planned step.
+        problem = Problem(evaluation, curved, inputs.gradient, keys.estimator)
+        return propose(StepContext.of(self.assembly, plan, trainable, problem, state))
 
-        Args:
-          params: parameters, laid out as for `init`.
-          batch: mapping with the model's inputs and targets (for `loss_fn` methods whatever that takes).
-          state: from `init` or the last step.
-          rng: random key, raw or typed; the step number is folded in, so the same key may be passed every time. `None`
-            is enough for methods that draw nothing.
-          curvature_batch: a batch for the curvature, where it is to differ from that of loss and gradient.
+    def _prepared(self, trainable: PyTree, evaluation: Evaluation) -> Evaluation:
+        self.assembly.curvature.check(trainable, evaluation)
+        return self.assembly.curvature.prepare(trainable, evaluation)
 
-        Returns:
-          (params, state, info). A step that would leave non-finite parameters, or that the damping rejects, returns the
-          parameters as they were.
-
-        Raises:
-          ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
-        """
-        trainable, frozen = self.assembly.partition.split(params)
-        proposal = self.propose(trainable, frozen, batch, state, rng, curvature_batch=curvature_batch)
-        return self.assembly.partition.merge(proposal.params, frozen), proposal.state, proposal.info
-
-    def propose(
-        self,
-        trainable: PyTree,
-        frozen: PyTree,
-        batch: Any,
-        state: MethodState,
-        rng: jax.Array | None = None,
-        *,
-        curvature_batch: Any | None = None,
-        gradient: PyTree | None = None,
-    ) -> Proposal:
-        """The step on trainable parameters alone, optionally with a gradient from outside.
-
-        Args:
-          trainable, frozen: the parameters as split by the method's partition.
-          batch, state, rng, curvature_batch: as in `step`.
-          gradient: used in place of the batch's own gradient (accumulated over many batches, say).
-        """
-        if not isinstance(state, MethodState):
-            raise TypeError(
-                f"step takes (params, batch, state, rng), and the state is a {type(state).__name__}: pass what init or "
-                "the last step returned."
-            )
-        state.layout.check(trainable)
-        self._check_state(state, upcast_shapes(trainable))
-        keys = _Keys.of(rng, state.step)
-        evaluation = self._evaluation(batch, frozen, state.model_state, keys)
-        curvature = self.assembly.curvature
-        curvature.check(trainable, evaluation)
-        evaluation, apart = curvature.prepare(trainable, evaluation), None
-        if curvature_batch is not None:
-            apart = self._evaluation(curvature_batch, frozen, state.model_state, keys)
-            curvature.check(trainable, apart)
-            apart = curvature.prepare(trainable, apart)
-        own = apart is None and gradient is None
-        plan = choose_solver(self.assembly, trainable, apart or evaluation, own_gradient=own)
-        warn_of_expense(self.assembly, plan, trainable, apart or evaluation)
-        return propose(self.assembly, plan, trainable, Problem(evaluation, apart, gradient, keys.estimator), state)
-
-    def _check_state(self, state: MethodState, like: PyTree) -> None:
-        """Raises ValueError for a state of another method, or of one whose transform, solver, ... were exchanged.
-
-        Args:
-          state: what is looked at.
-          like: shapes of upcast vectors over the trainable parameters.
-        """
-        assembly = self.assembly
+    def _check_parts(self, state: MethodState, trainable: PyTree) -> None:
+        assembly, like = self.assembly, upcast_shapes(trainable)
         check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
         check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
         check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
@@ -212,30 +357,11 @@ class Method:
                 "the state was made by another method: pass what this method's init or its last step returned."
             )
 
-    def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> Plan:
-        """The plan for these shapes, with costs; nothing is computed.
-
-        Args:
-          params, batch: arrays or `jax.ShapeDtypeStruct`s.
-          model_state: as for `init`.
-        """
-        trainable, frozen = self.assembly.partition.split(params)
-        keys = _Keys.of(jax.random.key(0), jnp.zeros((), jnp.int32))
-        evaluation = self._evaluation(batch, frozen, model_state, keys)
+    def _plan_for(self, trainable: PyTree, evaluation: Evaluation) -> Plan:
         self.assembly.curvature.check(trainable, evaluation)
-        evaluation = dataclasses.replace(evaluation, batch=_shapes(batch))
+        evaluation = dataclasses.replace(evaluation, batch=_shapes(evaluation.batch))
         evaluation = self.assembly.curvature.prepare(trainable, evaluation)
         return plan_for_shapes(self.assembly, trainable, evaluation)
-
-    def _evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: _Keys) -> Evaluation:
-        curvature = self.assembly.curvature
-        return Evaluation(
-            batch=batch,
-            frozen=frozen,
-            model_state=model_state,
-            model_key=keys.model if curvature.needs_model_key else None,
-            sample_key=keys.sample if curvature.is_random else None,
-        )
 
 
 def _shapes(batch: Any) -> Any:
@@ -243,11 +369,16 @@ def _shapes(batch: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Keys:
-    """The independent keys of one step.
+class StepKeys:
+    """The independent random keys of one step.
 
     The estimator's is made where it is called for: inside the branch of a refresh, so that no other step spends some
     thirty small operations on it.
+
+    Attributes:
+      model: of models that draw at random.
+      sample: of a curvature that samples targets.
+      estimator: makes the key of the preconditioner's estimator.
     """
 
     model: jax.Array | None
@@ -255,9 +386,14 @@ class _Keys:
     estimator: Callable[[], jax.Array] | None
 
     @staticmethod
-    def of(rng: jax.Array | None, step: jax.Array) -> _Keys:
+    def of(rng: jax.Array | None, step: jax.Array) -> StepKeys:
+        """The keys of step number `step`; none of no key."""
         if rng is None:
-            return _Keys(None, None, None)
-        check_key("rng", rng)
+            return StepKeys(None, None, None)
         model, sample, _ = jax.random.split(jax.random.fold_in(rng, step), 3)
-        return _Keys(model, sample, lambda: jax.random.split(jax.random.fold_in(rng, step), 3)[2])
+        return StepKeys(model, sample, lambda: jax.random.split(jax.random.fold_in(rng, step), 3)[2])
+
+    @staticmethod
+    def of_a_plan() -> StepKeys:
+        """Keys of the right form, where nothing is drawn."""
+        return StepKeys.of(jax.random.key(0), jnp.zeros((), jnp.int32))

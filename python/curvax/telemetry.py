@@ -1,6 +1,6 @@
 """The metric schema: which scalars a step reports, and when.
 
-Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due holds NaN (floats),
+Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due is NaN (floats),
 -1 (integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for
 the device.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,9 @@ class Metric(enum.StrEnum):
     UPDATE_NORM = "update_norm"
     LEARNING_RATE = "learning_rate"
     REFRESHES_REJECTED = "refreshes_rejected"
+    STEP_SIZE = "step_size"
+    SEARCH_LOSS = "search_loss"
+    SEARCH_LOSS_AFTER = "search_loss_after"
 
     @property
     def meaning(self) -> str:
@@ -75,7 +79,7 @@ _INTEGERS = (
 )
 _MEANING = {
     Metric.STEP: "number of steps before this one",
-    Metric.LOSS: "loss before the step, on the step's batch",
+    Metric.LOSS: "loss before the step, on the step's batch; of an inner loop the mean over its minibatches",
     Metric.LAM: "damping used",
     Metric.ACCEPTED: "the step was taken",
     Metric.FINITE: "the step is made of finite numbers",
@@ -90,10 +94,15 @@ _MEANING = {
     Metric.RHO: "actual over predicted decrease",
     Metric.GRADIENT_NORM: "Euclidean norm of the gradient",
     Metric.DIRECTION_NORM: "Euclidean norm of the solution of the linear system",
-    Metric.UPDATE_NORM: "Euclidean norm of the proposed update",
+    Metric.UPDATE_NORM: "Euclidean norm of the proposed update; of an inner loop that of the update taken, 0 for none",
     Metric.LEARNING_RATE: "learning rate of this step",
     Metric.REFRESHES_REJECTED: "refreshes of the preconditioner that were not finite so far, this step's included",
+    Metric.STEP_SIZE: "step size that the line search took, 0 for none; of an inner loop",
+    Metric.SEARCH_LOSS: "loss before the step on the line search's data",
+    Metric.SEARCH_LOSS_AFTER: "loss after the step on the line search's data",
 }
+SOLVE_METRICS = frozenset(Metric) - {Metric.STEP_SIZE, Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER}
+"""What a method that solves one linear system a step can report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +139,12 @@ class Telemetry:
             raise ValueError("a metric is recorded twice: give each one once.")
         object.__setattr__(self, "records", chosen)
 
+    def check(self, offered: Collection[Metric], owner: str) -> None:
+        """Raises ValueError for a record of a metric that `owner`, which reports those `offered`, does not have."""
+        for record in self.records:
+            if record.metric not in offered:
+                raise ValueError(f"{owner} has no {record.metric.value} to record: drop its MetricRecord.")
+
     def beside(self, *metrics: Metric) -> Telemetry:
         """With those metrics in every step that no record is about yet."""
         known = {record.metric for record in self.records}
@@ -141,8 +156,8 @@ class Telemetry:
         predicted = [r for r in self.records if r.metric.predicts]
         return (*_by_period(Part.LOSS_AFTER, evaluated), *_by_period(Part.PREDICTED, predicted))
 
-    def collect(self, step: jax.Array, values: dict[Metric, jax.Array]) -> dict[str, jax.Array]:
-        """The info of one step from the values at hand."""
+    def collect(self, step: jax.Array, values: Mapping[Metric, jax.Array]) -> dict[str, jax.Array]:
+        """The info of one step from the values of its metrics."""
         info = {}
         for record in self.records:
             missing = record.metric.missing()

@@ -8,6 +8,9 @@ tell:
 
     updates, state = tx.update(grads, state, params, batch=batch, rng=rng)
 
+Inner loops (`full_gn`, `layerwise_gn`) take their gradients themselves, one per minibatch, and read no more than the
+structure of the incoming updates.
+
 Inside `optax.masked`, `optax.partition` and the like, parameters arrive with holes (`optax.MaskedNode`); the model
 still needs all of them: pass `full_params=params` to `update`.
 """
@@ -37,10 +40,10 @@ from curvax.curvature import (
 from curvax.damping import Constant
 from curvax.damping.base import ScalarLike
 from curvax.estimators import BlockAverage, GaussNewtonBartlett, Hutchinson
-from curvax.execute import MethodState
 from curvax.kernels._dispatch import Backend
+from curvax.keywords import spread
 from curvax.losses import Loss, SoftmaxCrossEntropy
-from curvax.method import Method
+from curvax.method import AbstractMethod
 from curvax.methods.assemble import assemble
 from curvax.numbers import Number, whole
 from curvax.preconditioners import EKFAC, KFAC, AdaHessianPower, EmaDiagonal, Preconditioner, SophiaFloor
@@ -52,7 +55,11 @@ from curvax.tree import PyTree
 
 
 def as_gradient_transformation(
-    method: Method, *, batch: Any | None = None, model_state: PyTree = None, full_params: PyTree | None = None
+    method: AbstractMethod[Any, Any],
+    *,
+    batch: Any | None = None,
+    model_state: PyTree = None,
+    full_params: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
@@ -64,26 +71,25 @@ def as_gradient_transformation(
       batch: the shapes of a batch, for methods whose `init` needs them (`kfac`, `ekfac`).
       model_state: first model state, for models with `has_state`. The state's `model_state` carries it on.
       full_params: all parameters of the model, or their shapes, for such a method within `optax.masked`,
-        `optax.partition` and the like: its `init` sees a part of them, and layers are found in the whole model.
+        `optax.partition` and the like: its `init` sees a part of them, and layers are those of the whole model.
 
     Raises:
-      TypeError: the method is none of these; those of `curvax.layerwise` have a function of their own.
+      TypeError: that is no method.
       ValueError (in `init` and `update`): `params`, `batch` or `full_params` is missing where it is needed.
     """
-    if not isinstance(method, Method):
+    if not isinstance(method, AbstractMethod):
         raise TypeError(
-            f"method is a {type(method).__name__}: pass what a preset or curvax.assemble returned; full_gn and "
-            "layerwise_gn go through curvax.layerwise.as_gradient_transformation."
+            f"method is a {type(method).__name__}: pass what a preset such as curvax.sgn or curvax.assemble returned."
         )
 
-    def init(params: PyTree) -> MethodState:
+    def init(params: PyTree) -> Any:
         if not jax.tree.leaves(params):
             return method.init_empty(params, model_state=model_state)
-        trainable, frozen = method.assembly.partition.split(params)
+        trainable, frozen = method.partition.split(params)
         if _is_masked(params) and method.needs_batch:
             if full_params is None:
                 raise ValueError(
-                    "these parameters are masked (optax.masked or optax.partition), and layers are found in the whole "
+                    "these parameters are masked (optax.masked or optax.partition), and layers are those of the whole "
                     "model: pass full_params=params, or their shapes, where the transformation is made."
                 )
             frozen = _filled(params, frozen, full_params)
@@ -91,7 +97,7 @@ def as_gradient_transformation(
 
     def update(
         updates: PyTree,
-        state: MethodState,
+        state: Any,
         params: PyTree | None = None,
         *,
         batch: Any = None,
@@ -99,7 +105,7 @@ def as_gradient_transformation(
         curvature_batch: Any | None = None,
         full_params: PyTree | None = None,
         **unused: Any,
-    ) -> tuple[PyTree, MethodState]:
+    ) -> tuple[PyTree, Any]:
         del unused  # Optax passes every extra argument to every transformation of a chain.
         if not jax.tree.leaves(updates):
             return updates, dataclasses.replace(state, step=state.step + 1)
@@ -108,11 +114,13 @@ def as_gradient_transformation(
         if batch is None:
             raise ValueError("curvature is taken on a batch: call update(grads, state, params, batch=batch).")
         trainable, frozen = _split(method, params, full_params)
-        gradient = jax.tree.map(lambda t, u: None if t is None else u, trainable, updates, is_leaf=_is_none)
+        gradient = None
+        if method.takes_gradient:
+            gradient = jax.tree.map(lambda t, u: None if t is None else u, trainable, updates, is_leaf=_is_none)
         proposal = method.propose(
             trainable, frozen, batch, state, rng, curvature_batch=curvature_batch, gradient=gradient
         )
-        return _fill(proposal.update, trainable, updates), proposal.state
+        return _fill(proposal.update, trainable, updates, method.narrows_updates), proposal.state
 
     # Optax's types allow arrays and containers as states; a registered dataclass is a pytree all the same.
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
@@ -126,9 +134,9 @@ def _is_hole(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _split(method: Method, params: PyTree, full_params: PyTree | None) -> tuple[PyTree, PyTree]:
+def _split(method: AbstractMethod[Any, Any], params: PyTree, full_params: PyTree | None) -> tuple[PyTree, PyTree]:
     """Trainable parameters (holes stay holes) and the rest, from the full parameters where there are holes."""
-    trainable, frozen = method.assembly.partition.split(params)
+    trainable, frozen = method.partition.split(params)
     if not _is_masked(params):
         return trainable, frozen
     if full_params is None:
@@ -152,319 +160,325 @@ def _filled(params: PyTree, frozen: PyTree, full_params: PyTree) -> PyTree:
     return jax.tree.map(choose, params, frozen, full_params, is_leaf=_is_hole)
 
 
-def _fill(update: PyTree, trainable: PyTree, updates: PyTree) -> PyTree:
-    """Updates in the dtypes of the parameters, zero for frozen ones."""
-    return jax.tree.map(
-        lambda t, s, g: jnp.zeros_like(g) if t is None else s.astype(t.dtype),
-        trainable, update, updates, is_leaf=_is_none,
-    )  # fmt: skip
+def _fill(update: PyTree, trainable: PyTree, updates: PyTree, narrow: bool) -> PyTree:
+    """Updates, in the dtypes of the parameters if `narrow`; zero for frozen parameters."""
+
+    def one(t: Any, s: Any, g: Any) -> Any:
+        if t is None:
+            return jnp.zeros_like(g)
+        return s.astype(t.dtype) if narrow else s
+
+    return jax.tree.map(one, trainable, update, updates, is_leaf=_is_none)
 
 
-def scale_by_ggn(
-    predict_fn: Callable[..., Any],
-    loss: Loss,
-    lam: ScalarLike = 1.0,
-    *,
-    solver: Solver = CG(),
-    preconditioner: Preconditioner | None = None,
-    fisher: FisherType = GeneralizedGaussNewton(),
-    x_key: str = "x",
-    y_key: str = "y",
-    weight_key: str | None = None,
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """g -> (C + lam I)^-1 g with C from the Gauss-Newton family.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaceOptions:
+    """Keywords of every `scale_by_*`.
 
-    Args:
+    Attributes:
+      extras: model state, aux, random key, frozen parameters.
+      microbatch_size: examples per accumulated piece.
+      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
+      backend: preferred implementation of kernels.
+    """
+
+    extras: Extras = Extras()
+    microbatch_size: int | None = None
+    batch_axes: AxesPrefix | None = None
+    backend: Backend = "auto"
+
+    def face(
+        self,
+        curvature: Curvature,
+        solver: Solver,
+        *,
+        lam: ScalarLike = 0.0,
+        preconditioner: Preconditioner | None = None,
+        tx: optax.GradientTransformation | None = None,
+        shapes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> optax.GradientTransformationExtraArgs:
+        """The direction alone, without sign, rate or telemetry; `shapes` go to `as_gradient_transformation`."""
+        method = assemble(
+            curvature=curvature,
+            solver=solver,
+            damping=Constant(lam),
+            preconditioner=preconditioner,
+            telemetry=Telemetry(()),
+            tx=optax.identity() if tx is None else tx,
+            microbatch_size=self.microbatch_size,
+            backend=self.backend,
+        )
+        return as_gradient_transformation(method, **shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFaceOptions(FaceOptions):
+    """Keywords of transformations on a model with outputs.
+
+    Attributes:
       predict_fn: `predict_fn(params, inputs) -> outputs`.
       loss: loss in output space.
+      x_key, y_key, weight_key: keys of the batch.
+    """
+
+    predict_fn: Callable[..., Any]
+    loss: Loss
+    _: dataclasses.KW_ONLY
+    x_key: str = "x"
+    y_key: str = "y"
+    weight_key: str | None = None
+
+    def gauss_newton(self, fisher: FisherType = GeneralizedGaussNewton()) -> GaussNewton:
+        """The curvature."""
+        model = Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
+        return GaussNewton(model, self.loss, fisher)
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianFaceOptions(FaceOptions):
+    """Keywords of transformations on a loss function.
+
+    Attributes:
+      loss_fn: `loss_fn(params, batch) -> scalar`, or a model with a loss: `curvature.ModelLoss(Model(predict), loss)`.
+      reduction: how `loss_fn` combines examples, for microbatches.
+    """
+
+    loss_fn: Callable[..., Any] | Objective
+    _: dataclasses.KW_ONLY
+    reduction: Literal["mean", "sum"] = "mean"
+
+    @property
+    def hessian(self) -> Hessian:
+        """The curvature."""
+        if not isinstance(self.loss_fn, Objective):
+            return Hessian(LossFunction(self.loss_fn, self.extras, self.reduction, batch_axes=self.batch_axes))
+        if self.extras != Extras() or self.reduction != "mean" or self.batch_axes is not None:
+            raise ValueError("extras, reduction and batch_axes go into the objective that loss_fn is: drop them here.")
+        return Hessian(self.loss_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGNFaceOptions(ModelFaceOptions):
+    """Keywords of `scale_by_ggn`.
+
+    Attributes:
       lam: damping; `optax.inject_hyperparams(scale_by_ggn, static_args=("predict_fn",))` can schedule it.
       solver: `CG()`, `RowSpace(Cholesky())`, ...
       preconditioner: of CG; none by default.
       fisher: GGN, Monte Carlo Fisher or empirical Fisher.
-      x_key, y_key, weight_key: keys of the batch.
-      extras: model state, aux, random key, frozen parameters.
-      microbatch_size: examples per accumulated piece.
-      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
-      backend: preferred implementation of kernels.
     """
-    model = Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes)
-    return _face(
-        GaussNewton(model, loss, fisher), solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend
-    )
+
+    lam: ScalarLike = 1.0
+    _: dataclasses.KW_ONLY
+    solver: Solver = CG()
+    preconditioner: Preconditioner | None = None
+    fisher: FisherType = GeneralizedGaussNewton()
 
 
-def scale_by_egn(
-    predict_fn: Callable[..., Any],
-    loss: Loss,
-    lam: ScalarLike = 1.0,
-    *,
-    fisher: FisherType = GeneralizedGaussNewton(),
-    max_bytes: int | None = None,
-    x_key: str = "x",
-    y_key: str = "y",
-    weight_key: str | None = None,
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_ggn` solved exactly in row space.
+@dataclasses.dataclass(frozen=True)
+class EGNFaceOptions(ModelFaceOptions):
+    """Keywords of `scale_by_egn`.
 
-    Args:
-      predict_fn, loss, lam, metric: as in `scale_by_ggn`.
+    Attributes:
+      lam: damping, as in `scale_by_ggn`.
+      fisher: GGN, Monte Carlo Fisher or empirical Fisher.
       max_bytes: bound on the memory of explicit rows; `None` for 2 GiB.
-      x_key, y_key, weight_key, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
     """
-    return scale_by_ggn(
-        predict_fn,
-        loss,
-        lam,
-        solver=RowSpace(Cholesky(), max_bytes=_count("max_bytes", max_bytes, DEFAULT_MAX_BYTES)),
-        fisher=fisher,
-        x_key=x_key,
-        y_key=y_key,
-        weight_key=weight_key,
-        extras=extras,
-        microbatch_size=microbatch_size,
-        batch_axes=batch_axes,
-        backend=backend,
-    )
+
+    lam: ScalarLike = 1.0
+    _: dataclasses.KW_ONLY
+    fisher: FisherType = GeneralizedGaussNewton()
+    max_bytes: int | None = None
 
 
-def scale_by_newton_cg(
-    loss_fn: Callable[..., Any] | Objective,
-    lam: ScalarLike = 1.0,
-    *,
-    solver: Solver = CG(),
-    preconditioner: Preconditioner | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`.
+@dataclasses.dataclass(frozen=True)
+class NewtonCGFaceOptions(HessianFaceOptions):
+    """Keywords of `scale_by_newton_cg`.
 
-    Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`, or a model with a loss: `curvature.ModelLoss(Model(predict), loss)`.
-      reduction: how `loss_fn` combines examples, for microbatches.
-      lam, solver, preconditioner, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    Attributes:
+      lam: damping, as in `scale_by_ggn`.
+      solver: `CG()`, `Cholesky()`, ...
+      preconditioner: of CG; none by default.
     """
-    curvature = _hessian(loss_fn, extras, reduction, batch_axes)
-    return _face(curvature, solver, lam, preconditioner, microbatch_size=microbatch_size, backend=backend)
+
+    lam: ScalarLike = 1.0
+    _: dataclasses.KW_ONLY
+    solver: Solver = CG()
+    preconditioner: Preconditioner | None = None
 
 
-def scale_by_kfac(
-    predict_fn: Callable[..., Any],
-    loss: Loss,
-    batch: Any,
-    lam: ScalarLike = 1e-3,
-    *,
-    preconditioner: KFAC | EKFAC | None = None,
-    x_key: str = "x",
-    y_key: str = "y",
-    weight_key: str | None = None,
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-    full_params: PyTree | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`.
+@dataclasses.dataclass(frozen=True)
+class KFACFaceOptions(ModelFaceOptions):
+    """Keywords of `scale_by_kfac`.
 
-    Args:
-      predict_fn: `predict_fn(params, inputs) -> outputs`.
-      loss: loss in output space.
-      batch: a batch, or its shapes: `init` finds the layers with them.
+    Attributes:
+      batch: a batch, or its shapes: `init` learns the layers from them.
       lam: damping, 1e-3 by default.
       preconditioner: `KFAC(...)` (the default, `KFAC()`) or `EKFAC(...)`, cadences included.
-      x_key, y_key, weight_key: keys of the batch.
-      extras: model state, aux, random key, frozen parameters.
-      microbatch_size: examples per accumulated piece.
-      batch_axes: which axis of each leaf of the batch holds the examples (`curvature.Model`).
-      backend: preferred implementation of kernels.
       full_params: all parameters of the model, or their shapes, within `optax.masked` and the like.
     """
-    return _face(
-        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
-        Diagonal(),
-        lam,
-        preconditioner or KFAC(),
-        microbatch_size=microbatch_size,
-        backend=backend,
-        shapes={"batch": _shapes(batch), "full_params": _shapes(full_params)},
-    )
+
+    batch: Any
+    lam: ScalarLike = 1e-3
+    _: dataclasses.KW_ONLY
+    preconditioner: KFAC | EKFAC | None = None
+    full_params: PyTree | None = None
 
 
-def scale_by_sophia_g(
-    predict_fn: Callable[..., Any],
-    loss: Loss = SoftmaxCrossEntropy(),
-    *,
-    b1: Number = 0.965,
-    b2: Number = 0.99,
-    gamma: Number = 0.05,
-    eps: Number = 1e-8,
-    every: int | None = None,
-    clip_value: Number = 1.0,
-    n_samples: int | None = None,
-    x_key: str = "x",
-    y_key: str = "y",
-    weight_key: str | None = None,
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiagonalFaceOptions(FaceOptions):
+    """Keywords of `scale_by_sophia_*` and `scale_by_adahessian`.
 
-    Args:
-      predict_fn, loss: the model.
-      b1, b2, gamma, eps, clip_value: as in `curvax.sophia_g`; `optax.inject_hyperparams(scale_by_sophia_g,
-        static_args=("predict_fn",))` can schedule them.
-      every, n_samples: steps between refreshes of h, and label samples of each; `None` for 10 and 1. They shape what is
-        computed, so numbers in their place go into `static_args`.
-      x_key, y_key, weight_key, extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
+    Attributes:
+      b1: decay of the gradient mean; it and other numbers can be scheduled by `optax.inject_hyperparams` with
+        `predict_fn` or `loss_fn` among its `static_args`.
+      b2: decay of the curvature mean.
+      eps: floor of the denominator, relative to the mean magnitude of the diagonal.
+      every: steps between refreshes of the diagonal; `None` for 10 (Sophia) and 1 (AdaHessian). It shapes what is
+        computed, as do counts of samples and probes, so a number in its place goes into `static_args`.
     """
-    return _face(
-        GaussNewton(Model(predict_fn, x_key, y_key, weight_key, extras, batch_axes), loss),
-        Diagonal(b1),
-        preconditioner=EmaDiagonal(
-            GaussNewtonBartlett(_count("n_samples", n_samples, 1)),
-            beta2=b2,
-            every=_count("every", every, 10),
-            denominator=SophiaFloor(gamma, eps),
-        ),
-        tx=optax.clip(clip_value),
-        microbatch_size=microbatch_size,
-        backend=backend,
-    )
+
+    b1: Number
+    b2: Number
+    eps: Number
+    every: int | None = None
 
 
-def scale_by_sophia_h(
-    loss_fn: Callable[..., Any] | Objective,
-    *,
-    b1: Number = 0.965,
-    b2: Number = 0.99,
-    gamma: Number = 0.01,
-    eps: Number = 1e-8,
-    every: int | None = None,
-    clip_value: Number = 1.0,
-    n_probes: int | None = None,
-    use_abs: bool = False,
-    reduction: Literal["mean", "sum"] = "mean",
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SophiaFaceOptions(DiagonalFaceOptions):
+    """Keywords of both `scale_by_sophia_*`.
 
-    Args:
-      loss_fn: as in `scale_by_newton_cg`.
-      b1, b2, gamma, eps, clip_value: as in `curvax.sophia_h`; they can be scheduled as in `scale_by_sophia_g`.
-      every, n_probes: steps between refreshes of h, and probes of each; `None` for 10 and 1.
+    Attributes:
+      gamma: scale of the curvature in the denominator; 0.05 for Sophia-G, 0.01 for Sophia-H.
+      clip_value: bound on each entry of the direction; 1.
+    """
+
+    b1: Number = 0.965
+    b2: Number = 0.99
+    gamma: Number
+    eps: Number = 1e-8
+    clip_value: Number = 1.0
+
+    def sophia(
+        self, curvature: Curvature, estimator: GaussNewtonBartlett | Hutchinson
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation with that estimator of the diagonal."""
+        diagonal = EmaDiagonal(
+            estimator,
+            beta2=self.b2,
+            every=_count("every", self.every, 10),
+            denominator=SophiaFloor(self.gamma, self.eps),
+        )
+        return self.face(curvature, Diagonal(self.b1), preconditioner=diagonal, tx=optax.clip(self.clip_value))
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaGFaceOptions(SophiaFaceOptions, ModelFaceOptions):
+    """Keywords of `scale_by_sophia_g`.
+
+    Attributes:
+      n_samples: label samples of each refresh; `None` for 1.
+    """
+
+    loss: Loss = SoftmaxCrossEntropy()
+    _: dataclasses.KW_ONLY
+    gamma: Number = 0.05
+    n_samples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaHFaceOptions(SophiaFaceOptions, HessianFaceOptions):
+    """Keywords of `scale_by_sophia_h`.
+
+    Attributes:
+      n_probes: probes of each refresh; `None` for 1.
       use_abs: take the magnitude of each estimate.
-      reduction: how `loss_fn` combines examples, for microbatches.
-      extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
     """
-    return _face(
-        _hessian(loss_fn, extras, reduction, batch_axes),
-        Diagonal(b1),
-        preconditioner=EmaDiagonal(
-            Hutchinson(_count("n_probes", n_probes, 1), use_abs),
-            beta2=b2,
-            every=_count("every", every, 10),
-            denominator=SophiaFloor(gamma, eps),
-        ),
-        tx=optax.clip(clip_value),
-        microbatch_size=microbatch_size,
-        backend=backend,
-    )
+
+    _: dataclasses.KW_ONLY
+    gamma: Number = 0.01
+    n_probes: int | None = None
+    use_abs: bool = False
 
 
-def scale_by_adahessian(
-    loss_fn: Callable[..., Any] | Objective,
-    *,
-    b1: Number = 0.9,
-    b2: Number = 0.999,
-    power: Number = 1.0,
-    eps: Number = 1e-4,
-    every: int | None = None,
-    n_probes: int | None = None,
-    use_abs: bool = False,
-    block_average: BlockAverage | bool | None = True,
-    reduction: Literal["mean", "sum"] = "mean",
-    extras: Extras = Extras(),
-    microbatch_size: int | None = None,
-    batch_axes: AxesPrefix | None = None,
-    backend: Backend = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    """g -> mean of g / (root mean square diagonal + floor).
+@dataclasses.dataclass(frozen=True)
+class AdaHessianFaceOptions(DiagonalFaceOptions, HessianFaceOptions):
+    """Keywords of `scale_by_adahessian`.
 
-    Args:
-      loss_fn: as in `scale_by_newton_cg`.
-      b1, b2, power, eps: as in `curvax.adahessian`; they can be scheduled as in `scale_by_sophia_g`.
-      every, n_probes: steps between refreshes of the diagonal, and probes of each; `None` for 1 both.
+    Attributes:
+      power: of the root mean square diagonal in the denominator; 1.
+      n_probes: probes of each refresh; `None` for 1.
       use_abs: take the magnitude of each estimate before averaging.
       block_average: which entries are averaged; `True`, the default, for `BlockAverage()`, `None` or `False` for none.
-      reduction: how `loss_fn` combines examples, for microbatches.
-      extras, microbatch_size, batch_axes, backend: as in `scale_by_ggn`.
     """
-    average = BlockAverage() if block_average is True else block_average
-    return _face(
-        _hessian(loss_fn, extras, reduction, batch_axes),
-        Diagonal(b1),
-        preconditioner=EmaDiagonal(
-            Hutchinson(_count("n_probes", n_probes, 1), use_abs, average or None),
-            beta2=b2,
-            every=_count("every", every, 1),
-            denominator=AdaHessianPower(power, eps),
-        ),
-        microbatch_size=microbatch_size,
-        backend=backend,
+
+    _: dataclasses.KW_ONLY
+    b1: Number = 0.9
+    b2: Number = 0.999
+    power: Number = 1.0
+    eps: Number = 1e-4
+    n_probes: int | None = None
+    use_abs: bool = False
+    block_average: BlockAverage | bool | None = True
+
+
+@spread(GGNFaceOptions)
+def scale_by_ggn(options: GGNFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> (C + lam I)^-1 g with C from the Gauss-Newton family."""
+    curvature = options.gauss_newton(options.fisher)
+    return options.face(curvature, options.solver, lam=options.lam, preconditioner=options.preconditioner)
+
+
+@spread(EGNFaceOptions)
+def scale_by_egn(options: EGNFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_ggn` solved exactly in row space."""
+    solver = RowSpace(Cholesky(), max_bytes=_count("max_bytes", options.max_bytes, DEFAULT_MAX_BYTES))
+    return options.face(options.gauss_newton(options.fisher), solver, lam=options.lam)
+
+
+@spread(NewtonCGFaceOptions)
+def scale_by_newton_cg(options: NewtonCGFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> (H + lam I)^-1 g with H the Hessian of `loss_fn(params, batch)`."""
+    return options.face(options.hessian, options.solver, lam=options.lam, preconditioner=options.preconditioner)
+
+
+@spread(KFACFaceOptions)
+def scale_by_kfac(options: KFACFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> (A kron B + lam I)^-1 g, layer by layer; see `curvax.kfac`."""
+    return options.face(
+        options.gauss_newton(),
+        Diagonal(),
+        lam=options.lam,
+        preconditioner=options.preconditioner or KFAC(),
+        shapes={"batch": _shapes(options.batch), "full_params": _shapes(options.full_params)},
     )
 
 
-def _face(
-    curvature: Curvature,
-    solver: Solver,
-    lam: ScalarLike = 0.0,
-    preconditioner: Preconditioner | None = None,
-    *,
-    tx: optax.GradientTransformation | None = None,
-    microbatch_size: int | None,
-    backend: Backend,
-    shapes: Mapping[str, Any] = MappingProxyType({}),
-) -> optax.GradientTransformationExtraArgs:
-    """The direction alone, without sign, learning rate or telemetry; `shapes` go to `as_gradient_transformation`."""
-    method = assemble(
-        curvature=curvature,
-        solver=solver,
-        damping=Constant(lam),
-        preconditioner=preconditioner,
-        telemetry=Telemetry(()),
-        tx=optax.identity() if tx is None else tx,
-        microbatch_size=microbatch_size,
-        backend=backend,
+@spread(SophiaGFaceOptions)
+def scale_by_sophia_g(options: SophiaGFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> clip(mean of g / max(gamma h, floor)) with h from resampled labels."""
+    estimator = GaussNewtonBartlett(_count("n_samples", options.n_samples, 1))
+    return options.sophia(options.gauss_newton(), estimator)
+
+
+@spread(SophiaHFaceOptions)
+def scale_by_sophia_h(options: SophiaHFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> clip(mean of g / max(gamma h, floor)) with h from Hutchinson probes."""
+    return options.sophia(options.hessian, Hutchinson(_count("n_probes", options.n_probes, 1), options.use_abs))
+
+
+@spread(AdaHessianFaceOptions)
+def scale_by_adahessian(options: AdaHessianFaceOptions) -> optax.GradientTransformationExtraArgs:
+    """g -> mean of g / (root mean square diagonal + floor)."""
+    average = BlockAverage() if options.block_average is True else options.block_average
+    estimator = Hutchinson(_count("n_probes", options.n_probes, 1), options.use_abs, average or None)
+    diagonal = EmaDiagonal(
+        estimator,
+        beta2=options.b2,
+        every=_count("every", options.every, 1),
+        denominator=AdaHessianPower(options.power, options.eps),
     )
-    return as_gradient_transformation(method, **shapes)
-
-
-def _hessian(
-    loss_fn: Callable[..., Any] | Objective,
-    extras: Extras,
-    reduction: Literal["mean", "sum"],
-    batch_axes: AxesPrefix | None,
-) -> Hessian:
-    if not isinstance(loss_fn, Objective):
-        return Hessian(LossFunction(loss_fn, extras, reduction, batch_axes=batch_axes))
-    if extras != Extras() or reduction != "mean" or batch_axes is not None:
-        raise ValueError("extras, reduction and batch_axes go into the objective that loss_fn is: drop them here.")
-    return Hessian(loss_fn)
+    return options.face(options.hessian, Diagonal(options.b1), preconditioner=diagonal)
 
 
 def _count(name: str, value: int | None, default: int) -> int:

@@ -18,7 +18,8 @@ LAYERS = """
 __main__
 cli
 optax
-transforms layerwise
+layerwise
+transforms
 methods
 method
 execute
@@ -36,12 +37,12 @@ kernels
 ffi
 loops live
 jaxprs
-deprecation keys numbers pipes requirements result spelling telemetry tree versions work
+deprecation keys keywords numbers pipes requirements result spelling state_version telemetry tree versions work
 """
 RANK = {name: rank for rank, line in enumerate(reversed(LAYERS.split("\n"))) for name in line.split()}
 
 # Names that the lowest layers take from a neighbor of their own line.
-NEIGHBORS = {("telemetry", "requirements"), ("telemetry", "spelling")}
+NEIGHBORS = {("telemetry", "requirements"), ("telemetry", "spelling"), ("keywords", "spelling")}
 
 
 def _packages() -> Iterator[tuple[str, pathlib.Path]]:

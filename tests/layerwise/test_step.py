@@ -492,7 +492,7 @@ def test_errors_name_the_mend() -> None:
         (lambda: build(inner=EXACT, inner_steps=1, clip_norm=1.0), "belong to an inner optimizer"),
         (lambda: build(clip_norm=0.0), "clip_norm must be positive"),
         (lambda: build(line_search=False), r"line_search is a bool: pass LineSearch\(\), or None"),
-        (lambda: curvax.as_gradient_transformation(method), r"curvax\.layerwise\.as_gradient_transformation"),
+        (lambda: curvax.as_gradient_transformation(method.problem), "method is a InnerProblem: pass what a preset"),
         (lambda: build(rule="blocks"), r"pass ByGroup\(\)"),
         (lambda: build(rule=ByLeaf(), shares=0), "shares must be at least 1"),
         (lambda: crowded.step(params, few, crowded.init(params)), "make minibatches larger"),

@@ -7,6 +7,7 @@ import importlib.metadata
 import pytest
 
 import curvax
+from curvax import deprecation
 from curvax.solvers import CG
 
 pytestmark = pytest.mark.fast
@@ -18,6 +19,17 @@ def test_the_former_name_of_the_transforms_warns_and_works() -> None:
     assert former is curvax.transforms.scale_by_ggn
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = curvax.optax.no_such_thing
+
+
+def test_a_name_of_a_module_that_has_another_now() -> None:
+    attribute = deprecation.former_names("curvax.telemetry", {"Record": "curvax.telemetry.MetricRecord"})
+    with pytest.warns(
+        DeprecationWarning, match=r"curvax\.telemetry\.Record is curvax\.telemetry\.MetricRecord now"
+    ) as seen:
+        assert attribute("Record") is curvax.telemetry.MetricRecord
+    assert seen[0].filename == __file__, "the warning points to who asked"
+    with pytest.raises(AttributeError, match=r"module 'curvax\.telemetry' has no attribute 'Recrd'"):
+        attribute("Recrd")
 
 
 def test_somax_spellings_of_keywords() -> None:

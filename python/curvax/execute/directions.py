@@ -87,8 +87,8 @@ def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) ->
     raveled = dataclasses.replace(system, product=through(system.product), precondition=precondition)
     warm = bool(jax.tree.leaves(state))
     solution = solver.solve(raveled, flat, tree.ravel(state)[0] if warm else state, task.lam)
-    following = unravel(solution.state) if warm else solution.state
-    return dataclasses.replace(solution, value=unravel(solution.value), state=following)
+    next_state = unravel(solution.state) if warm else solution.state
+    return dataclasses.replace(solution, value=unravel(solution.value), state=next_state)
 
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -233,7 +233,7 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, sta
 def _output_gradient(task: Task) -> jax.Array:
     gradient = task.at.output_gradient
     if gradient is None:
-        raise AssertionError("a linearization with rows and gradient holds the gradient in output space.")
+        raise AssertionError("a linearization with rows and gradient has the gradient in output space.")
     return gradient
 
 
@@ -249,8 +249,8 @@ def _warm_start(space: Space, output: OutputCurvature, lam: jax.Array, w: _Pair,
         return tree.vdot(a[1], output.product(b[1])) + lam.astype(b[0].dtype) * tree.vdot(a[0], b[1])
 
     def ratio(numerator: jax.Array, denominator: jax.Array, floor: jax.Array) -> jax.Array:
-        sound = denominator > floor
-        return jnp.where(sound, numerator / jnp.where(sound, denominator, jnp.ones_like(denominator)), 0 * numerator)
+        usable = denominator > floor
+        return jnp.where(usable, numerator / jnp.where(usable, denominator, jnp.ones_like(denominator)), 0 * numerator)
 
     rr, rw = space.dots(((rhs, rhs), (w, rhs)))
     e_rr, e_rw, e_ww = energy(rhs, rhs), energy(rhs, w), energy(w, w)

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.kernels._dispatch import Choice
-from curvax.kernels.diagonal_update import UpdateScalars, diagonal_update
-from curvax.plan.entrywise import Entrywise
-from curvax.preconditioners.ema_diagonal import EmaDiagonalState
+from curvax.execute.context import Point, StepContext
+from curvax.kernels.diagonal_update import DIAGONAL_UPDATE, UpdateScalars, diagonal_update
+from curvax.plan import Entrywise
 from curvax.solvers.diagonal import DiagonalState
 from curvax.tree import PyTree
 
 
-class Move(NamedTuple):
-    """Where a step has led: parameters, next states of solver and transform, and whether it was taken."""
+class EntrywiseResult(NamedTuple):
+    """Parameters and next states of solver and transform, the old ones where the outcome is not `finite`."""
 
     params: PyTree
     solver: Any
@@ -25,52 +24,37 @@ class Move(NamedTuple):
     finite: jax.Array
 
 
-def move(
-    step: Entrywise,
-    params: PyTree,
-    gradient: PyTree,
-    lam: jax.Array,
-    sound: jax.Array,
-    diagonal: EmaDiagonalState,
-    solver: DiagonalState | tuple[()],
-    transform: Any,
-    choice: Choice,
-) -> Move:
-    """Mean, denominator, clip, weight decay, learning rate and parameters; nothing moves unless the outcome is finite.
+def update_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> EntrywiseResult:
+    """The step behind the refresh in one pass: nothing changes unless loss and new parameters are finite.
 
-    Args:
-      step: the modules.
-      params: trainable parameters.
-      gradient: upcast.
-      lam: damping.
-      sound: whether the step may be taken at all.
-      diagonal, solver, transform: states of the modules; the first is already refreshed.
-      choice: of the op's implementation.
+    In the order of the formula, entry by entry, with the mean m of the gradients and the diagonal h of `point`:
+    m <- b1 m + (1 - b1) g, s = m / denominator(h), clip, weight decay, times the learning rate, parameters.
     """
-    dtype = tree.scalar_dtype(params)
+    solver, scale = ctx.state.solver, point.preconditioner.scale
+    dtype, finite_loss = tree.scalar_dtype(ctx.params), jnp.isfinite(point.at.loss)
     mean, count = (solver.mean, solver.count) if isinstance(solver, DiagonalState) else (None, None)
-    rate, following = step.transform.rate(transform, dtype)
-    scale, denominator = diagonal.scale, step.preconditioner.denominator
+    rate, transform = step.transform.rate(ctx.state.transform, dtype)
+    denominator = step.preconditioner.denominator
     fallback = denominator.fallback(scale)
     scalars = UpdateScalars(
         mean_correction=1.0 if count is None else step.solver.correction(count + 1, dtype),
-        correction=step.preconditioner.correction(diagonal.count),
-        offset=denominator.offset(scale, lam.astype(scale.dtype)),
+        correction=step.preconditioner.correction(point.preconditioner.count),
+        offset=denominator.offset(scale, point.lam.astype(scale.dtype)),
         fallback=jnp.where(fallback > 0, fallback, jnp.ones_like(fallback)),
         weight_decay=step.decay,
         rate=rate,
     )
-    new, mean, finite = diagonal_update(
+    params, mean, finite = diagonal_update(
         step.rule,
         scalars,
-        params,
+        ctx.params,
         mean,
-        diagonal.average,
-        gradient,
-        sound=sound,
-        decay_mask=step.transform.decays(params),
-        implementation=choice,
+        point.preconditioner.average,
+        point.gradient,
+        sound=finite_loss,
+        decay_mask=step.transform.decays(ctx.params),
+        implementation=ctx.choices[DIAGONAL_UPDATE.name],
     )
     if count is not None:
-        solver = DiagonalState(mean, jnp.where(sound, count + 1, count))
-    return Move(new, solver, following, finite)
+        solver = DiagonalState(mean, jnp.where(finite_loss, count + 1, count))
+    return EntrywiseResult(params, solver, transform, finite)

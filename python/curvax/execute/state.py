@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.state_version import STATE_VERSION, check_state_version
 from curvax.tree import PyTree
 
 
@@ -35,20 +36,48 @@ class Layout:
 
     def check(self, params: PyTree) -> None:
         """Raises ValueError if `params` are laid out differently."""
-        found = Layout.of(params)
-        mine, theirs = ([place for place, *_ in layout.leaves] for layout in (self, found))
+        other = Layout.of(params)
+        mine, theirs = ([place for place, *_ in layout.leaves] for layout in (self, other))
         if mine != theirs:
             places = sorted(set(mine) ^ set(theirs)) or mine
             raise ValueError(
                 "the parameters have another tree structure than those the state was made for (not in both: "
                 f"{', '.join(places[:4])}): call init again, or pass the matching state."
             )
-        for (place, *own), (_, *other) in zip(self.leaves, found.leaves, strict=True):
-            if own != other:
+        for (place, shape, dtype), (_, new_shape, new_dtype) in zip(self.leaves, other.leaves, strict=True):
+            if (shape, dtype) != (new_shape, new_dtype):
                 raise ValueError(
-                    f"parameter {place or '(the only leaf)'} is {other[1]}{list(other[0])}, but the state was made for "
-                    f"{own[1]}{list(own[0])}: call init again."
+                    f"parameter {place or '(the only leaf)'} is {new_dtype}{list(new_shape)}, but the state was made "
+                    f"for {dtype}{list(shape)}: call init again."
                 )
+
+
+class AbstractState:
+    """What the states of all methods have in common; each is a registered dataclass with these fields and its own.
+
+    Attributes:
+      step: steps so far, int32.
+      rejected: steps not taken so far, int32.
+      model_state: mutable model state (BatchNorm statistics), or `None`.
+      layout: what parameters the state belongs to; static.
+      version: of the form of the state, `curvax.state_version.STATE_VERSION`; static.
+    """
+
+    step: jax.Array
+    rejected: jax.Array
+    model_state: PyTree
+    layout: Layout
+    version: int
+
+    def check(self, params: PyTree) -> None:
+        """Raises ValueError for a state of another version, or of other parameters than these trainable ones."""
+        check_state_version(type(self).__name__, self.version)
+        self.layout.check(params)
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Unpickles; a state of another version may lack fields, so it is refused here already."""
+        check_state_version(type(self).__name__, fields.get("version"))
+        self.__dict__.update(fields)
 
 
 @jax.tree_util.register_dataclass
@@ -67,16 +96,16 @@ class LastStep:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MethodState:
-    """State of a method; a pytree of arrays with fixed shapes and dtypes.
+class MethodState(AbstractState):
+    """State of a method; a pytree of arrays with fixed shapes and dtypes, so any checkpointer can store it.
 
     Attributes:
-      step: steps so far, int32.
-      rejected: steps not taken so far, int32.
+      step, rejected: steps so far, and those of them that were not taken, int32.
       damping, preconditioner, solver, transform: the modules' states.
       model_state: mutable model state (BatchNorm statistics), or `None`.
       last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
       layout: what parameters the state belongs to; static.
+      version: of the form of the state; static.
     """
 
     step: jax.Array
@@ -88,6 +117,7 @@ class MethodState:
     model_state: PyTree
     last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
+    version: int = dataclasses.field(default=STATE_VERSION, metadata={"static": True})
 
 
 def check_part(name: str, state: Any, expected: Any) -> None:
@@ -95,7 +125,7 @@ def check_part(name: str, state: Any, expected: Any) -> None:
 
     Args:
       name: of the module, as the user set it.
-      state: what is at hand.
+      state: the state's part.
       expected: what the module's `init` returns, or its shapes.
     """
     if tree.places(state) == tree.places(expected):

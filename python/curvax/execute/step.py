@@ -1,9 +1,20 @@
-"""One step: linearize, refresh, solve, transform, search, outcome. The same for every lane."""
+"""One step: linearize, refresh, solve, transform, evaluate, accept. The same for every lane.
+
+    linearize    loss, gradient and curvature products at the parameters        -> Point
+    refresh      preconditioner, where its cadence says so                      -> Point
+    solve        (C + lam I) s = g in the plan's lane                           -> Solution
+    transform    the Optax chain makes an update of s
+    evaluate     loss behind the step and the model's prediction, where due     -> Outcome
+    accept       is it finite, does the damping take it                         -> Attempt
+    bookkeeping  next state and info                                            -> Proposal
+
+Methods whose step is entrywise from gradient to parameters (Sophia, AdaHessian) do what lies between refresh and
+bookkeeping in one pass over the parameters. The next state is made in one place, whichever way the step went.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,17 +23,17 @@ import optax
 
 from curvax import tree
 from curvax.chain import RatedUpdate
-from curvax.curvature import Evaluation, Linearization, Needs
+from curvax.curvature import Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
+from curvax.execute.context import Attempt, Point, Proposal, StepContext
 from curvax.execute.directions import Task, restarted, solve
-from curvax.execute.entrywise import move
+from curvax.execute.entrywise import update_in_one_pass
 from curvax.execute.state import LastStep, MethodState
-from curvax.kernels import Choice, batched_cholesky_solve, gram_accumulate, tree_cg
-from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
+from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
-from curvax.plan import Assembly, Cadence, Entrywise, Plan, entrywise, flat_vectors, kernel_choices
+from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
 from curvax.preconditioners import BlockPreconditioner, IdentityPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
 from curvax.solvers.base import solved, unsolved
@@ -30,183 +41,95 @@ from curvax.telemetry import Metric
 from curvax.tree import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Proposal:
-    """What a step comes to.
-
-    Attributes:
-      params: trainable parameters after the step: the old ones if it was not taken, and those before the last step
-        where that one is undone.
-      update: the update that was applied, in the accumulation dtype; zero if the step was not taken.
-      state: the next state.
-      info: the chosen metrics, and "aux" if the model returns one.
-    """
-
-    params: PyTree
-    update: PyTree
-    state: MethodState
-    info: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a step works on.
-
-    Attributes:
-      evaluation: the batch of gradient and loss, with everything the model needs.
-      curvature_evaluation: the batch of the curvature, or `None` for the same one.
-      gradient: a gradient from outside, or `None` to take the batch's own.
-      key: makes the random key of this step's estimators; `None` where there is no randomness.
-    """
-
-    evaluation: Evaluation
-    curvature_evaluation: Evaluation | None = None
-    gradient: PyTree | None = None
-    key: Callable[[], jax.Array] | None = None
-
-    @property
-    def curvature_batch(self) -> Evaluation:
-        """The batch that the curvature is taken on."""
-        return self.curvature_evaluation or self.evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class _Context:
-    """Everything that is settled before a step begins.
-
-    Attributes:
-      assembly: the modules, with the implementations of their ops chosen.
-      plan: the plan for these shapes.
-      choices: implementation of each op.
-      params: trainable parameters.
-      problem: what the step works on.
-      state: the state before the step.
-    """
-
-    assembly: Assembly
-    plan: Plan
-    choices: dict[str, Choice]
-    params: PyTree
-    problem: Problem
-    state: MethodState
-
-    @staticmethod
-    def of(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, state: MethodState) -> _Context:
-        """With the implementations of all ops chosen."""
-        found = kernel_choices(assembly, plan, params, problem.curvature_batch)
-        choices = {choice.op: choice for choice in found}
-        chosen = dataclasses.replace(
-            assembly,
-            curvature=assembly.curvature.with_kernels(choices),
-            preconditioner=assembly.preconditioner.with_kernels(choices),
-        )
-        return _Context(chosen, plan, choices, params, problem, state)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Point:
-    """What is known at the parameters of a step.
-
-    Attributes:
-      at, curved: linearizations on the batches of the gradient and of the curvature; one and the same if the batches
-        are.
-      gradient: upcast.
-      lam: damping.
-      preconditioner: its state, refreshed where that was due.
-    """
-
-    at: Linearization
-    curved: Linearization
-    gradient: PyTree
-    lam: jax.Array
-    preconditioner: Any
-
-    @staticmethod
-    def of(ctx: _Context) -> _Point:
-        """Linearizes and refreshes."""
-        at, curved = _linearize(ctx)
-        given = ctx.problem.gradient
-        lam = ctx.assembly.damping.lam(ctx.state.damping)
-        gradient = at.gradient if given is None else tree.upcast(given)
-        return _Point(at, curved, gradient, lam, _refresh(ctx, curved, lam))
-
-
-def propose(assembly: Assembly, plan: Plan, params: PyTree, problem: Problem, state: MethodState) -> Proposal:
-    """Runs the planned step at the trainable parameters `params`."""
-    ctx = _Context.of(assembly, plan, params, problem, state)
-    point = _Point.of(ctx)
+def propose(ctx: StepContext) -> Proposal[MethodState]:
+    """Runs the planned step."""
+    # 1. What is known at the parameters.
+    point = _point(ctx)
+    # 2. Direction, update, and whether it is taken.
     step = entrywise(ctx.assembly)
-    if isinstance(step, Entrywise) and problem.gradient is None:
-        return _in_one_pass(ctx, point, step)
+    if isinstance(step, Entrywise) and ctx.problem.gradient is None:
+        attempt = _attempt_in_one_pass(ctx, point, step)
+    else:
+        attempt = _attempt(ctx, point)
+    # 3. Bookkeeping.
+    state = _next_state(ctx, point, attempt)
+    return Proposal(attempt.params, attempt.applied, state, _info(ctx, point, attempt, state.rejected))
+
+
+def _point(ctx: StepContext) -> Point:
+    """Linearizes and refreshes."""
+    at, curved = _linearize(ctx)
+    given = ctx.problem.gradient
+    lam = ctx.assembly.damping.lam(ctx.state.damping)
+    gradient = at.gradient if given is None else tree.upcast(given)
+    return Point(at, curved, gradient, lam, _refresh(ctx, curved, lam))
+
+
+def _attempt(ctx: StepContext, point: Point) -> Attempt:
+    """Solve, transform, evaluate, accept: one after another."""
+    state, params, damping = ctx.state, ctx.params, ctx.assembly.damping
+    # 1. The direction s, and the update that the Optax chain makes of it.
     solution = _solve(ctx, point)
     upcast = tree.upcast(params)
     update, transform = ctx.assembly.transform.update(solution.value, state.transform, upcast)
     after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, upcast, update)
+    # 2. Loss and prediction there, at their cadence or where the damping wants to see this step.
     demanded, norm = _demanded(ctx, update)
     outcome = _evaluate(ctx, point, solution, after, demanded, norm)
+    # 3. Taken, if it is finite and, where the damping looks, good enough.
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
     seen = due & outcome.evaluated
-    accepted = outcome.finite & (~seen | ctx.assembly.damping.accepts(outcome))
+    accepted = outcome.finite & (~seen | damping.accepts(outcome))
+    # 4. If not: the old parameters, or those before a last step that led to where nothing is finite.
     undone = _undone(ctx, point)
-    following = _following(
-        ctx, point, outcome, accepted,
-        damping=ctx.assembly.damping.update(state.damping, outcome, due),
+    kept, back = _where_not_taken(ctx, undone)
+    return Attempt(
+        params=tree.where(accepted, after, kept),
+        applied=jax.tree.map(lambda u, b: jnp.where(accepted, u, b.astype(u.dtype)), update, back),
+        proposed=update,
+        solution=solution,
+        outcome=outcome,
+        accepted=accepted,
+        damping=damping.update(state.damping, outcome, due),
         solver=_solver_state(ctx, solution, jnp.isfinite(point.at.loss), accepted),
         transform=_keep_if(accepted, transform, state.transform),
         last=_last_step(ctx, undone, accepted & ~seen),
-    )  # fmt: skip
-    info = _info(ctx, point, following, solution, update, outcome, accepted)
-    kept, back = _where_not_taken(ctx, undone)
-    applied = jax.tree.map(lambda u, b: jnp.where(accepted, u, b.astype(u.dtype)), update, back)
-    return Proposal(tree.where(accepted, after, kept), applied, following, info)
+    )
 
 
-def _in_one_pass(ctx: _Context, point: _Point, step: Entrywise) -> Proposal:
-    """What `propose` does behind the refresh, for a step whose direction and update nobody else wants to see."""
-    state, params, loss = ctx.state, ctx.params, point.at.loss
-    moved = move(
-        step, params, point.gradient, point.lam, jnp.isfinite(loss), point.preconditioner, state.solver,
-        state.transform, ctx.choices[DIAGONAL_UPDATE.name],
-    )  # fmt: skip
-    missing = jnp.full_like(loss, jnp.nan)
-    outcome = Outcome(moved.finite, jnp.asarray(False), loss, missing, missing)
-    following = _following(
-        ctx, point, outcome, moved.finite,
-        damping=ctx.assembly.damping.update(state.damping, outcome, jnp.asarray(False)),
-        solver=moved.solver,
-        transform=_keep_if(moved.finite, moved.transform, state.transform),
+def _attempt_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Attempt:
+    """The same for a step whose direction and update nobody else wants to see."""
+    state, loss = ctx.state, point.at.loss
+    new = update_in_one_pass(ctx, point, step)
+    missing, never = jnp.full_like(loss, jnp.nan), jnp.asarray(False)
+    outcome = Outcome(new.finite, never, loss, missing, missing)
+    old = tree.upcast(ctx.params)
+    return Attempt(
+        params=new.params,
+        applied=jax.tree.map(lambda a, b: a.astype(b.dtype) - b, tree.upcast(new.params), old),
+        proposed=None,
+        solution=unsolved(new.finite, point.lam.dtype),
+        outcome=outcome,
+        accepted=new.finite,
+        damping=ctx.assembly.damping.update(state.damping, outcome, never),
+        solver=new.solver,
+        transform=_keep_if(new.finite, new.transform, state.transform),
         last=state.last,
-    )  # fmt: skip
-    # The direction is not at hand: telemetry that asks for it, or for the update, takes the other way.
-    none = unsolved(moved.finite, point.lam.dtype)
-    info = _info(ctx, point, following, none, None, outcome, moved.finite)
-    update = jax.tree.map(lambda new, old: new.astype(old.dtype) - old, tree.upcast(moved.params), tree.upcast(params))
-    return Proposal(moved.params, update, following, info)
+    )
 
 
-def _following(
-    ctx: _Context,
-    point: _Point,
-    outcome: Outcome,
-    accepted: jax.Array,
-    *,
-    damping: Any,
-    solver: Any,
-    transform: Any,
-    last: LastStep | None,
-) -> MethodState:
-    """The next state, from those of the modules."""
+def _next_state(ctx: StepContext, point: Point, attempt: Attempt) -> MethodState:
     state = ctx.state
-    return MethodState(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
-        rejected=state.rejected + (~accepted).astype(jnp.int32),
-        damping=damping,
+        rejected=state.rejected + (~attempt.accepted).astype(jnp.int32),
+        damping=attempt.damping,
         preconditioner=point.preconditioner,  # keeps itself clean of refreshes that are not finite
-        solver=solver,
-        transform=transform,
-        model_state=_keep_if(outcome.finite, point.at.model_state, state.model_state),
-        last=last,
-        layout=state.layout,
+        solver=attempt.solver,
+        transform=attempt.transform,
+        model_state=_keep_if(attempt.outcome.finite, point.at.model_state, state.model_state),
+        last=attempt.last,
     )
 
 
@@ -222,8 +145,8 @@ def _keep_entries(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """
 
     def keep(a: jax.Array, b: jax.Array) -> jax.Array:
-        sound = condition & jnp.isfinite(a) if jnp.issubdtype(a.dtype, jnp.inexact) else condition
-        return jnp.where(sound, a, b.astype(a.dtype))
+        new_entry = condition & jnp.isfinite(a) if jnp.issubdtype(a.dtype, jnp.inexact) else condition
+        return jnp.where(new_entry, a, b.astype(a.dtype))
 
     return jax.tree.map(keep, new, old)
 
@@ -233,7 +156,7 @@ def _periods(assembly: Assembly) -> tuple[int, ...]:
     return () if every is None else (every,)
 
 
-def _linearize(ctx: _Context) -> tuple[Linearization, Linearization]:
+def _linearize(ctx: StepContext) -> tuple[Linearization, Linearization]:
     """(linearization of the gradient's batch, linearization of the curvature's batch); one if the batches are one."""
     curvature, problem, needs = ctx.assembly.curvature, ctx.problem, ctx.plan.needs
     own = problem.gradient is None
@@ -251,7 +174,7 @@ def _without_gradient(needs: Needs) -> Needs:
     return dataclasses.replace(needs, gradient=False)
 
 
-def _refresh(ctx: _Context, curved: Linearization, lam: jax.Array) -> Any:
+def _refresh(ctx: StepContext, curved: Linearization, lam: jax.Array) -> Any:
     plan, state, problem, preconditioner = ctx.plan, ctx.state, ctx.problem, ctx.assembly.preconditioner
     if plan.refresh.never:
         return state.preconditioner
@@ -269,7 +192,7 @@ def _refresh(ctx: _Context, curved: Linearization, lam: jax.Array) -> Any:
     return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
 
 
-def _solve(ctx: _Context, point: _Point) -> Solution:
+def _solve(ctx: StepContext, point: Point) -> Solution:
     plan, choices, problem, preconditioner = ctx.plan, ctx.choices, ctx.problem, ctx.assembly.preconditioner
     task = Task(
         at=point.curved,
@@ -290,15 +213,15 @@ def _solve(ctx: _Context, point: _Point) -> Solution:
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
 
 
-def _solver_state(ctx: _Context, solution: Solution, sound: jax.Array, accepted: jax.Array) -> Any:
+def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, accepted: jax.Array) -> Any:
     plan, old = ctx.plan, ctx.state.solver
-    following = restarted(plan.solver, solution.state, accepted)
+    new = restarted(plan.solver, solution.state, accepted)
     if plan.solver_index is not None:
-        following = tuple(following if i == plan.solver_index else s for i, s in enumerate(old))
-    return _keep_entries(sound, following, old)
+        new = tuple(new if i == plan.solver_index else s for i, s in enumerate(old))
+    return _keep_entries(finite, new, old)
 
 
-def _demanded(ctx: _Context, update: PyTree) -> tuple[jax.Array, jax.Array]:
+def _demanded(ctx: StepContext, update: PyTree) -> tuple[jax.Array, jax.Array]:
     """(whether the damping wants to see a step that is not due, the length of the update)."""
     if ctx.state.last is None:
         return jnp.asarray(False), jnp.zeros((), tree.scalar_dtype(ctx.params))
@@ -307,7 +230,7 @@ def _demanded(ctx: _Context, update: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 def _evaluate(
-    ctx: _Context, point: _Point, solution: Solution, after: PyTree, demanded: jax.Array, norm: jax.Array
+    ctx: StepContext, point: Point, solution: Solution, after: PyTree, demanded: jax.Array, norm: jax.Array
 ) -> Outcome:
     plan, loss = ctx.plan, point.at.loss
     missing = jnp.full_like(loss, jnp.nan)
@@ -320,15 +243,12 @@ def _evaluate(
             product = ctx.assembly.curvature.linearize(ctx.params, ctx.problem.curvature_batch, needs).product
         if product is None:
             raise AssertionError("a linearization asked for products has them.")
-        moved = jax.tree.map(jnp.subtract, tree.upcast(after), tree.upcast(ctx.params))
-        moved = jax.tree.map(lambda m, g: m.astype(g.dtype), moved, point.gradient)
-        slope, bend, squared = (
-            tree.vdot(point.gradient, moved),
-            tree.vdot(moved, product(moved)),
-            tree.vdot(moved, moved),
-        )
-        asked = None if ctx.assembly.damping.evaluate_every is None else point.at.rounding
-        rounding = loss_rounding(loss) if asked is None else asked()
+        change = jax.tree.map(jnp.subtract, tree.upcast(after), tree.upcast(ctx.params))
+        change = jax.tree.map(lambda c, g: c.astype(g.dtype), change, point.gradient)
+        slope, bend = tree.vdot(point.gradient, change), tree.vdot(change, product(change))
+        squared = tree.vdot(change, change)
+        own_rounding = None if ctx.assembly.damping.evaluate_every is None else point.at.rounding
+        rounding = loss_rounding(loss) if own_rounding is None else own_rounding()
         return (
             -(slope + bend / 2).astype(missing.dtype),
             (jnp.abs(bend) / squared).astype(missing.dtype),
@@ -354,7 +274,7 @@ def _evaluate(
     )
 
 
-def _undone(ctx: _Context, point: _Point) -> jax.Array | None:
+def _undone(ctx: StepContext, point: Point) -> jax.Array | None:
     """Whether the last step is to be undone; `None` for methods that see all of their steps, or none.
 
     A step that was taken unseen may have led to where the loss, or its gradient, is no finite number, and from there no
@@ -371,14 +291,14 @@ def _undone(ctx: _Context, point: _Point) -> jax.Array | None:
     return jax.lax.cond(last.unseen & broken, for_loop_body(fine_before), lambda: jnp.asarray(False))
 
 
-def _last_step(ctx: _Context, undone: jax.Array | None, unseen: jax.Array) -> LastStep | None:
+def _last_step(ctx: StepContext, undone: jax.Array | None, unseen: jax.Array) -> LastStep | None:
     last = ctx.state.last
     if last is None or undone is None:
         return None
     return LastStep(tree.where(undone, last.before, ctx.params), unseen)
 
 
-def _where_not_taken(ctx: _Context, undone: jax.Array | None) -> tuple[PyTree, PyTree]:
+def _where_not_taken(ctx: StepContext, undone: jax.Array | None) -> tuple[PyTree, PyTree]:
     """(parameters if the step is not taken, what that adds to them): the old ones, or those before an undone step."""
     last, params = ctx.state.last, ctx.params
     if last is None or undone is None:
@@ -387,23 +307,16 @@ def _where_not_taken(ctx: _Context, undone: jax.Array | None) -> tuple[PyTree, P
     return kept, jax.tree.map(jnp.subtract, tree.upcast(kept), tree.upcast(params))
 
 
-def _info(
-    ctx: _Context,
-    point: _Point,
-    following: MethodState,
-    solution: Solution,
-    update: PyTree | None,
-    outcome: Outcome,
-    accepted: jax.Array,
-) -> dict[str, Any]:
-    """The chosen metrics; `update` is `None` where neither it nor the direction is at hand."""
+def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array) -> dict[str, Any]:
+    """The chosen metrics."""
+    solution, outcome, update = attempt.solution, attempt.outcome, attempt.proposed
     values = {
         Metric.STEP: ctx.state.step,
         Metric.LOSS: point.at.loss,
         Metric.LAM: point.lam,
-        Metric.ACCEPTED: accepted,
+        Metric.ACCEPTED: attempt.accepted,
         Metric.FINITE: outcome.finite,
-        Metric.REJECTED: following.rejected,
+        Metric.REJECTED: rejected,
         Metric.BATCH_FAULT: jnp.int32(0) if point.at.batch_fault is None else point.at.batch_fault,
         Metric.RESULT: solution.result,
         Metric.ITERATIONS: solution.iterations,
@@ -424,7 +337,7 @@ def _info(
     return info
 
 
-def _learning_rate(ctx: _Context) -> jax.Array:
+def _learning_rate(ctx: StepContext) -> jax.Array:
     transform = ctx.assembly.transform
     if not isinstance(transform, RatedUpdate):
         return Metric.LEARNING_RATE.missing()

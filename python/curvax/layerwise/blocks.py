@@ -57,8 +57,8 @@ class ParameterBlocks:
             return jnp.where(layers.reshape(layers.shape + (1,) * (a.ndim - 1)), a, b)
 
         leaves, structure = jax.tree.flatten(inside)
-        found = [one(o, a, b) for o, a, b in zip(self.of_leaf, leaves, jax.tree.leaves(outside), strict=True)]
-        return jax.tree.unflatten(structure, found)
+        mixed = [one(o, a, b) for o, a, b in zip(self.of_leaf, leaves, jax.tree.leaves(outside), strict=True)]
+        return jax.tree.unflatten(structure, mixed)
 
     def scale(self, factors: jax.Array, vector: PyTree) -> PyTree:
         """Each block of `vector` times its entry of `factors` (count,)."""
@@ -95,7 +95,7 @@ class ByGroup(BlockPartition):
     Attributes:
       split: names of entries that hold several layers, each a block of its own: a sequence is split into its members,
         any other subtree along the leading axis of its leaves (layers stacked for `jax.lax.scan`). A mapping from
-        names to layers is no sequence: `ByPath` or `ByPrefix` take it apart.
+        names to layers is no sequence: `ByPath` or `ByPrefix` split it.
 
     Raises:
       TypeError: `split` is a single string.
@@ -173,13 +173,13 @@ class ByPath(BlockPartition):
     def blocks(self, params: PyTree) -> ParameterBlocks:
         owners: list[str | tuple[str, ...]] = []
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
-            found = self.block(_text(path))
-            if not isinstance(found, str):
+            block = self.block(_text(path))
+            if not isinstance(block, str):
                 raise ValueError(
-                    f"the partition gives no block for {_text(path)!r} (it returned {found!r}): return a name for "
+                    f"the partition gives no block for {_text(path)!r} (it returned {block!r}): return a name for "
                     "every leaf, and keep a leaf from training with frozen=."
                 )
-            owners.append(found)
+            owners.append(block)
         return _numbered(owners)
 
 
@@ -210,11 +210,11 @@ class ByPrefix(BlockPartition):
         owners: list[str | tuple[str, ...]] = []
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
             text = _text(path)
-            found = [b for b, starts in self.prefixes.items() if any(_begins(text, start) for start in starts)]
-            if len(found) != 1:
-                what = f"is in the blocks {', '.join(found)}" if found else "is in no block"
+            blocks = [b for b, starts in self.prefixes.items() if any(_begins(text, start) for start in starts)]
+            if len(blocks) != 1:
+                what = f"is in the blocks {', '.join(blocks)}" if blocks else "is in no block"
                 raise ValueError(f"parameter {text!r} {what}: give every leaf exactly one block.")
-            owners.append(found[0])
+            owners.append(blocks[0])
         missing = set(self.prefixes) - {name for name in owners if isinstance(name, str)}
         if missing:
             raise ValueError(

@@ -137,11 +137,11 @@ class HeadOutputs(Outputs):
     def _parts(self, params: PyTree, evaluation: Evaluation) -> tuple[Parts, tuple[PyTree, Any]]:
         """(hidden states, matrix, bias), (new model state, aux)."""
         hidden, rest = self.curvature.model.outputs(params, evaluation)
-        found = self.head.of(self.curvature.partition.merge(params, evaluation.frozen))
-        parts = found if isinstance(found, tuple) else (found, None)
+        matrices = self.head.of(self.curvature.partition.merge(params, evaluation.frozen))
+        parts = matrices if isinstance(matrices, tuple) else (matrices, None)
         if len(parts) != 2 or not all(x is None or _is_floating(x) for x in parts) or parts[0] is None:
             raise TypeError(
-                f"head(params) returned a {type(found).__name__}: return one floating-point matrix (features, "
+                f"head(params) returned a {type(matrices).__name__}: return one floating-point matrix (features, "
                 "classes), or the tuple (matrix, bias)."
             )
         return (hidden, *parts), rest
@@ -182,7 +182,7 @@ class HeadLoss(OutputLoss):
       labels: integers, one per position.
       weights: effective weights.
       label_smoothing: of the loss.
-      prox_linear: whether slopes are those of the loss at moved logits.
+      prox_linear: whether slopes are those of the loss at theta0's logits plus the tangent.
       scale: see `OutputLoss`; `None` is 1.
     """
 
@@ -206,21 +206,21 @@ class HeadLoss(OutputLoss):
 
     def gradient(self) -> tuple[jax.Array, Parts]:
         """The loss at theta0 and its gradient."""
-        loss, found = self._residual(None, MAX_BYTES)
-        return loss, tuple(found)
+        loss, residual = self._residual(None, MAX_BYTES)
+        return loss, tuple(residual)
 
     def slope(self, v: Parts) -> tuple[jax.Array, Parts]:
         loss, function = self._slope_of()
-        found, u = function(Tangent(*v), MAX_BYTES)
-        return self._one(loss, found), tuple(u)
+        own, u = function(Tangent(*v), MAX_BYTES)
+        return self._one(loss, own), tuple(u)
 
     def product(self, v: Parts) -> Parts:
         return tuple(self._product(Tangent(*v), MAX_BYTES)[1])
 
     def slopes(self, v: Parts) -> tuple[jax.Array, Parts]:
         loss, function = self._slope_of()
-        found, u = _each(function, v)
-        return self._one(loss, found), u
+        own, u = _each(function, v)
+        return self._one(loss, own), u
 
     def products(self, v: Parts) -> Parts:
         return _each(self._product, v)[1]
@@ -240,8 +240,8 @@ class HeadLoss(OutputLoss):
         scale, (loss, residual) = self.scale, self.gradient()
 
         def scaled(v: Tangent, max_bytes: int) -> tuple[None, Cotangents]:
-            def one(moved: jax.Array | None, still: jax.Array) -> jax.Array | None:
-                return None if moved is None else still + scale.astype(still.dtype) * (moved - still)
+            def one(there: jax.Array | None, here: jax.Array) -> jax.Array | None:
+                return None if there is None else here + scale.astype(here.dtype) * (there - here)
 
             return None, Cotangents(*map(one, self._residual(v, max_bytes)[1], residual))
 
@@ -279,7 +279,7 @@ def _each(function: _PerBlock, v: Parts) -> tuple[jax.Array | None, Parts]:
         moves = tuple(part is not None and block in part.blocks for part in v)
         groups.setdefault(moves, []).append(block)
     loss: jax.Array | None = None
-    found: list[list[jax.Array]] = [[] for _ in v]
+    by_part: list[list[jax.Array]] = [[] for _ in v]
     order: list[list[int]] = [[] for _ in v]
     for moves, blocks in groups.items():
         share = max(MAX_BYTES // len(blocks), 1)
@@ -287,9 +287,9 @@ def _each(function: _PerBlock, v: Parts) -> tuple[jax.Array | None, Parts]:
         loss, cotangents = jax.vmap(lambda t, share=share: function(t, share), out_axes=(None, 0))(stacked)
         for k, u in enumerate(cotangents):
             if u is not None:
-                found[k].append(u)
+                by_part[k].append(u)
                 order[k].extend(blocks)
-    return loss, tuple(map(_gather, v, found, order))
+    return loss, tuple(map(_gather, v, by_part, order))
 
 
 def _select(part: Tangents, blocks: list[int]) -> jax.Array:
@@ -297,11 +297,11 @@ def _select(part: Tangents, blocks: list[int]) -> jax.Array:
     return part.value if rows == list(range(len(part.blocks))) else part.value[np.asarray(rows)]
 
 
-def _gather(part: Tangents | None, found: list[jax.Array], order: list[int]) -> Tangents | None:
+def _gather(part: Tangents | None, pieces: list[jax.Array], order: list[int]) -> Tangents | None:
     """The cotangents of all groups in the order of the tangents."""
     if part is None or not part.blocks:
         return part
-    value = found[0] if len(found) == 1 else jnp.concatenate(found)
+    value = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
     if tuple(order) != part.blocks:
         value = value[np.asarray([order.index(block) for block in part.blocks])]
     return Tangents(part.blocks, value)

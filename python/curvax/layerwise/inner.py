@@ -216,8 +216,9 @@ class ConjugateGradients(InnerSolver):
             state = self._averaged(state, gradient)
             system = self._blended(at.product, self._diagonal(state))
         minus = jax.tree.map(jnp.negative, gradient)
-        found = self.solver.iterate(system, minus, delta, jnp.asarray(self.lam, at.loss.dtype))
-        return InnerUpdate(found.value, state, at.loss, at.model_state, found.result, found.iterations, found.residual)
+        solution = self.solver.iterate(system, minus, delta, jnp.asarray(self.lam, at.loss.dtype))
+        how = solution.result, solution.iterations, solution.residual
+        return InnerUpdate(solution.value, state, at.loss, at.model_state, *how)
 
     def _averaged(self, state: AdamSquares, gradient: PyTree) -> AdamSquares:
         average = jax.tree.map(lambda v, g: self.beta2 * v + (1 - self.beta2) * g * g, state.average, gradient)

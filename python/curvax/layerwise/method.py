@@ -1,44 +1,62 @@
-"""Full and layerwise Gauss-Newton: an inner loop on the linearized model, then a line search (arXiv 2510.09378)."""
+"""Full and layerwise Gauss-Newton: an inner loop on the linearized model, then a line search (arXiv 2510.09378).
+
+One step from theta0, with delta = theta - theta0 and inner_steps = 3 (the paper's algorithm 1):
+
+    batch  | minibatch 0 | minibatch 1 | minibatch 2 | search batch |
+    start       delta = offset of the last step (warm start), or 0
+    accumulate  delta <- inner update of delta at minibatch 0, then 1, then 2
+    finish      step size a = argmin over {0, 1, ratio, ratio^2, ...} of the search batch's loss at theta0 + a delta
+                theta1 = theta0 + a delta, or theta0 if a = 0 or a number is not finite
+                offset = theta0 + delta - theta1, where the next inner loop starts
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation
-from curvax.execute import Layout
-from curvax.kernels._dispatch import Backend, Choice, resolve
-from curvax.keys import check_key
+from curvax.curvature import Evaluation, GaussNewton
+from curvax.execute import Layout, Proposal, StepInputs
+from curvax.kernels._dispatch import Backend, Choice, check_backend, resolve
 from curvax.layerwise.inner import InnerSolver
 from curvax.layerwise.plan import InnerLoopPlan, plan_for_shapes, plan_without_shapes
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.layerwise.search import LineSearch
 from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
+from curvax.method import AbstractMethod
 from curvax.result import Result, code
 from curvax.structure.batch_axes import BatchAxes, Parts
+from curvax.telemetry import ALWAYS, Metric, MetricRecord, Telemetry
 from curvax.tree import PyTree
 
 Info = dict[str, Any]
+_STEP_METRICS = (*(record.metric for record in ALWAYS), Metric.LOSS, Metric.STEP_SIZE, Metric.UPDATE_NORM)
+_SEARCH_METRICS = (Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER)
+_SOLVE_METRICS = (Metric.RESULT, Metric.ITERATIONS, Metric.RESIDUAL)
 
 
+@final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class InnerLoopMethod:
+class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
     """A Gauss-Newton method whose step is an inner optimization; made by `full_gn` and `layerwise_gn`.
 
-        state = method.init(params)
-        params, state, info = jax.jit(method.step)(params, batch, state)
-
-    or, for a batch that does not fit into memory, the same numbers from the three parts of `step`:
+    The batch of `step` is cut into `parts` equal parts, the inner minibatches in order and then the line search's;
+    leaves that all examples share go into all of them. For a batch that does not fit into memory the three parts of
+    `step` give the same numbers:
 
         carry = method.start(params, state)
         for minibatch in minibatches:  # inner_steps of them
             carry = accumulate(carry, minibatch)  # accumulate = jax.jit(method.accumulate, donate_argnums=0)
         params, state, info = method.finish(carry, search_batch)
+
+    Info has `step_size` and `update_norm`; with a line search `search_loss` and `search_loss_after`; with conjugate
+    gradients `result`, `iterations` and `residual`. A step that is not taken leaves parameters and inner state as they
+    were.
 
     Attributes:
       problem: what is minimized inside.
@@ -47,8 +65,14 @@ class InnerLoopMethod:
       search: line search, or `None` to take the full step.
       warm_start: the next inner loop starts from where this one ended.
       backend: preferred implementation of kernels.
+      telemetry: what `info` has beside that.
       plan: the plan without shapes; `plan_for` has blocks and costs.
     """
+
+    state_type = OuterState
+    takes_curvature_batch = False
+    takes_gradient = False
+    narrows_updates = False  # the state's offset is relative to the very parameters that a step arrives at
 
     problem: InnerProblem
     inner: InnerSolver
@@ -56,46 +80,31 @@ class InnerLoopMethod:
     search: LineSearch | None
     warm_start: bool
     backend: Backend
+    telemetry: Telemetry = Telemetry((MetricRecord(Metric.LOSS),))
     plan: InnerLoopPlan = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        check_backend(self.backend)
+        self.telemetry.check((*_STEP_METRICS, *self._optional_metrics), "this inner loop")
         plan = plan_without_shapes(self.problem, self.inner, self.inner_steps, self.search, self.warm_start)
         object.__setattr__(self, "plan", plan)
 
-    def __repr__(self) -> str:
-        return f"<curvax.layerwise.InnerLoopMethod, {self.plan.explain().splitlines()[0]}>"
+    @property
+    def curvature(self) -> GaussNewton:
+        return self.problem.curvature
 
     @property
     def parts(self) -> int:
         """Into how many equal parts `step` cuts its batch."""
         return self.inner_steps + (0 if self.search is None else self.search.minibatches)
 
-    def init(self, params: PyTree, *, model_state: PyTree = None) -> OuterState:
-        """The state before the first step.
-
-        Args:
-          params: the parameters, or `jax.ShapeDtypeStruct`s.
-          model_state: mutable model state, for models with `has_state`.
-
-        Raises:
-          ValueError: there is nothing to train, the partition does not cover the parameters, or `model_state` and
-            `has_state` disagree.
-          TypeError: a leaf of the parameters is not a real array.
-        """
-        trainable, _ = self.problem.curvature.partition.split(params)
-        if not jax.tree.leaves(trainable):
-            raise ValueError("there are no trainable parameters: every leaf is frozen or not floating point.")
-        self.problem.blocks(trainable)
-        if self.problem.curvature.has_state != (model_state is not None):
-            raise ValueError(
-                "has_state=True and init(params, model_state=...) go together: "
-                + ("pass model_state." if model_state is None else "set has_state=True.")
-            )
-        return self._state(trainable, model_state)
-
     def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> OuterState:
-        """The state of a tree without leaves, as `Method.init_empty` for `optax.tree.map_params`."""
         return self._state(params, model_state)
+
+    def _first_state(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> OuterState:
+        del frozen, batch
+        self.problem.blocks(trainable)  # raises where the partition does not cover the parameters
+        return self._state(trainable, model_state)
 
     def _state(self, trainable: PyTree, model_state: PyTree) -> OuterState:
         return OuterState(
@@ -107,48 +116,7 @@ class InnerLoopMethod:
             layout=Layout.of(trainable),
         )
 
-    def step(
-        self, params: PyTree, batch: Any, state: OuterState, rng: jax.Array | None = None
-    ) -> tuple[PyTree, OuterState, Info]:
-        """One step. Pure: jit it, scan it, donate `params` and `state`.
-
-        Args:
-          params: parameters, laid out as for `init`.
-          batch: mapping of arrays, whose examples are cut into `parts` equal parts: the inner minibatches in order,
-            then the line search's. Leaves that all examples share go into all of them.
-          state: from `init` or the last step.
-          rng: random key for models that take one; folded with step and minibatch.
-
-        Returns:
-          (params, state, info). A step that is not taken, because of a number that is not finite or because no
-          candidate of the line search is better, returns parameters and inner state as they were. Info holds
-          "step" (steps before this one), "loss" (mean over the minibatches at theta0), "accepted", "finite" (loss, step
-          and inner state are), "rejected" (steps not taken so far), "batch_fault" (what is wrong with the values of the
-          batch, a `curvax.losses.BatchFault`), "step_size" and "update_norm"; with a line search
-          "search_loss" and "search_loss_after" (on its data, before and after the step); with conjugate gradients
-          "result", "iterations" and "residual".
-
-        Raises:
-          ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
-        """
-        carry = self.start(params, state, rng)
-        minibatches, search_batch = self._cut(batch, self._axes(carry, batch))
-
-        @for_loop_body
-        def advance(progress: Progress, minibatch: Any) -> Progress:
-            return self._advance(carry, progress, minibatch)
-
-        progress, _ = jax.lax.scan(
-            lambda p, held: (advance(p, minibatches.part(held)), None), carry.progress, minibatches.held
-        )
-        return self.finish(dataclasses.replace(carry, progress=progress), search_batch)
-
-    def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
-        """Begins a step in the streaming form; arguments as for `step`."""
-        if not isinstance(state, OuterState):
-            raise TypeError(f"the state is a {type(state).__name__}: pass what init or the last step returned.")
-        trainable, _ = self.problem.curvature.partition.split(params)
-        state.layout.check(trainable)
+    def _check_parts(self, state: OuterState, trainable: PyTree) -> None:
         if bool(jax.tree.leaves(state.offset)) != self.warm_start:
             raise ValueError(
                 f"warm_start is {self.warm_start} here, and was not where this state was made: set it alike, or pass "
@@ -157,24 +125,24 @@ class InnerLoopMethod:
         like = jax.eval_shape(self.inner.init, jax.eval_shape(tree.upcast, trainable))
         if jax.tree.structure(like) != jax.tree.structure(state.inner):
             raise ValueError("this state was made with another inner solver: pass what this method's init returned.")
-        dtype = tree.scalar_dtype(trainable)
-        # `before` is kept for a step that is not taken, and no buffer of a donated carry may be in it twice.
-        delta, inner, model_state = jax.tree.map(jnp.copy, (state.offset, state.inner, state.model_state))
-        progress = Progress(
-            delta=delta if self.warm_start else tree.zeros_like(trainable),
-            inner=inner,
-            index=jnp.zeros((), jnp.int32),
-            loss=jnp.zeros((), dtype),
-            model_state=model_state,
-            result=code(Result.CONVERGED),
-            iterations=jnp.zeros((), jnp.int32),
-            residual=jnp.zeros((), dtype),
-            batch_fault=jnp.zeros((), jnp.int32),
+
+    def _propose(self, inputs: StepInputs[OuterState]) -> Proposal[OuterState]:
+        carry = self._begin(inputs)
+        minibatches, search_batch = self._cut(inputs.batch, self._axes(carry, inputs.batch))
+
+        @for_loop_body
+        def advance(progress: Progress, minibatch: Any) -> Progress:
+            return self._advance(carry, progress, minibatch)
+
+        progress, _ = jax.lax.scan(
+            lambda p, examples: (advance(p, minibatches.part(examples)), None), carry.progress, minibatches.held
         )
-        if rng is not None:
-            check_key("rng", rng)
-        key = None if rng is None else jax.random.fold_in(rng, state.step)
-        return Carry(params, state, key, progress)
+        return self._end(dataclasses.replace(carry, progress=progress), search_batch)
+
+    def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
+        """Begins a step in the streaming form; arguments as for `step`."""
+        trainable, frozen = self.partition.split(params)
+        return self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng)))
 
     def accumulate(self, carry: Carry, minibatch: Any) -> Carry:
         """One minibatch of the streaming form: one linearization, one inner update. Jit it, donate `carry`.
@@ -201,55 +169,103 @@ class InnerLoopMethod:
                 if search_batch is None
                 else "there is no line search to use search_batch: pass None, or set line_search."
             )
-        progress, before = carry.progress, carry.before
-        trainable, frozen = self.problem.curvature.partition.split(carry.params)
+        proposal = self._end(carry, search_batch)
+        return self.partition.merge(proposal.params, carry.frozen), proposal.state, proposal.info
+
+    def _begin(self, inputs: StepInputs[OuterState]) -> Carry:
+        trainable, state = inputs.trainable, inputs.state
+        dtype = tree.scalar_dtype(trainable)
+        # `before` is kept for a step that is not taken, and no buffer of a donated carry may be in it twice.
+        delta, inner, model_state = jax.tree.map(jnp.copy, (state.offset, state.inner, state.model_state))
+        progress = Progress(
+            delta=delta if self.warm_start else tree.zeros_like(trainable),
+            inner=inner,
+            index=jnp.zeros((), jnp.int32),
+            loss=jnp.zeros((), dtype),
+            model_state=model_state,
+            result=code(Result.CONVERGED),
+            iterations=jnp.zeros((), jnp.int32),
+            residual=jnp.zeros((), dtype),
+            batch_fault=jnp.zeros((), jnp.int32),
+        )
+        key = None if inputs.rng is None else jax.random.fold_in(inputs.rng, state.step)
+        return Carry(trainable, inputs.frozen, state, key, progress)
+
+    def _advance(self, carry: Carry, progress: Progress, minibatch: Any) -> Progress:
+        trainable, evaluation = carry.params, self._evaluation(carry, progress, minibatch)
+        self.problem.outputs.check(trainable, evaluation)
+        evaluation = self.problem.prepare(trainable, evaluation)
+        problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
+        new = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
+        return Progress(
+            delta=new.delta,
+            inner=new.state,
+            index=progress.index + 1,
+            loss=progress.loss + new.loss.astype(progress.loss.dtype),
+            model_state=new.model_state,
+            result=new.result,
+            iterations=new.iterations,
+            residual=new.residual.astype(progress.residual.dtype),
+            batch_fault=jnp.maximum(progress.batch_fault, self.problem.outputs.batch_fault(trainable, evaluation)),
+        )
+
+    def _end(self, carry: Carry, search_batch: Any) -> Proposal[OuterState]:
+        progress, before, theta0 = carry.progress, carry.before, carry.params
+        # 1. How far to go, and whether to go at all.
         finite = tree.all_finite(progress.delta) & jnp.isfinite(progress.loss)
         finite &= _stays_finite(before.inner, progress.inner)
-        size, extra = jnp.ones((), progress.loss.dtype), {}
+        size, losses = jnp.ones((), progress.loss.dtype), {}
         if self.search is not None:
-            size, extra = self._searched(carry, search_batch, trainable)
+            size, losses = self._search(carry, self.search, search_batch)
         accepted = finite & (size > 0)
-        moved = _moved(trainable, progress.delta, size)
-        after = tree.where(accepted, moved, trainable)
+        # 2. The parameters there, or the old ones, and the states that go with them.
+        there = _towards(theta0, progress.delta, size)
+        after = tree.where(accepted, there, theta0)
         rejected = before.rejected + (~accepted).astype(jnp.int32)
-        kept = tree.where(accepted, (progress.inner, progress.model_state), (before.inner, before.model_state))
-        state = OuterState(
+        inner, model_state = tree.where(
+            accepted, (progress.inner, progress.model_state), (before.inner, before.model_state)
+        )
+        state = dataclasses.replace(
+            before,
             step=before.step + 1,
             rejected=rejected,
-            inner=kept[0],
-            offset=self._offset(trainable, progress.delta, moved, accepted),
-            model_state=kept[1],
-            layout=before.layout,
+            inner=inner,
+            offset=self._offset(carry, there, accepted),
+            model_state=model_state,
         )
+        # 3. What is reported of it.
         size = jnp.where(accepted, size, jnp.zeros_like(size))
-        info = {
-            "step": before.step,
-            "loss": progress.loss / jnp.maximum(progress.index, 1).astype(progress.loss.dtype),
-            "accepted": accepted,
-            "finite": finite,
-            "rejected": rejected,
-            "batch_fault": progress.batch_fault,
-            "step_size": size,
-            "update_norm": jnp.where(accepted, size * tree.norm(progress.delta).astype(size.dtype), 0),
-            **extra,
+        values = {
+            Metric.STEP: before.step,
+            Metric.LOSS: progress.loss / jnp.maximum(progress.index, 1).astype(progress.loss.dtype),
+            Metric.ACCEPTED: accepted,
+            Metric.FINITE: finite,
+            Metric.REJECTED: rejected,
+            Metric.BATCH_FAULT: progress.batch_fault,
+            Metric.STEP_SIZE: size,
+            Metric.UPDATE_NORM: jnp.where(accepted, size * tree.norm(progress.delta).astype(size.dtype), 0),
+            Metric.RESULT: progress.result,
+            Metric.ITERATIONS: progress.iterations,
+            Metric.RESIDUAL: progress.residual,
+            **losses,
         }
-        if self.inner.reports:
-            info |= {"result": progress.result, "iterations": progress.iterations, "residual": progress.residual}
-        return self.problem.curvature.partition.merge(after, frozen), state, info
+        info = self.reported.collect(before.step, values)
+        return Proposal(after, jax.tree.map(_difference, after, theta0), state, info)
 
-    def plan_for(self, params: PyTree, batch: Any, *, model_state: PyTree = None) -> InnerLoopPlan:
-        """The plan for these shapes, with blocks, kernels and costs; nothing is computed.
+    @property
+    def reported(self) -> Telemetry:
+        """The telemetry that was asked for, and what an inner loop reports in any case."""
+        return self.telemetry.beside(Metric.STEP_SIZE, Metric.UPDATE_NORM, *self._optional_metrics)
 
-        Args:
-          params, batch: arrays or `jax.ShapeDtypeStruct`s; the batch as for `step`.
-          model_state: as for `init`.
-        """
-        trainable, frozen = self.problem.curvature.partition.split(params)
-        key = jax.random.key(0) if self.problem.curvature.needs_model_key else None
-        shapes = jax.eval_shape(lambda: batch)
-        axes = self.problem.axes(trainable, Evaluation(shapes, frozen, model_state, key))
+    @property
+    def _optional_metrics(self) -> tuple[Metric, ...]:
+        return (() if self.search is None else _SEARCH_METRICS) + (_SOLVE_METRICS if self.inner.reports else ())
+
+    def _plan_for(self, trainable: PyTree, evaluation: Evaluation) -> InnerLoopPlan:
+        shapes = jax.eval_shape(lambda: evaluation.batch)
+        axes = self.problem.axes(trainable, dataclasses.replace(evaluation, batch=shapes))
         minibatch = jax.eval_shape(lambda b: self._minibatch(*self._cut(b, axes)), shapes)
-        evaluation = Evaluation(minibatch, frozen, model_state, key)
+        evaluation = dataclasses.replace(evaluation, batch=minibatch)
         self.problem.outputs.check(trainable, evaluation)
         choices = self.kernel_choices(trainable, evaluation)
         return plan_for_shapes(self.plan, self.problem, self.search, trainable, evaluation, choices)
@@ -260,8 +276,7 @@ class InnerLoopMethod:
         return tuple(resolve(op, self.backend, request) for op, request in wanted)
 
     def _axes(self, carry: Carry, batch: Any) -> BatchAxes:
-        trainable, evaluation = self._evaluation(carry, carry.progress, batch)
-        return self.problem.axes(trainable, evaluation)
+        return self.problem.axes(carry.params, self._evaluation(carry, carry.progress, batch))
 
     def _cut(self, batch: Any, axes: BatchAxes) -> tuple[Parts, Any]:
         """(inner minibatches, search batch or `None`)."""
@@ -283,47 +298,26 @@ class InnerLoopMethod:
         del search_batch
         return minibatches.part([x[0] for x in minibatches.held])
 
-    def _advance(self, carry: Carry, progress: Progress, minibatch: Any) -> Progress:
-        trainable, evaluation = self._evaluation(carry, progress, minibatch)
-        self.problem.outputs.check(trainable, evaluation)
-        evaluation = self.problem.prepare(trainable, evaluation)
-        problem = self.problem.with_kernels({c.op: c for c in self.kernel_choices(trainable, evaluation)})
-        found = self.inner.update(problem, trainable, progress.delta, progress.inner, progress.index, evaluation)
-        return Progress(
-            delta=found.delta,
-            inner=found.state,
-            index=progress.index + 1,
-            loss=progress.loss + found.loss.astype(progress.loss.dtype),
-            model_state=found.model_state,
-            result=found.result,
-            iterations=found.iterations,
-            residual=found.residual.astype(progress.residual.dtype),
-            batch_fault=jnp.maximum(progress.batch_fault, self.problem.outputs.batch_fault(trainable, evaluation)),
-        )
-
-    def _evaluation(self, carry: Carry, progress: Progress, batch: Any) -> tuple[PyTree, Evaluation]:
-        trainable, frozen = self.problem.curvature.partition.split(carry.params)
+    def _evaluation(self, carry: Carry, progress: Progress, batch: Any) -> Evaluation:
         key = None
-        if self.problem.curvature.needs_model_key and carry.key is not None:
+        if self.curvature.needs_model_key and carry.key is not None:
             key = jax.random.fold_in(carry.key, progress.index)
-        return trainable, Evaluation(batch, frozen, progress.model_state, key)
+        return Evaluation(batch, carry.frozen, progress.model_state, key)
 
-    def _searched(self, carry: Carry, search_batch: Any, trainable: PyTree) -> tuple[jax.Array, Info]:
+    def _search(self, carry: Carry, search: LineSearch, batch: Any) -> tuple[jax.Array, dict[Metric, jax.Array]]:
         """(the best step size, 0 if none improves; losses for info)."""
-        if self.search is None:
-            raise AssertionError("only a method with a line search searches.")
-        progress = carry.progress
-        _, evaluation = self._evaluation(carry, progress, None)
-        parts = self.search.parts(search_batch, self._axes(carry, search_batch))
-        sizes = self.search.step_sizes(progress.loss.dtype)
-        losses = self.search.losses(
-            self.problem.outputs.value, lambda s: _moved(trainable, progress.delta, s), sizes, evaluation, parts
+        theta0, delta = carry.params, carry.progress.delta
+        evaluation = self._evaluation(carry, carry.progress, None)
+        parts = search.parts(batch, self._axes(carry, batch))
+        sizes = search.step_sizes(carry.progress.loss.dtype)
+        losses = search.losses(
+            self.problem.outputs.value, lambda size: _towards(theta0, delta, size), sizes, evaluation, parts
         )
         # A loss of minus infinity is no better than one of plus infinity or NaN.
         best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-        return sizes[best], {"search_loss": losses[0], "search_loss_after": losses[best]}
+        return sizes[best], {Metric.SEARCH_LOSS: losses[0], Metric.SEARCH_LOSS_AFTER: losses[best]}
 
-    def _offset(self, trainable: PyTree, delta: PyTree, moved: PyTree, accepted: jax.Array) -> PyTree:
+    def _offset(self, carry: Carry, there: PyTree, accepted: jax.Array) -> PyTree:
         """theta0 + delta relative to the new parameters.
 
         That is what the step size left over, and what rounding to narrower parameters took away. After a step that is
@@ -335,7 +329,7 @@ class InnerLoopMethod:
         def left(p: jax.Array, d: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(accepted, p.astype(d.dtype) + d - new.astype(d.dtype), jnp.zeros_like(d))
 
-        return jax.tree.map(left, trainable, delta, moved)
+        return jax.tree.map(left, carry.params, carry.progress.delta, there)
 
 
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
@@ -350,6 +344,11 @@ def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     return finite
 
 
-def _moved(params: PyTree, delta: PyTree, size: jax.Array) -> PyTree:
+def _towards(params: PyTree, delta: PyTree, size: jax.Array) -> PyTree:
     """theta0 + size delta in the dtypes of theta0."""
     return jax.tree.map(lambda p, d: (p.astype(d.dtype) + size.astype(d.dtype) * d).astype(p.dtype), params, delta)
+
+
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Exact: of two bfloat16 numbers float32 holds the difference, so that `optax.apply_updates` arrives at `new`."""
+    return tree.upcast(new) - tree.upcast(old)

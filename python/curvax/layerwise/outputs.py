@@ -1,4 +1,4 @@
-"""What stands between a model's parameters and its loss: an array of outputs, or hidden states and a head (`head`)."""
+"""What is between a model's parameters and its loss: an array of outputs, or hidden states and a head (`head`)."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class ArrayLoss(OutputLoss):
 
     Attributes:
       loss, outputs, targets, weights: as in `Loss`.
-      prox_linear: whether slopes are those of the loss at moved outputs.
+      prox_linear: whether slopes are those of the loss at the outputs plus the tangent.
       scale: see `OutputLoss`; `None` is 1.
     """
 
@@ -186,11 +186,11 @@ class ArrayLoss(OutputLoss):
     def _slope(self, v: jax.Array) -> jax.Array:
         if not self.prox_linear:
             return self.residual() + self.product(v)
-        moved = self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.weights)
+        there = self.loss.gradient(self.outputs.astype(v.dtype) + v, self.targets, self.weights)
         if self.scale is None:
-            return moved
+            return there
         residual = self.residual()
-        return residual + self.scale.astype(v.dtype) * (moved - residual)
+        return residual + self.scale.astype(v.dtype) * (there - residual)
 
     def _each(self, function: Callable[[jax.Array], jax.Array], v: Tangents) -> Tangents:
         return dataclasses.replace(v, value=jax.vmap(function)(v.value)) if v.blocks else v

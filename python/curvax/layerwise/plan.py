@@ -30,6 +30,7 @@ class InnerLoopPlan:
       full: work of the full problem's inner gradient.
       own: work of this method's inner gradient.
       search: work of the line search.
+      inner_steps: minibatches in a step.
     """
 
     title: str
@@ -40,6 +41,13 @@ class InnerLoopPlan:
     full: Cost | None = None
     own: Cost | None = None
     search: Cost | None = None
+    inner_steps: int = 1
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted work of a step: inner gradients and line search; none without shapes."""
+        inside = Cost() if self.own is None else self.own.times(self.inner_steps)
+        return inside if self.search is None else inside + self.search
 
     @property
     def over_full(self) -> float | None:
@@ -54,7 +62,7 @@ class InnerLoopPlan:
     def explain(self) -> str:
         """The plan as text: parts, blocks, kernels, cost."""
         sections = [
-            f"plan: {self.title}",
+            f"plan: lane inner loop, {self.title}",
             table("part", [f"{name:<22}{text}" for name, text in self.parts]),
             table("block", [f"{name:<22}{size} parameters" for name, size in self.blocks]),
             table("kernel", [f"{c.op:<24}{c.implementation:<11}{c.reason}" for c in self.choices]),
@@ -69,15 +77,16 @@ class InnerLoopPlan:
         if len(self.blocks) > 1:
             named.append(("blocks' inner gradient", self.own))
         lines = [
-            f"{name:<24}{flops_text(c.flops):>12}{bytes_text(c.bytes):>11} moved  "
-            f"{c.flops / self.plain.flops:.2f} x plain, {c.flops / self.full.flops:.2f} x full"
+            f"{_cost_line(name, c)}  {c.flops / self.plain.flops:.2f} x plain, {c.flops / self.full.flops:.2f} x full"
             for name, c in named
         ]
         if self.search is not None:
-            lines.append(
-                f"{'line search':<24}{flops_text(self.search.flops):>12}{bytes_text(self.search.bytes):>11} moved"
-            )
-        return lines
+            lines.append(_cost_line("line search", self.search))
+        return [*lines, _cost_line("step, on average", self.cost)]
+
+
+def _cost_line(name: str, cost: Cost) -> str:
+    return f"{name:<24}{flops_text(cost.flops):>12}{bytes_text(cost.bytes):>11} moved"
 
 
 def plan_without_shapes(
@@ -102,7 +111,7 @@ def plan_without_shapes(
         )
     start = "where the last inner loop ended" if warm_start else "the parameters"
     parts.append(("next inner loop", f"starts from {start}"))
-    return InnerLoopPlan(f"{kind}, {inner_steps} inner steps", tuple(parts))
+    return InnerLoopPlan(f"{kind}, {inner_steps} inner steps", tuple(parts), inner_steps=inner_steps)
 
 
 def plan_for_shapes(

@@ -3,7 +3,7 @@
 At theta0, with outputs f0, loss gradient g0 and Hessian H in output space, one minibatch's inner problem is
 
     full        minimize  g0.v + v.H v / 2,  v = J delta
-    layerwise   the same for every block b by itself, v_b = J_b delta_b, the other blocks held at theta0
+    layerwise   the same for every block b by itself, v_b = J_b delta_b, the other blocks at theta0
     prox-linear minimize  L(f0 + v) in the place of its quadratic model
 
 with gradients J_b^T (g0 + H v_b) and J_b^T dL(f0 + v_b).
@@ -77,7 +77,7 @@ class InnerProblem:
 
     Attributes:
       curvature: model and loss.
-      partition: blocks that are solved apart; `None` for the full problem.
+      partition: blocks, each solved by itself; `None` for the full problem.
       prox_linear: the loss itself on linearized outputs instead of its quadratic model.
       shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
       microbatch_size: examples per accumulated piece of a minibatch, or `None`.
@@ -93,7 +93,7 @@ class InnerProblem:
 
     @property
     def outputs(self) -> Outputs:
-        """What stands between parameters and loss."""
+        """What is between parameters and loss."""
         return ArrayOutputs(self.curvature) if self.head is None else HeadOutputs(self.curvature, self.head)
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> InnerProblem:
@@ -112,18 +112,18 @@ class InnerProblem:
         try:
             return self.curvature.examples(params, evaluation, lambda _: ()).axes
         except Exception:  # A model need not run on more than a minibatch, and may say so in whatever way it likes.
-            found = Curvature.examples(self.curvature, params, evaluation, lambda _: ())
-        if found.refused:
+            examples = Curvature.examples(self.curvature, params, evaluation, lambda _: ())
+        if examples.refused:
             raise ValueError(
-                f"{found.refused}: say by batch_axes= which of them hold the examples, and which are shared."
+                f"{examples.refused}: say by batch_axes= which of them hold the examples, and which are shared."
             )
-        return found.axes
+        return examples.axes
 
     def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
         """See `Curvature.prepare`.
 
         Raises:
-          ValueError: the minibatch does not come apart into microbatches or shares.
+          ValueError: the minibatch cannot be cut into microbatches or shares.
         """
         if evaluation.axes is not None:
             return evaluation
@@ -137,10 +137,10 @@ class InnerProblem:
             bounds = share_bounds(count, examples)
             return tuple({b - a for a, b in itertools.pairwise(bounds)} - {examples, 0})
 
-        found = self.curvature.examples(params, evaluation, sizes)
-        if found.refused:
-            raise ValueError(f"shares={self.shares} takes curvature on parts of the examples: {found.refused}.")
-        return self.curvature.stand_in(params, evaluation, found)
+        examples = self.curvature.examples(params, evaluation, sizes)
+        if examples.refused:
+            raise ValueError(f"shares={self.shares} takes curvature on parts of the examples: {examples.refused}.")
+        return self.curvature.stand_in(params, evaluation, examples)
 
     def linearize(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss:
         """Evaluates and linearizes the model once; every gradient and product uses that.
@@ -184,8 +184,8 @@ class InnerProblem:
             return at.vjp(at.loss.residual())
 
         def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
-            loss, found = slope(jvp(delta))
-            inside = vjp(found)
+            loss, cotangents = slope(jvp(delta))
+            inside = vjp(cotangents)
             return loss, inside if scale is None else blocks.choose(chosen, inside, start())
 
         return LinearizedLoss(
@@ -279,8 +279,8 @@ class InnerProblem:
         slope, product = (loss.slope, loss.product) if self.partition is None else (loss.slopes, loss.products)
 
         def inner(delta: PyTree) -> tuple[jax.Array, PyTree]:
-            value, found = slope(jvp(delta))
-            return value, vjp(found)
+            value, cotangents = slope(jvp(delta))
+            return value, vjp(cotangents)
 
         return LinearizedLoss(
             value=loss.value,

@@ -80,8 +80,8 @@ class LineSearch:
         def loss(step_size: jax.Array) -> jax.Array:
             params = at(step_size)
 
-            def one(held: Any) -> jax.Array:
-                return value(params, dataclasses.replace(evaluation, batch=parts.part(held)))
+            def one(examples: Any) -> jax.Array:
+                return value(params, dataclasses.replace(evaluation, batch=parts.part(examples)))
 
             if self.minibatches == 1:
                 return one([x[0] for x in parts.held])

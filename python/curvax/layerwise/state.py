@@ -7,23 +7,24 @@ from typing import Any
 
 import jax
 
-from curvax.execute import Layout
+from curvax.execute import AbstractState, Layout
+from curvax.state_version import STATE_VERSION
 from curvax.tree import PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OuterState:
-    """State between steps; a pytree of arrays with fixed shapes and dtypes, so any checkpointer can hold it.
+class OuterState(AbstractState):
+    """State between steps; a pytree of arrays with fixed shapes and dtypes, so any checkpointer can store it.
 
     Attributes:
-      step: steps so far, int32.
-      rejected: steps not taken so far, int32.
+      step, rejected: steps so far, and those of them that were not taken, int32.
       inner: the inner solver's state.
       offset: where the next inner loop starts, relative to the parameters, in the accumulation dtype; `()` without
         warm start.
       model_state: mutable model state, or `None`.
       layout: what parameters the state belongs to; static.
+      version: of the form of the state; static.
     """
 
     step: jax.Array
@@ -32,6 +33,7 @@ class OuterState:
     offset: PyTree
     model_state: PyTree
     layout: Layout = dataclasses.field(metadata={"static": True})
+    version: int = dataclasses.field(default=STATE_VERSION, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -66,13 +68,15 @@ class Carry:
     """A step under way.
 
     Attributes:
-      params: theta0, as it was passed to `start`.
+      params: theta0, the trainable parameters as they were passed to `start`.
+      frozen: the other parameters.
       before: the state that the step began with.
       key: random key of the step, or `None`.
       progress: what the minibatches have changed.
     """
 
     params: PyTree
+    frozen: PyTree
     before: OuterState
     key: jax.Array | None
     progress: Progress

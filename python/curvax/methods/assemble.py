@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import optax
 
 from curvax.chain import build_transform
 from curvax.curvature import Curvature, Microbatched
 from curvax.damping import Constant, Damping
 from curvax.kernels._dispatch import Backend
+from curvax.keywords import spread
 from curvax.method import Method
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
@@ -15,45 +18,53 @@ from curvax.solvers import Solver
 from curvax.telemetry import Telemetry
 
 
-def assemble(
-    *,
-    curvature: Curvature,
-    solver: Solver,
-    damping: Damping | None = None,
-    preconditioner: Preconditioner | None = None,
-    telemetry: Telemetry | None = None,
-    tx: optax.GradientTransformation | None = None,
-    microbatch_size: int | None = None,
-    backend: Backend = "auto",
-    plan: PlanMode = PlanMode.SHARED,
-) -> Method:
-    """A method from its modules.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modules:
+    """Keywords of `assemble`.
 
-    Args:
+    Attributes:
       curvature: `curvax.curvature.GaussNewton(Model(predict_fn), loss)` or `Hessian(LossFunction(loss_fn))`.
       solver: `CG()`, `Cholesky()`, `RowSpace(...)`, `Diagonal(...)`, `Lineax(...)`, `Automatic((...))`.
       damping: lam's policy; no damping if `None`.
       preconditioner: for CG, or the whole of the diagonal lane.
-      telemetry: what `info` holds; the loss and lam if `None`.
+      telemetry: what `info` has; the loss and lam if `None`.
       tx: Optax chain behind the direction, sign included; the full direction with learning rate 1 if `None`.
       microbatch_size: examples per accumulated piece.
       backend: preferred implementation of kernels.
       plan: `PlanMode.OFF` runs the modules without sharing and cadences.
+    """
+
+    curvature: Curvature
+    solver: Solver
+    damping: Damping | None = None
+    preconditioner: Preconditioner | None = None
+    telemetry: Telemetry | None = None
+    tx: optax.GradientTransformation | None = None
+    microbatch_size: int | None = None
+    backend: Backend = "auto"
+    plan: PlanMode = PlanMode.SHARED
+
+
+@spread(Modules)
+def assemble(modules: Modules) -> Method:
+    """A method from its modules.
 
     Raises:
       ValueError: modules that cannot work together.
     """
-    if microbatch_size is not None:
-        curvature = Microbatched(curvature, microbatch_size)
+    curvature = modules.curvature
+    if modules.microbatch_size is not None:
+        curvature = Microbatched(curvature, modules.microbatch_size)
+    transform = build_transform() if modules.tx is None else optax.with_extra_args_support(modules.tx)
     return Method(
         Assembly(
             curvature=curvature,
-            solver=solver,
-            preconditioner=preconditioner or IdentityPreconditioner(),
-            damping=damping or Constant(0.0),
-            transform=build_transform() if tx is None else optax.with_extra_args_support(tx),
-            telemetry=telemetry or Telemetry(),
-            backend=backend,
-            mode=plan,
+            solver=modules.solver,
+            preconditioner=modules.preconditioner or IdentityPreconditioner(),
+            damping=modules.damping or Constant(0.0),
+            transform=transform,
+            telemetry=modules.telemetry or Telemetry(),
+            backend=modules.backend,
+            mode=modules.plan,
         )
     )

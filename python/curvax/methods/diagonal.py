@@ -13,7 +13,13 @@ from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartle
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
 from curvax.methods.newton import HessianOptions
-from curvax.methods.options import LossRecordOptions, ModelOptions, TransformOptions, whole_transform
+from curvax.methods.options import (
+    AssemblyOptions,
+    LossRecordOptions,
+    ModelOptions,
+    TransformOptions,
+    whole_transform,
+)
 from curvax.methods.registry import preset
 from curvax.preconditioners import AdaHessianPower, EmaDiagonal, SophiaFloor
 from curvax.solvers import Diagonal
@@ -77,7 +83,7 @@ class SophiaOptions(LossRecordOptions, SophiaTransformOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SophiaGOptions(SophiaOptions, ModelOptions):
+class SophiaGOptions(SophiaOptions, ModelOptions, AssemblyOptions):
     """Keywords of `sophia_g`.
 
     Attributes:

@@ -8,6 +8,7 @@ from curvax.curvature import FisherType, GaussNewton, GeneralizedGaussNewton
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.method import Method
 from curvax.methods.options import (
+    AssemblyOptions,
     CGOptions,
     DampingOptions,
     ModelOptions,
@@ -21,7 +22,7 @@ from curvax.structure.memory import DEFAULT_MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions):
+class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions, AssemblyOptions):
     """Keywords that all Gauss-Newton presets share."""
 
 
@@ -74,7 +75,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
     Attributes:
       lam_policy: a trust region by default: the first damping need not be tuned.
       max_bytes: bound on the memory of explicit rows.
-      loss, metric: as in `sgn`.
+      loss, fisher: as in `sgn`.
     """
 
     loss: Loss
@@ -93,7 +94,7 @@ class SpringOptions(GaussNewtonOptions):
         problems best.
       momentum: how much of the previous direction the regularizer pulls towards; 0.99.
       lam0: 1e-3.
-      loss, metric: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
+      loss, fisher: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
       max_bytes: bound on the memory of explicit rows.
     """
 

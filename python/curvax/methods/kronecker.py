@@ -10,7 +10,13 @@ from curvax.damping import Damping
 from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.names import policy_name
-from curvax.methods.options import DampingOptions, ModelOptions, SolveRecordOptions, TransformOptions
+from curvax.methods.options import (
+    AssemblyOptions,
+    DampingOptions,
+    ModelOptions,
+    SolveRecordOptions,
+    TransformOptions,
+)
 from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
@@ -20,7 +26,7 @@ _TRUST_REGION = {"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions):
+class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions, AssemblyOptions):
     """Keywords that `kfac` and `ekfac` share.
 
     Attributes:
@@ -85,7 +91,7 @@ class EKFACOptions(KroneckerOptions):
 def kfac(options: KFACOptions) -> Method:
     """K-FAC (Martens and Grosse 2015) with a trust region and momentum.
 
-    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    The state has factors per layer, which `init` knows from the shapes of a batch: `init(params, batch=batch)`.
     """
     return _build(
         options,
@@ -105,7 +111,7 @@ def kfac(options: KFACOptions) -> Method:
 def ekfac(options: EKFACOptions) -> Method:
     """EKFAC (George et al. 2018) with a trust region and momentum.
 
-    The state has factors per layer, which are found from the shapes of a batch: `init(params, batch=batch)`.
+    The state has factors per layer, which `init` knows from the shapes of a batch: `init(params, batch=batch)`.
     """
     return _build(
         options,

@@ -70,13 +70,13 @@ _EMA_INSTEAD = {
 
 def policy_name(policy: str) -> str:
     """The name of a damping policy, for any that Somax has for it, in any case."""
-    found = _POLICY_OF.get(policy.lower())
-    if found is None:
+    known = _POLICY_OF.get(policy.lower())
+    if known is None:
         raise ValueError(
             'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
             f"not {policy!r}."
         )
-    return found
+    return known
 
 
 def build_damping(kind: type[DampingT], fields: Mapping[str, Any]) -> DampingT:

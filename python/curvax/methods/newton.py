@@ -10,8 +10,8 @@ from curvax.curvature import Hessian, LossFunction, Model, ModelLoss, Objective
 from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.options import (
+    AssemblyOptions,
     CGOptions,
-    CommonOptions,
     DampingOptions,
     PrecondOptions,
     SolveRecordOptions,
@@ -22,7 +22,7 @@ from curvax.solvers import Cholesky
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HessianOptions(CommonOptions):
+class HessianOptions(AssemblyOptions):
     """Keywords of presets on the Hessian: a loss function, or a model and a loss.
 
     Attributes:

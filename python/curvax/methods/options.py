@@ -34,16 +34,14 @@ class CommonOptions:
 
     Attributes:
       backend: preferred implementation of kernels; "auto" takes the best supported one of each.
-      plan: "shared", or "off" to run without sharing and cadences, for comparison.
       has_state, has_aux, has_rng: what the model takes and returns beside the plain signature (`curvature.Extras`).
       frozen: tree of booleans (or a function to one): True keeps a parameter as it is.
       microbatch_size: accumulate over pieces of so many examples; `None` takes the batch at once.
       batch_axes: which axis of each leaf of the batch holds the examples, `None` for a leaf that all examples share: a
-        prefix of the batch, as `in_axes` of `jax.vmap`. By default, `None`, it is found (docs/structure.md).
+        prefix of the batch, as `in_axes` of `jax.vmap`. By default, `None`, the model says it (docs/structure.md).
     """
 
     backend: Backend = "auto"
-    plan: Literal["shared", "off"] = "shared"
     has_state: bool = False
     has_aux: bool = False
     has_rng: bool = False
@@ -54,6 +52,17 @@ class CommonOptions:
     @property
     def extras(self) -> Extras:
         return Extras(self.has_state, self.has_aux, self.has_rng, TrainablePartition(self.frozen))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AssemblyOptions(CommonOptions):
+    """Keywords of presets that solve one linear system a step.
+
+    Attributes:
+      plan: "shared", or "off" to run without sharing and cadences, for comparison.
+    """
+
+    plan: Literal["shared", "off"] = "shared"
 
     def build(
         self,

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from curvax.method import Method
+from curvax.keywords import keyword_docs, spread
+from curvax.method import AbstractMethod
 from curvax.methods.names import SPELLINGS
-from curvax.spelling import check_keywords, nearest, respelled
+from curvax.spelling import nearest
 
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
+MethodT = TypeVar("MethodT", bound=AbstractMethod[Any, Any])
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodInfo:
-    """A preset as `describe` returns it."""
+    """A preset as `describe` returns it.
+
+    Attributes:
+      name: its name.
+      description: one line.
+      signature: its keywords with defaults.
+      doc: what it does.
+      keywords: what each keyword means.
+    """
 
     name: str
     description: str
     signature: inspect.Signature
     doc: str
+    keywords: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}{self.signature}\n{self.description}"
@@ -36,38 +46,7 @@ class UnknownMethod(KeyError, ValueError):
         return str(self.args[0])
 
 
-_PRESETS: dict[str, tuple[Callable[..., Method], MethodInfo]] = {}
-
-
-def preset(
-    description: str, options: Callable[P, OptionsT]
-) -> Callable[[Callable[[OptionsT], Method]], Callable[P, Method]]:
-    """Registers `build(options) -> Method` as a preset whose keywords are the fields of the dataclass `options`."""
-
-    def register(build: Callable[[OptionsT], Method]) -> Callable[P, Method]:
-        name = build.__name__
-        signature = inspect.signature(options)
-        required = [p.name for p in signature.parameters.values() if p.default is inspect.Parameter.empty]
-
-        @functools.wraps(build)
-        def method(*args: P.args, **kwargs: P.kwargs) -> Method:
-            if args:
-                raise TypeError(f"{name} takes keywords only: write {name}({required[0]}=...).")
-            given = respelled(name, kwargs, SPELLINGS)
-            check_keywords(name, given, signature.parameters, _ELSEWHERE)
-            missing = [word for word in required if word not in given]
-            if missing:
-                raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
-            return build(options(**given))  # type: ignore[call-arg]
-
-        method.__doc__ = f"{inspect.getdoc(build)}\n\nKeywords and what they mean: `curvax methods {name}` in a shell."
-        method.__signature__ = signature.replace(return_annotation=Method)  # type: ignore[attr-defined]
-        info = MethodInfo(name, description, signature, inspect.getdoc(build) or description)
-        _PRESETS[name] = (method, info)
-        return method
-
-    return register
-
+_PRESETS: dict[str, tuple[Callable[..., AbstractMethod[Any, Any]], MethodInfo]] = {}
 
 _ELSEWHERE = {
     "clip_norm": "it clips every entry of the direction: write clip_value=, or tx= with optax.clip_by_global_norm.",
@@ -77,8 +56,32 @@ _ELSEWHERE = {
 """Keywords that some presets have, and what to write for them with the others."""
 
 
-def make(name: str, /, **options: Any) -> Method:
+def preset(
+    description: str, options: Callable[P, OptionsT], *, instead: Mapping[str, str] = _ELSEWHERE
+) -> Callable[[Callable[[OptionsT], MethodT]], Callable[P, MethodT]]:
+    """Registers `build(options)` as a preset whose keywords are the fields of the dataclass `options`.
+
+    Args:
+      description: one line.
+      options: a dataclass, whose docstring says under `Attributes:` what each keyword means.
+      instead: keywords that other presets have -> what to write with this one.
+    """
+
+    def register(build: Callable[[OptionsT], MethodT]) -> Callable[P, MethodT]:
+        name, doc = build.__name__, inspect.getdoc(build) or description
+        method = spread(options, spellings=SPELLINGS, instead=instead)(build)
+        info = MethodInfo(name, description, inspect.signature(method), doc, keyword_docs(options))
+        _PRESETS[name] = (method, info)
+        return method
+
+    return register
+
+
+def make(name: str, /, **options: Any) -> Any:
     """The preset of that name, in any case; unknown names and keywords name the nearest known one.
+
+    Returns:
+      A `Method`, or the `InnerLoopMethod` of `full_gn` and `layerwise_gn`.
 
     Raises:
       UnknownMethod: a KeyError, as for other mappings from names, and a ValueError.
@@ -96,8 +99,8 @@ def describe(name: str) -> MethodInfo:
     return _find(name)[1]
 
 
-def _find(name: str) -> tuple[Callable[..., Method], MethodInfo]:
-    found = _PRESETS.get(name.lower())
-    if found is None:
+def _find(name: str) -> tuple[Callable[..., AbstractMethod[Any, Any]], MethodInfo]:
+    known = _PRESETS.get(name.lower())
+    if known is None:
         raise UnknownMethod(f"there is no method {name!r}.{nearest(name.lower(), _PRESETS)}")
-    return found
+    return known

@@ -23,6 +23,7 @@ from curvax.optimizers.matrices import (
     sides,
     upcast,
 )
+from curvax.state_version import pickled
 
 MAX_DIM = 8192
 
@@ -41,6 +42,10 @@ class ShampooState(NamedTuple):
     factors: Any
     roots: Any
     graft: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with the version of its form."""
+        return pickled(self)
 
 
 def scale_by_shampoo(

@@ -22,6 +22,7 @@ from curvax.optimizers.matrices import (
     sides,
     upcast,
 )
+from curvax.state_version import pickled
 
 Bases: TypeAlias = dict[int, jax.Array]
 """Of one leaf, by side: (..., d, d), for the sides that have a basis."""
@@ -45,6 +46,10 @@ class SoapState(NamedTuple):
     square: Any
     factors: Any
     bases: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with the version of its form."""
+        return pickled(self)
 
 
 def scale_by_soap(
