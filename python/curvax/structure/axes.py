@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 import jax
 
-from curvax.structure.program import traced_program
 from curvax.structure.recognize import recognize
+from curvax.structure.replay import traced_program
 from curvax.structure.uses import ConvolutionUse, DenseUse, LayerUse
 from curvax.structure.views import Reshape, Slice, Stacked, Transpose, View
 from curvax.tree import PyTree

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.program import Program
+from curvax.jaxprs import Program
 from curvax.tree import PyTree
 
 AxesPrefix: TypeAlias = PyTree

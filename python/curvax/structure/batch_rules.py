@@ -17,6 +17,12 @@ class Mixed(Exception):
     """An equation combines examples, or is not understood; the text says which."""
 
 
+DECIDES = {
+    "branch": "cond branches on the examples",
+    "length": "the length of a while loop depends on the examples",
+}
+"""Why control flow must not depend on the examples."""
+
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.jaxprs import Path
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
-from curvax.structure.program import RESULT, Hooks, Path, replay, traced_program
 from curvax.structure.recognize import Structure, recognize
+from curvax.structure.replay import RESULT, Hooks, replay, traced_program
 from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.tree import PyTree
 

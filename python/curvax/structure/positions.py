@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.jaxprs import Path, Program
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.program import Path, Program
 from curvax.structure.reach import Reach, Reached, reached
 from curvax.structure.uses import LayerUse
 

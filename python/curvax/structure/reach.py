@@ -15,14 +15,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from jax.extend.core import Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts
+from curvax.jaxprs import BARRIER, COND, CUSTOM, REMATERIALIZED, SCAN, Path, Program, Step, backward, scan_counts
 from curvax.structure.batch_rules import CUMULATIVE, ELEMENTWISE, REDUCTIONS, WINDOWS
-from curvax.structure.program import Name, Path, Program, Step
 
 _NOWHERE = np.iinfo(np.int64).max
 # Iterations of a scan that are looked at one by one, where its stacked results reach different outputs.
@@ -102,31 +100,24 @@ def reached(program: Program, results: Sequence[Reach | None], wanted: frozenset
       results: what its results reach; `None` where they do not matter.
       wanted: paths of steps.
     """
-    known: dict[Name, Reach] = {}
     steps: dict[Path, Reach] = {}
 
-    def join(atom: Any, reach: Reach) -> None:
-        if isinstance(atom, int):
-            known[atom] = known[atom] | reach if atom in known else reach
-
-    for atom, reach in zip(program.results, results, strict=True):
-        if reach is not None:
-            join(atom, reach)
-    for index in reversed(range(len(program.steps))):
-        step = program.steps[index]
+    def ask(index: int, step: Step, asked: list[Reach | None]) -> list[Reach] | None:
         outputs = [
-            known.get(name, Reach.nowhere(len(a.shape)))
-            for name, a in zip(step.outputs, step.output_avals, strict=True)
+            Reach.nowhere(len(aval.shape)) if reach is None else reach
+            for reach, aval in zip(asked, step.output_avals, strict=True)
         ]
         if (index,) in wanted:
             steps[(index,)] = outputs[0]
         inside = frozenset(path[1:] for path in wanted if path[0] == index and len(path) > 1)
-        if inside or any(name in known for name in step.outputs):
-            found = _step(step, outputs, inside)
-            steps.update({(index, *path): reach for path, reach in found.steps.items()})
-            for atom, reach in zip(step.inputs, found.arguments, strict=True):
-                join(atom, reach)
-    return Reached([known.get(name, Reach.nowhere(0)) for name in program.arguments], steps)
+        if not inside and all(reach is None for reach in asked):
+            return None
+        below = _step(step, outputs, inside)
+        steps.update({(index, *path): reach for path, reach in below.steps.items()})
+        return below.arguments
+
+    arguments = backward(program, results, ask, Reach.__or__)
+    return Reached([Reach.nowhere(0) if reach is None else reach for reach in arguments], steps)
 
 
 def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> Reached:
@@ -135,11 +126,11 @@ def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> Reached:
         return reached(step.bodies[0], outputs, wanted)
     if name == SCAN:
         return _scan(step, outputs, wanted)
-    if name == "cond":
+    if name == COND:
         branches = [reached(body, outputs).arguments for body in step.bodies]
         joined = [functools.reduce(Reach.__or__, parts) for parts in zip(*branches, strict=True)]
         return Reached([_everywhere(step, outputs)[0], *joined], {})
-    if name == "optimization_barrier":
+    if name == BARRIER:
         return Reached(outputs, {})
     if name in ("split", "unstack"):
         return Reached([_split(step, outputs)], {})

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.program import Path
+from curvax.jaxprs import Path
 from curvax.structure.views import View, back, factor, squared, through
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
