@@ -92,7 +92,7 @@ def _step(index: int, step: Step, operands: list[Any]) -> list[Any]:
     #    none among its operands has none in its results.
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
     if not arrived:
-        return [_none(v.aval.shape, v.aval.dtype) for v in step.eqn.outvars]
+        return [_none(aval.shape, aval.dtype) for aval in step.output_avals]
     # 4. All of them at once.
     axes = tuple(0 if isinstance(x, Tangents) else None for x in operands)
     expanded = [_expanded(x, arrived) if isinstance(x, Tangents) else x for x in operands]
