@@ -35,7 +35,7 @@ from curvax.jaxprs import (
     program_of,
     subjaxprs,
 )
-from curvax.layerwise.block_maps import Tangents, block_push
+from curvax.layerwise.block_maps import Tangents, block_jvp
 from curvax.layerwise.blocks import ParameterBlocks
 from curvax.live import live_part
 from curvax.loops import for_loop_body
@@ -281,7 +281,7 @@ class TestEveryCall:
     def test_positions_are_followed_back(self, case: Case) -> None:
         x = jnp.zeros((1, 4, 3))
         program = traced_program(self.model(case), W, x)
-        reach = LossWeights(jnp.ones((1, 4)), 3, 2).reached_in(program).arguments[-1]
+        reach = LossWeights(jnp.ones((1, 4)), 3, 2).reach_in(program).arguments[-1]
         apart = reach.first.ravel().tolist() == reach.last.ravel().tolist() == [0, 1, 2, 3]
         assert apart == (case.followed and case.name not in (WHILE, LINEAR_SOLVE))
 
@@ -308,7 +308,7 @@ class TestEveryCall:
             return case.wrap(lambda a, b: a + 2.0 * a.T + b, v["a"], v["b"])
 
         blocks = ParameterBlocks(("a", "b", "c"), (0, 1, 2))
-        reached = block_push(jvp, shapes, blocks, (0, 1, 2))(shapes)
+        reached = block_jvp(jvp, shapes, blocks, (0, 1, 2))(shapes)
         assert isinstance(reached, Tangents) and reached.blocks == (0, 1)
 
 

@@ -25,7 +25,7 @@ from curvax.structure import (
     report,
 )
 from curvax.structure.capture import Capture, Factors, capture
-from curvax.structure.formed import formed, sites_by_leaf
+from curvax.structure.formed import formed, uses_by_leaf
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import layers
 from curvax.structure.squares import squared_norms, squared_rows
@@ -45,7 +45,7 @@ def _factors(captured: Capture, leaves: list[jax.Array], inputs: jax.Array, outp
 def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[jax.Array]:
     """Rows of one example, per leaf (R, *leaf)."""
     found: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
-    for leaf, indices in sites_by_leaf(captured).items():
+    for leaf, indices in uses_by_leaf(captured).items():
         uses = [captured.structure.uses[i] for i in indices]
         a, d = ([side[i] for i in indices] for side in (factors.activations, factors.cotangents))
         found[leaf] = formed(uses, a, d)

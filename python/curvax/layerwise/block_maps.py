@@ -4,9 +4,16 @@ With delta cut into blocks, the map P: delta -> (J_1 delta_1, ..., J_n delta_n) 
 (u_1, ..., u_n) to the vector whose block b is J_b^T u_b. So one map, transposed by JAX, serves both directions.
 
 P is not n times the work of J. The tangent of a block is zero until the model reaches the block's layer, so P walks
-through the jaxpr of J with a leading axis that holds, at each equation, only the blocks whose tangents have arrived;
-the transposed walk drops a block's cotangent below its layer. Of L equal layers, J is two products per layer (the
-layer's own tangent, and the tangent that passes through), and P is 1 + (L - 1) / 2 on average.
+through the jaxpr of J with a leading axis of the blocks whose tangents have arrived, and no others; the transposed walk
+drops a block's cotangent below its layer. Three layers, a block each, with t_b the tangent of block b:
+
+    equation of J                       blocks of its result
+    d1 = x dW1                          (1)          one product: only t_1 exists here
+    d2 = s1 d1 W2 + h1 dW2              (1, 2)       t_1 passes through, t_2 arrives
+    d3 = s2 d2 W3 + h2 dW3              (1, 2, 3)    t_1 and t_2 pass through, t_3 arrives
+
+Of L equal layers, J is two products per layer (the layer's own tangent, and the tangent that passes through), and P is
+1 + (L - 1) / 2 on average.
 """
 
 from __future__ import annotations
@@ -38,7 +45,7 @@ class Tangents:
     value: jax.Array
 
 
-def block_push(
+def block_jvp(
     jvp: Callable[[PyTree], PyTree], like: PyTree, blocks: ParameterBlocks, chosen: tuple[int, ...]
 ) -> Callable[[PyTree], PyTree]:
     """P: upcast vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.

@@ -115,8 +115,8 @@ def _equation_cost(eqn: Any, bodies: list[Cost]) -> Cost:
         return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results, results, _CONTRACTION_LAUNCHES)
     if name == "conv_general_dilated":
         flops = _conv_flops(eqn)
-        moved = _operand_bytes(eqn) + results
-        return Cost(flops, moved, results, _CONTRACTION_LAUNCHES, convolution=flops)
+        traffic = _operand_bytes(eqn) + results
+        return Cost(flops, traffic, results, _CONTRACTION_LAUNCHES, convolution=flops)
     if name == "transpose" and len(eqn.params["permutation"]) > 2:
         # Matrix products take a transposed matrix as it is; other rearrangements are copies.
         return Cost(0.0, 2.0 * results, results, 1.0)

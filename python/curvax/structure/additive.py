@@ -3,7 +3,7 @@
 A loss on a batch that does not fit is added up from pieces. That is right for sums and means over examples, and wrong
 for a function that divides by a number of its own batch (unmasked tokens), takes the root of a mean, or pairs examples
 with each other; a sum must be added, and a mean averaged. As in `curvax.structure.batch_axis` the examples are followed
-through every equation on a number of examples found nowhere else, here beyond the place where they are summed up.
+through every equation on a number of examples that occurs nowhere else, here beyond the place where they are summed up.
 
 The batch size enters as a number too: a mean divides by it. Numbers are compared between two batch sizes, and one that
 is n times as large for n times as many examples has degree 1, its inverse -1. A sum over examples of degree 0 adds up,
@@ -193,13 +193,13 @@ def _degrees(mine: tuple[Program, int], other: tuple[Program, int], strict: bool
     ours, theirs = list(_numbers(program, strict)), list(_numbers(there, strict))
     if len(ours) != len(theirs):
         raise Mixed(_OTHERWISE)
-    found: dict[_Key, int] = {}
+    degrees: dict[_Key, int] = {}
     for (key, a), (_, b) in zip(ours, theirs, strict=True):
         if not isinstance(a, tuple):
-            found[key] = _degree(a, n, b, m)
+            degrees[key] = _degree(a, n, b, m)
         elif a != b:
             raise Mixed(_OTHERWISE)
-    return found
+    return degrees
 
 
 def _degree(a: Any, n: int, b: Any, m: int) -> int:
@@ -258,7 +258,7 @@ class _Part:
         """1 of what adds up over pieces, 0 of what is averaged."""
         return self.degree + (self.kind is _Kind.TOTAL)
 
-    def moved(self, by: int) -> _Part:
+    def shifted(self, by: int) -> _Part:
         """The same with so many axes more in front."""
         return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
@@ -305,10 +305,10 @@ class _Adding(ForwardFlow[_Part]):
     def slice(self, known: _Part) -> _Part:
         if known.axis == 0:
             raise Mixed("scan runs over the examples")
-        return known.moved(-1)
+        return known.shifted(-1)
 
     def stack(self, known: _Part) -> _Part:
-        return known.moved(1)
+        return known.shifted(1)
 
     def decides(self, what: Either["branch", "length"], known: _Part) -> None:
         if known.kind is not _Kind.SHARED:

@@ -2,16 +2,21 @@
 
 Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model
 call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode or a collocation residual
-assembled from several point sets break it, and believing the contract would give wrong rows. So the batch axis is
-followed through every equation that the outputs depend on; what is not understood counts as mixing, which costs time
-and never correctness.
+assembled from several point sets break it, and believing the contract would give wrong rows. What is not understood
+counts as mixing, which costs time and never correctness. The proof has four steps:
 
-The model is traced with a batch size found nowhere else in its shapes, so that an axis of that size (or a multiple of
-it: batch and time flattened together, batch slowest) is known to be the batch.
+1. Guess which leaves of the inputs hold examples: those as long as the outputs.
+2. Trace the model with a batch size that occurs nowhere else in its shapes, so that an axis of that size (or a multiple
+   of it: batch and time flattened together, batch slowest) is known to be the batch.
+3. Follow the axis through every equation that the outputs depend on (`batch_rules.py`). It must arrive first.
+4. Compare with the traces at the batch sizes that matter: all must do the same computation with the same numbers.
+
+    tanh(x w) with x (1009, 3)   dot_general: axis 0 of x is free, so axis 0     tanh: axis 0        independent
+    x - mean(x, 0)               reduce_sum over axis 0: it works across examples                    mixed
 
 A random value for the whole batch that is made of one key, such as a dropout mask, does not mix examples: each has its
-own part. But the model on one example would draw another one; so such draws are found here, and are arguments of the
-model on one example (`ByExample`).
+own part. But the model on one example would draw another one; so such draws are collected here, and are arguments of
+the model on one example (`ByExample`).
 """
 
 from __future__ import annotations
@@ -67,7 +72,7 @@ def example_axes(
 
     Only leaves as long as the outputs can hold them. A leaf of that length by chance, as T position ids are in a batch
     of T sequences, gives itself away: on another number of examples the model does not run, or it pairs the examples
-    with the leaf's entries. What is returned is proved for all leaves together, however it was found.
+    with the leaf's entries. What is returned is proved for all leaves together, whoever said it.
 
     Args:
       predict: the model; its one output has the examples on the same axis as the inputs.
@@ -387,7 +392,7 @@ class _Seen:
         axis = self.axis if other.axis is None else other.axis
         return _Seen(axis, self.free and other.free, self.lost or other.lost)
 
-    def moved(self, by: int) -> _Seen:
+    def shifted(self, by: int) -> _Seen:
         """The same with so many axes more in front."""
         return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
@@ -414,10 +419,10 @@ class _Tracker(ForwardFlow[_Seen]):
     def slice(self, known: _Seen) -> _Seen:
         if known.axis == 0:
             raise Mixed("scan runs over the examples")
-        return known.moved(-1)
+        return known.shifted(-1)
 
     def stack(self, known: _Seen) -> _Seen:
-        return known.moved(1)
+        return known.shifted(1)
 
     def decides(self, what: Literal["branch", "length"], known: _Seen) -> None:
         if known.axis is not None or known.lost:

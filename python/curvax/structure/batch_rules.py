@@ -60,10 +60,10 @@ def first(axes: Sequence[Axis]) -> int:
 
 def common(name: str, axes: Sequence[Axis]) -> int:
     """The one axis of all operands that have one."""
-    found = {axis for axis in axes if axis is not None}
-    if len(found) != 1:
+    distinct = {axis for axis in axes if axis is not None}
+    if len(distinct) != 1:
         raise Mixed(f"{name} pairs examples with each other")
-    return found.pop()
+    return distinct.pop()
 
 
 def _reduction(_: int, eqn: Any, axes: Sequence[Axis]) -> int:

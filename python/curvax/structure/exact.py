@@ -1,6 +1,6 @@
 """Exact quantities of a model's rows, for use by themselves: Gram matrix, diagonals, norms.
 
-All of them see a model through its structure (`curvax.structure.report`) and never hold the Jacobian. Where examples
+All of them see a model through its structure (`curvax.structure.report`) and never form the Jacobian. Where examples
 interact they form whole rows instead, which costs time and changes no answer.
 """
 
@@ -31,7 +31,7 @@ from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.outputs import check_model, check_outputs
-from curvax.structure.positions import LossWeights, sound_inputs
+from curvax.structure.positions import LossWeights, fill_idle_inputs
 from curvax.structure.rows import RowSource, row_diagonal, row_gram
 from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
@@ -66,7 +66,7 @@ class RowOptions:
 
     Attributes:
       batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
-        `in_axes` of `jax.vmap`; by default `None`, it is found from the model (docs/structure.md).
+        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less takes
         fewer examples, or rows of one, at a time.
     """
@@ -95,7 +95,7 @@ def jacobian_gram(
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
-    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), every output apart.
+    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), of every output.
 
     Args:
       predict_fn: (params, inputs) -> outputs (B, ...).
@@ -103,7 +103,7 @@ def jacobian_gram(
       inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
         ids) keep their shape.
       batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
-        `in_axes` of `jax.vmap`; by default `None`, it is found from the model (docs/structure.md).
+        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
         factors anew for each pair of blocks of examples that meet.
       implementation: of the op `gram_accumulate`; `None` for the best supported one.
@@ -165,7 +165,8 @@ def ggn_diagonal(
 
     residuals = jax.vmap(residual)(jax.random.split(samples.key, samples.count))
     residuals *= jnp.asarray(samples.count**-0.5, residuals.dtype)
-    # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
+    # One row per example and sample: the positions of an example are drawn independently, and their products vanish on
+    # average.
     flat = GradientOuterProduct(residuals.reshape(samples.count, outputs.shape[0], -1))
     flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(outputs))
     return flattened.row_diagonal(flat)
@@ -226,8 +227,8 @@ def per_example_gradient_norms(
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
     residual = loss.gradient(at.outputs, targets, at.weights.values)
-    sound = sound_inputs(captured, jax.tree.leaves(inputs), at.weights)
-    norms = _norms(captured, params, sound, residual, options.max_bytes)
+    filled = fill_idle_inputs(captured, jax.tree.leaves(inputs), at.weights)
+    norms = _norms(captured, params, filled, residual, options.max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 

@@ -86,7 +86,7 @@ def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
       shapes: of the parameter leaves.
     """
     # 1, 2. Along the program.
-    by_leaf = _uses_by_leaf(program, shapes)
+    by_leaf = _collected(program, shapes)
     # 3. Leaf by leaf.
     findings = [_judged(shape, of) for shape, of in zip(shapes, by_leaf, strict=True)]
     used = [(leaf, of) for leaf, of in enumerate(by_leaf) if findings[leaf].rule != NONE]
@@ -165,7 +165,7 @@ class _Operand:
     parameters_only: bool = True
 
 
-def _uses_by_leaf(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
+def _collected(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
     """Per leaf its uses, in the order of the program."""
     walk = _Walk(shapes)
     inputs = len(program.arguments) - len(shapes)

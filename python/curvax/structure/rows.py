@@ -27,7 +27,7 @@ from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
 from curvax.structure.memory import DEFAULT_MAX_BYTES
-from curvax.structure.positions import LossWeights, sound_inputs
+from curvax.structure.positions import LossWeights, fill_idle_inputs
 from curvax.tree import PyTree
 
 
@@ -42,7 +42,7 @@ class RowSource:
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       vjp: u -> J^T u over the whole batch.
-      axes: which leaves of the inputs hold the examples, if that is known; by default `None`, it is found out.
+      axes: which leaves of the inputs hold the examples, if that is known; by default `None`, the model says it.
       weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
         model's examples (positions) do not interact. `None` by default: every example counts.
     """
@@ -72,9 +72,9 @@ class RowSource:
             )
         return None
 
-    def sound_inputs(self, captured: Capture) -> list[jax.Array]:
+    def filled_inputs(self, captured: Capture) -> list[jax.Array]:
         """Leaves of the inputs in which nothing is left of what weighs nothing."""
-        return sound_inputs(captured, jax.tree.leaves(self.inputs), self.weights)
+        return fill_idle_inputs(captured, jax.tree.leaves(self.inputs), self.weights)
 
 
 def row_gram(
@@ -108,7 +108,7 @@ def row_gram(
     elif source.output.couples_examples:
         return _coupled_gram(captured, source, max_bytes, implementation)
     else:
-        rows = example_groups(captured, source.params, source.sound_inputs(captured), source.output)
+        rows = example_groups(captured, source.params, source.filled_inputs(captured), source.output)
     return gram(rows, max_bytes, implementation)
 
 
@@ -121,7 +121,7 @@ def row_diagonal(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> PyTre
     captured = None if source.output.couples_examples else source.captured()
     if captured is None:
         return joint_diagonal(source.output, source.vjp, max_bytes)
-    return example_diagonal(captured, source.params, source.sound_inputs(captured), source.output, max_bytes)
+    return example_diagonal(captured, source.params, source.filled_inputs(captured), source.output, max_bytes)
 
 
 def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
