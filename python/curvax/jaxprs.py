@@ -150,6 +150,13 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     return len(eqn.invars) - scanned - carry, carry
 
 
+def loop_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Of a `scan` or `while`: which operand is the first that is carried, and how many are."""
+    if eqn.primitive.name == SCAN:
+        return scan_counts(eqn)
+    return eqn.params["cond_nconsts"] + eqn.params["body_nconsts"], len(eqn.outvars)
+
+
 def _count_deeper(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
@@ -317,21 +324,16 @@ def forward(
     """
     known: dict[Name, V] = {name: value(program, name, x) for name, x in program.constants.items()}
     known.update(zip(program.arguments, arguments, strict=True))
+
+    def read(atom: Atom, where: Program | Step, place: int) -> V:
+        if atom is None or isinstance(atom, Literal):
+            return value(where, place, None if atom is None else atom.val)
+        return known[atom]
+
     for index, one in enumerate(program.steps):
-        inputs = [
-            value(one, i, atom.val if isinstance(atom, Literal) else None)
-            if atom is None or isinstance(atom, Literal)
-            else known[atom]
-            for i, atom in enumerate(one.inputs)
-        ]
+        inputs = [read(atom, one, i) for i, atom in enumerate(one.inputs)]
         known.update(zip(one.outputs, step(index, one, inputs), strict=True))
-    results = [
-        value(program, -1 - i, atom.val if isinstance(atom, Literal) else None)
-        if atom is None or isinstance(atom, Literal)
-        else known[atom]
-        for i, atom in enumerate(program.results)
-    ]
-    return results, known
+    return [read(atom, program, -1 - i) for i, atom in enumerate(program.results)], known
 
 
 def evaluate(
@@ -404,7 +406,7 @@ class ForwardFlow(abc.ABC, Generic[V]):
     def join(self, one: V, other: V) -> V:
         """What is known of a value that is either of two."""
 
-    def slice(self, known: V) -> V:
+    def unstack(self, known: V) -> V:
         """What an iteration of a scan sees of what is scanned over, without its first axis."""
         return known
 
@@ -447,19 +449,15 @@ class ForwardFlow(abc.ABC, Generic[V]):
 
     def _settled(self, step: Step, known: Sequence[V]) -> tuple[list[V], list[V]]:
         """(inputs as every iteration sees them, results of the body)."""
-        if step.primitive == SCAN:
-            start, carried = scan_counts(step.eqn)
-            which, known = 0, [*known[: start + carried], *map(self.slice, known[start + carried :])]
-        else:
-            start, which = step.eqn.params["cond_nconsts"] + step.eqn.params["body_nconsts"], 1
-            carried = len(known) - start
-        known = list(known)
+        start, carried = loop_counts(step.eqn)
+        state, last = slice(start, start + carried), len(step.bodies) - 1
+        known = [*known[: state.stop], *map(self.unstack, known[state.stop :])]
         while True:
-            results = self.body(step, which, known)
-            joined = self.joined(known[start : start + carried], results[:carried])
-            if joined == known[start : start + carried]:
+            results = self.body(step, last, known)
+            joined = self.joined(known[state], results[:carried])
+            if joined == known[state]:
                 return known, results
-            known[start : start + carried] = joined
+            known[state] = joined
 
 
 def _call(flow: ForwardFlow[Any], step: Step, known: list[Any]) -> list[Any]:
@@ -467,7 +465,7 @@ def _call(flow: ForwardFlow[Any], step: Step, known: list[Any]) -> list[Any]:
 
 
 def _scan(flow: ForwardFlow[Any], step: Step, known: list[Any]) -> list[Any]:
-    start, carried = scan_counts(step.eqn)
+    start, carried = loop_counts(step.eqn)
     inside, results = flow._settled(step, known)
     return [*inside[start : start + carried], *map(flow.stack, results[carried:])]
 
@@ -476,7 +474,7 @@ def _while(flow: ForwardFlow[Any], step: Step, known: list[Any]) -> list[Any]:
     inside = flow.state(step, known)
     (more,) = flow.body(step, 0, inside)
     flow.decides("length", more)
-    return inside[step.eqn.params["cond_nconsts"] + step.eqn.params["body_nconsts"] :]
+    return inside[loop_counts(step.eqn)[0] :]
 
 
 def _cond(flow: ForwardFlow[Any], step: Step, known: list[Any]) -> list[Any]:

@@ -50,8 +50,8 @@ from curvax.jaxprs import (
     Step,
     Wanted,
     backward,
+    loop_counts,
     program_of,
-    scan_counts,
 )
 
 
@@ -204,8 +204,7 @@ def _live_bodies(step: Step, kinds: list[Kind], needs: list[Wanted]) -> list[Pro
     """Of a step that is evaluated as a whole."""
     if step.primitive == WHILE:
         kinds = _KINDS.state(step, kinds)
-        start = step.eqn.params["cond_nconsts"] + step.eqn.params["body_nconsts"]
-        results = [[Wanted.VALUE], [_most(kind) for kind in kinds[start:]]]
+        results = [[Wanted.VALUE], [_most(kind) for kind in kinds[loop_counts(step.eqn)[0] :]]]
     elif step.primitive == COND or step.primitive in CUSTOM or step.primitive == LINEAR_SOLVE:
         results = [needs] * len(step.bodies)
     else:
@@ -218,7 +217,7 @@ def _live_bodies(step: Step, kinds: list[Kind], needs: list[Wanted]) -> list[Pro
 
 def _live_scan(step: Step, kinds: list[Kind], needs: list[Wanted]) -> Step:
     """What is carried matters if the last one of it does, or if an iteration needs it for what matters."""
-    consts, carried = scan_counts(step.eqn)
+    consts, carried = loop_counts(step.eqn)
     given = _KINDS.state(step, kinds)
     state = slice(consts, consts + carried)
     ends = [min(need, _most(kind)) for need, kind in zip(needs[:carried], given[state], strict=True)]

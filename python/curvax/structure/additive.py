@@ -302,7 +302,7 @@ class _Adding(ForwardFlow[_Part]):
     def join(self, one: _Part, other: _Part) -> _Part:
         return one.join(other)
 
-    def slice(self, known: _Part) -> _Part:
+    def unstack(self, known: _Part) -> _Part:
         if known.axis == 0:
             raise Mixed("scan runs over the examples")
         return known.shifted(-1)

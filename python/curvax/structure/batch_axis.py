@@ -25,13 +25,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
+from typing import Literal as Either
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import Jaxpr
-from jax.extend.core import Literal as Number
+from jax.extend.core import Jaxpr, Literal
 
 from curvax.jaxprs import SCAN, ForwardFlow, Name, Path, Program, Step, subjaxprs
 from curvax.structure.batch_axes import BatchAxes
@@ -320,7 +320,7 @@ def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
 def equation_signature(eqn: Any, operands: Sequence[Any]) -> Iterator[Any]:
     """What an equation does to these operands, whatever the shapes."""
     yield eqn.primitive.name
-    yield from (repr(v.val) for v in operands if isinstance(v, Number))
+    yield from (repr(v.val) for v in operands if isinstance(v, Literal))
     # Exponents, lengths of loops, axes. Shapes, which follow the batch size rightly, are tuples.
     yield from (f"{k}={v}" for k, v in sorted(eqn.params.items()) if isinstance(v, bool | int | float))
 
@@ -416,7 +416,7 @@ class _Tracker(ForwardFlow[_Seen]):
     def join(self, one: _Seen, other: _Seen) -> _Seen:
         return one.join(other)
 
-    def slice(self, known: _Seen) -> _Seen:
+    def unstack(self, known: _Seen) -> _Seen:
         if known.axis == 0:
             raise Mixed("scan runs over the examples")
         return known.shifted(-1)
@@ -424,7 +424,7 @@ class _Tracker(ForwardFlow[_Seen]):
     def stack(self, known: _Seen) -> _Seen:
         return known.shifted(1)
 
-    def decides(self, what: Literal["branch", "length"], known: _Seen) -> None:
+    def decides(self, what: Either["branch", "length"], known: _Seen) -> None:
         if known.axis is not None or known.lost:
             raise Mixed(known.lost or DECIDES[what])
 
