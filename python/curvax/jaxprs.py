@@ -34,6 +34,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -207,12 +208,12 @@ class Step:
     operands: tuple[tuple[int, ...], ...] = ()
     wanted: tuple[Wanted, ...] = ()
 
-    @property
+    @functools.cached_property
     def primitive(self) -> str:
         """Name of the primitive."""
         return self.eqn.primitive.name
 
-    @property
+    @functools.cached_property
     def differentiated(self) -> tuple[bool, ...]:
         """For each input whether the outputs of the model have a derivative through it here."""
         return tuple(wanted is Wanted.DERIVATIVE for wanted in self.wanted)

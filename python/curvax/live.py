@@ -140,8 +140,8 @@ def _live(program: Program, kinds: Sequence[Kind], results: Sequence[Wanted]) ->
     def kind(atom: Atom) -> Kind:
         return _constant_kind(atom.val) if isinstance(atom, Literal) else known[atom]  # type: ignore[index]
 
-    def bounded(atoms: Sequence[Atom], wanted: Sequence[Wanted]) -> list[Wanted]:
-        return [min(w, _most(kind(atom))) for atom, w in zip(atoms, wanted, strict=True)]
+    def bounded(kinds: Sequence[Kind], wanted: Sequence[Wanted]) -> list[Wanted]:
+        return [w if kind is Kind.VARYING else min(w, Wanted.VALUE) for kind, w in zip(kinds, wanted, strict=True)]
 
     steps: list[Step] = []
 
@@ -150,10 +150,11 @@ def _live(program: Program, kinds: Sequence[Kind], results: Sequence[Wanted]) ->
         needs = [Wanted.NOTHING if need is None else need for need in asked]
         if not any(needs):
             return None
-        steps.append(_live_step(step, list(map(kind, step.inputs)), needs))
-        return bounded(step.inputs, steps[-1].wanted)
+        kinds = list(map(kind, step.inputs))
+        steps.append(_live_step(step, kinds, needs))
+        return bounded(kinds, steps[-1].wanted)
 
-    asked = backward(program, bounded(program.results, results), step, max)
+    asked = backward(program, bounded(list(map(kind, program.results)), results), step, max)
     ends = tuple(atom if wanted else None for atom, wanted in zip(program.results, results, strict=True))
     wanted = tuple(Wanted.NOTHING if need is None else need for need in asked)
     return _without_holes(dataclasses.replace(program, steps=tuple(reversed(steps)), results=ends, wanted=wanted))
@@ -161,19 +162,23 @@ def _live(program: Program, kinds: Sequence[Kind], results: Sequence[Wanted]) ->
 
 def _without_holes(program: Program) -> Program:
     """The program without constants that no step reads, and with `None` for values that are no longer computed."""
-    read = {a for atoms in (*(step.inputs for step in program.steps), program.results) for a in atoms if _named(a)}
-    constants = {name: value for name, value in program.constants.items() if name in read}
+    constants = program.constants
+    if constants:
+        reads = (program.results, *(step.inputs for step in program.steps))
+        read = {atom for atoms in reads for atom in atoms if not isinstance(atom, Literal)}
+        constants = {name: value for name, value in constants.items() if name in read}
     computed = {*program.arguments, *constants, *(name for step in program.steps for name in step.outputs)}
 
     def atoms(of: Sequence[Atom]) -> tuple[Atom, ...]:
-        return tuple(a if isinstance(a, Literal) or a in computed else None for a in of)
+        return tuple([a if isinstance(a, Literal) or a in computed else None for a in of])
 
-    steps = tuple(dataclasses.replace(step, inputs=atoms(step.inputs)) for step in program.steps)
-    return dataclasses.replace(program, constants=constants, steps=steps, results=atoms(program.results))
+    def step(one: Step) -> Step:
+        inputs = atoms(one.inputs)
+        return one if inputs == one.inputs else dataclasses.replace(one, inputs=inputs)
 
-
-def _named(atom: Atom) -> bool:
-    return atom is not None and not isinstance(atom, Literal)
+    return dataclasses.replace(
+        program, constants=constants, steps=tuple(map(step, program.steps)), results=atoms(program.results)
+    )
 
 
 def _most(kind: Kind) -> Wanted:
