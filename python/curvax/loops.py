@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import ClosedJaxpr
 
-from curvax.jaxprs import subjaxprs
+from curvax.jaxprs import CALLS, Step, bind, bodies, contains, equations_of, evaluate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,48 +33,28 @@ def for_loop_body(function: F) -> F:
         key = (structure, tuple((x.shape, jnp.result_type(x)) for x in leaves))
         if key not in traced:
             closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-            traced[key] = (closed, jax.tree.structure(shape)) if _convolves(closed.jaxpr) else None
-        found = traced[key]
-        if found is None:
+            traced[key] = (closed, jax.tree.structure(shape)) if contains(closed, _CONVOLUTION) else None
+        convolving = traced[key]
+        if convolving is None:
             return function(*args)
-        closed, out = found
-        return jax.tree.unflatten(out, _evaluate(closed.jaxpr, closed.consts, leaves))
+        closed, out = convolving
+        return jax.tree.unflatten(out, evaluate(equations_of(closed), leaves, _step))
 
     return call  # type: ignore[return-value]
 
 
-def _convolves(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name == "conv_general_dilated" or any(map(_convolves, subjaxprs(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
+_CONVOLUTION = frozenset({"conv_general_dilated"})
 
 
-def _evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
-    values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        results = _equation(eqn, [read(v) for v in eqn.invars])
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
-    if eqn.primitive.name == "conv_general_dilated":
-        return [_channels_last(eqn, *operands)]
-    inner = eqn.params.get("jaxpr")
-    if eqn.primitive.name == "jit" and isinstance(inner, ClosedJaxpr | Jaxpr) and _convolves(_open(inner)):
-        return _evaluate(_open(inner), list(getattr(inner, "consts", ())), operands)
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
-def _open(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+def _step(index: int, step: Step, operands: list[Any]) -> list[Any]:
+    """A step with its convolutions in channels-last layout; calls without any stay calls."""
+    if step.primitive in _CONVOLUTION:
+        return [_channels_last(step.eqn, *operands)]
+    if step.primitive in CALLS:
+        (called,) = bodies(step.eqn)
+        if contains(called.jaxpr, _CONVOLUTION):
+            return evaluate(equations_of(called.jaxpr), operands, _step)
+    return bind(step.eqn, operands)
 
 
 def _channels_last(eqn: Any, image: jax.Array, kernel: jax.Array) -> jax.Array:

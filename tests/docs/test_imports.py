@@ -1,9 +1,15 @@
-"""Imports run one way: a module takes what it needs from the layers below its own, and from its own package."""
+"""Imports run one way: a module takes what it needs from the layers below its own, and from its own package.
+
+The contract is `import_contract.toml` beside this file.
+"""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import pathlib
+import re
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -13,72 +19,97 @@ import curvax.kernels
 
 pytestmark = pytest.mark.fast
 
-# From the top: each line may import from the lines below it, and its members not from one another.
-LAYERS = """
-__main__
-cli
-optax
-layerwise
-transforms
-methods
-method
-execute
-plan
-optimizers
-chain
-preconditioners
-estimators damping
-curvature
-solvers
-structure
-output_space
-losses eigenbases
-kernels
-ffi
-loops live
-jaxprs
-deprecation keys keywords numbers pipes requirements result spelling state_version telemetry tree versions work
-"""
-RANK = {name: rank for rank, line in enumerate(reversed(LAYERS.split("\n"))) for name in line.split()}
-
-# Names that the lowest layers take from a neighbor of their own line.
-NEIGHBORS = {("telemetry", "requirements"), ("telemetry", "spelling"), ("keywords", "spelling")}
+CONTRACT = tomllib.loads(pathlib.Path(__file__).with_name("import_contract.toml").read_text())
+RANK = {name: rank for rank, line in enumerate(reversed(CONTRACT["layers"])) for name in line.split()}
+NEIGHBORS = {tuple(pair) for pair in CONTRACT["neighbors"]}
+ORDERS: dict[str, list[str]] = CONTRACT["reading_order"]
 
 
-def _packages() -> Iterator[tuple[str, pathlib.Path]]:
-    """(layer, file) of every module."""
-    root = pathlib.Path(curvax.__file__).parent
-    kernels = pathlib.Path(curvax.kernels.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        part = file.relative_to(root).parts
-        if part != ("__init__.py",) and part[0] != "kernels":
-            yield part[0].removesuffix(".py"), file
-    for file in sorted(kernels.rglob("*.py")):
-        yield "kernels", file
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module of curvax, by the parts of its name: `("structure", "rows")`, a package by its own."""
+
+    parts: tuple[str, ...]
+    file: pathlib.Path
+
+    @property
+    def layer(self) -> str:
+        return self.parts[0]
 
 
-def _imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """(layer, line) of every import of a module of curvax, those inside of functions and conditions included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "curvax":
-            parts = node.module.split(".")
-            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-            yield from ((name, node.lineno) for name in names)
+def _modules() -> Iterator[Module]:
+    root, kernels = (pathlib.Path(package.__file__ or "").parent for package in (curvax, curvax.kernels))
+    for start, before in ((root, ()), (kernels, ("kernels",))):
+        for file in sorted(start.rglob("*.py")):
+            parts = (*before, *file.relative_to(start).with_suffix("").parts)
+            # In a wheel the kernels lie inside of the package, in a checkout beside it.
+            if parts != ("__init__",) and (before or parts[0] != "kernels"):
+                yield Module(parts[:-1] if parts[-1] == "__init__" else parts, file)
+
+
+MODULES = {module.parts: module for module in _modules()}
+
+
+def _imported(module: Module) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(parts of a module of curvax, line) of every import, those inside of functions and conditions included."""
+    for node in ast.walk(ast.parse(module.file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.file}:{node.lineno}: write the whole name of the module."
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = tuple(name.split("."))
+            if parts[0] == "curvax" and len(parts) > 1:
+                # Of a name inside of a module, the module.
+                while parts[1:] not in MODULES and len(parts) > 2:
+                    parts = parts[:-1]
+                yield parts[1:], node.lineno
 
 
 def test_imports_run_one_way() -> None:
-    wrong, seen = [], set()
-    for layer, file in _packages():
-        seen.add(layer)
-        for name, line in _imported(ast.parse(file.read_text())):
-            if name == layer or (layer, name) in NEIGHBORS:
+    wrong = []
+    for module in MODULES.values():
+        for (name, *_), line in _imported(module):
+            if name == module.layer or (module.layer, name) in NEIGHBORS:
                 continue
-            if name not in RANK or RANK[name] >= RANK[layer]:
-                wrong.append(f"{file.name}:{line} of {layer} imports {name}")
+            if name not in RANK or RANK[name] >= RANK[module.layer]:
+                wrong.append(f"{module.file.name}:{line} of {module.layer} imports {name}")
     assert not wrong, wrong
-    assert seen - {"optax"} <= set(RANK), f"a new layer needs a place: {seen - set(RANK)}"
+    layers = {module.layer for module in MODULES.values()} - set(CONTRACT["aliases"])
+    assert layers <= set(RANK), f"a new layer needs a place: {layers - set(RANK)}"
+
+
+def test_no_import_leads_back() -> None:
+    """Not even inside of a function, where Python would let it pass."""
+    edges = {m.parts: {name for name, _ in _imported(m)} & set(MODULES) - {m.parts} for m in MODULES.values()}
+    done: set[tuple[str, ...]] = set()
+
+    def visit(parts: tuple[str, ...], path: list[tuple[str, ...]]) -> None:
+        assert parts not in path, " -> ".join(map(".".join, [*path[path.index(parts) :], parts]))
+        if parts not in done:
+            for name in sorted(edges[parts]):
+                visit(name, [*path, parts])
+            done.add(parts)
+
+    for parts in sorted(edges):
+        visit(parts, [])
+
+
+def test_the_files_of_a_package_are_in_reading_order() -> None:
+    for package, order in ORDERS.items():
+        files = {parts[1] for parts in MODULES if parts[0] == package and len(parts) == 2}
+        assert sorted(order) == sorted(files)
+        story = ast.get_docstring(ast.parse(MODULES[package,].file.read_text())) or ""
+        assert [name for name in re.findall(r"`(\w+)\.py`", story) if name in files] == order
+        for name in order:
+            below = order[: order.index(name)]
+            taken = {parts[1] for parts, _ in _imported(MODULES[package, name]) if parts[0] == package and parts[1:]}
+            assert taken <= set(below), f"{package}/{name}.py imports {taken - set(below)}, which come after it."
 
 
 def test_nothing_is_imported_for_type_checkers_alone() -> None:
     """That hides what a module depends on."""
-    assert not [file for _, file in _packages() if "TYPE_CHECKING" in file.read_text()]
+    assert not [module.file for module in MODULES.values() if "TYPE_CHECKING" in module.file.read_text()]

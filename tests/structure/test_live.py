@@ -17,7 +17,8 @@ import pytest
 from jax import lax
 
 from curvax.curvature import Evaluation, GaussNewton, Model, ObservedFisher
-from curvax.live import Wanted, live_part
+from curvax.jaxprs import Wanted
+from curvax.live import live_part
 from curvax.losses import SquaredError
 from curvax.plan import cost as costing
 from curvax.structure import (
@@ -351,13 +352,13 @@ def test_each_operand_says_what_matters_of_it() -> None:
 
     jaxpr = jax.make_jaxpr(function)(1.0, 1.0)
     live = live_part(jaxpr, [True, False])
-    found = {equation.eqn.primitive.name: equation.operands for equation in live.equations}
+    found = {step.primitive: step.wanted for step in live.steps}
     assert found["sin"] == (Wanted.DERIVATIVE,)
     assert found["cos"] == found["floor"] == (Wanted.VALUE,)
-    assert [equation.eqn.outvars[0] for equation in live.equations][-1] in jaxpr.jaxpr.outvars
-    assert live.arguments == (Wanted.DERIVATIVE, Wanted.VALUE)
+    assert live.steps[-1].outputs[0] in live.results
+    assert live.wanted == (Wanted.DERIVATIVE, Wanted.VALUE)
     nothing = live_part(jax.make_jaxpr(lambda w: jnp.sum(w) * 0.0)(1.0), [True])
-    assert nothing.arguments == (Wanted.VALUE,)
+    assert nothing.wanted == (Wanted.VALUE,)
 
 
 def test_what_a_scan_carries_in_vain_is_dead() -> None:
@@ -369,10 +370,11 @@ def test_what_a_scan_carries_in_vain_is_dead() -> None:
         return lax.scan(body, (w, w, w), length=3)[0][0]
 
     live = live_part(jax.make_jaxpr(function)(1.0), [True])
-    (scan,) = live.equations
+    (scan,) = live.steps
     (body,) = scan.bodies
-    assert [equation.eqn.primitive.name for equation in body.equations] == ["mul"]
-    assert scan.results == (Wanted.DERIVATIVE, Wanted.NOTHING, Wanted.NOTHING, Wanted.NOTHING)
+    assert [step.primitive for step in body.steps] == ["mul"]
+    assert [result is None for result in body.results] == [False, True, True, True]
+    assert scan.wanted[0] is Wanted.DERIVATIVE
 
 
 def test_costs_count_what_results_need() -> None:

@@ -15,10 +15,16 @@ from jax import lax
 
 from curvax.curvature import GeneralizedGaussNewton, MonteCarloFisher, ObservedFisher
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
-from curvax.structure import empirical_fisher_diagonal, ggn_diagonal, per_example_gradient_norms
+from curvax.structure import (
+    DiagonalOptions,
+    Samples,
+    empirical_fisher_diagonal,
+    ggn_diagonal,
+    per_example_gradient_norms,
+)
 from curvax.structure.capture import capture
 from curvax.structure.kronecker import FactorSums, WeightSharing, factor_sums, projected_squares
-from curvax.structure.positions import LossWeights, Spans, sound_inputs
+from curvax.structure.positions import LossWeights, Spans, fill_idle_inputs
 from tests.oracle import dense
 from tests.oracle.compiling import quick_jit
 from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
@@ -405,7 +411,7 @@ def test_exact_quantities_see_nothing_that_is_masked(
     each = np.einsum("pk,pkn->pn", residual, slopes)
 
     def everything(p: Any, x: jax.Array, y: jax.Array, w: jax.Array) -> Any:
-        many = ggn_diagonal(predict, loss, p, x, y, w, samples=2, key=jax.random.key(0))
+        many = ggn_diagonal(predict, loss, p, x, y, w, DiagonalOptions(samples=Samples(2, jax.random.key(0))))
         return (
             ggn_diagonal(predict, loss, p, x, y, w),
             empirical_fisher_diagonal(predict, loss, p, x, y, w),
@@ -444,11 +450,11 @@ def test_inputs_of_no_weight_are_those_of_others() -> None:
     }
     p = jnp.ones((3, 2))
     weights = jnp.asarray([[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 2.0]])
-    sound = sound_inputs(capture(predict, p, inputs), jax.tree.leaves(inputs), LossWeights(weights, 3, 2))
+    sound = fill_idle_inputs(capture(predict, p, inputs), jax.tree.leaves(inputs), LossWeights(weights, 3, 2))
     np.testing.assert_array_equal(sound[0], [[5, 5, 5, 7]] * 2)
     np.testing.assert_array_equal(sound[2], [2.0, 2.0])
     np.testing.assert_array_equal(sound[3], inputs["tokens"][1][jnp.asarray([[1, 1, 1, 3]] * 2)])
-    untouched = sound_inputs(capture(predict, p, inputs), jax.tree.leaves(inputs), LossWeights(weights, 3, 0))
+    untouched = fill_idle_inputs(capture(predict, p, inputs), jax.tree.leaves(inputs), LossWeights(weights, 3, 0))
     assert all(mine is theirs for mine, theirs in zip(untouched, jax.tree.leaves(inputs), strict=True))
 
 
@@ -457,8 +463,8 @@ def test_spans_that_overlap_are_not_apart() -> None:
         return Spans(*np.asarray(pairs).T)
 
     assert spans((0, 0), (2, 2), (1, 1)).one_to_one
-    assert spans((0, 1), (2, 3), (0, 1)).apart and not spans((0, 1), (2, 3), (0, 1)).one_to_one
-    assert not spans((0, 1), (1, 2)).apart and not spans((0, 3), (0, 3)).apart
+    assert spans((0, 1), (2, 3), (0, 1)).disjoint and not spans((0, 1), (2, 3), (0, 1)).one_to_one
+    assert not spans((0, 1), (1, 2)).disjoint and not spans((0, 3), (0, 3)).disjoint
     flat = jnp.asarray([[1.0, 3.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
     idle = spans((2, 3), (0, 1), (9, -1))
     np.testing.assert_array_equal(idle.means(flat), [[0.0, 2.0, 0.0], [2.0, 2.0, 2.0]])
@@ -477,7 +483,7 @@ def test_orders_of_axes_are_followed() -> None:
 
         captured = capture(predict, jnp.ones((5, 2)), jnp.ones((2, 3, 4, 5)))
         (use,) = captured.structure.uses
-        reached = LossWeights(jnp.ones((2, 3, 4)), 4, 3).reached(captured, frozenset([use.path]))
+        reached = LossWeights(jnp.ones((2, 3, 4)), 4, 3).reach(captured, frozenset([use.path]))
         numbers = use.by_position(reached.steps[use.path].first, np.min)
         expected = np.arange(12).reshape(3, 4)
         np.testing.assert_array_equal(numbers, (expected if order.index(1) < order.index(2) else expected.T).ravel())

@@ -14,6 +14,8 @@ import pytest
 
 from curvax.losses import SquaredError
 from curvax.structure import (
+    DiagonalOptions,
+    RowOptions,
     empirical_fisher_diagonal,
     ggn_diagonal,
     jacobian_gram,
@@ -21,7 +23,7 @@ from curvax.structure import (
     report,
 )
 from curvax.structure.capture import Capture, Factors, capture
-from curvax.structure.formed import formed, sites_by_leaf
+from curvax.structure.formed import formed, uses_by_leaf
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import layers
 from curvax.structure.squares import squared_norms, squared_rows
@@ -44,7 +46,7 @@ def _factors(captured: Capture, leaves: list[jax.Array], inputs: jax.Array, outp
 def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[jax.Array]:
     """Rows of one example, per leaf (R, *leaf)."""
     by_leaf: dict[int, jax.Array] = dict(zip(captured.structure.explicit, factors.explicit, strict=True))
-    for leaf, indices in sites_by_leaf(captured).items():
+    for leaf, indices in uses_by_leaf(captured).items():
         uses = [captured.structure.uses[i] for i in indices]
         a, d = ([side[i] for i in indices] for side in (factors.activations, factors.cotangents))
         by_leaf[leaf] = formed(uses, a, d)
@@ -158,11 +160,11 @@ def test_exact_quantities_in_little_memory(entry: Entry) -> None:
     made = quick_jit(
         lambda: (
             jacobian_gram(entry.predict, params, x, max_bytes=1),
-            ggn_diagonal(*problem, max_bytes=1),
-            empirical_fisher_diagonal(*problem, max_bytes=1),
+            ggn_diagonal(*problem, options=DiagonalOptions(max_bytes=1)),
+            empirical_fisher_diagonal(*problem, options=RowOptions(max_bytes=1)),
             per_example_gradient_norms(*problem),
-            per_example_gradient_norms(*problem, max_bytes=1),
-            per_example_gradient_norms(*problem, max_bytes=20_000),
+            per_example_gradient_norms(*problem, options=RowOptions(max_bytes=1)),
+            per_example_gradient_norms(*problem, options=RowOptions(max_bytes=20_000)),
         )
     )()
     values = [dense.vector(value) for value in made]

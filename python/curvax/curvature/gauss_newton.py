@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFact
 from curvax.curvature.differentiate import LinearModel, linear_model
 from curvax.curvature.model import Model
 from curvax.curvature.partition import TrainablePartition
-from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.kernels import Choice, Op, Request
 from curvax.losses.base import Loss, Shaped, check_loss
 from curvax.output_space import FisherType, GeneralizedGaussNewton
 from curvax.structure.axes import LeafAxes, leaf_axes
@@ -23,7 +24,7 @@ from curvax.structure.blocks import KroneckerBlocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
-from curvax.structure.rows import row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram
 from curvax.tree import PyTree
 
 
@@ -219,14 +220,8 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            return row_gram(
-                predict, params, inputs, output, vjp, axes=axes, max_bytes=max_bytes, implementation=implementation
-            )
-
-        def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(predict, params, inputs, output, vjp, axes=axes, max_bytes=max_bytes)
-
+        source = RowSource(predict, params, inputs, output, vjp, axes)
+        gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
         return JacobianRows(jvp, vjp, output, gram, diagonal)
 
     def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:

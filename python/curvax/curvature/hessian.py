@@ -15,7 +15,8 @@ from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Lineariza
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
-from curvax.live import Wanted, live_part
+from curvax.jaxprs import Wanted
+from curvax.live import live_part
 from curvax.losses.base import Loss, check_loss
 from curvax.losses.rounding import measured_rounding
 from curvax.structure.additive import additive_axes
@@ -98,7 +99,7 @@ class LossFunction(Objective):
         traced = jax.make_jaxpr(lambda p, e: self._parts(p, e)[1])(params, evaluation)
         leaves = len(jax.tree.leaves(params))
         varying = [i < leaves for i in range(len(traced.in_avals))]
-        if Wanted.DERIVATIVE in live_part(traced, varying).arguments:
+        if Wanted.DERIVATIVE in live_part(traced, varying).wanted:
             raise ValueError(
                 "the weight that loss_fn returns depends on the parameters: return one that is made of the batch "
                 "alone, or put jax.lax.stop_gradient around it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.partition import TrainablePartition
-from curvax.kernels import Choice, Implementation, Op, Request
+from curvax.kernels import Choice, Op, Request
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
 from curvax.output_space import FisherType
@@ -21,7 +22,7 @@ from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -397,11 +398,6 @@ class Microbatched(Curvature):
         if not (self.needs_model_key or self.has_state):
             return rows
 
-        def gram(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            output, vjp = rows.output, rows.vjp
-            return row_gram(None, params, None, output, vjp, max_bytes=max_bytes, implementation=implementation)
-
-        def diagonal(max_bytes: int) -> PyTree:
-            return row_diagonal(None, params, None, rows.output, rows.vjp, max_bytes=max_bytes)
-
+        source = RowSource(None, params, None, rows.output, rows.vjp)
+        gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
         return dataclasses.replace(rows, gram=gram, diagonal=diagonal)

@@ -18,7 +18,7 @@ from curvax.losses.base import Loss, Shaped
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.batch_axis import ExampleModel
 from curvax.structure.outputs import check_outputs
-from curvax.structure.positions import LossWeights, sound_leaves
+from curvax.structure.positions import LossWeights, fill_idle_leaves
 from curvax.tree import PyTree
 
 
@@ -188,8 +188,8 @@ class Model:
         leaves, structure = jax.tree.flatten(batch)
         inputs, places = self.inputs(batch), jax.tree.leaves(_places(batch)[self.x_key])
         own = BatchAxes(tuple(examples.axes.axes[place] for place in places))
-        sound = sound_leaves(examples.single, own.fronted, jax.tree.leaves(inputs), weights)
-        for place, leaf in zip(places, jax.tree.leaves(own.from_front(sound)), strict=True):
+        filled = fill_idle_leaves(examples.single, own.fronted, jax.tree.leaves(inputs), weights)
+        for place, leaf in zip(places, jax.tree.leaves(own.from_front(filled)), strict=True):
             leaves[place] = leaf
         return dataclasses.replace(evaluation, batch=jax.tree.unflatten(structure, leaves))
 

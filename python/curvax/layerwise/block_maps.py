@@ -4,22 +4,29 @@ With delta cut into blocks, the map P: delta -> (J_1 delta_1, ..., J_n delta_n) 
 (u_1, ..., u_n) to the vector whose block b is J_b^T u_b. So one map, transposed by JAX, serves both directions.
 
 P is not n times the work of J. The tangent of a block is zero until the model reaches the block's layer, so P walks
-through the jaxpr of J with a leading axis that holds, at each equation, only the blocks whose tangents have arrived;
-the transposed walk drops a block's cotangent below its layer. Of L equal layers, J is two products per layer (the
-layer's own tangent, and the tangent that passes through), and P is 1 + (L - 1) / 2 on average.
+through the jaxpr of J with a leading axis of the blocks whose tangents have arrived, and no others; the transposed walk
+drops a block's cotangent below its layer. Three layers, a block each, with t_b the tangent of block b:
+
+    equation of J                       blocks of its result
+    d1 = x dW1                          (1)          one product: only t_1 exists here
+    d2 = s1 d1 W2 + h1 dW2              (1, 2)       t_1 passes through, t_2 arrives
+    d3 = s2 d2 W3 + h2 dW3              (1, 2, 3)    t_1 and t_2 pass through, t_3 arrives
+
+Of L equal layers, J is two products per layer (the layer's own tangent, and the tangent that passes through), and P is
+1 + (L - 1) / 2 on average.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
+from curvax.jaxprs import CALLS, Step, bind, bodies, equations_of, evaluate
 from curvax.layerwise.blocks import ParameterBlocks
 from curvax.tree import PyTree
 
@@ -38,7 +45,7 @@ class Tangents:
     value: jax.Array
 
 
-def block_push(
+def block_jvp(
     jvp: Callable[[PyTree], PyTree], like: PyTree, blocks: ParameterBlocks, chosen: tuple[int, ...]
 ) -> Callable[[PyTree], PyTree]:
     """P: upcast vector -> `Tangents` J_b delta_b in the place of each output, of the chosen blocks b that reach it.
@@ -52,16 +59,15 @@ def block_push(
     closed, shapes = jax.make_jaxpr(jvp, return_shape=True)(like)
     structure = jax.tree.structure(shapes)
 
-    def pushed(v: PyTree) -> PyTree:
+    def tangents(v: PyTree) -> PyTree:
         leaves = [_lift(leaf, owner, chosen) for leaf, owner in zip(jax.tree.leaves(v), blocks.of_leaf, strict=True)]
-        found = _walk(closed.jaxpr, closed.consts, leaves)
-        reached = [
+        outputs = [
             x if isinstance(x, Tangents) else _none(aval.shape, aval.dtype)
-            for x, aval in zip(found, closed.out_avals, strict=True)
+            for x, aval in zip(evaluate(equations_of(closed), leaves, _step), closed.out_avals, strict=True)
         ]
-        return jax.tree.unflatten(structure, reached)
+        return jax.tree.unflatten(structure, outputs)
 
-    return pushed
+    return tangents
 
 
 def _lift(leaf: jax.Array, owner: int | tuple[int, ...], chosen: tuple[int, ...]) -> Tangents:
@@ -79,43 +85,30 @@ def _none(shape: tuple[int, ...], dtype: Any) -> Tangents:
     return Tangents((), jnp.zeros((0, *shape), dtype))
 
 
-def _walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        values.update(zip(eqn.outvars, _equation(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
+def _step(index: int, step: Step, operands: list[Any]) -> list[Any]:
+    """The results of a step, some of whose operands are `Tangents`."""
     moving = [x for x in operands if isinstance(x, Tangents)]
-    if moving and eqn.primitive.name in ("jit", "pjit", "closed_call"):
-        inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-        closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
-        return _walk(closed.jaxpr, closed.consts, operands)
+    # 1. Nothing of v is in it: a number of the model, the same for all blocks.
     if not moving:
-        return _bind(eqn, operands)
+        return bind(step.eqn, operands)
+    # 2. A call is walked through, so that its inner layers see the tangents arrive one by one.
+    if step.primitive in CALLS:
+        (called,) = bodies(step.eqn)
+        return evaluate(equations_of(called.jaxpr), operands, _step)
+    # 3. The blocks whose tangents have arrived at any operand. The equation is linear in its tangents: a block with
+    #    none among its operands has none in its results.
     arrived = tuple(sorted({b for x in moving for b in x.blocks}))
     if not arrived:
-        return [_none(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        return [_none(aval.shape, aval.dtype) for aval in step.output_avals]
+    # 4. All of them at once.
     axes = tuple(0 if isinstance(x, Tangents) else None for x in operands)
-    spread = [_spread(x, arrived) if isinstance(x, Tangents) else x for x in operands]
-    # The equation is linear in its tangents: a block with none among its operands has none in its results.
-    results = jax.vmap(lambda *xs: _bind(eqn, list(xs)), in_axes=axes)(*spread)
+    expanded = [_expanded(x, arrived) if isinstance(x, Tangents) else x for x in operands]
+    results = jax.vmap(lambda *xs: bind(step.eqn, xs), in_axes=axes)(*expanded)
     return [Tangents(arrived, r) for r in results]
 
 
-def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
-def _spread(x: Tangents, blocks: tuple[int, ...]) -> jax.Array:
-    """The tangents of `blocks`, which hold those of `x` and others."""
+def _expanded(x: Tangents, blocks: tuple[int, ...]) -> jax.Array:
+    """(blocks, ...) the tangents of `x`, with zeros for those of `blocks` that it lacks."""
     if x.blocks == blocks:
         return x.value
     have = {b: i for i, b in enumerate(x.blocks)}

@@ -33,7 +33,7 @@ from curvax import tree
 from curvax.curvature import Curvature, Evaluation, GaussNewton, Microbatched
 from curvax.curvature.microbatch import Pieces
 from curvax.kernels import Choice
-from curvax.layerwise.block_maps import block_push
+from curvax.layerwise.block_maps import block_jvp
 from curvax.layerwise.blocks import BlockPartition, ParameterBlocks
 from curvax.layerwise.head import HeadOutputs, SoftmaxHead
 from curvax.layerwise.outputs import ArrayOutputs, Outputs
@@ -309,6 +309,6 @@ def _by_block(
 ) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
     """J and its transpose, block by block, of the chosen ones."""
     like = jax.eval_shape(tree.upcast, params)
-    by_block = block_push(jvp, like, blocks, chosen)
+    by_block = block_jvp(jvp, like, blocks, chosen)
     transpose = jax.linear_transpose(by_block, like)
     return by_block, lambda u: transpose(u)[0]

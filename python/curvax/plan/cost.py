@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr
 
-from curvax.jaxprs import subjaxprs
-from curvax.live import LiveJaxpr, live_part
+from curvax.jaxprs import COND, SCAN, Program, subjaxprs
+from curvax.live import live_part
 from curvax.work import Cost as Cost
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy convert_element_type slice iota".split())
@@ -39,7 +39,7 @@ def nbytes(tree: Any) -> int:
 
 def trace(function: Callable[..., Any], *args: Any) -> Cost:
     """Flops and bytes of `function` on arguments given as arrays or shapes, without what its results do not need."""
-    return _live_cost(live_part(jax.make_jaxpr(function)(*args), [False] * len(jax.tree.leaves(args))))
+    return _program_cost(live_part(jax.make_jaxpr(function)(*args), [False] * len(jax.tree.leaves(args))))
 
 
 def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int:
@@ -48,11 +48,12 @@ def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int
     return nbytes(pullback)
 
 
-def _live_cost(live: LiveJaxpr) -> Cost:
-    return _sum(_equation_cost(equation.eqn, list(map(_live_cost, equation.bodies))) for equation in live.equations)
+def _program_cost(program: Program) -> Cost:
+    return _sum(_equation_cost(step.eqn, list(map(_program_cost, step.bodies))) for step in program.steps)
 
 
 def _jaxpr_cost(jaxpr: Jaxpr) -> Cost:
+    """Of a jaxpr inside an equation that nobody follows values into."""
     return _sum(_equation_cost(eqn, []) for eqn in jaxpr.eqns)
 
 
@@ -60,9 +61,9 @@ def _equation_cost(eqn: Any, bodies: list[Cost]) -> Cost:
     """The cost of an equation, whose bodies cost so much if anyone looked."""
     name, params = eqn.primitive.name, eqn.params
     inner = bodies or [_jaxpr_cost(jaxpr) for jaxpr in subjaxprs(params)]
-    if name == "scan":
+    if name == SCAN:
         return _sum(inner).times(params["length"])
-    if name == "cond":
+    if name == COND:
         return max(inner, key=lambda c: c.flops)
     if inner:
         return inner[0] if name == "custom_jvp_call" else _sum(inner)
@@ -73,8 +74,8 @@ def _equation_cost(eqn: Any, bodies: list[Cost]) -> Cost:
         return Cost(_dot_flops(eqn), _operand_bytes(eqn) + results, results, _CONTRACTION_LAUNCHES)
     if name == "conv_general_dilated":
         flops = _conv_flops(eqn)
-        moved = _operand_bytes(eqn) + results
-        return Cost(flops, moved, results, _CONTRACTION_LAUNCHES, convolution=flops)
+        traffic = _operand_bytes(eqn) + results
+        return Cost(flops, traffic, results, _CONTRACTION_LAUNCHES, convolution=flops)
     if name == "transpose" and len(eqn.params["permutation"]) > 2:
         # Matrix products take a transposed matrix as it is; other rearrangements are copies.
         return Cost(0.0, 2.0 * results, results, 1.0)

@@ -3,7 +3,7 @@
 A loss on a batch that does not fit is added up from pieces. That is right for sums and means over examples, and wrong
 for a function that divides by a number of its own batch (unmasked tokens), takes the root of a mean, or pairs examples
 with each other; a sum must be added, and a mean averaged. As in `curvax.structure.batch_axis` the examples are followed
-through every equation on a number of examples found nowhere else, here beyond the place where they are summed up.
+through every equation on a number of examples that occurs nowhere else, here beyond the place where they are summed up.
 
 The batch size enters as a number too: a mean divides by it. Numbers are compared between two batch sizes, and one that
 is n times as large for n times as many examples has degree 1, its inverse -1. A sum over examples of degree 0 adds up,
@@ -17,6 +17,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+from typing import Literal as Either
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts, subjaxprs
+from curvax.jaxprs import LINEAR_SOLVE, ForwardFlow, Name, Program, Step, subjaxprs
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.batch_axis import (
     REARRANGING,
@@ -34,8 +35,8 @@ from curvax.structure.batch_axis import (
     same_constant,
     shapes_of,
 )
-from curvax.structure.batch_rules import ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
-from curvax.structure.program import Atom, Name, Program, Step, traced_program
+from curvax.structure.batch_rules import DECIDES, ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
+from curvax.structure.replay import traced_program
 from curvax.tree import PyTree
 
 Loss: TypeAlias = Callable[[PyTree, Any], Sequence[jax.Array]]
@@ -154,8 +155,8 @@ class _Search:
             raise Mixed("the loss does not accept another batch size") from error
 
 
-_Key: TypeAlias = tuple[int, int]
-"""A number in a program: the identity of its step, or of the program, and the operand."""
+_Key: TypeAlias = tuple[int, Name]
+"""A number in a program: the identity of who reads it, a step or the program, and where (`curvax.jaxprs.forward`)."""
 
 _Degrees: TypeAlias = Mapping[_Key, int]
 
@@ -192,13 +193,13 @@ def _degrees(mine: tuple[Program, int], other: tuple[Program, int], strict: bool
     ours, theirs = list(_numbers(program, strict)), list(_numbers(there, strict))
     if len(ours) != len(theirs):
         raise Mixed(_OTHERWISE)
-    found: dict[_Key, int] = {}
+    degrees: dict[_Key, int] = {}
     for (key, a), (_, b) in zip(ours, theirs, strict=True):
         if not isinstance(a, tuple):
-            found[key] = _degree(a, n, b, m)
+            degrees[key] = _degree(a, n, b, m)
         elif a != b:
             raise Mixed(_OTHERWISE)
-    return found
+    return degrees
 
 
 def _degree(a: Any, n: int, b: Any, m: int) -> int:
@@ -257,7 +258,7 @@ class _Part:
         """1 of what adds up over pieces, 0 of what is averaged."""
         return self.degree + (self.kind is _Kind.TOTAL)
 
-    def moved(self, by: int) -> _Part:
+    def shifted(self, by: int) -> _Part:
         """The same with so many axes more in front."""
         return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
@@ -284,29 +285,34 @@ _SUMMANDS = frozenset("add add_any sub concatenate select_n stack max min pad".s
 
 
 @dataclasses.dataclass(frozen=True)
-class _Adding:
+class _Adding(ForwardFlow[_Part]):
     """Follows the examples of a program on `batch` of them to where they are summed up, and the sums from there."""
 
     batch: int
     degrees: _Degrees
 
-    def program(self, program: Program, given: Sequence[_Part]) -> list[_Part]:
-        """What is known of the results."""
-        known: dict[Name, _Part] = dict(zip(program.arguments, given, strict=True))
-        for name, value in program.constants.items():
-            if self.long(np.shape(value)):
-                raise Mixed("a constant as long as the batch tells examples apart")
-            known[name] = self._number((id(program), name), value)
+    # Nobody has shown that a solver is linear in its constants, which a sum over the examples may be.
+    opaque = frozenset({LINEAR_SOLVE})
 
-        def read(atom: Atom, key: _Key) -> _Part:
-            if isinstance(atom, Literal):
-                return self._number(key, atom.val)
-            return known[atom] if isinstance(atom, int) else _Part()
+    def value(self, where: Program | Step, place: Name, x: Any) -> _Part:
+        if isinstance(where, Program) and self.long(np.shape(x)):
+            raise Mixed("a constant as long as the batch tells examples apart")
+        return self._number((id(where), place), x)
 
-        for step in program.steps:
-            parts = [read(atom, (id(step), i)) for i, atom in enumerate(step.inputs)]
-            known.update(zip(step.outputs, self._step(step, parts), strict=True))
-        return [read(atom, (id(program), -1 - i)) for i, atom in enumerate(program.results)]
+    def join(self, one: _Part, other: _Part) -> _Part:
+        return one.join(other)
+
+    def unstack(self, known: _Part) -> _Part:
+        if known.axis == 0:
+            raise Mixed("scan runs over the examples")
+        return known.shifted(-1)
+
+    def stack(self, known: _Part) -> _Part:
+        return known.shifted(1)
+
+    def decides(self, what: Either["branch", "length"], known: _Part) -> None:
+        if known.kind is not _Kind.SHARED:
+            raise Mixed(DECIDES[what])
 
     def _number(self, key: _Key, value: Any) -> _Part:
         return _Part(degree=self.degrees.get(key, 0), zero=_scalar(value) == 0)
@@ -315,17 +321,15 @@ class _Adding:
         """Axes as long as the batch, or as a multiple of it."""
         return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
 
-    def _step(self, step: Step, parts: list[_Part]) -> list[_Part]:
-        if step.primitive in _CONTROL:
-            return _CONTROL[step.primitive](self, step, parts)
-        kinds = {part.kind for part in parts}
+    def equation(self, index: int, step: Step, known: list[_Part]) -> list[_Part]:
+        kinds = {part.kind for part in known}
         if _Kind.TOTAL in kinds:
-            return [self._total(step, parts)] * len(step.outputs)
+            return [self._total(step, known)] * len(step.outputs)
         if kinds & {_Kind.PLACE, _Kind.NEVER, _Kind.ELSEWHERE, _Kind.PAIRED}:
-            return [self._place(step, parts)]
-        degree, zero = _degree_of(step.primitive, parts), _is_zero(step.primitive, parts)
+            return [self._place(step, known)]
+        degree, zero = _degree_of(step.primitive, known), _is_zero(step.primitive, known)
         if _Kind.EXAMPLE in kinds:
-            return [self._examples(step, parts, degree)] * len(step.outputs)
+            return [self._examples(step, known, degree)] * len(step.outputs)
         return [self._shared(step, degree, zero)] * len(step.outputs)
 
     def _shared(self, step: Step, degree: int, zero: bool) -> _Part:
@@ -413,10 +417,10 @@ class _Flow(_Adding):
         del shape
         return []
 
-    def _step(self, step: Step, parts: list[_Part]) -> list[_Part]:
-        if step.primitive not in _CONTROL and all(part.kind is _Kind.SHARED for part in parts):
+    def equation(self, index: int, step: Step, known: list[_Part]) -> list[_Part]:
+        if all(part.kind is _Kind.SHARED for part in known):
             return [_Part()] * len(step.outputs)
-        return super()._step(step, parts)
+        return super().equation(index, step, known)
 
     def _number(self, key: _Key, value: Any) -> _Part:
         # Degrees are not at hand, and a sum joined with anything else that is shared is let pass.
@@ -438,57 +442,3 @@ def _degree_of(name: str, parts: Sequence[_Part]) -> int:
 
 def _is_zero(name: str, parts: Sequence[_Part]) -> bool:
     return name in _LINEAR and all(part.zero for part in parts)
-
-
-def _call(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
-    return walk.program(step.bodies[0], parts)
-
-
-def _scan(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
-    consts, carry = scan_counts(step.eqn)
-    if any(part.axis == 0 for part in parts[consts + carry :]):
-        raise Mixed("scan runs over the examples")
-    scanned, state = [part.moved(-1) for part in parts[consts + carry :]], parts[consts : consts + carry]
-    while True:
-        out = walk.program(step.bodies[0], [*parts[:consts], *state, *scanned])
-        joined = [a.join(b) for a, b in zip(state, out[:carry], strict=True)]
-        if joined == state:
-            return [*state, *(part.moved(1) for part in out[carry:])]
-        state = joined
-
-
-def _while(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
-    cond, body = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-    before, fixed, state = parts[:cond], parts[cond : cond + body], parts[cond + body :]
-    while True:
-        out = walk.program(step.bodies[1], [*fixed, *state])
-        joined = [a.join(b) for a, b in zip(state, out, strict=True)]
-        if joined == state:
-            (more,) = walk.program(step.bodies[0], [*before, *state])
-            if more.kind is not _Kind.SHARED:
-                raise Mixed("the length of a while loop depends on the examples")
-            return state
-        state = joined
-
-
-def _cond(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
-    if parts[0].kind is not _Kind.SHARED:
-        raise Mixed("cond branches on the examples")
-    first, *others = (walk.program(branch, parts[1:]) for branch in step.bodies)
-    for other in others:
-        first = [a.join(b) for a, b in zip(first, other, strict=True)]
-    return first
-
-
-def _barrier(walk: _Adding, step: Step, parts: list[_Part]) -> list[_Part]:
-    del walk, step
-    return parts
-
-
-_CONTROL: dict[str, Callable[[_Adding, Step, list[_Part]], list[_Part]]] = {
-    **dict.fromkeys(REMATERIALIZED | CUSTOM, _call),
-    SCAN: _scan,
-    "while": _while,
-    "cond": _cond,
-    "optimization_barrier": _barrier,
-}

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 import jax
 
-from curvax.structure.program import traced_program
 from curvax.structure.recognize import recognize
+from curvax.structure.replay import traced_program
 from curvax.structure.uses import ConvolutionUse, DenseUse, LayerUse
 from curvax.structure.views import Reshape, Slice, Stacked, Transpose, View
 from curvax.tree import PyTree
@@ -67,17 +67,17 @@ class _Kind(enum.Enum):
 
 def _axes(use: LayerUse, shape: tuple[int, ...]) -> LeafAxes:
     operand = _through(use.views, [[_Run(frozenset({axis}), size)] for axis, size in enumerate(shape)])
-    found: dict[_Kind, list[int]] = {kind: [] for kind in _Kind}
+    axes: dict[_Kind, list[int]] = {kind: [] for kind in _Kind}
     for kind, axis in _kinds(use):
         for run in operand[axis]:
-            found[kind] += sorted(run.axes)
+            axes[kind] += sorted(run.axes)
     wide = [axis for axis, size in enumerate(shape) if size > 1]
     # An axis of which this use sees a single entry: others see the others.
-    found[_Kind.COPIES] += [axis for axis in wide if not any(axis in of for of in found.values())]
-    single = {axis for axis in wide if sum(axis in of for of in found.values()) == 1}
+    axes[_Kind.COPIES] += [axis for axis in wide if not any(axis in of for of in axes.values())]
+    single = {axis for axis in wide if sum(axis in of for of in axes.values()) == 1}
 
     def of(kind: _Kind) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(axis for axis in found[kind] if axis in single))
+        return tuple(dict.fromkeys(axis for axis in axes[kind] if axis in single))
 
     return LeafAxes(of(_Kind.COPIES), of(_Kind.INPUTS), of(_Kind.OUTPUTS), of(_Kind.TAPS))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.program import Program
+from curvax.jaxprs import Program
 from curvax.tree import PyTree
 
 AxesPrefix: TypeAlias = PyTree
@@ -95,11 +95,11 @@ class BatchAxes:
 
     def to_front(self, batch: PyTree) -> PyTree:
         """The batch with its examples on the first axis."""
-        return self._map(lambda x, axis: _moved(x, axis, 0), batch)
+        return self._map(lambda x, axis: _move(x, axis, 0), batch)
 
     def from_front(self, batch: PyTree) -> PyTree:
         """The inverse of `to_front`."""
-        return self._map(lambda x, axis: _moved(x, 0, axis), batch)
+        return self._map(lambda x, axis: _move(x, 0, axis), batch)
 
     def parts(self, batch: PyTree, size: int, count: int) -> Parts:
         """The first `count` parts of `size` examples each."""
@@ -114,11 +114,11 @@ class BatchAxes:
 
     def _map(self, function: Callable[[Any, int], Any], batch: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(batch)
-        moved = [x if axis is None else function(x, axis) for x, axis in zip(leaves, self.axes, strict=True)]
-        return jax.tree.unflatten(structure, moved)
+        mapped = [x if axis is None else function(x, axis) for x, axis in zip(leaves, self.axes, strict=True)]
+        return jax.tree.unflatten(structure, mapped)
 
 
-def _moved(x: Any, source: int, target: int) -> Any:
+def _move(x: Any, source: int, target: int) -> Any:
     """`jnp.moveaxis`, of shapes too."""
     if source == target:
         return x
@@ -182,10 +182,10 @@ def expand_axes(prefix: AxesPrefix, tree: PyTree, name: str = "batch_axes") -> B
             f"{name} is {prefix!r}: give an axis or None for every leaf, in a tree that is a prefix of "
             f"{jax.tree.structure(tree)}."
         ) from error
-    found = [_checked(axis.value, *leaf, name) for axis, leaf in zip(
+    axes = [_checked(axis.value, *leaf, name) for axis, leaf in zip(
         jax.tree.leaves(full), jax.tree_util.tree_leaves_with_path(tree), strict=True
     )]  # fmt: skip
-    return BatchAxes(tuple(found))
+    return BatchAxes(tuple(axes))
 
 
 def leading_axes(prefix: AxesPrefix | BatchAxes | None, inputs: PyTree) -> BatchAxes | None:

@@ -2,16 +2,21 @@
 
 Row factors are cheap when example i's outputs depend on example i alone: then each example's rows come from a model
 call on that example. The contract of `predict_fn` says so, but BatchNorm in training mode or a collocation residual
-assembled from several point sets break it, and believing the contract would give wrong rows. So the batch axis is
-followed through every equation that the outputs depend on; what is not understood counts as mixing, which costs time
-and never correctness.
+assembled from several point sets break it, and believing the contract would give wrong rows. What is not understood
+counts as mixing, which costs time and never correctness. The proof has four steps:
 
-The model is traced with a batch size found nowhere else in its shapes, so that an axis of that size (or a multiple of
-it: batch and time flattened together, batch slowest) is known to be the batch.
+1. Guess which leaves of the inputs hold examples: those as long as the outputs.
+2. Trace the model with a batch size that occurs nowhere else in its shapes, so that an axis of that size (or a multiple
+   of it: batch and time flattened together, batch slowest) is known to be the batch.
+3. Follow the axis through every equation that the outputs depend on (`batch_rules.py`). It must arrive first.
+4. Compare with the traces at the batch sizes that matter: all must do the same computation with the same numbers.
+
+    tanh(x w) with x (1009, 3)   dot_general: axis 0 of x is free, so axis 0     tanh: axis 0        independent
+    x - mean(x, 0)               reduce_sum over axis 0: it works across examples                    mixed
 
 A random value for the whole batch that is made of one key, such as a dropout mask, does not mix examples: each has its
-own part. But the model on one example would draw another one; so such draws are found here, and are arguments of the
-model on one example (`ByExample`).
+own part. But the model on one example would draw another one; so such draws are collected here, and are arguments of
+the model on one example (`ByExample`).
 """
 
 from __future__ import annotations
@@ -21,16 +26,17 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from typing import Literal as Either
 
 import jax
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr, Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts, subjaxprs
+from curvax.jaxprs import SCAN, ForwardFlow, Name, Path, Program, Step, subjaxprs
 from curvax.structure.batch_axes import BatchAxes
-from curvax.structure.batch_rules import ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
-from curvax.structure.program import Atom, Name, Path, Program, Step, traced_program
+from curvax.structure.batch_rules import DECIDES, ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
+from curvax.structure.replay import traced_program
 from curvax.tree import PyTree
 
 _PROBE_SIZES = (1009, 2003, 3001, 4001, 5003)
@@ -66,7 +72,7 @@ def example_axes(
 
     Only leaves as long as the outputs can hold them. A leaf of that length by chance, as T position ids are in a batch
     of T sequences, gives itself away: on another number of examples the model does not run, or it pairs the examples
-    with the leaf's entries. What is returned is proved for all leaves together, however it was found.
+    with the leaf's entries. What is returned is proved for all leaves together, whoever said it.
 
     Args:
       predict: the model; its one output has the examples on the same axis as the inputs.
@@ -198,15 +204,15 @@ class ExampleModel:
           Mixed: the examples interact, or do not arrive where they should.
         """
         probe, tracker = self.at(axes, self.probe), _Tracker(self.probe, {})
-        found = self._arrive(tracker, probe, axes)
-        if found.lost or found.axis != 0:
-            raise Mixed(found.lost or "the outputs do not carry the example axis first")
+        outputs = self._arrive(tracker, probe, axes)
+        if outputs.lost or outputs.axis != 0:
+            raise Mixed(outputs.lost or "the outputs do not carry the example axis first")
         return probe, tracker
 
     def _arrive(self, tracker: _Tracker, program: Program, axes: BatchAxes) -> _Seen:
         own = [_Seen() if axis is None else _Seen(axis, free=False) for axis in axes.axes]
-        (found,) = tracker.program(program, [*(_Seen() for _ in jax.tree.leaves(self.params)), *own], _Where())
-        return found
+        (outputs,) = tracker.program(program, [*(_Seen() for _ in jax.tree.leaves(self.params)), *own])
+        return outputs
 
     def _guesses(self, alike: BatchAxes) -> Iterator[BatchAxes]:
         """Sets of leaves whose examples stay apart, and in place, when they are followed through the model.
@@ -386,51 +392,56 @@ class _Seen:
         axis = self.axis if other.axis is None else other.axis
         return _Seen(axis, self.free and other.free, self.lost or other.lost)
 
-    def moved(self, by: int) -> _Seen:
+    def shifted(self, by: int) -> _Seen:
         """The same with so many axes more in front."""
         return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tracker:
+class _Tracker(ForwardFlow[_Seen]):
     """Follows the batch axis through a program traced with batch size `batch`; fills `drawn` with the draws' axes."""
 
     batch: int
     drawn: dict[Path, int]
+    where: _Where = _Where()
 
-    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
-        """What is known of the results."""
-        if any(self._long(np.shape(value)) for value in program.constants.values()):
+    def value(self, where: Program | Step, place: Name, x: Any) -> _Seen:
+        if isinstance(where, Program) and self._long(np.shape(x)):
             raise Mixed("a constant as long as the batch tells examples apart")
-        return self._follow(program, given, where)
+        return _Seen()
 
-    def _follow(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
-        known: dict[Name, _Seen] = dict(zip(program.arguments, given, strict=True))
+    def inside(self, index: int, step: Step) -> _Tracker:
+        return dataclasses.replace(self, where=self.where.body(index, step))
 
-        def read(atom: Atom) -> _Seen:
-            return known.get(atom, _Seen()) if isinstance(atom, int) else _Seen()
+    def join(self, one: _Seen, other: _Seen) -> _Seen:
+        return one.join(other)
 
-        for index, step in enumerate(program.steps):
-            found = self._step(step, [read(atom) for atom in step.inputs], index, where)
-            known.update(zip(step.outputs, found, strict=True))
-        return [read(atom) for atom in program.results]
+    def unstack(self, known: _Seen) -> _Seen:
+        if known.axis == 0:
+            raise Mixed("scan runs over the examples")
+        return known.shifted(-1)
+
+    def stack(self, known: _Seen) -> _Seen:
+        return known.shifted(1)
+
+    def decides(self, what: Either["branch", "length"], known: _Seen) -> None:
+        if known.axis is not None or known.lost:
+            raise Mixed(known.lost or DECIDES[what])
 
     def _long(self, shape: Sequence[int]) -> list[int]:
         """Axes as long as the batch, or as a multiple of it."""
         return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
 
-    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
-        if step.primitive in _CONTROL:
-            return _CONTROL[step.primitive](self, step, seen, where.body(index, step))
-        free, lost = all(s.free for s in seen), next((s.lost for s in seen if s.lost), "")
+    def equation(self, index: int, step: Step, known: list[_Seen]) -> list[_Seen]:
+        free, lost = all(s.free for s in known), next((s.lost for s in known if s.lost), "")
         try:
             if lost:
                 raise Mixed(lost)
-            return [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in seen])]
+            return [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in known])]
         except Mixed as mixed:
             if not free:
                 raise
-            return self._made(step, str(mixed), index, where)
+            return self._made(index, step, str(mixed))
 
     def _axes(self, step: Step, axes: list[Axis]) -> list[Axis]:
         name = step.primitive
@@ -446,9 +457,9 @@ class _Tracker:
             raise Mixed(f"{name} is not followed")
         return [RULES[name](self.batch, step.eqn, axes)] * len(step.outputs)
 
-    def _made(self, step: Step, reason: str, index: int, where: _Where) -> list[_Seen]:
+    def _made(self, index: int, step: Step, reason: str) -> list[_Seen]:
         """Without the inputs, but not the same for all examples: what is drawn, each takes its part of."""
-        long = self._long(step.output_avals[0].shape)
+        long, where = self._long(step.output_avals[0].shape), self.where
         known = step.primitive in RANDOM and len(step.outputs) == len(long) == 1 and not any(step.differentiated)
         if not known or where.path is None:
             return [_Seen(lost=reason)] * len(step.outputs)
@@ -459,72 +470,10 @@ class _Tracker:
 class _Flow(_Tracker):
     """Follows the examples where other axes may be as long: what does not come from them is taken to be shared."""
 
-    def program(self, program: Program, given: Sequence[_Seen], where: _Where) -> list[_Seen]:
-        return self._follow(program, given, where)
+    def value(self, where: Program | Step, place: Name, x: Any) -> _Seen:
+        return _Seen()
 
-    def _step(self, step: Step, seen: list[_Seen], index: int, where: _Where) -> list[_Seen]:
-        if all(s.axis is None for s in seen):
+    def step(self, index: int, step: Step, known: list[_Seen]) -> Sequence[_Seen]:
+        if all(s.axis is None for s in known):
             return [_Seen()] * len(step.outputs)
-        return super()._step(step, seen, index, where)
-
-
-def _call(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    return tracker.program(step.bodies[0], seen, where)
-
-
-def _scan(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    consts, carry = scan_counts(step.eqn)
-    if any(s.axis == 0 for s in seen[consts + carry :]):
-        raise Mixed("scan runs over the examples")
-    scanned, state = [s.moved(-1) for s in seen[consts + carry :]], seen[consts : consts + carry]
-    while True:
-        out = tracker.program(step.bodies[0], [*seen[:consts], *state, *scanned], where)
-        joined = [a.join(b) for a, b in zip(state, out[:carry], strict=True)]
-        if joined == state:
-            return [*state, *(s.moved(1) for s in out[carry:])]
-        state = joined
-
-
-def _linear_solve(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    counts = step.eqn.params["const_lengths"]
-    start = counts.matvec + counts.vecmat
-    return tracker.program(step.bodies[0], [*seen[start : start + counts.solve], *seen[sum(counts) :]], where)
-
-
-def _while(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    cond, body = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-    before, fixed, state = seen[:cond], seen[cond : cond + body], seen[cond + body :]
-    while True:
-        joined = [
-            a.join(b) for a, b in zip(state, tracker.program(step.bodies[1], [*fixed, *state], where), strict=True)
-        ]
-        if joined == state:
-            (more,) = tracker.program(step.bodies[0], [*before, *state], where)
-            if more.axis is not None or more.lost:
-                raise Mixed(more.lost or "the length of a while loop depends on the examples")
-            return state
-        state = joined
-
-
-def _cond(tracker: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    if seen[0].axis is not None or seen[0].lost:
-        raise Mixed(seen[0].lost or "cond branches on the examples")
-    first, *others = (tracker.program(branch, seen[1:], where) for branch in step.bodies)
-    for other in others:
-        first = [a.join(b) for a, b in zip(first, other, strict=True)]
-    return first
-
-
-def _barrier(_: _Tracker, step: Step, seen: list[_Seen], where: _Where) -> list[_Seen]:
-    del step, where
-    return seen
-
-
-_CONTROL: dict[str, Callable[[_Tracker, Step, list[_Seen], _Where], list[_Seen]]] = {
-    **dict.fromkeys(REMATERIALIZED | CUSTOM, _call),
-    SCAN: _scan,
-    "while": _while,
-    "cond": _cond,
-    "optimization_barrier": _barrier,
-    "custom_linear_solve": _linear_solve,
-}
+        return super().step(index, step, known)

@@ -17,6 +17,12 @@ class Mixed(Exception):
     """An equation combines examples, or is not understood; the text says which."""
 
 
+DECIDES = {
+    "branch": "cond branches on the examples",
+    "length": "the length of a while loop depends on the examples",
+}
+"""Why control flow must not depend on the examples."""
+
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
@@ -54,10 +60,10 @@ def first(axes: Sequence[Axis]) -> int:
 
 def common(name: str, axes: Sequence[Axis]) -> int:
     """The one axis of all operands that have one."""
-    found = {axis for axis in axes if axis is not None}
-    if len(found) != 1:
+    distinct = {axis for axis in axes if axis is not None}
+    if len(distinct) != 1:
         raise Mixed(f"{name} pairs examples with each other")
-    return found.pop()
+    return distinct.pop()
 
 
 def _reduction(_: int, eqn: Any, axes: Sequence[Axis]) -> int:

@@ -1,7 +1,14 @@
-"""Biases that a layer use takes along: leaves added to its output, whose rows are its cotangents summed over positions.
+"""Biases folded into the layer that they follow: leaves added to its output.
 
-With a one appended to every activation, (a, 1)^T d holds the gradients of weights and bias alike. That halves the work
-of their inner products, and is how Kronecker factors treat a bias.
+With a one appended to every activation, (a, 1)^T d are the gradients of weights and bias alike. That halves the work of
+their inner products, and is how Kronecker factors treat a bias. A leaf is folded in if
+
+1. it is added at one place, in the same program (the same iteration of the same scan) as the layer use,
+2. nothing but sums and rearrangements leads from the layer use's output to that place, and nobody else reads it there,
+3. every output unit has one entry of the leaf, the same at all positions.
+
+    h = a W        (T, 3) positions and units
+    y = h + b      b (3,) is repeated over T: entry j is added to unit j at every position, so order = [0, 1, 2]
 """
 
 from __future__ import annotations
@@ -9,13 +16,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from curvax.structure.entries import Added
-from curvax.structure.program import Name, Path, Program
+from curvax.jaxprs import Name, Path, Program
+from curvax.structure.entries import AddedUse
 from curvax.structure.uses import Bias, EmbeddingUse, LayerUse
 from curvax.structure.views import Scale, Stacked, View, through, view_of
 
@@ -24,41 +31,42 @@ _SUMS = frozenset({"add", "add_any"})
 _MOST_ENTRIES = 1 << 22
 
 
-def with_biases(
-    program: Program, uses: Sequence[LayerUse], added: Mapping[int, Added], biases: Iterable[int]
-) -> list[LayerUse]:
+def with_biases(program: Program, uses: Sequence[LayerUse], biases: Mapping[int, AddedUse]) -> list[LayerUse]:
     """The layer uses with a bias each where there is one.
 
     Args:
       program: the model on one example.
       uses: the layer uses.
-      added: where leaves are added.
-      biases: the leaves that are added at one place and used nowhere else.
+      biases: the leaves that are added at one place and used nowhere else, and where.
     """
-    free, found = set(biases), []
+    free, folded = dict(sorted(biases.items())), []
     for use in uses:
-        matches = ((leaf, _match(program, use, added[leaf])) for leaf in sorted(free))
-        leaf, order = next(((leaf, order) for leaf, order in matches if order is not None), (None, None))
-        if leaf is not None and order is not None:
-            free.discard(leaf)
-            use = dataclasses.replace(use, bias=Bias(leaf, added[leaf].leaf_shape, order))
-        found.append(use)
-    return found
+        for leaf, added in free.items():
+            order = _order_of(program, use, added)
+            if order is not None:
+                del free[leaf]
+                use = dataclasses.replace(use, bias=Bias(leaf, added.leaf_shape, order))
+                break
+        folded.append(use)
+    return folded
 
 
-def _match(program: Program, use: LayerUse, added: Added) -> np.ndarray | None:
+def _order_of(program: Program, use: LayerUse, added: AddedUse) -> np.ndarray | None:
     """(G m,) entry of the leaf for each output, if it is a bias of the layer use; else `None`."""
+    # 1. In the same program.
     entry, path = added.entry, added.path
     inside = path[:-1] == use.path[:-1] and entry.stacked == use.stacked and entry.lengths == use.lengths
     if not inside or isinstance(use, EmbeddingUse) or math.prod(use.perturbation_shape) > _MOST_ENTRIES:
         return None
     body = _body(program, path[:-1])
     # In a difference one of the two has the other's gradient reversed.
-    if body.steps[path[-1]].primitive not in _SUMS:
+    if body.steps[path[-1]].primitive not in _SUMS or any(isinstance(_inner(v), Scale) for v in entry.views):
         return None
+    # 2. From the output of the one to the operand of the other.
     chain = _chain(body, use.path[-1], path[-1], 1 - added.operand)
-    if chain is None or any(isinstance(_inner(view), Scale) for view in entry.views):
+    if chain is None:
         return None
+    # 3. Entry by entry.
     return _order(use, chain, added, body.steps[path[-1]].output_avals[0].shape)
 
 
@@ -81,11 +89,11 @@ def _chain(program: Program, start: int, end: int, operand: int) -> list[tuple[V
     The cotangent of a sum is that of its terms.
     """
     uses, name = _uses(program), program.steps[start].outputs[0]
-    found: list[tuple[View, ...]] = []
+    chain: list[tuple[View, ...]] = []
     while len(uses[name]) == 1:
         index, position = uses[name][0]
         if (index, position) == (end, operand):
-            return found
+            return chain
         if index < 0:
             return None
         step = program.steps[index]
@@ -95,7 +103,7 @@ def _chain(program: Program, start: int, end: int, operand: int) -> list[tuple[V
             views = view_of(step.eqn, position)
             if views is None or step.primitive in ("mul", "div", "neg", "slice", "dynamic_slice"):
                 return None
-            found.append(views)
+            chain.append(views)
         name = step.outputs[0]
     return None
 
@@ -113,10 +121,12 @@ def _uses(program: Program) -> dict[Name, list[tuple[int, int]]]:
     return uses
 
 
-def _order(use: LayerUse, chain: Sequence[tuple[View, ...]], added: Added, shape: tuple[int, ...]) -> np.ndarray | None:
+def _order(
+    use: LayerUse, chain: Sequence[tuple[View, ...]], added: AddedUse, shape: tuple[int, ...]
+) -> np.ndarray | None:
     """(G m,) entry of the leaf that is added at each output, the same at all positions; `None` if it is not so.
 
-    Found by sending the numbers of the leaf's entries the way that the entries go.
+    The numbers of the leaf's entries are sent the way that the entries go.
     """
     entry, size = added.entry, math.prod(added.leaf_shape)
     numbers = through(entry.views, np.arange(size, dtype=np.int64).reshape(added.leaf_shape))

@@ -212,14 +212,14 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
     ]
     for leaf, indices in by_leaf.items():
         uses = [structure.uses[i] for i in indices]
-        found = _of_leaf(leaf, indices, uses)
-        kronecker += found
-        if not found:
+        own = _of_leaf(leaf, indices, uses)
+        kronecker += own
+        if not own:
             reason = "it is used in several orders of its entries"
             diagonal.append(DiagonalBlock(leaf, tuple(shapes[leaf]), uses=tuple(indices), reason=reason))
-        held = {block.bias.leaf for block in found if block.bias is not None}
+        joined = {block.bias.leaf for block in own if block.bias is not None}
         for index, use in zip(indices, uses, strict=True):
-            if use.bias is not None and use.bias.leaf not in held:
+            if use.bias is not None and use.bias.leaf not in joined:
                 reason = "it is the bias of weights that are used several times"
                 bias = use.bias
                 diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=(index,), reason=reason))

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.jaxprs import Path
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
-from curvax.structure.program import RESULT, Hooks, Path, replay, traced_program
 from curvax.structure.recognize import Structure, recognize
+from curvax.structure.replay import RESULT, Hooks, replay, traced_program
 from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.tree import PyTree
 
@@ -72,9 +73,9 @@ class Capture:
 
         # A program of its own, so that nothing of the model is evaluated that the draws do not depend on.
         drawn, _ = replay(traced_program(draw, list(leaves), list(inputs)), [*leaves, *inputs], Hooks())
-        return [*inputs, *(self._apart(x, d.axis) for x, d in zip(drawn, model.draws, strict=True))]
+        return [*inputs, *(self._by_example(x, d.axis) for x, d in zip(drawn, model.draws, strict=True))]
 
-    def _apart(self, x: jax.Array, axis: int) -> jax.Array:
+    def _by_example(self, x: jax.Array, axis: int) -> jax.Array:
         """A value for the whole batch with the examples in front, and what was flattened with them in their place."""
         shape = (*x.shape[:axis], self.model.examples, x.shape[axis] // self.model.examples, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
@@ -98,10 +99,13 @@ class Capture:
           inputs: what `Capture.one` has of the example.
           rows: outputs (1, ...) -> the output cotangents that make the rows, (R, 1, ...).
         """
-        uses, taken = self.structure.uses, self.structure.explicit
+        uses, others = self.structure.uses, self.structure.explicit
         zeros = [jnp.zeros(use.perturbation_shape, use.output_dtype) for use in uses]
         outputs, vjp, activations = jax.vjp(
-            lambda e, p: self._perturbed(leaves, inputs, e, p), zeros, [leaves[i] for i in taken], has_aux=True
+            lambda e, p: self._perturbed(leaves, inputs, e, p),
+            zeros,
+            [leaves[i] for i in others],
+            has_aux=True,
         )
         cotangents, explicit = jax.vmap(lambda u: vjp(u.astype(outputs.dtype)))(rows(outputs))
         arranged = [jax.vmap(use.cotangents)(d.astype(self.dtype)) for use, d in zip(uses, cotangents, strict=True)]
@@ -142,10 +146,10 @@ class Capture:
 
 
 def _summed(paths: Sequence[Path], perturbations: Sequence[jax.Array]) -> dict[Path, jax.Array]:
-    found: dict[Path, jax.Array] = {}
+    sums: dict[Path, jax.Array] = {}
     for path, e in zip(paths, perturbations, strict=True):
-        found[path] = found[path] + e if path in found else e
-    return found
+        sums[path] = sums[path] + e if path in sums else e
+    return sums
 
 
 def capture(

@@ -1,11 +1,18 @@
-"""What a value that is made of one parameter leaf has of it."""
+"""What a value that is made of one parameter leaf has of it, and where such a value enters the model by itself.
+
+The uses of a leaf are a sum type, `Use`: a `LayerUse` (`curvax.structure.uses`), whose rows are pairs of activations
+and cotangents, or one of the three here. A leaf whose uses are all `AddedUse` or `ScaledUse` has small rows that
+reverse mode forms at no loss; an `ExplicitUse` leaves the leaf to generic reverse mode, and says why.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
-from curvax.structure.program import Path, Step
+from curvax.jaxprs import Path, Step
+from curvax.structure.uses import LayerUse
 from curvax.structure.views import Stacked, View
 
 
@@ -40,20 +47,48 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Added:
-    """A leaf that is added.
+class AddedUse:
+    """A leaf that is added elementwise: a bias.
 
     Attributes:
-      path, operand: where.
       entry: what it is there, but for a repetition of entries.
+      path, operand: where.
       leaf_shape: of the leaf.
       dimensions: of the `broadcast_in_dim` that repeated the entries; `None` if nothing did.
       before: shape of one iteration's entries before that.
     """
 
+    entry: Entry
     path: Path
     operand: int
-    entry: Entry
     leaf_shape: tuple[int, ...]
     dimensions: tuple[int, ...] | None
     before: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledUse:
+    """A leaf that is multiplied elementwise: the gain of a normalization.
+
+    Attributes:
+      entry: what it is there.
+    """
+
+    entry: Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplicitUse:
+    """A use of any other kind, of which nothing better is known than its rows.
+
+    Attributes:
+      entry: what the leaf is there.
+      reason: why, for people.
+    """
+
+    entry: Entry
+    reason: str
+
+
+Use: TypeAlias = LayerUse | AddedUse | ScaledUse | ExplicitUse
+"""One use of a leaf."""

@@ -1,6 +1,6 @@
 """Exact quantities of a model's rows, for use by themselves: Gram matrix, diagonals, norms.
 
-All of them see a model through its structure (`curvax.structure.report`) and never hold the Jacobian. Where examples
+All of them see a model through its structure (`curvax.structure.report`) and never form the Jacobian. Where examples
 interact they form whole rows instead, which costs time and changes no answer.
 """
 
@@ -31,12 +31,59 @@ from curvax.structure.batch_rules import Mixed
 from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.outputs import check_model, check_outputs
-from curvax.structure.positions import LossWeights, sound_inputs
-from curvax.structure.rows import row_diagonal, row_gram
+from curvax.structure.positions import LossWeights, fill_idle_inputs
+from curvax.structure.rows import RowSource, row_diagonal, row_gram
 from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
 
 Predict = Callable[[PyTree, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Targets drawn from the model, in place of a sum over all outputs.
+
+    Attributes:
+      count: how many draws of all targets.
+      key: where they come from.
+
+    Raises:
+      ValueError: fewer than one.
+    """
+
+    count: int
+    key: jax.Array
+
+    def __post_init__(self) -> None:
+        check_key("key", self.key)
+        if self.count < 1:
+            raise ValueError(f"Samples(count={self.count}) draws no targets: take at least one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """How the rows of a model are made, and how much memory they may take.
+
+    Attributes:
+      batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
+        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
+      max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less takes
+        fewer examples, or rows of one, at a time.
+    """
+
+    batch_axes: AxesPrefix | None = None
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalOptions(RowOptions):
+    """The same, and whether an estimate will do.
+
+    Attributes:
+      samples: draws of the targets; `None`, the default, for the exact diagonal.
+    """
+
+    samples: Samples | None = None
 
 
 def jacobian_gram(
@@ -48,7 +95,7 @@ def jacobian_gram(
     max_bytes: int = DEFAULT_MAX_BYTES,
     implementation: Implementation | Choice | None = None,
 ) -> jax.Array:
-    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), every output apart.
+    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), of every output.
 
     Args:
       predict_fn: (params, inputs) -> outputs (B, ...).
@@ -56,7 +103,7 @@ def jacobian_gram(
       inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
         ids) keep their shape.
       batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
-        `in_axes` of `jax.vmap`; by default `None`, it is found from the model (docs/structure.md).
+        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
         factors anew for each pair of blocks of examples that meet.
       implementation: of the op `gram_accumulate`; `None` for the best supported one.
@@ -70,16 +117,9 @@ def jacobian_gram(
     """
     outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
     check_outputs(outputs)
-    kernel = row_gram(
-        predict_fn,
-        params,
-        inputs,
-        IdentityCurvature(outputs),
-        _pull(vjp, outputs),
-        axes=leading_axes(batch_axes, inputs),
-        max_bytes=max_bytes,
-        implementation=implementation,
-    )
+    axes = leading_axes(batch_axes, inputs)
+    source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), _pull(vjp, outputs), axes)
+    kernel = row_gram(source, max_bytes, implementation)
     examples = outputs.shape[0]
     k = math.prod(outputs.shape[1:])
     return kernel.reshape(examples, k, examples, k)
@@ -92,18 +132,14 @@ def ggn_diagonal(
     inputs: Any,
     targets: Any,
     weights: Any = None,
-    *,
-    samples: int | None = None,
-    key: jax.Array | None = None,
-    batch_axes: AxesPrefix | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    options: DiagonalOptions = DiagonalOptions(),
 ) -> PyTree:
     """The diagonal of the generalized Gauss-Newton matrix of a loss: exact, or an unbiased Monte Carlo estimate.
 
     The exact one costs a reverse pass per output of an example (Dangel, Kunstner and Hennig 2020), without forming
-    gradients of weights that meet an example once. The estimate has `samples` reverse passes instead, whatever the
-    number of outputs: the mean square of every example's gradient with targets drawn from the model. Since squares are
-    taken example by example its variance is that of `GaussNewtonBartlett` less the products between examples.
+    gradients of weights that meet an example once. The estimate has `samples.count` reverse passes instead, whatever
+    the number of outputs: the mean square of every example's gradient with targets drawn from the model. Since every
+    example has a square of its own, its variance is that of `GaussNewtonBartlett` less the products between examples.
 
     Args:
       predict_fn: (params, inputs) -> outputs (B, ...).
@@ -111,33 +147,29 @@ def ggn_diagonal(
       params: parameters.
       inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
-      samples: number of samples of all targets; `None` for the exact diagonal.
-      key: where samples come from; needed for the estimate alone.
-      batch_axes: as in `jacobian_gram`.
-      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default.
+      options: samples if an estimate will do, axes of the examples, memory.
 
     Returns:
       An upcast tree with the structure of `params`.
 
     Raises:
-      ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
+      ValueError: targets or weights that do not fit.
     """
-    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
-    if samples is None:
-        return at.diagonal(GeneralizedGaussNewton(), max_bytes)
-    if key is None or samples < 1:
-        raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
-    check_key("key", key)
+    at = _Point.of(predict_fn, loss, params, inputs, (targets, weights), options)
+    if options.samples is None:
+        return at.diagonal(GeneralizedGaussNewton())
+    samples, outputs = options.samples, at.outputs
 
     def residual(k: jax.Array) -> jax.Array:
-        return loss.sampled_gradient(at.outputs, targets, at.weights.values, k)
+        return loss.sampled_gradient(outputs, targets, at.weights.values, k)
 
-    residuals = jax.vmap(residual)(jax.random.split(key, samples))
-    residuals *= jnp.asarray(samples**-0.5, residuals.dtype)
-    # One row per example and sample: positions of one example are drawn apart, so their products vanish on average.
-    flat = residuals.reshape(samples, at.outputs.shape[0], -1)
-    flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(at.outputs))
-    return flattened.row_diagonal(GradientOuterProduct(flat), max_bytes)
+    residuals = jax.vmap(residual)(jax.random.split(samples.key, samples.count))
+    residuals *= jnp.asarray(samples.count**-0.5, residuals.dtype)
+    # One row per example and sample: the positions of an example are drawn independently, and their products vanish on
+    # average.
+    flat = GradientOuterProduct(residuals.reshape(samples.count, outputs.shape[0], -1))
+    flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(outputs))
+    return flattened.row_diagonal(flat)
 
 
 def empirical_fisher_diagonal(
@@ -147,16 +179,14 @@ def empirical_fisher_diagonal(
     inputs: Any,
     targets: Any,
     weights: Any = None,
-    *,
-    batch_axes: AxesPrefix | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    options: RowOptions = RowOptions(),
 ) -> PyTree:
     """The exact diagonal of the empirical Fisher: weighted squares of the gradients of every position's own loss.
 
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
     Arguments, result and errors as in `ggn_diagonal`.
     """
-    return _at(predict_fn, loss, params, inputs, targets, weights, batch_axes).diagonal(ObservedFisher(), max_bytes)
+    return _Point.of(predict_fn, loss, params, inputs, (targets, weights), options).diagonal(ObservedFisher())
 
 
 def per_example_gradient_norms(
@@ -166,9 +196,7 @@ def per_example_gradient_norms(
     inputs: Any,
     targets: Any,
     weights: Any = None,
-    *,
-    batch_axes: AxesPrefix | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    options: RowOptions = RowOptions(),
 ) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
@@ -181,8 +209,7 @@ def per_example_gradient_norms(
       params: parameters.
       inputs: as in `jacobian_gram`.
       targets, weights: as the loss takes them.
-      batch_axes: as in `jacobian_gram`.
-      max_bytes: bound on the memory of factors and formed rows; 2 GiB by default. Less takes fewer examples at a time.
+      options: axes of the examples, memory.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -191,7 +218,7 @@ def per_example_gradient_norms(
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
     check_model(predict_fn, params, inputs)
-    at = _at(predict_fn, loss, params, inputs, targets, weights, batch_axes)
+    at = _Point.of(predict_fn, loss, params, inputs, (targets, weights), options)
     try:
         if loss.couples_examples:
             raise Mixed("the loss couples them")
@@ -200,7 +227,8 @@ def per_example_gradient_norms(
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
     residual = loss.gradient(at.outputs, targets, at.weights.values)
-    norms = _norms(captured, params, sound_inputs(captured, jax.tree.leaves(inputs), at.weights), residual, max_bytes)
+    filled = fill_idle_inputs(captured, jax.tree.leaves(inputs), at.weights)
+    norms = _norms(captured, params, filled, residual, options.max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 
@@ -230,7 +258,7 @@ def _norms(
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A model and loss at a point."""
+    """A model and loss at a point; attributes as the arguments of `ggn_diagonal`, with what follows from them."""
 
     predict: Predict
     loss: Loss
@@ -241,48 +269,36 @@ class _Point:
     weights: LossWeights
     vjp: Callable[[jax.Array], PyTree]
     axes: BatchAxes | None
+    max_bytes: int
 
-    def diagonal(self, fisher: FisherType, max_bytes: int) -> PyTree:
-        """The diagonal of J^T Q J for the metric's Q."""
-        output = fisher.bind(self.loss, self.outputs, self.targets, self.weights.values, None)
-        return self.row_diagonal(output, max_bytes)
+    @staticmethod
+    def of(
+        predict: Predict, loss: Loss, params: PyTree, inputs: Any, data: tuple[Any, Any], options: RowOptions
+    ) -> _Point:
+        """Checks the arguments and evaluates the model; `data` are targets and weights."""
+        targets, weights = data
+        check_loss(loss)
+        outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
+        check_outputs(outputs)
+        loss.check(outputs, targets, weights)
+        loss.check_values(outputs, targets, weights)
+        observed = loss.observed_weights(outputs, targets, weights)
+        counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
+        axes, pull = leading_axes(options.batch_axes, inputs), _pull(vjp, outputs)
+        return _Point(predict, loss, params, inputs, targets, outputs, counted, pull, axes, options.max_bytes)
 
-    def row_diagonal(self, output: OutputCurvature, max_bytes: int) -> PyTree:
+    def diagonal(self, fisher: FisherType) -> PyTree:
+        """The diagonal of J^T Q J for the Q of a Fisher type."""
+        return self.row_diagonal(fisher.bind(self.loss, self.outputs, self.targets, self.weights.values, None))
+
+    def row_diagonal(self, output: OutputCurvature) -> PyTree:
         """The diagonal of J^T Q J; zero if nothing counts."""
         weights = self.weights
-        found = row_diagonal(
-            self.predict,
-            self.params,
-            self.inputs,
-            output,
-            self.vjp,
-            axes=self.axes,
-            weights=weights,
-            max_bytes=max_bytes,
-        )
+        source = RowSource(self.predict, self.params, self.inputs, output, self.vjp, self.axes, weights)
+        diagonal = row_diagonal(source, self.max_bytes)
         if not weights.masks:
-            return found
-        return tree.where(jnp.any(weights.flat != 0), found, tree.zeros_like(found))
-
-
-def _at(
-    predict: Predict,
-    loss: Loss,
-    params: PyTree,
-    inputs: Any,
-    targets: Any,
-    weights: Any,
-    batch_axes: AxesPrefix | None,
-) -> _Point:
-    check_loss(loss)
-    outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
-    check_outputs(outputs)
-    loss.check(outputs, targets, weights)
-    loss.check_values(outputs, targets, weights)
-    observed = loss.observed_weights(outputs, targets, weights)
-    counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
-    axes = leading_axes(batch_axes, inputs)
-    return _Point(predict, loss, params, inputs, targets, outputs, counted, _pull(vjp, outputs), axes)
+            return diagonal
+        return tree.where(jnp.any(weights.flat != 0), diagonal, tree.zeros_like(diagonal))
 
 
 def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:

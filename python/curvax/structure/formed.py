@@ -13,12 +13,12 @@ from curvax.structure.capture import Capture
 from curvax.structure.uses import EmbeddingUse, LayerUse
 
 
-def sites_by_leaf(capture: Capture) -> dict[int, list[int]]:
+def uses_by_leaf(capture: Capture) -> dict[int, list[int]]:
     """Leaf -> indices of its layer uses."""
-    found: dict[int, list[int]] = collections.defaultdict(list)
+    uses: dict[int, list[int]] = collections.defaultdict(list)
     for index, use in enumerate(capture.structure.uses):
-        found[use.leaf].append(index)
-    return dict(found)
+        uses[use.leaf].append(index)
+    return dict(uses)
 
 
 def formed(uses: Sequence[LayerUse], a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:

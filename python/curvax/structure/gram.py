@@ -1,4 +1,16 @@
-"""All inner products of many rows, in bounded memory, from groups of rows that are made when they are needed."""
+"""All inner products of many rows, in bounded memory, from groups of rows that are made when they are needed.
+
+The rows of all examples need not fit into memory at once. They are made in blocks of as many groups (examples) as the
+bound allows, and made again for each block that they meet:
+
+    block     0    1    2          1. make the rows of block i, the left side
+      0      [x]                   2. for every j <= i make the rows of block j
+      1      [x]  [x]              3. their inner products are tile (i, j) of the matrix
+      2      [x]  [x]  [x]         4. at the end cut off the surplus of the last block, and mirror the lower triangle
+
+With n blocks every group is made about n / 2 times more often, and two blocks are alive at once. Parts of the rows
+(layers, and the groups of a grouped layer) meet one after another and add up in the tile.
+"""
 
 from __future__ import annotations
 
@@ -104,22 +116,22 @@ def _by_group(layer: Layer) -> _Operands:
 
 
 def _gram_by_blocks(rows: RowGroups, at_once: int, implementation: Implementation | Choice | None) -> jax.Array:
-    """Lower triangle by blocks of rows that are made anew wherever they meet."""
+    """Lower triangle by blocks of rows that are made anew wherever they meet; steps as in the module's docstring."""
     count = -(-rows.groups // at_once)
     # The last block is filled up by repeating the last group; the surplus is cut off below.
     indices = jnp.minimum(jnp.arange(count * at_once, dtype=jnp.int32), rows.groups - 1).reshape(count, at_once)
     side = at_once * rows.rows
-    corner = jnp.zeros((side, side), rows.dtype)
+    empty_tile = jnp.zeros((side, side), rows.dtype)
 
     def row_of_blocks(i: jax.Array, gram: jax.Array) -> jax.Array:
-        left = rows.many(indices[i])
+        left = rows.many(indices[i])  # 1.
 
         def block(j: jax.Array, gram: jax.Array) -> jax.Array:
-            met = _meet(corner, left, rows.many(indices[j]), implementation)
-            return jax.lax.dynamic_update_slice(gram, met, (i * side, j * side))
+            tile = _meet(empty_tile, left, rows.many(indices[j]), implementation)  # 2. and 3.
+            return jax.lax.dynamic_update_slice(gram, tile, (i * side, j * side))
 
         return jax.lax.fori_loop(jnp.zeros_like(i), i + 1, block, gram)
 
     empty = jnp.zeros((count * side, count * side), rows.dtype)
     gram = jax.lax.fori_loop(jnp.zeros((), jnp.int32), jnp.asarray(count, jnp.int32), row_of_blocks, empty)
-    return mirror(gram[: rows.total, : rows.total])
+    return mirror(gram[: rows.total, : rows.total])  # 4.

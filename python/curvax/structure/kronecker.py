@@ -156,13 +156,13 @@ def second_moment(x: jax.Array) -> jax.Array:
     if n < _CUT or rows < n:
         return _product(x, x)
     ends = [round(i * n / _STRIPS) for i in range(_STRIPS + 1)]
-    found = jnp.zeros((x.shape[0], n, n), x.dtype)
+    product = jnp.zeros((x.shape[0], n, n), x.dtype)
     for start, end in itertools.pairwise(ends):
         strip = _product(x[..., start:end], x[..., :end])
-        found = found.at[:, start:end, :end].set(strip)
+        product = product.at[:, start:end, :end].set(strip)
         if start:
-            found = found.at[:, :start, start:end].set(jnp.swapaxes(strip[..., :start], -1, -2))
-    return found
+            product = product.at[:, :start, start:end].set(jnp.swapaxes(strip[..., :start], -1, -2))
+    return product
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

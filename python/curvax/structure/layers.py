@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.formed import formed, one_hot, sites_by_leaf, with_one
+from curvax.structure.formed import formed, one_hot, uses_by_leaf, with_one
 from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.structure.views import disjoint
 
@@ -40,20 +40,20 @@ class Layer:
 
 def layers(capture: Capture, factors: Factors) -> list[Layer]:
     """All parts of the rows of one example."""
-    found = [Layer(None, _flat(rows)[None]) for rows in factors.explicit]
-    for indices in sites_by_leaf(capture).values():
+    parts = [Layer(None, _flat(rows)[None]) for rows in factors.explicit]
+    for indices in uses_by_leaf(capture).values():
         uses = [capture.structure.uses[i] for i in indices]
-        found += _leaf(uses, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
-    return found
+        parts += _leaf(uses, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
+    return parts
 
 
 def _leaf(uses: Sequence[LayerUse], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
-    apart = all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2))
-    if not apart and not _same_entries(uses):
+    disjoint_uses = all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2))
+    if not disjoint_uses and not _same_entries(uses):
         biases = [_flat(jnp.sum(d, axis=1)) for use, d in zip(uses, cotangents, strict=True) if use.bias is not None]
         return [Layer(None, rows[None]) for rows in (_flat(formed(uses, activations, cotangents)), *biases)]
     scaled = [_scaled(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
-    if apart:
+    if disjoint_uses:
         return [_pairs_or_formed(*one) for one in zip(scaled, cotangents, strict=True)]
     return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), jnp.concatenate(cotangents, axis=1))]
 

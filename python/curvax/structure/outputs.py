@@ -16,11 +16,11 @@ def check_outputs(outputs: Any, beside: str = "") -> jax.Array:
     if hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating) and outputs.ndim >= 1:
         return outputs
     array = hasattr(outputs, "dtype") and hasattr(outputs, "shape")
-    found = f"{outputs.dtype}{list(outputs.shape)}" if array else f"a {type(outputs).__name__}"
+    got = f"{outputs.dtype}{list(outputs.shape)}" if array else f"a {type(outputs).__name__}"
     mend = "" if array else ": concatenate several outputs along their last axis, and let the loss take them apart"
     raise TypeError(
         "predict_fn must return one floating-point array with a leading example axis, and it returned "
-        f"{found}{mend}{beside if isinstance(outputs, tuple) else ''}."
+        f"{got}{mend}{beside if isinstance(outputs, tuple) else ''}."
     )
 
 

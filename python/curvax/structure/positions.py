@@ -1,10 +1,20 @@
 """What the positions inside a model weigh, and inputs in which nothing is left of what weighs nothing.
 
-A loss weighs the positions of its outputs (tokens, pixels). Where a model acts on positions by themselves, a position
-inside it has the weight of the outputs that it reaches (`curvax.structure.reach`). Where it mixes them (attention, a
-kernel of several taps, pooling) all positions of an example share its weight evenly; but of an example that is masked
-in part, those to which no output of any weight reaches back have none: their cotangents are zero. Weights that are
-alike within an example leave all of its positions alike.
+A loss weighs the positions of its outputs (tokens, pixels). The weight of a position inside the model follows from the
+outputs that it reaches (`curvax.structure.reach`):
+
+1. Where the model acts on positions by themselves, a position has the mean weight of the outputs that it reaches.
+2. Where it mixes them (attention, a kernel of several taps, pooling), all positions of an example share its weight
+   evenly; but of an example that is masked in part, those to which no output of any weight reaches back have none:
+   their cotangents are zero.
+3. Weights that are alike within an example leave all of its positions alike.
+
+    outputs of three tokens, the last one masked             1    1    0
+    a layer that acts by token                               1    1    0
+    a layer below causal attention                           1    1    0      token 3 reaches the masked output alone
+    a layer below attention to all tokens                   2/3  2/3  2/3
+
+What weighs nothing has the inputs of what counts, so that nothing of its own is left (`fill_idle_leaves`).
 """
 
 from __future__ import annotations
@@ -19,10 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.jaxprs import Path, Program
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.program import Path, Program
-from curvax.structure.reach import Reach, Reached, reached
+from curvax.structure.reach import ProgramReach, Reach, reach_of
 from curvax.structure.uses import LayerUse
 
 
@@ -71,16 +81,16 @@ class LossWeights:
         weights = jnp.broadcast_to(self.values.reshape(shape), outputs.shape).reshape(outputs.shape[0], -1)
         return LossWeights(weights, 2, self.axes)
 
-    def reached(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> Reached:
+    def reach(self, capture: Capture, steps: frozenset[Path] = frozenset()) -> ProgramReach:
         """Which weights of its example the arguments and some steps of a model reach."""
-        return self.reached_in(capture.model.program, steps)
+        return self.reach_in(capture.model.program, steps)
 
-    def reached_in(self, program: Program, steps: frozenset[Path] = frozenset()) -> Reached:
+    def reach_in(self, program: Program, steps: frozenset[Path] = frozenset()) -> ProgramReach:
         """The same of the program of a model on one example."""
         shape = self.values.shape[1:]
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(1, *shape)
         outputs = Reach.of(numbers.reshape(*numbers.shape, *[1] * (self.outputs_ndim - numbers.ndim)))
-        return reached(program, [outputs], steps)
+        return reach_of(program, [outputs], steps)
 
 
 def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -> list[jax.Array]:
@@ -92,18 +102,21 @@ def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -
       weights: of the loss.
     """
     uses, dtype = capture.structure.uses, capture.dtype
+    # 3. All alike.
     if not weights.within:
         each = weights.examples.astype(dtype)[:, None]
         return [jnp.broadcast_to(each / use.positions, (each.shape[0], use.positions)) for use in uses]
-    found = weights.reached(capture, frozenset(use.path for use in uses)).steps
+    steps = weights.reach(capture, frozenset(use.path for use in uses)).steps
     flat = weights.flat.astype(dtype)
-    return [_of_use(use, found[use.path], flat, d) for use, d in zip(uses, factors.cotangents, strict=True)]
+    return [_of_use(use, steps[use.path], flat, d) for use, d in zip(uses, factors.cotangents, strict=True)]
 
 
 def _of_use(use: LayerUse, reach: Reach, flat: jax.Array, d: jax.Array) -> jax.Array:
+    # 1. Positions by themselves.
     spans = Spans(use.by_position(reach.first, np.min), use.by_position(reach.last, np.max))
-    if spans.apart:
+    if spans.disjoint:
         return spans.means(flat) * (flat.shape[1] / use.positions)
+    # 2. Positions that mix: those that count share the weight of their example.
     alive = spans.counted(flat) & jnp.any(d != 0, axis=(1, 3, 4))
     if math.prod(use.output_shape[i] for i in use.position_axes) == flat.shape[1]:
         # As many positions as the loss weighs are its tokens or pixels: one that counts does so even if its cotangent
@@ -139,13 +152,13 @@ class Spans:
     def _distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """(distinct spans (S, 2) in order, (T,) which of them each position has; 0 where it has none)."""
         pairs = np.stack([self.first, self.last], axis=1)
-        distinct, found = np.unique(pairs[self.reached], axis=0, return_inverse=True)
+        distinct, places = np.unique(pairs[self.reached], axis=0, return_inverse=True)
         which = np.zeros(len(pairs), np.int32)
-        which[self.reached] = found.reshape(-1)
+        which[self.reached] = places.reshape(-1)
         return distinct, which
 
     @property
-    def apart(self) -> bool:
+    def disjoint(self) -> bool:
         """Whether positions act by themselves: none reaches a part of what another one does."""
         distinct, _ = self._distinct
         clear = bool(np.all(distinct[1:, 0] > distinct[:-1, 1]))
@@ -154,7 +167,7 @@ class Spans:
     @property
     def one_to_one(self) -> bool:
         """Whether positions act by themselves and no two of them reach the same."""
-        return self.apart and len(self._distinct[0]) == np.sum(self.reached)
+        return self.disjoint and len(self._distinct[0]) == np.sum(self.reached)
 
     def means(self, flat: jax.Array) -> jax.Array:
         """(B, T) means of the weights (B, entries) that positions reach.
@@ -165,8 +178,8 @@ class Spans:
         lengths = distinct[:, 1] - distinct[:, 0] + 1
         places = (distinct[:, :1] + np.arange(lengths.max(initial=1))).astype(np.int32)
         inside = places <= distinct[:, 1:]
-        taken = flat[:, np.where(inside, places, 0)] * jnp.asarray(inside, flat.dtype)
-        means = jnp.sum(taken, axis=2) / jnp.asarray(lengths, flat.dtype)
+        reached = flat[:, np.where(inside, places, 0)] * jnp.asarray(inside, flat.dtype)
+        means = jnp.sum(reached, axis=2) / jnp.asarray(lengths, flat.dtype)
         if self.reached.all():
             return means[:, which]
         idle = jnp.where(_partial(flat), jnp.zeros((), flat.dtype), jnp.mean(flat, axis=1, keepdims=True))
@@ -180,17 +193,17 @@ class Spans:
         return before[:, end] > before[:, first]
 
 
-def sound_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWeights | None) -> list[jax.Array]:
-    """`sound_leaves` of the inputs of a captured model; `weights` are `None` if all examples count."""
+def fill_idle_inputs(capture: Capture, inputs: Sequence[jax.Array], weights: LossWeights | None) -> list[jax.Array]:
+    """`fill_idle_leaves` of the inputs of a captured model; `weights` are `None` if all examples count."""
     if weights is None:
         return list(inputs)
-    return sound_leaves(lambda: capture.model.program, capture.model.axes, inputs, weights)
+    return fill_idle_leaves(lambda: capture.model.program, capture.model.axes, inputs, weights)
 
 
-def sound_leaves(
+def fill_idle_leaves(
     single: Callable[[], Program], axes: BatchAxes, inputs: Sequence[jax.Array], weights: LossWeights
 ) -> list[jax.Array]:
-    """Inputs in which examples and positions of no weight hold what others do: nothing is left of what they held.
+    """Inputs in which examples and positions of no weight have the inputs of others: nothing is left of their own.
 
     The derivatives of a model at an input that nobody counts need not be finite, and zero times infinity is no zero.
     An example of zero weight takes all of its inputs from the first one that counts; where the model acts on positions
@@ -198,25 +211,26 @@ def sound_leaves(
 
     Args:
       single: makes the program of the model on one example.
-      axes: which leaves of the inputs hold the examples; the others keep what they hold.
+      axes: which leaves of the inputs hold the examples; the others stay as they are.
       inputs: leaves of the inputs.
       weights: of the loss.
     """
     if not weights.masks:
         return list(inputs)
-    inputs, held = list(inputs), [i for i, axis in enumerate(axes.axes) if axis is not None]
+    inputs, own = list(inputs), [i for i, axis in enumerate(axes.axes) if axis is not None]
+    # Positions within each example, then whole examples.
     if weights.within:
-        reaches = weights.reached_in(single()).arguments[-len(inputs) :]
-        for i in held:
-            inputs[i] = _sound_positions(inputs[i], reaches[i], weights.flat)
+        reaches = weights.reach_in(single()).arguments[-len(inputs) :]
+        for i in own:
+            inputs[i] = _fill_idle_positions(inputs[i], reaches[i], weights.flat)
     counted = jnp.any(weights.flat != 0, axis=1)
-    for i in held:
+    for i in own:
         inputs[i] = jnp.where(_like(counted, inputs[i]), inputs[i], _first(inputs[i], counted, 0))
     return inputs
 
 
-def _sound_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:
-    """One leaf of the inputs (B, ...), whose axes of positions are the longest run behind the first that is apart."""
+def _fill_idle_positions(x: jax.Array, reach: Reach, flat: jax.Array) -> jax.Array:
+    """One leaf of the inputs (B, ...); its axes of positions are the most behind the first whose spans are disjoint."""
     for axes in range(x.ndim - 1, 0, -1) if reach.ndim == x.ndim else ():
         shape = x.shape[1 : 1 + axes]
         first, last = (

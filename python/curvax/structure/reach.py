@@ -5,6 +5,17 @@ says at once whether two entries share no output. So a model that acts on the po
 an image by themselves is known as such, however it reshapes, reverses or transposes them on the way, and one that
 attends or convolves is known not to.
 
+1. Every output reaches its own number.
+2. From the last step to the first, a rule per primitive says which entries of the output each entry of an operand goes
+   into, and the operand reaches what these do.
+3. A value that several steps read reaches the least first and the greatest last of all answers.
+
+    three tokens, y = tanh(x w)                    numbers 0 1 2 of y
+        y -> x w    0 1 2                          elementwise
+        x w -> x    0 1 2                          position t of x reaches output t alone
+    three tokens, y = attention(x)
+        y -> values    first 0 0 0, last 2 2 2     the product with the weights sums over positions
+
 The numbers are NumPy arrays that broadcast against the value: where features do not matter, and they seldom do, they
 take no memory. An equation that is not understood sends everything everywhere, which is never wrong.
 """
@@ -15,14 +26,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from jax.extend.core import Literal
 
-from curvax.jaxprs import CUSTOM, REMATERIALIZED, SCAN, scan_counts
+from curvax.jaxprs import BARRIER, COND, CUSTOM, REMATERIALIZED, SCAN, Path, Program, Step, backward, scan_counts
 from curvax.structure.batch_rules import CUMULATIVE, ELEMENTWISE, REDUCTIONS, WINDOWS
-from curvax.structure.program import Name, Path, Program, Step
 
 _NOWHERE = np.iinfo(np.int64).max
 # Iterations of a scan that are looked at one by one, where its stacked results reach different outputs.
@@ -76,14 +85,14 @@ class Reach:
         """Every entry of a value with so many axes reaches all of it."""
         return Reach(np.full((1,) * ndim, self.first.min()), np.full((1,) * ndim, self.last.max()))
 
-    def spread(self, shape: Sequence[int]) -> Reach:
+    def broadcast(self, shape: Sequence[int]) -> Reach:
         """The same, broadcast."""
         return self.map(lambda x: np.broadcast_to(x, shape))
 
 
 @dataclasses.dataclass(frozen=True)
-class Reached:
-    """What parts of a program reach.
+class ProgramReach:
+    """The outputs that the arguments and some steps of a program reach.
 
     Attributes:
       arguments: per argument.
@@ -94,7 +103,7 @@ class Reached:
     steps: dict[Path, Reach]
 
 
-def reached(program: Program, results: Sequence[Reach | None], wanted: frozenset[Path] = frozenset()) -> Reached:
+def reach_of(program: Program, results: Sequence[Reach | None], wanted: frozenset[Path] = frozenset()) -> ProgramReach:
     """Follows a program backward.
 
     Args:
@@ -102,50 +111,43 @@ def reached(program: Program, results: Sequence[Reach | None], wanted: frozenset
       results: what its results reach; `None` where they do not matter.
       wanted: paths of steps.
     """
-    known: dict[Name, Reach] = {}
     steps: dict[Path, Reach] = {}
 
-    def join(atom: Any, reach: Reach) -> None:
-        if isinstance(atom, int):
-            known[atom] = known[atom] | reach if atom in known else reach
-
-    for atom, reach in zip(program.results, results, strict=True):
-        if reach is not None:
-            join(atom, reach)
-    for index in reversed(range(len(program.steps))):
-        step = program.steps[index]
+    def ask(index: int, step: Step, asked: list[Reach | None]) -> list[Reach] | None:
         outputs = [
-            known.get(name, Reach.nowhere(len(a.shape)))
-            for name, a in zip(step.outputs, step.output_avals, strict=True)
+            Reach.nowhere(len(aval.shape)) if reach is None else reach
+            for reach, aval in zip(asked, step.output_avals, strict=True)
         ]
         if (index,) in wanted:
             steps[(index,)] = outputs[0]
         inside = frozenset(path[1:] for path in wanted if path[0] == index and len(path) > 1)
-        if inside or any(name in known for name in step.outputs):
-            found = _step(step, outputs, inside)
-            steps.update({(index, *path): reach for path, reach in found.steps.items()})
-            for atom, reach in zip(step.inputs, found.arguments, strict=True):
-                join(atom, reach)
-    return Reached([known.get(name, Reach.nowhere(0)) for name in program.arguments], steps)
+        if not inside and all(reach is None for reach in asked):
+            return None
+        below = _step(step, outputs, inside)
+        steps.update({(index, *path): reach for path, reach in below.steps.items()})
+        return below.arguments
+
+    arguments = backward(program, results, ask, Reach.__or__)
+    return ProgramReach([Reach.nowhere(0) if reach is None else reach for reach in arguments], steps)
 
 
-def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> Reached:
+def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> ProgramReach:
     name = step.primitive
     if name in REMATERIALIZED or name in CUSTOM:
-        return reached(step.bodies[0], outputs, wanted)
+        return reach_of(step.bodies[0], outputs, wanted)
     if name == SCAN:
         return _scan(step, outputs, wanted)
-    if name == "cond":
-        branches = [reached(body, outputs).arguments for body in step.bodies]
+    if name == COND:
+        branches = [reach_of(body, outputs).arguments for body in step.bodies]
         joined = [functools.reduce(Reach.__or__, parts) for parts in zip(*branches, strict=True)]
-        return Reached([_everywhere(step, outputs)[0], *joined], {})
-    if name == "optimization_barrier":
-        return Reached(outputs, {})
+        return ProgramReach([_everywhere(step, outputs)[0], *joined], {})
+    if name == BARRIER:
+        return ProgramReach(outputs, {})
     if name in ("split", "unstack"):
-        return Reached([_split(step, outputs)], {})
+        return ProgramReach([_split(step, outputs)], {})
     if name in _RULES and len(step.outputs) == 1:
-        return Reached(_RULES[name](step, outputs[0]), {})
-    return Reached(_everywhere(step, outputs), {})
+        return ProgramReach(_RULES[name](step, outputs[0]), {})
+    return ProgramReach(_everywhere(step, outputs), {})
 
 
 def _everywhere(step: Step, outputs: Sequence[Reach]) -> list[Reach]:
@@ -153,34 +155,40 @@ def _everywhere(step: Step, outputs: Sequence[Reach]) -> list[Reach]:
     return [whole.everywhere(len(aval.shape)) for aval in step.input_avals]
 
 
-def _scan(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> Reached:
-    """From the last iteration to the first; equal questions have equal answers."""
+def _scan(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> ProgramReach:
+    """From the last iteration to the first; equal questions have equal answers.
+
+    What an iteration is asked: the state by the iteration behind it, its slice of the stacked results by whoever reads
+    these. Where state and slices reach the same as one iteration later, so does everything inside.
+    """
     consts, carried = scan_counts(step.eqn)
     length, state, stacked = step.eqn.params["length"], outputs[:carried], outputs[carried:]
     if length > _MOST_ITERATIONS:
         stacked = [reach.over((0,)) for reach in stacked]
     asked: list[Reach] | None = None
-    found = Reached([], {})
-    each: list[Reached] = []
+    answer = ProgramReach([], {})
+    each: list[ProgramReach] = []
     alike = all(len(x) == 1 for reach in stacked for x in (reach.first, reach.last))
     for i in range(length) if step.eqn.params["reverse"] else reversed(range(length)):
         slices = [reach.map(lambda x, i=i: x[min(i, len(x) - 1)]) for reach in stacked]
         if asked is None or not all(map(Reach.same, asked, [*state, *slices])):
             asked = [*state, *slices]
-            found = reached(step.bodies[0], asked, wanted)
+            answer = reach_of(step.bodies[0], asked, wanted)
         elif alike:
-            each += [found] * (length - len(each))
+            each += [answer] * (length - len(each))
             break
-        each.append(found)
+        each.append(answer)
         # What an iteration starts with reaches what the one before ends with.
-        state = found.arguments[consts : consts + carried]
+        state = answer.arguments[consts : consts + carried]
     if not each:
-        return Reached(_everywhere(step, outputs), {})
+        return ProgramReach(_everywhere(step, outputs), {})
     if not step.eqn.params["reverse"]:
         each.reverse()
     fixed = [functools.reduce(Reach.__or__, (one.arguments[i] for one in each)) for i in range(consts)]
     scanned = [_stack([one.arguments[i] for one in each]) for i in range(consts + carried, len(step.inputs))]
-    return Reached([*fixed, *state, *scanned], {path: _stack([one.steps[path] for one in each]) for path in wanted})
+    return ProgramReach(
+        [*fixed, *state, *scanned], {path: _stack([one.steps[path] for one in each]) for path in wanted}
+    )
 
 
 def _stack(parts: Sequence[Reach]) -> Reach:
@@ -188,7 +196,7 @@ def _stack(parts: Sequence[Reach]) -> Reach:
     if all(part is parts[0] or part.same(parts[0]) for part in parts):
         return parts[0].map(lambda x: x[None])
     shape = np.broadcast_shapes(*(part.first.shape for part in parts))
-    parts = [part.spread(shape) for part in parts]
+    parts = [part.broadcast(shape) for part in parts]
     return Reach(np.stack([part.first for part in parts]), np.stack([part.last for part in parts]))
 
 
@@ -228,7 +236,7 @@ def _reshape(step: Step, out: Reach) -> list[Reach]:
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
     """Shortest runs of axes of equal size in two shapes of equal size."""
-    found, i, j = [], 0, 0
+    groups, i, j = [], 0, 0
     while i < len(before) or j < len(after):
         start, other = i, j
         i, j = min(i + 1, len(before)), min(j + 1, len(after))
@@ -237,8 +245,8 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
                 i += 1
             else:
                 j += 1
-        found.append((range(start, i), range(other, j)))
-    return found
+        groups.append((range(start, i), range(other, j)))
+    return groups
 
 
 def _transpose(step: Step, out: Reach) -> list[Reach]:
@@ -280,10 +288,10 @@ def _window(step: Step, out: Reach) -> list[Reach]:
 
 
 def _slices(step: Step, starts: Sequence[int], strides: Sequence[int], out: Reach) -> Reach:
-    """Entries of the operand that are not taken reach nothing."""
+    """Entries of the operand outside of the slice reach nothing."""
     before, after = step.input_avals[0].shape, step.output_avals[0].shape
 
-    def upcast(x: np.ndarray, nothing: int) -> np.ndarray:
+    def padded(x: np.ndarray, nothing: int) -> np.ndarray:
         for axis, (long, short) in enumerate(zip(before, after, strict=True)):
             if long != short:
                 shape = list(x.shape)
@@ -294,7 +302,7 @@ def _slices(step: Step, starts: Sequence[int], strides: Sequence[int], out: Reac
                 x = whole
         return x
 
-    return Reach(upcast(out.first, _NOWHERE), upcast(out.last, -1))
+    return Reach(padded(out.first, _NOWHERE), padded(out.last, -1))
 
 
 def _slice(step: Step, out: Reach) -> list[Reach]:
@@ -328,21 +336,21 @@ def _pad(step: Step, out: Reach) -> list[Reach]:
             if x.shape[axis] > 1:
                 places = low + np.arange(shape[axis]) * (between + 1)
                 kept = (places >= 0) & (places < x.shape[axis])
-                taken = np.take(x, np.where(kept, places, 0), axis)
-                x = np.where(kept.reshape((-1,) + (1,) * (x.ndim - axis - 1)), taken, nothing)
+                inside = np.take(x, np.where(kept, places, 0), axis)
+                x = np.where(kept.reshape((-1,) + (1,) * (x.ndim - axis - 1)), inside, nothing)
         return x
 
     return [Reach(inner(out.first, _NOWHERE), inner(out.last, -1)), out.everywhere(0)]
 
 
 def _concatenate(step: Step, out: Reach) -> list[Reach]:
-    axis, start, found = step.eqn.params["dimension"], 0, []
+    axis, start, parts = step.eqn.params["dimension"], 0, []
     for aval in step.input_avals:
         end = start + aval.shape[axis]
         at = (slice(None),) * axis + (slice(start, end),)
-        found.append(out.map(lambda x, at=at: x if x.shape[axis] == 1 else x[at]))
+        parts.append(out.map(lambda x, at=at: x if x.shape[axis] == 1 else x[at]))
         start = end
-    return found
+    return parts
 
 
 def _stacked(step: Step, out: Reach) -> list[Reach]:
@@ -363,7 +371,7 @@ def _split(step: Step, outputs: Sequence[Reach]) -> Reach:
     ndim = outputs[0].ndim
     long = [max(reach.first.shape[i] for reach in outputs) for i in range(ndim)]
     parts = [
-        reach.spread([shape[i] if i == axis else long[i] for i in range(ndim)])
+        reach.broadcast([shape[i] if i == axis else long[i] for i in range(ndim)])
         for reach, shape in zip(outputs, shapes, strict=True)
     ]
     return Reach(
@@ -375,28 +383,28 @@ def _dot_general(step: Step, out: Reach) -> list[Reach]:
     contracted, batch = step.eqn.params["dimension_numbers"]
     ndims = [len(aval.shape) for aval in step.input_avals]
     free = [[d for d in range(ndims[k]) if d not in contracted[k] and d not in batch[k]] for k in (0, 1)]
-    groups, found = len(batch[0]), []
+    groups, operands = len(batch[0]), []
     mine = (range(groups, groups + len(free[0])), range(groups + len(free[0]), out.ndim))
     for k in (0, 1):
         # To the operand's axes in the order batch, free, contracted, and then to their places.
         part = out.over(mine[1 - k]).map(lambda x, k=k: np.squeeze(x, tuple(mine[1 - k])))
         order = np.argsort([*batch[k], *free[k], *contracted[k]])
-        found.append(part.map(lambda x, k=k, o=order: x.reshape(*x.shape, *[1] * len(contracted[k])).transpose(o)))
-    return found
+        operands.append(part.map(lambda x, k=k, o=order: x.reshape(*x.shape, *[1] * len(contracted[k])).transpose(o)))
+    return operands
 
 
 def _convolution(step: Step, out: Reach) -> list[Reach]:
-    """Along an axis of space where the kernel has one tap that meets every place once, places stay apart."""
+    """Along an axis of space where the kernel has one tap that meets every place once, places reach one output each."""
     p, numbers = step.eqn.params, step.eqn.params["dimension_numbers"]
     image, kernel = (aval.shape for aval in step.input_avals)
     if p["batch_group_count"] != 1:
         return [out.everywhere(len(image)), out.everywhere(len(kernel))]
 
-    def apart(axis: int) -> bool:
+    def single(axis: int) -> bool:
         once = p["window_strides"][axis] == p["lhs_dilation"][axis] == kernel[numbers.rhs_spec[2 + axis]] == 1
         return once and tuple(p["padding"][axis]) == (0, 0)
 
-    joined = [i for axis, i in enumerate(numbers.out_spec[2:]) if not apart(axis)]
+    joined = [i for axis, i in enumerate(numbers.out_spec[2:]) if not single(axis)]
     order = [numbers.out_spec[numbers.lhs_spec.index(i)] for i in range(out.ndim)]
     part = out.over([numbers.out_spec[1], *joined])
     return [part.map(lambda x: x.transpose(order)), out.everywhere(len(kernel))]

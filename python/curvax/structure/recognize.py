@@ -2,9 +2,25 @@
 
 A leaf is followed through everything that only moves or scales its entries, into rematerialized calls and scans, to
 each place where it is used. Where all of them are layer uses (`curvax.structure.uses`), the rows of its Jacobian are
-known as pairs of activations and cotangents, and need not be formed by reverse mode. A leaf that is added or multiplied
-elementwise has small rows that reverse mode forms at no loss. Any other use leaves that leaf, and no other, to generic
-reverse mode.
+known as pairs of activations and cotangents, and need not be formed by reverse mode. Any use that is not understood
+leaves that leaf, and no other, to generic reverse mode.
+
+Along the program, every value is the entry of one leaf or of none, and depends on parameters alone or not:
+
+1. A step that moves entries (`reshape`, `slice`, `split`, a scan's arguments) gives an entry with one more view.
+2. A step that uses them gives a `Use`: `_USES` has one function per primitive. Its outputs are entries of no leaf.
+3. At the end each leaf is judged by all of its uses, and biases join the layer that they follow.
+
+Of tanh(a W.T / 2 + b), with leaves W (2, 3) and b (2,):
+
+    step                        entry of            use
+    t = transpose W             W, transposed
+    s = div t 2.0               W, halved
+    h = dot_general a s                             W: dense, activations a
+    y = add h b                                     b: added, at operand 1
+    tanh y
+
+    W: dense, one layer use; b: a bias of it
 """
 
 from __future__ import annotations
@@ -12,24 +28,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.jaxprs import REMATERIALIZED, SCAN, scan_counts
+from curvax.jaxprs import BARRIER, REMATERIALIZED, SCAN, Path, Program, Step, forward, scan_counts
 from curvax.structure.biases import with_biases
-from curvax.structure.entries import Added, Entry
-from curvax.structure.program import Atom, Name, Path, Program, Step
+from curvax.structure.entries import AddedUse, Entry, ExplicitUse, ScaledUse, Use
 from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse
-from curvax.structure.views import pieces, summand, view_of
+from curvax.structure.views import View, pieces, summand, view_of
 
 BIAS, SCALE, NONE, GENERIC = "bias", "scale", "no rows", "explicit rows"
-
-_ADDED = frozenset("add add_any sub".split())
-_MULTIPLIED = frozenset("mul div".split())
-_PASSING = frozenset({"optimization_barrier"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What was found.
+    """The layers of a model.
 
     Attributes:
       findings: one per leaf, in the order of the leaves.
@@ -67,68 +78,71 @@ class Structure:
         return tuple(i for i, f in enumerate(self.findings) if f.rule != NONE and i not in served)
 
 
-@dataclasses.dataclass(frozen=True)
-class Other:
-    """A use that is no layer use: `BIAS`, `SCALE` or `GENERIC`, why, and what the leaf is there."""
-
-    rule: str
-    reason: str
-    entry: Entry
-
-
-def find_uses(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[LayerUse | Other]]:
-    """Per leaf its uses, in the order of the program; arguments as for `recognize`."""
-    return _walked(program, shapes)[0]
-
-
-def _walked(
-    program: Program, shapes: Sequence[tuple[int, ...]]
-) -> tuple[list[list[LayerUse | Other]], dict[int, Added]]:
-    walk = _Walk(shapes)
-    entries = {name: Entry(i) for i, name in enumerate(program.arguments[: len(shapes)])}
-    walk.program(program, entries, entries, ())
-    return [walk.uses[leaf] for leaf in range(len(shapes))], walk.added
-
-
 def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
-    """Finds the structure of a model.
+    """The structure of a model.
 
     Args:
       program: the model on one example, with the parameter leaves as first arguments.
       shapes: of the parameter leaves.
     """
-    by_leaf, added = _walked(program, shapes)
-    findings: list[Finding] = []
-    uses: list[LayerUse] = []
-    for leaf, shape in enumerate(shapes):
-        finding, served = _judge(leaf, shape, by_leaf[leaf])
-        findings.append(finding)
-        uses += served
-    biases = {leaf for leaf, finding in enumerate(findings) if finding.rule == BIAS and len(by_leaf[leaf]) == 1}
-    uses = with_biases(program, uses, added, biases)
-    for use in uses:
+    # 1, 2. Along the program.
+    by_leaf = _collected(program, shapes)
+    # 3. Leaf by leaf.
+    findings = [_judged(shape, of) for shape, of in zip(shapes, by_leaf, strict=True)]
+    used = [(leaf, of) for leaf, of in enumerate(by_leaf) if findings[leaf].rule != NONE]
+    layers = [use for _, of in used for use in _layers_alone(of)]
+    biases = {leaf: of[0] for leaf, of in used if len(of) == 1 and isinstance(of[0], AddedUse)}
+    layers = with_biases(program, layers, biases)
+    for use in layers:
         if use.bias is not None:
             findings[use.bias.leaf] = Finding(BIAS, f"added to the output of a {use.rule} layer")
-    return Structure(tuple(findings), tuple(uses))
+    return Structure(tuple(findings), tuple(layers))
 
 
-def _judge(leaf: int, shape: tuple[int, ...], uses: Sequence[LayerUse | Other]) -> tuple[Finding, list[LayerUse]]:
-    if math.prod(shape) == 0:
-        return Finding(NONE, "it has no entries"), []
-    if not uses:
-        return Finding(NONE, "the outputs do not depend on it"), []
+def _layers_alone(uses: Sequence[Use]) -> list[LayerUse]:
+    """The uses, if all of them are layer uses."""
     layers = [use for use in uses if isinstance(use, LayerUse)]
-    others = [use for use in uses if isinstance(use, Other)]
-    rules = {use.rule for use in others}
-    if not others:
-        kinds = sorted({use.rule for use in layers})
+    return layers if len(layers) == len(uses) else []
+
+
+def _judged(shape: tuple[int, ...], uses: Sequence[Use]) -> Finding:
+    if math.prod(shape) == 0:
+        return Finding(NONE, "it has no entries")
+    if not uses:
+        return Finding(NONE, "the outputs do not depend on it")
+    rules = [_rule(use) for use in uses]
+    layers = [use for use in uses if isinstance(use, LayerUse)]
+    if len(layers) == len(uses):
         count = "one layer use" if len(layers) == 1 else f"{len(layers)} layer uses"
-        return Finding(" and ".join(kinds), f"{count}, {_positions(layers)}"), layers
-    if not layers and rules <= {BIAS, SCALE}:
-        return Finding(" and ".join(sorted(rules)), others[0].reason), []
-    worst = next((use for use in others if use.rule == GENERIC), others[0])
+        return Finding(" and ".join(sorted(set(rules))), f"{count}, {_positions(layers)}")
+    others = [use for use in uses if not isinstance(use, LayerUse)]
+    if not layers and set(rules) <= {BIAS, SCALE}:
+        return Finding(" and ".join(sorted(set(rules))), _reason(others[0]))
+    worst = next((use for use in others if isinstance(use, ExplicitUse)), others[0])
     also = f", and used {len(uses) - 1} more times" if len(uses) > 1 else ""
-    return Finding(GENERIC, worst.reason + also), []
+    return Finding(GENERIC, _reason(worst) + also)
+
+
+def _rule(use: Use) -> str:
+    match use:
+        case LayerUse():
+            return use.rule
+        case AddedUse():
+            return BIAS
+        case ScaledUse():
+            return SCALE
+        case ExplicitUse():
+            return GENERIC
+
+
+def _reason(use: AddedUse | ScaledUse | ExplicitUse) -> str:
+    match use:
+        case AddedUse():
+            return "added elementwise"
+        case ScaledUse():
+            return "multiplied elementwise"
+        case ExplicitUse():
+            return use.reason
 
 
 def _positions(uses: Sequence[LayerUse]) -> str:
@@ -138,197 +152,262 @@ def _positions(uses: Sequence[LayerUse]) -> str:
     return f"{' and '.join(map(str, counts))} positions per example"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """What a value is to the parameters.
+
+    Attributes:
+      entry: the leaf that it is made of alone, or `None`.
+      parameters_only: whether it depends on parameters and constants at most, and not on the inputs.
+    """
+
+    entry: Entry | None = None
+    parameters_only: bool = True
+
+
+def _collected(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
+    """Per leaf its uses, in the order of the program."""
+    walk = _Walk(shapes)
+    inputs = len(program.arguments) - len(shapes)
+    leaves = [_Operand(Entry(leaf)) for leaf in range(len(shapes))]
+    for entry in walk.program(program, [*leaves, *[_Operand(None, parameters_only=False)] * inputs], ()):
+        walk.explicit(entry, "it is an output itself")
+    return [walk.uses[leaf] for leaf in range(len(shapes))]
+
+
 class _Walk:
     """Collects the uses of every leaf."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self.uses: dict[int, list[LayerUse | Other]] = collections.defaultdict(list)
-        self.added: dict[int, Added] = {}
+        self.shapes = shapes
+        self.uses: dict[int, list[Use]] = collections.defaultdict(list)
 
-    def program(
-        self, program: Program, entries: Mapping[Name, Entry], fixed: Iterable[Name], path: Path
-    ) -> list[Entry | None]:
-        """Follows `entries` through a program; returns what its results are. A result that is an entry is no use.
+    def program(self, program: Program, arguments: Sequence[_Operand], path: Path) -> list[Entry | None]:
+        """Follows entries through a program; returns what its results are. A result that is an entry is no use.
 
         Args:
           program: the program.
-          entries: the arguments that are entries.
-          fixed: the arguments that depend on parameters at most, and not on the inputs.
+          arguments: what its arguments are.
           path: of the step that the program is the body of.
         """
-        known, given = dict(entries), {*fixed, *program.constants}
 
-        def read(atom: Atom) -> Entry | None:
-            return known.get(atom) if isinstance(atom, int) else None
-
-        for index, step in enumerate(program.steps):
+        def follow(index: int, step: Step, operands: list[_Operand]) -> list[_Operand]:
             # A use through which no derivative passes leaves no trace in the Jacobian, and is none.
-            found = [
-                read(atom) if through else None for atom, through in zip(step.inputs, step.differentiated, strict=True)
+            operands = [
+                o if through else _Operand(None, o.parameters_only)
+                for o, through in zip(operands, step.differentiated, strict=True)
             ]
-            free = [not isinstance(atom, int) or atom in given for atom in step.inputs]
-            if all(free):
-                given.update(step.outputs)
-            if any(entry is not None for entry in found):
-                made = self._step(step, found, free, (*path, index))
-                known.update({name: e for name, e in zip(step.outputs, made, strict=False) if e is not None})
-        results = [read(atom) for atom in program.results]
-        if not path:
-            for entry in results:
-                if entry is not None:
-                    self._other(entry, GENERIC, "it is an output itself")
-        return results
+            outputs: Sequence[Entry | None] = ()
+            if any(o.entry is not None for o in operands):
+                outputs = _followed(self, step, operands, (*path, index))
+            fixed = all(o.parameters_only for o in operands)
+            rest = [None] * (len(step.outputs) - len(outputs))
+            return [_Operand(entry, fixed) for entry in (*outputs, *rest)]
 
-    def _other(self, entry: Entry, rule: str, reason: str) -> None:
-        self.uses[entry.leaf].append(Other(rule, reason, entry))
+        return [operand.entry for operand in forward(program, arguments, follow, lambda *_: _Operand())[0]]
 
-    def _step(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
-        """What the outputs are. `fixed` says of each operand whether it depends on parameters at most."""
-        if step.primitive in _PASSING:
-            return list(found)
-        if step.primitive == SCAN:
-            return self._scan(step, found, fixed, path)
-        if step.body is not None and step.primitive in REMATERIALIZED:
-            return self.program(step.body, _named(step.body, found), _chosen(step.body, fixed), path)
-        entries = [(i, entry) for i, entry in enumerate(found) if entry is not None]
-        if len(entries) == 1 and entries[0][1].spread is None:
-            operand, entry = entries[0]
-            if step.primitive == "split":
-                return [entry.through(views) for views in pieces(step.eqn)]
-            views = view_of(step.eqn, operand)
-            if views is None and step.primitive in _ADDED and all(fixed):
-                # The weights are a sum of the leaf and what is no input: their gradient is the leaf's.
-                views = summand(step.eqn, operand)
-            if views is not None:
-                return [entry.through(views)]
-        if step.primitive == "broadcast_in_dim" and entries[0][1].spread is None:
-            return [dataclasses.replace(entries[0][1], spread=step)]
-        for operand, entry in entries:
-            self._use(step, operand, entry, path)
-        return []
-
-    def _use(self, step: Step, operand: int, entry: Entry, path: Path) -> None:
-        if step.primitive in _ADDED:
-            spread, shape = entry.spread, self._shapes[entry.leaf]
-            dimensions = None if spread is None else tuple(spread.eqn.params["broadcast_dimensions"])
-            before = (step if spread is None else spread).input_avals[operand if spread is None else 0].shape
-            self.added[entry.leaf] = Added(path, operand, entry, shape, dimensions, before)
-            self._other(entry, BIAS, "added elementwise")
-        elif step.primitive in _MULTIPLIED and not (step.primitive == "div" and operand):
-            self._other(entry, SCALE, "multiplied elementwise")
-        elif not (jnp.issubdtype(step.input_avals[operand].dtype, jnp.floating)):
-            self._other(entry, GENERIC, "it is no floating-point number where it is used")
-        elif entry.spread is not None:
-            self._other(entry, GENERIC, f"it is repeated before it enters through {step.primitive}")
-        else:
-            use = _USES.get(step.primitive, _no_use)(step, operand, entry, path)
-            if isinstance(use, LayerUse):
-                self.uses[entry.leaf].append(use)
-            else:
-                self._other(entry, GENERIC, use)
-
-    def _scan(self, step: Step, found: Sequence[Entry | None], fixed: Sequence[bool], path: Path) -> list[Entry | None]:
-        body, length = step.body, step.eqn.params["length"]
-        if body is None:
-            raise AssertionError("a scan has a body.")
-        consts, carried = scan_counts(step.eqn)
-        given: list[Entry | None] = []
-        steady = [
-            not consts <= i < consts + carried or body.results[i - consts] == name
-            for i, name in enumerate(body.arguments)
-        ]
-        for i, (entry, unchanged) in enumerate(zip(found, steady, strict=True)):
-            if entry is not None and not unchanged:
-                self._other(entry, GENERIC, "a scan changes it")
-            if entry is not None and entry.spread is not None and i >= consts + carried:
-                self._other(entry, GENERIC, "it is repeated before a scan goes through it")
-                entry = None
-            given.append(entry.inside(length, stacked=i >= consts + carried) if entry and unchanged else None)
-        free = [a and b for a, b in zip(fixed, steady, strict=True)]
-        results = self.program(body, _named(body, given), _chosen(body, free), path)
-        for entry, result in zip(results[carried:], body.results[carried:], strict=True):
-            if entry is not None and isinstance(result, int):
-                self._other(entry, GENERIC, "a scan stacks it")
-        # What was carried unchanged is after the scan what it was before.
-        return [
-            found[consts + i] if body.results[i] == body.arguments[consts + i] else self._carried(results[i])
-            for i in range(carried)
-        ]
-
-    def _carried(self, entry: Entry | None) -> None:
+    def explicit(self, entry: Entry | None, reason: str) -> None:
+        """A use that leaves the leaf to reverse mode, if it is the entry of a leaf."""
         if entry is not None:
-            self._other(entry, GENERIC, "a scan carries it on")
+            self.uses[entry.leaf].append(ExplicitUse(entry, reason))
 
 
-def _named(body: Program, found: Sequence[Entry | None]) -> dict[Name, Entry]:
-    return {name: entry for name, entry in zip(body.arguments, found, strict=True) if entry is not None}
+def _followed(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> Sequence[Entry | None]:
+    """What the outputs of a step are; those that are missing at the end are entries of no leaf."""
+    if step.primitive in _CONTROL:
+        return _CONTROL[step.primitive](walk, step, operands, path)
+    entries = [(i, o.entry) for i, o in enumerate(operands) if o.entry is not None]
+    if len(entries) == 1 and entries[0][1].spread is None:
+        views = _views(step, entries[0][0], all(o.parameters_only for o in operands))
+        if views is not None:
+            return [entries[0][1].through(of_output) for of_output in views]
+        if step.primitive == "broadcast_in_dim":
+            return [dataclasses.replace(entries[0][1], spread=step)]
+    for operand, entry in entries:
+        rule = _USES.get(step.primitive, _unknown)
+        walk.uses[entry.leaf].append(rule(_Place(step, operand, entry, path, walk.shapes[entry.leaf])))
+    return ()
 
 
-def _chosen(body: Program, chosen: Sequence[bool]) -> list[Name]:
-    return [name for name, wanted in zip(body.arguments, chosen, strict=True) if wanted]
+def _views(step: Step, operand: int, parameters_only: bool) -> list[tuple[View, ...]] | None:
+    """Per output the views by which it follows from the operand; `None` if the step does otherwise."""
+    if step.primitive == "split":
+        return pieces(step.eqn)
+    views = view_of(step.eqn, operand)
+    if views is None and step.primitive in ADDING and parameters_only:
+        # The weights are a sum of the leaf and what is no input: their gradient is the leaf's.
+        views = summand(step.eqn, operand)
+    return None if views is None else [views]
 
 
-def _common(step: Step, operand: int, entry: Entry, path: Path, activation: int) -> dict[str, Any]:
-    return {
-        "leaf": entry.leaf,
-        "views": entry.views,
-        "path": path,
-        "stacked": entry.stacked,
-        "operand": operand,
-        "operand_shape": step.input_avals[operand].shape,
-        "activation_shape": step.input_avals[activation].shape,
-        "output_shape": step.output_avals[0].shape,
-        "output_dtype": step.output_avals[0].dtype,
-        "lengths": entry.lengths,
-    }
+def _barrier(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+    del walk, step, path
+    return [operand.entry for operand in operands]
 
 
-def _floating(step: Step) -> bool:
-    return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (*step.input_avals, *step.output_avals))
+def _rematerialized(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+    return walk.program(step.bodies[0], operands, path)
 
 
-def _dense(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
-    if not _floating(step):
-        return "it is not multiplied by floating-point numbers"
-    numbers = step.eqn.params["dimension_numbers"]
-    return DenseUse(**_common(step, operand, entry, path, 1 - operand), numbers=numbers)
+def _scan(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+    """A constant, a carry that never changes, or one slice of stacked weights per iteration."""
+    body, length = step.bodies[0], step.eqn.params["length"]
+    consts, carried = scan_counts(step.eqn)
+
+    def changes(i: int) -> bool:
+        return consts <= i < consts + carried and body.results[i - consts] != body.arguments[i]
+
+    def inside(i: int, operand: _Operand) -> _Operand:
+        entry, stacked = operand.entry, i >= consts + carried
+        if changes(i):
+            walk.explicit(entry, "a scan changes it")
+            return _Operand(None, parameters_only=False)
+        if entry is not None and entry.spread is not None and stacked:
+            walk.explicit(entry, "it is repeated before a scan goes through it")
+            entry = None
+        return dataclasses.replace(operand, entry=None if entry is None else entry.inside(length, stacked))
+
+    results = walk.program(body, [inside(i, operand) for i, operand in enumerate(operands)], path)
+    for entry in results[carried:]:
+        walk.explicit(entry, "a scan stacks it")
+    # What was carried unchanged is after the scan what it was before.
+    after: list[Entry | None] = []
+    for i in range(consts, consts + carried):
+        if changes(i):
+            walk.explicit(results[i - consts], "a scan carries it on")
+        after.append(None if changes(i) else operands[i].entry)
+    return after
 
 
-def _convolution(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
-    if operand != 1:
-        return "it is what a convolution's kernel moves over"
-    if step.eqn.params["batch_group_count"] != 1:
-        return "the convolution has batch groups"
-    if not _floating(step):
-        return "it is not multiplied by floating-point numbers"
-    return ConvolutionUse(**_common(step, operand, entry, path, 0), params=step.eqn.params)
+_CONTROL: dict[str, Callable[[_Walk, Step, Sequence[_Operand], Path], list[Entry | None]]] = {
+    **dict.fromkeys(REMATERIALIZED, _rematerialized),
+    SCAN: _scan,
+    BARRIER: _barrier,
+}
 
 
-def _embedding(step: Step, operand: int, entry: Entry, path: Path) -> LayerUse | str:
-    numbers, sizes = step.eqn.params["dimension_numbers"], step.eqn.params["slice_sizes"]
-    table, out = step.input_avals[0].shape, step.output_avals[0].shape
-    offsets = tuple(range(len(out) - len(table) + 1, len(out)))
-    whole = (
-        operand == 0
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an entry of a leaf is used.
+
+    Attributes:
+      step, operand: the step, and which of its operands the entry is.
+      entry: the entry.
+      path: of the step.
+      leaf_shape: of the leaf.
+    """
+
+    step: Step
+    operand: int
+    entry: Entry
+    path: Path
+    leaf_shape: tuple[int, ...]
+
+    def explicit(self, reason: str) -> ExplicitUse:
+        """A use of which no more is known."""
+        return ExplicitUse(self.entry, reason)
+
+    @property
+    def objection(self) -> str:
+        """Why it can be no layer use, whatever multiplies; empty if it can."""
+        if not jnp.issubdtype(self.step.input_avals[self.operand].dtype, jnp.floating):
+            return "it is no floating-point number where it is used"
+        if self.entry.spread is not None:
+            return f"it is repeated before it enters through {self.step.primitive}"
+        return ""
+
+    @property
+    def floating(self) -> bool:
+        """Whether all operands and results are floating-point numbers."""
+        avals = (*self.step.input_avals, *self.step.output_avals)
+        return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+
+    def common(self, activation: int) -> dict[str, Any]:
+        """What all layer uses say, with the activations at this operand."""
+        step, entry = self.step, self.entry
+        return {
+            "leaf": entry.leaf,
+            "views": entry.views,
+            "path": self.path,
+            "stacked": entry.stacked,
+            "operand": self.operand,
+            "operand_shape": step.input_avals[self.operand].shape,
+            "activation_shape": step.input_avals[activation].shape,
+            "output_shape": step.output_avals[0].shape,
+            "output_dtype": step.output_avals[0].dtype,
+            "lengths": entry.lengths,
+        }
+
+
+def _added(at: _Place) -> Use:
+    spread, operand = at.entry.spread, at.operand
+    if spread is None:
+        return AddedUse(at.entry, at.path, operand, at.leaf_shape, None, at.step.input_avals[operand].shape)
+    dimensions = tuple(spread.eqn.params["broadcast_dimensions"])
+    return AddedUse(at.entry, at.path, operand, at.leaf_shape, dimensions, spread.input_avals[0].shape)
+
+
+def _multiplied(at: _Place) -> Use:
+    return ScaledUse(at.entry)
+
+
+def _divided(at: _Place) -> Use:
+    return ScaledUse(at.entry) if at.operand == 0 else _unknown(at)
+
+
+def _dense(at: _Place) -> Use:
+    if at.objection:
+        return at.explicit(at.objection)
+    if not at.floating:
+        return at.explicit("it is not multiplied by floating-point numbers")
+    return DenseUse(**at.common(1 - at.operand), numbers=at.step.eqn.params["dimension_numbers"])
+
+
+def _convolution(at: _Place) -> Use:
+    if at.objection:
+        return at.explicit(at.objection)
+    if at.operand != 1:
+        return at.explicit("it is what a convolution's kernel moves over")
+    if at.step.eqn.params["batch_group_count"] != 1:
+        return at.explicit("the convolution has batch groups")
+    if not at.floating:
+        return at.explicit("it is not multiplied by floating-point numbers")
+    return ConvolutionUse(**at.common(0), params=at.step.eqn.params)
+
+
+def _embedding(at: _Place) -> Use:
+    if at.objection:
+        return at.explicit(at.objection)
+    params, step = at.step.eqn.params, at.step
+    numbers, table, out = params["dimension_numbers"], step.input_avals[0].shape, step.output_avals[0].shape
+    whole_rows = (
+        at.operand == 0
         and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
         and not numbers.operand_batching_dims
-        and tuple(sizes) == (1, *table[1:])
-        and numbers.offset_dims == offsets
+        and tuple(params["slice_sizes"]) == (1, *table[1:])
+        and numbers.offset_dims == tuple(range(len(out) - len(table) + 1, len(out)))
         and step.input_avals[1].shape[-1:] == (1,)
     )
-    if not whole:
-        return "a gather takes more or less than whole rows of it"
-    if any(entry.stacked):
-        return "each iteration of a scan looks up in a table of its own"
+    if not whole_rows:
+        return at.explicit("a gather takes more or less than whole rows of it")
+    if any(at.entry.stacked):
+        return at.explicit("each iteration of a scan looks up in a table of its own")
     # What JAX's derivative does: it leaves out an index beyond the table unless the lookup was to clip it.
-    clips = step.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    return EmbeddingUse(**_common(step, operand, entry, path, 1), clips=clips)
+    return EmbeddingUse(**at.common(1), clips=params["mode"] == jax.lax.GatherScatterMode.CLIP)
 
 
-def _no_use(step: Step, operand: int, entry: Entry, path: Path) -> str:
-    del operand, entry, path
-    return f"it enters through {step.primitive}"
+def _unknown(at: _Place) -> Use:
+    return at.explicit(at.objection or f"it enters through {at.step.primitive}")
 
 
-_USES = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}
+ADDING = ("add", "add_any", "sub")
+
+_USES: dict[str, Callable[[_Place], Use]] = {
+    **dict.fromkeys(ADDING, _added),
+    "mul": _multiplied,
+    "div": _divided,
+    "dot_general": _dense,
+    "conv_general_dilated": _convolution,
+    "gather": _embedding,
+}
+"""What a use is, by the primitive; any other is unknown."""

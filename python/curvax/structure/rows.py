@@ -7,6 +7,7 @@ reverse-mode products. Where examples interact all rows are formed, by products 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -26,37 +27,68 @@ from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
 from curvax.structure.memory import DEFAULT_MAX_BYTES
-from curvax.structure.positions import LossWeights, sound_inputs
+from curvax.structure.positions import LossWeights, fill_idle_inputs
 from curvax.tree import PyTree
 
 
-def row_gram(
-    predict: Callable[[PyTree, Any], jax.Array] | None,
-    params: PyTree,
-    inputs: Any,
-    output: OutputCurvature,
-    vjp: Callable[[jax.Array], PyTree],
-    *,
-    axes: BatchAxes | None = None,
-    weights: LossWeights | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    implementation: Implementation | Choice | None = None,
-) -> jax.Array:
-    """S^T J J^T S as a dense symmetric matrix.
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """What the rows of S^T J are made from: a model on a batch, and the curvature of its outputs.
 
-    Args:
+    Attributes:
       predict: (params, inputs) -> outputs; `None` if one function of the example does not describe the model, and the
         rows must come from `vjp`.
       params: trainable parameters.
       inputs: inputs of the whole batch.
       output: Q = S S^T of the whole batch.
       vjp: u -> J^T u over the whole batch.
-      axes: which leaves of the inputs hold the examples, if that is known; it is found out otherwise.
+      axes: which leaves of the inputs hold the examples, if that is known; by default `None`, the model says it.
       weights: of the loss that `output` belongs to, if it has any: inputs are not looked at where they are zero and the
-        model's examples (positions) do not interact. `None` by default.
+        model's examples (positions) do not interact. `None` by default: every example counts.
+    """
+
+    predict: Callable[[PyTree, Any], jax.Array] | None
+    params: PyTree
+    inputs: Any
+    output: OutputCurvature
+    vjp: Callable[[jax.Array], PyTree]
+    axes: BatchAxes | None = None
+    weights: LossWeights | None = None
+
+    def captured(self) -> Capture | None:
+        """The model by example, or `None` if it mixes examples; warns if it does, for that is seldom meant."""
+        if self.predict is None:
+            return None
+        try:
+            return capture(self.predict, self.params, self.inputs, self.axes)
+        except Mixed as mixed:
+            # Python shows a warning with the same words once.
+            warnings.warn(
+                f"the model's examples interact ({mixed}), and a row of its Jacobian takes a reverse pass over the "
+                "batch: make predict_fn act on each example by itself if it should (BatchNorm with running "
+                "statistics).",
+                UserWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def filled_inputs(self, captured: Capture) -> list[jax.Array]:
+        """Leaves of the inputs in which nothing is left of what weighs nothing."""
+        return fill_idle_inputs(captured, jax.tree.leaves(self.inputs), self.weights)
+
+
+def row_gram(
+    source: RowSource,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    implementation: Implementation | Choice | None = None,
+) -> jax.Array:
+    """S^T J J^T S as a dense symmetric matrix.
+
+    Args:
+      source: what the rows are made from.
       max_bytes: bound on the memory of rows and factors; more rows are made in blocks, and made again for each block
-        that they meet.
-      implementation: of the op `gram_accumulate`.
+        that they meet. 2 GiB by default.
+      implementation: of the op `gram_accumulate`; `None` for the best supported one.
 
     Returns:
       (rows, rows) matrix in the accumulation dtype, rows flattened from `output.row_shape`, products at highest
@@ -68,57 +100,28 @@ def row_gram(
     Warns:
       UserWarning: the model's examples interact.
     """
-    if not jax.tree.leaves(params):
+    if not jax.tree.leaves(source.params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
-    captured = None if predict is None else _captured(predict, params, inputs, axes)
-    if captured is not None and output.couples_examples:
-        return _coupled_gram(captured, params, inputs, output, max_bytes, implementation)
-    if captured is not None:
-        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
-        return gram(example_groups(captured, params, own, output), max_bytes, implementation)
-    return gram(_joint_groups(params, output, vjp), max_bytes, implementation)
+    captured = source.captured()
+    if captured is None:
+        rows = _joint_groups(source.params, source.output, source.vjp)
+    elif source.output.couples_examples:
+        return _coupled_gram(captured, source, max_bytes, implementation)
+    else:
+        rows = example_groups(captured, source.params, source.filled_inputs(captured), source.output)
+    return gram(rows, max_bytes, implementation)
 
 
-def row_diagonal(
-    predict: Callable[[PyTree, Any], jax.Array] | None,
-    params: PyTree,
-    inputs: Any,
-    output: OutputCurvature,
-    vjp: Callable[[jax.Array], PyTree],
-    *,
-    axes: BatchAxes | None = None,
-    weights: LossWeights | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-) -> PyTree:
+def row_diagonal(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> PyTree:
     """The diagonal of J^T S S^T J, the sum of the squared rows; arguments as in `row_gram`.
 
     Returns:
       An upcast tree with the structure of `params`.
     """
-    captured = None
-    if predict is not None and not output.couples_examples:
-        captured = _captured(predict, params, inputs, axes)
-    if captured is not None:
-        own = sound_inputs(captured, jax.tree.leaves(inputs), weights)
-        return example_diagonal(captured, params, own, output, max_bytes)
-    return joint_diagonal(output, vjp, max_bytes)
-
-
-def _captured(
-    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None
-) -> Capture | None:
-    """The model by example, or `None` if it mixes examples; warns if it does, for that is seldom meant."""
-    try:
-        return capture(predict, params, inputs, axes)
-    except Mixed as mixed:
-        # Python shows a warning with the same words once.
-        warnings.warn(
-            f"the model's examples interact ({mixed}), and a row of its Jacobian takes a reverse pass over the batch:"
-            " make predict_fn act on each example by itself if it should (BatchNorm with running statistics).",
-            UserWarning,
-            stacklevel=2,
-        )
-    return None
+    captured = None if source.output.couples_examples else source.captured()
+    if captured is None:
+        return joint_diagonal(source.output, source.vjp, max_bytes)
+    return example_diagonal(captured, source.params, source.filled_inputs(captured), source.output, max_bytes)
 
 
 def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
@@ -141,16 +144,12 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
 
 
 def _coupled_gram(
-    captured: Capture,
-    params: PyTree,
-    inputs: Any,
-    output: OutputCurvature,
-    max_bytes: int,
-    implementation: Implementation | Choice | None,
+    captured: Capture, source: RowSource, max_bytes: int, implementation: Implementation | Choice | None
 ) -> jax.Array:
     """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
-    like = _outputs_like(output)
-    rows = example_groups(captured, params, inputs, IdentityCurvature(jnp.zeros(like.shape, like.dtype)))
+    output, like = source.output, _outputs_like(source.output)
+    unit = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
+    rows = example_groups(captured, source.params, source.inputs, unit)
 
     def each_row(matrix: jax.Array) -> jax.Array:
         """S^T times every row of a matrix."""

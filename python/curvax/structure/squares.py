@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.formed import formed, sites_by_leaf
+from curvax.structure.formed import formed, uses_by_leaf
 from curvax.structure.uses import EmbeddingUse, LayerUse
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,7 +31,7 @@ def squared_rows(capture: Capture, factors: Factors, shapes: Sequence[tuple[int,
     total = [jnp.zeros(shape, capture.dtype) for shape in shapes]
     for i, rows in zip(capture.structure.explicit, factors.explicit, strict=True):
         total[i] = jnp.sum(jnp.square(rows.astype(capture.dtype)), axis=(0, 1))
-    for leaf, indices in sites_by_leaf(capture).items():
+    for leaf, indices in uses_by_leaf(capture).items():
         uses = [capture.structure.uses[i] for i in indices]
         a, d = [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices]
         total[leaf] = _leaf(uses, a, d).reshape(shapes[leaf])
@@ -86,17 +86,17 @@ def _lookups(indices: jax.Array, d: jax.Array, rows: int) -> jax.Array:
 
 def squared_norms(capture: Capture, factors: Factors) -> jax.Array:
     """(B, R) squared norms of all rows, over all leaves."""
-    found = [jnp.sum(jnp.square(x.astype(capture.dtype)), axis=tuple(range(2, x.ndim))) for x in factors.explicit]
-    for indices in sites_by_leaf(capture).values():
+    norms = [jnp.sum(jnp.square(x.astype(capture.dtype)), axis=tuple(range(2, x.ndim))) for x in factors.explicit]
+    for indices in uses_by_leaf(capture).values():
         uses = [capture.structure.uses[i] for i in indices]
         a, d = [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices]
-        found.append(_leaf_norms(uses, a, d))
-        found += [
+        norms.append(_leaf_norms(uses, a, d))
+        norms += [
             jnp.sum(jnp.square(jnp.sum(e, axis=2)), axis=(2, 3))
             for use, e in zip(uses, d, strict=True)
             if use.bias is not None
         ]
-    return sum(found[1:], found[0])
+    return sum(norms[1:], norms[0])
 
 
 def _leaf_norms(uses: Sequence[LayerUse], a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
@@ -123,7 +123,7 @@ def formed_bytes(capture: Capture, shapes: Sequence[tuple[int, ...]], rows: int)
     """Bytes of the largest formed rows of one example."""
     several = [
         math.prod(shapes[leaf])
-        for leaf, indices in sites_by_leaf(capture).items()
+        for leaf, indices in uses_by_leaf(capture).items()
         if len(indices) > 1 or capture.structure.uses[indices[0]].positions > 1
     ]
     return rows * max(several, default=0) * capture.dtype.itemsize

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.program import Path
+from curvax.jaxprs import Path
 from curvax.structure.views import View, back, factor, squared, through
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
@@ -144,7 +144,7 @@ class LayerUse(abc.ABC):
 
     @property
     def factor(self) -> float:
-        """What the leaf is multiplied with on its way; its gradient is as many times as long as the block's."""
+        """The number that the leaf is multiplied with before its use; its gradient is the block's times that number."""
         return factor(self.views)
 
     @property
@@ -226,8 +226,8 @@ class DenseUse(LayerUse):
 
     def _free(self, operand: int) -> tuple[int, ...]:
         shape = self.operand_shape if operand == self.operand else self.activation_shape
-        taken = (*self._contracted(operand), *self._batch(operand))
-        return tuple(i for i in range(len(shape)) if i not in taken)
+        used = (*self._contracted(operand), *self._batch(operand))
+        return tuple(i for i in range(len(shape)) if i not in used)
 
     def activations(self, recorded: jax.Array) -> jax.Array:
         side = self.activation

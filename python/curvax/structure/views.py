@@ -1,7 +1,7 @@
 """Equations that only rearrange or scale the entries of an array: how they act, and their adjoints.
 
 On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast
-or scaled. The gradient of the leaf is that of the product's operand taken back through the adjoints of these maps, in
+or scaled. The gradient of the leaf is that of the product's operand, sent back through the adjoints of these maps in
 reverse order. Casts between floating dtypes are left out: gradients stay in the accumulation dtype that they are made
 in.
 """
@@ -161,13 +161,13 @@ def view_of(eqn: Any, operand: int) -> tuple[View, ...] | None:
 
 def pieces(eqn: Any) -> list[tuple[View, ...]]:
     """The views by which the outputs of a `split` follow from its operand."""
-    shape, axis, start, found = eqn.invars[0].aval.shape, eqn.params["axis"], 0, []
+    shape, axis, start, parts = eqn.invars[0].aval.shape, eqn.params["axis"], 0, []
     for size in eqn.params["sizes"]:
         starts = tuple(start if i == axis else 0 for i in range(len(shape)))
         limits = tuple(start + size if i == axis else d for i, d in enumerate(shape))
-        found.append((Slice(shape, starts, limits, (1,) * len(shape)),))
+        parts.append((Slice(shape, starts, limits, (1,) * len(shape)),))
         start += size
-    return found
+    return parts
 
 
 def summand(eqn: Any, operand: int) -> tuple[View, ...] | None:
