@@ -9,10 +9,10 @@
 
 #include "common/batched_cg.h"
 #include "common/batched_operands.h"
-#include "cpu/batched.h"
 #include "cpu/large_cholesky.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
@@ -119,15 +119,15 @@ void WriteEnd(const CgCall& call, int64_t system, const CgEnd<T>& end) {
 template <typename T>
 void RunLanes(const CgCall& call, int64_t begin, int64_t end) {
   Scratch<T> scratch(LaneScratch<T>(call.n));
-  CgProblem<T> problems[kLanes<T>];
-  CgEnd<T> ends[kLanes<T>];
-  for (int64_t system = begin; system < end; system += kLanes<T>) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, end - system));
+  CgProblem<T> problems[kWideEntries<T>];
+  CgEnd<T> ends[kWideEntries<T>];
+  for (int64_t system = begin; system < end; system += kWideEntries<T>) {
+    const int count = static_cast<int>(std::min<int64_t>(kWideEntries<T>, end - system));
     for (int l = 0; l < count; ++l) {
       problems[l] = ProblemOf<T>(call, system + l, call.matrices.Of<T>(system + l), scratch.data());
       problems[l].stride = call.n;
     }
-    KernelsOfSystems<T>().cg_of_lanes(problems, count, ends);
+    Kernels<T>().systems.cg_by_lane(problems, count, ends);
     for (int l = 0; l < count; ++l) WriteEnd<T>(call, system + l, ends[l]);
   }
 }
@@ -148,7 +148,7 @@ void RunEach(const CgCall& call, int64_t begin, int64_t end) {
     for (int k = 0; k < count; ++k)
       problems[k] =
           ProblemOf<T>(call, system + k, matrices[k].Of(system + k), vectors.data() + k * kCgVectors * padded);
-    KernelsOfSystems<T>().cg(problems, count, ends);
+    Kernels<T>().systems.cg(problems, count, ends);
     for (int k = 0; k < count; ++k) WriteEnd<T>(call, system + k, ends[k]);
   }
 }
@@ -157,7 +157,7 @@ template <typename T>
 void RunCg(ffi::ThreadPool& pool, int64_t threads, const CgCall& call) {
   const bool lanes = call.n <= kLaneUnknowns && !call.narrow;
   // Runs of whole vectors of lanes.
-  const int64_t unit = lanes ? kLanes<T> : 1;
+  const int64_t unit = lanes ? kWideEntries<T> : 1;
   const int64_t units = (call.systems + unit - 1) / unit;
   ForEachRun(pool, threads, units, kUsualIterations * call.n * Padded<T>(call.n) * unit,
              [&](int64_t begin, int64_t end) {
@@ -225,8 +225,8 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) 
 
 template <typename T>
 void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) {
-  if (call.n >= KernelsOfPanels<T>().unknowns) return RunLarge<T>(pool, threads, call);
-  const SystemKernels<T>& kernels = KernelsOfSystems<T>();
+  if (call.n >= Kernels<T>().panels.unknowns) return RunLarge<T>(pool, threads, call);
+  const SystemKernels<T>& kernels = Kernels<T>().systems;
   const int64_t n = call.n, padded = Padded<T>(n);
   ForEachRun(pool, threads, call.systems, n * padded * (n / 6 + 4), [&](int64_t begin, int64_t end) {
     Scratch<T> vectors(kCholeskyVectors * padded);

@@ -1,8 +1,8 @@
 // XLA FFI handler of gram_accumulate: inner products of rows that are not formed, tile by tile on XLA's threads.
 //
-// The factors are packed once (cpu/panels.h). Then each tile of the result is taken through all layers while it is in
-// cache: a strip of its cotangents' products is made in registers, scaled by the activations' products of the examples
-// that its rows belong to, and added. Neither product ever exists as a whole. The contract is in
+// The factors are packed once (cpu/simd/panel_kernels.h). Then each tile of the result is taken through all layers
+// while it is in cache: a strip of its cotangents' products is made in registers, scaled by the activations' products
+// of the examples that its rows belong to, and added. Neither product ever exists as a whole. The contract is in
 // kernels/gram_accumulate/native.py.
 
 #include "cpu/gram.h"
@@ -13,9 +13,9 @@
 
 #include "common/gram_operands.h"
 #include "common/half.h"
-#include "cpu/panels.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -153,7 +153,7 @@ template <typename T>
 class Tile {
  public:
   Tile(const Cut& down, const Cut& across, int64_t i, int64_t j, bool triangle, const T* from, T* to)
-      : kernels_(KernelsOfPanels<T>()),
+      : kernels_(Kernels<T>().panels),
         down_(down),
         across_(across),
         i_(i),
@@ -254,7 +254,7 @@ void Run(ffi::ThreadPool& pool, int64_t threads, const GramCall& call) {
     work += pairs * layer.blocks * layer.positions * layer.positions *
             (layer.out + layer.in / (call.per_example * call.per_example));
   if (threads <= 0) threads = work < kThreadingWork ? 1 : std::max<int64_t>(1, pool.num_threads());
-  const int64_t panel = KernelsOfPanels<T>().panel;
+  const int64_t panel = Kernels<T>().panels.panel;
   int64_t tile = kTileRows / panel * panel;
   while (tile / 2 >= kLeastTileRows && pairs < kTilesPerThread * threads * tile * tile) tile = tile / 2 / panel * panel;
   const Cut down = {call.rows, call.per_example, panel, tile}, across = {call.columns, call.per_example, panel, tile};

@@ -7,7 +7,7 @@
 
 #include "common/batched_cg.h"
 #include "common/leaves.h"
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -20,7 +20,7 @@ constexpr int64_t kVectors = 4;
 template <typename T>
 double Dot(const T* a, const T* b, int64_t n) {
   double sum = 0;
-  for (int64_t i = 0; i < n; i += kBlock) sum += Kernels<T>().dot(a + i, b + i, std::min(kBlock, n - i));
+  for (int64_t i = 0; i < n; i += kBlock) sum += Kernels<T>().tree_cg.dot(a + i, b + i, std::min(kBlock, n - i));
   return sum;
 }
 
@@ -42,7 +42,7 @@ T UnitRhs(const T* rhs, int64_t n, int64_t padded, T* b) {
 template <typename T>
 LargeCholesky<T>::LargeCholesky(const Workers& workers, int64_t n)
     : workers_(workers),
-      kernels_(KernelsOfPanels<T>()),
+      kernels_(Kernels<T>().panels),
       n_(n),
       block_(std::max<int64_t>(1, kBlockRows / kernels_.panel)),
       factor_(n),

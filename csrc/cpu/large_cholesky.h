@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/batched.h"
 #include "cpu/linalg/triangle.h"
 #include "cpu/linalg/workers.h"
-#include "cpu/panels.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {

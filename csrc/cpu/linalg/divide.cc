@@ -19,7 +19,7 @@ template <typename T>
 DivideAndConquer<T>::DivideAndConquer(const Workers& workers, int64_t n)
     : workers_(workers),
       n_(n),
-      stride_(RoundUp<T>(n) + kWhole<T>),
+      stride_(Padded<T>(n) + kWideEntries<T>),
       buffers_{Scratch<T>(n * stride_), Scratch<T>(n > kLeaf ? n * stride_ : 0)},
       order_(n) {
   while (n > kLeaf << depth_) ++depth_;
@@ -60,7 +60,7 @@ bool DivideAndConquer<T>::SolvePart(int64_t begin, int64_t end, int depth) {
 
 template <typename T>
 bool DivideAndConquer<T>::SolveLeaf(int64_t begin, int64_t end) {
-  const int64_t n = end - begin, length = RoundUp<T>(n);
+  const int64_t n = end - begin, length = Padded<T>(n);
   alignas(64) T vectors[kLeaf * kLeaf];
   std::fill(vectors, vectors + n * length, T(0));
   for (int64_t i = 0; i < n; ++i) vectors[i * length + i] = 1;

@@ -6,7 +6,7 @@
 
 #include "common/result.h"
 #include "cpu/linalg/unit_factor.h"
-#include "cpu/panels.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -54,7 +54,7 @@ int Eigh<T>::Solve(const T* matrix, T* values, T* vectors) {
 // Vectors in panels, each of which one thread takes through all blocks while it is in its cache.
 template <typename T>
 void Eigh<T>::BackTransform(T* vectors) const {
-  const int64_t width = KernelsOfPanels<T>().panel, length = RoundUp<T>(n_);
+  const int64_t width = Kernels<T>().panels.panel, length = Padded<T>(n_);
   const Workers workers = workers_.Of(n_ * n_ * n_);
   workers.For(blocks_.size(), [&](int64_t block) {
     const int64_t begin = block * kReflectors, end = std::min(n_, begin + kReflectors);

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "common/batched_cg.h"
-#include "cpu/linalg/loops.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -127,7 +127,8 @@ void Merge<T>::RestoreZ() {
   const int64_t n = kept_.size(), padded = PadUp(n);
   Worth(8 * n * n).For((padded + kRoots - 1) / kRoots, [&](int64_t piece) {
     const int64_t begin = piece * kRoots, end = std::min(padded, begin + kRoots);
-    Loops<T>().root_products(poles_.data(), origins_.data(), shifts_.data(), n, begin, end, squares_.data());
+    Kernels<T>().factorizations.root_products(poles_.data(), origins_.data(), shifts_.data(), n, begin, end,
+                                              squares_.data());
   });
   for (int64_t i = 0; i < n; ++i) kept_[i].z = std::copysign(std::sqrt(std::abs(squares_[i])), kept_[i].z);
 }
@@ -163,8 +164,8 @@ void Merge<T>::MakeVectors() {
   Worth(8 * n * n).For(of_vectors + of_first + second.panels(), [&](int64_t piece) {
     if (piece < of_vectors) {
       const int64_t j = piece * width;
-      Loops<T>().secular_vectors(poles.data(), z.data(), n, origins_.data() + j, shifts_.data() + j,
-                                 std::min(width, n - j), width, vectors.At(j, 0));
+      Kernels<T>().factorizations.secular_vectors(poles.data(), z.data(), n, origins_.data() + j, shifts_.data() + j,
+                                                  std::min(width, n - j), width, vectors.At(j, 0));
     } else if (piece < of_vectors + of_first) {
       gather(first, piece - of_vectors, part_.begin, 0, in_first);
     } else {

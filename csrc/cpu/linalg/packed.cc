@@ -45,7 +45,7 @@ void MultiplyPiece(const PanelKernels<T>& kernels, const Packed<T>& left, const 
 
 template <typename T>
 Packed<T>::Packed(int64_t rows, int64_t depth)
-    : kernels_(KernelsOfPanels<T>()),
+    : kernels_(Kernels<T>().panels),
       rows_(rows),
       depth_(depth),
       panels_((rows + kernels_.panel - 1) / kernels_.panel),
@@ -80,7 +80,7 @@ void Multiply(const Workers& workers, const Packed<T>& left, const Packed<T>& ri
   const int64_t rows = left.rows(), panels = right.panels(), width = right.width();
   const int64_t across = (panels + kPiecePanels - 1) / kPiecePanels;
   const int64_t down = (rows + kPieceRows - 1) / kPieceRows;
-  const PanelKernels<T>& kernels = KernelsOfPanels<T>();
+  const PanelKernels<T>& kernels = Kernels<T>().panels;
   workers.Of(rows * panels * width * depth).For(down * across, [&](int64_t k) {
     const int64_t row = k / across * kPieceRows, panel = k % across * kPiecePanels;
     const Piece<T> piece = {row, std::min(rows, row + kPieceRows), panel, std::min(panels, panel + kPiecePanels)};

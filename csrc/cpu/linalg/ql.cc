@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/batched_cg.h"
-#include "cpu/linalg/loops.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -35,7 +35,7 @@ void Step(int64_t first, int64_t last, double* d, double* e, T* vectors, int64_t
     d[i + 1] = g + p;
     g = c * r - b;
     T* const own = vectors + i * stride;
-    Loops<T>().rotate(static_cast<T>(c), static_cast<T>(-s), own, own + stride, length);
+    Kernels<T>().factorizations.rotate(static_cast<T>(c), static_cast<T>(-s), own, own + stride, length);
   }
   d[first] -= p;
   e[first] = g;

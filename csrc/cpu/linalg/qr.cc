@@ -6,8 +6,8 @@
 
 #include "common/batched_cg.h"
 #include "common/result.h"
-#include "cpu/linalg/loops.h"
 #include "cpu/linalg/unit_factor.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
@@ -17,8 +17,8 @@ Qr<T>::Qr(const Workers& workers, int64_t rows, int64_t columns)
       rows_(rows),
       columns_(columns),
       rank_(std::min(rows, columns)),
-      width_(KernelsOfPanels<T>().panel),
-      length_(RoundUp<T>(rows) + kWhole<T>),
+      width_(Kernels<T>().panels.panel),
+      length_(Padded<T>(rows) + kWideEntries<T>),
       panels_((columns + width_ - 1) / width_ * width_ * length_),
       reflectors_(width_ * length_),
       factors_(columns) {
@@ -79,10 +79,10 @@ void Qr<T>::Load(const T* matrix, int64_t panel) {
 // The panel's columns from its own row on become reflectors, one after the other, in rows of their own.
 template <typename T>
 void Qr<T>::MakeBlock(int64_t panel) {
-  const LoopKernels<T>& loops = Loops<T>();
+  const FactorizationKernels<T>& loops = Kernels<T>().factorizations;
   const int64_t first = panel * width_, count = std::min(width_, rank_ - first),
                 kept = std::min(width_, columns_ - first);
-  const int64_t length = rows_ - first, whole = RoundUp<T>(length), stride = length_;
+  const int64_t length = rows_ - first, whole = Padded<T>(length), stride = length_;
   T *const rows = reflectors_.data(), *const columns = Panel(panel) + first * width_;
   for (int64_t c = 0; c < kept; ++c) {
     for (int64_t i = 0; i < length; ++i) rows[c * stride + i] = columns[i * width_ + c];

@@ -6,7 +6,7 @@ namespace curvax {
 
 template <typename T>
 Triangle<T>::Triangle(int64_t n)
-    : kernels_(KernelsOfPanels<T>()),
+    : kernels_(Kernels<T>().panels),
       n_(n),
       width_(kernels_.panel),
       panels_((n + width_ - 1) / width_),

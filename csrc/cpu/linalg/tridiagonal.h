@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/linalg/loops.h"
 #include "cpu/linalg/workers.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
@@ -41,7 +41,7 @@ class Tridiagonal {
   // T: its diagonal, and the n - 1 entries beside it.
   double* diagonal() { return diagonal_.data(); }
   double* beside() { return beside_.data(); }
-  // Row i has reflector i: i entries, a one the last of them, zeros up to the next multiple of kWhole.
+  // Row i has reflector i: i entries, a one the last of them, zeros up to the next multiple of kWideEntries.
   const T* reflectors() const { return rows_.data(); }
   int64_t stride() const { return stride_; }
   const T* tau() const { return tau_.data(); }

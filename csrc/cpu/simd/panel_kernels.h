@@ -56,8 +56,4 @@ struct PanelKernels {
   void (*backward)(const T* rows, int64_t first, const T* inverse, T* y);
 };
 
-// The kernels for the chosen level.
-template <typename T>
-const PanelKernels<T>& KernelsOfPanels();
-
 }  // namespace curvax
