@@ -52,12 +52,12 @@ class Matrices {
   const T* Of(int64_t system) {
     if (!MustPack(call_)) return call_.matrices.Of<T>(system);
     const int64_t entry = call_.matrices.broadcast.At(system);
-    if (entry != held_) {
+    if (entry != packed_entry_) {
       if (call_.narrow)
         Widen(call_.matrices.Of<uint16_t>(system));
       else
         Copy(call_.matrices.Of<T>(system));
-      held_ = entry;
+      packed_entry_ = entry;
     }
     return packed_;
   }
@@ -87,7 +87,7 @@ class Matrices {
 
   const SystemsCall& call_;
   T* packed_;
-  int64_t held_ = -1;
+  int64_t packed_entry_ = -1;
 };
 
 // ---------------------------------------------------------------------------------------------------- batched_cg
@@ -196,19 +196,19 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
   Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
   Matrices<T> upcast(call, packed.data());
   LargeCholesky<T> solver({pool, threads}, n);
-  int64_t held = -1;
+  int64_t last_entry = -1;
   T damping = 0;
   for (int64_t system = begin; system < end; ++system) {
     const int64_t entry = call.matrices.broadcast.At(system);
     const T own = *call.damping.Of<T>(system);
-    if (entry != held || own != damping) {
+    if (entry != last_entry || own != damping) {
       const T rounding = static_cast<T>(n) * Precision<T>::eps;
       if (call.narrow)
         solver.Factorize(upcast.Of(system), Padded<T>(n), own, rounding);
       else
         solver.Factorize(call.matrices.Of<T>(system), n, own, rounding);
     }
-    held = entry;
+    last_entry = entry;
     damping = own;
     WriteEnd<T>(call, system, solver.Solve(call.rhs.Of<T>(system), Data<T>(call.value) + system * n));
   }
@@ -233,18 +233,18 @@ void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& cal
     Scratch<T> factor(padded * padded);
     Scratch<T> packed(Matrices<T>::MustPack(call) ? n * padded : 0);
     Matrices<T> matrices(call, packed.data());
-    int64_t held = -1;
+    int64_t last_entry = -1;
     T damping = 0;
-    bool sound = false;
+    bool factorized = false;
     for (int64_t system = begin; system < end; ++system) {
       const int64_t entry = call.matrices.broadcast.At(system);
       const CholeskyProblem<T> problem = {matrices.Of(system),         padded,        n,
                                           *call.damping.Of<T>(system), factor.data(), vectors.data()};
-      if (entry != held || problem.damping != damping) sound = kernels.factorize(problem);
-      held = entry;
+      if (entry != last_entry || problem.damping != damping) factorized = kernels.factorize(problem);
+      last_entry = entry;
       damping = problem.damping;
       const T* rhs = call.rhs.Of<T>(system);
-      WriteEnd<T>(call, system, kernels.solve(problem, sound, rhs, Data<T>(call.value) + system * n));
+      WriteEnd<T>(call, system, kernels.solve(problem, factorized, rhs, Data<T>(call.value) + system * n));
     }
   });
 }
@@ -262,7 +262,7 @@ ffi::Error BatchedCholeskySolve(ffi::ThreadPool pool, ffi::RemainingArgs args, f
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BatchedCgHandler, BatchedCg,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -1,7 +1,7 @@
 // XLA FFI handlers of diagonal_update: the vector work of Sophia and AdaHessian over all leaves of a pytree in one
 // call.
 //
-// A step is taken as a whole or not at all, and whether it may be is known only at its end. Where the call has results
+// A step changes all parameters or none, and which, is known only at its end. Where the call has results
 // for copies, each block keeps what it overwrites there, and the copies go back in the rare call whose outcome is not
 // finite: one more stream of writes. Where it has none, a pass that writes nothing looks first: twice the reading, no
 // memory.

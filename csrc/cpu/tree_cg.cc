@@ -111,7 +111,7 @@ ffi::Error Dots(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 #define CURVAX_BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("threads")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CgUpdateHandler, CgUpdate, CURVAX_BINDING);

@@ -40,12 +40,14 @@ bool DivideAndConquer<T>::SolvePart(int64_t begin, int64_t end, int depth) {
   const double cut = beside_[middle - 1];
   diagonal_[middle - 1] -= std::abs(cut);
   diagonal_[middle] -= std::abs(cut);
+  // 1. The halves.
   bool solved[2];
   const int64_t size = end - begin;
   workers_.Of(size * size * size).For(2, [&](int64_t half) {
     solved[half] = half == 0 ? SolvePart(begin, middle, depth + 1) : SolvePart(middle, end, depth + 1);
   });
   if (!solved[0] || !solved[1]) return false;
+  // 2. The whole.
   const Part<T> part = {begin,
                         middle,
                         end,

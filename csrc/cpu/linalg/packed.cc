@@ -53,24 +53,24 @@ Packed<T>::Packed(int64_t rows, int64_t depth)
 
 template <typename T>
 void Packed<T>::FillFromRows(int64_t panel, const T* rows, int64_t stride, T factor) {
-  const int64_t width = kernels_.panel, first = panel * width, kept = std::min(width, rows_ - first);
+  const int64_t width = kernels_.panel, first = panel * width, valid = std::min(width, rows_ - first);
   T* to = At(first, 0);
-  for (int64_t r = 0; r < kept; ++r) {
+  for (int64_t r = 0; r < valid; ++r) {
     const T* row = rows + (first + r) * stride;
     for (int64_t k = 0; k < depth_; ++k) to[k * width + r] = factor * row[k];
   }
-  if (kept < width)
-    for (int64_t k = 0; k < depth_; ++k) std::fill(to + k * width + kept, to + (k + 1) * width, T(0));
+  if (valid < width)
+    for (int64_t k = 0; k < depth_; ++k) std::fill(to + k * width + valid, to + (k + 1) * width, T(0));
 }
 
 template <typename T>
 void Packed<T>::FillFromColumns(int64_t panel, const T* columns, int64_t stride, T factor) {
-  const int64_t width = kernels_.panel, first = panel * width, kept = std::min(width, rows_ - first);
+  const int64_t width = kernels_.panel, first = panel * width, valid = std::min(width, rows_ - first);
   T* to = At(first, 0);
   for (int64_t k = 0; k < depth_; ++k, to += width) {
     const T* from = columns + k * stride + first;
-    for (int64_t r = 0; r < kept; ++r) to[r] = factor * from[r];
-    std::fill(to + kept, to + width, T(0));
+    for (int64_t r = 0; r < valid; ++r) to[r] = factor * from[r];
+    std::fill(to + valid, to + width, T(0));
   }
 }
 

@@ -23,7 +23,7 @@ void Step(int64_t first, int64_t last, double* d, double* e, T* vectors, int64_t
     const double f = s * e[i], b = c * e[i];
     r = std::hypot(f, g);
     if (i + 1 < last) e[i + 1] = r;
-    if (r == 0) {  // the matrix has come apart
+    if (r == 0) {  // the matrix splits here
       d[i + 1] -= p;
       return;
     }

@@ -36,18 +36,18 @@ void ReflectorBlock<T>::Set(const T* rows, int64_t stride, int64_t count, int64_
   length_ = Padded<T>(length);
   for (int64_t first = 0; first < count; first += width_) {
     T* to = down_.data() + first * length_;
-    const int64_t kept = std::min(width_, count - first);
-    for (int64_t r = 0; r < kept; ++r)
+    const int64_t valid = std::min(width_, count - first);
+    for (int64_t r = 0; r < valid; ++r)
       for (int64_t k = 0; k < length_; ++k) to[k * width_ + r] = rows[(first + r) * stride + k];
-    if (kept < width_)
-      for (int64_t k = 0; k < length_; ++k) std::fill(to + k * width_ + kept, to + (k + 1) * width_, T(0));
+    if (valid < width_)
+      for (int64_t k = 0; k < length_; ++k) std::fill(to + k * width_ + valid, to + (k + 1) * width_, T(0));
   }
   for (int64_t first = 0; first < length_; first += width_) {
     T* to = up_.data() + first * count;
-    const int64_t kept = std::min(width_, length_ - first);
+    const int64_t valid = std::min(width_, length_ - first);
     for (int64_t r = 0; r < count; ++r, to += width_) {
-      std::copy_n(rows + r * stride + first, kept, to);
-      std::fill(to + kept, to + width_, T(0));
+      std::copy_n(rows + r * stride + first, valid, to);
+      std::fill(to + valid, to + width_, T(0));
     }
   }
   SetTriangle(rows, stride, tau);

@@ -53,6 +53,7 @@ void Tridiagonal<T>::Reduce(const T* matrix, int64_t stride, T factor) {
     product_seconds_ = 0;
     ReduceRows(begin, end);
     if (end >= kParallelRows) pace_.Took(share_, product_seconds_ / (static_cast<double>(end) * end));
+    // 4.
     UpdateLeading(begin, end - begin);
   }
 }
@@ -63,12 +64,14 @@ void Tridiagonal<T>::ReduceRows(int64_t begin, int64_t end) {
   for (int64_t i = end - 1; i >= begin; --i) {
     const int64_t done = end - 1 - i;
     T *const v = left_.data() + done * stride_, *const w = right_.data() + done * stride_;
+    // 1. and 2.
     UpdateRow(i, done);
     MakeReflectorOf(i);
     const int64_t whole = Padded<T>(i);
     std::copy_n(Row(i), stride_, v);
+    // 3. w = A v.
     SymmetricProduct(i, v, w);
-    // w = tau (A v) less what the reflectors of this block have taken from A, and a multiple of v.
+    // w = tau (A v) less what the reflectors of this block subtract from A, and a multiple of v.
     T of_v[kBlock], of_w[kBlock];
     loops.dots(left_.data(), stride_, done, whole, v, of_v);
     loops.dots(right_.data(), stride_, done, whole, v, of_w);
@@ -112,10 +115,10 @@ void Tridiagonal<T>::MakeReflectorOf(int64_t i) {
   if (i == 0) return;
   const T pivot = row[i - 1];
   row[i - 1] = 0;
-  const Reflector<T> found = MakeReflector(pivot, Kernels<T>().factorizations.squares(row, Padded<T>(i)));
-  tau_[i] = found.tau;
-  beside_[i - 1] = found.beta;
-  Kernels<T>().factorizations.scale(found.inverse, row, Padded<T>(i), row);
+  const Reflector<T> reflector = MakeReflector(pivot, Kernels<T>().factorizations.squares(row, Padded<T>(i)));
+  tau_[i] = reflector.tau;
+  beside_[i - 1] = reflector.beta;
+  Kernels<T>().factorizations.scale(reflector.inverse, row, Padded<T>(i), row);
   row[i - 1] = 1;
 }
 
@@ -158,20 +161,20 @@ void Tridiagonal<T>::UpdateLeading(int64_t begin, int64_t count) {
   const int64_t width = left.width();
   const Workers workers = workers_.Of(begin * begin * count);
   workers.For(left.panels(), [&](int64_t panel) {
-    const int64_t first = panel * width, kept = std::min(width, begin - first);
+    const int64_t first = panel * width, valid = std::min(width, begin - first);
     for (int64_t k = 0; k < count; ++k) {
       const T *const v = left_.data() + k * stride_ + first, *const w = right_.data() + k * stride_ + first;
       T *const of_v = left.At(first, k), *const of_w = left.At(first, count + k);
-      for (int64_t r = 0; r < kept; ++r) {
+      for (int64_t r = 0; r < valid; ++r) {
         of_v[r] = -v[r];
         of_w[r] = -w[r];
       }
-      std::fill(of_v + kept, of_v + width, T(0));
-      std::fill(of_w + kept, of_w + width, T(0));
-      std::copy_n(w, kept, right.At(first, k));
-      std::copy_n(v, kept, right.At(first, count + k));
-      std::fill(right.At(first, k) + kept, right.At(first, k) + width, T(0));
-      std::fill(right.At(first, count + k) + kept, right.At(first, count + k) + width, T(0));
+      std::fill(of_v + valid, of_v + width, T(0));
+      std::fill(of_w + valid, of_w + width, T(0));
+      std::copy_n(w, valid, right.At(first, k));
+      std::copy_n(v, valid, right.At(first, count + k));
+      std::fill(right.At(first, k) + valid, right.At(first, k) + width, T(0));
+      std::fill(right.At(first, count + k) + valid, right.At(first, count + k) + width, T(0));
     }
   });
   Multiply<T>(workers, left, right, 0, 2 * count, {rows_.data(), stride_, true, true});

@@ -26,6 +26,19 @@ class Pace {
   int64_t turns_ = 0;
 };
 
+// For i = n - 1, n - 2, ..., 1, in blocks of rows:
+//   1. UpdateRow          row i less what the earlier reflectors of this block subtract from it
+//   2. MakeReflectorOf    v takes the row left of the diagonal to (0, ..., 0, beta)
+//   3. SymmetricProduct   w = tau A v - (tau / 2) (w.v) v, with A as it was before this block, corrected for its
+//   reflectors
+//   4. UpdateLeading      after a block: A = A - V^T W - W^T V, one matrix product
+//
+//   a . . . .         a . . . .          after row 4: what is left is the leading 4 x 4 part
+//   a a . . .         a a . . .
+//   a a a . .    ->   a a a . .
+//   a a a a .         a a a a .
+//   a a a a a         v v v 1 d   <- row 4: d on the diagonal, its reflector in place; beta beside the diagonal of T
+//
 // Rows go from the last one up: reflector i takes the i entries of row i left of the diagonal to a multiple of the last
 // of them. So what is left to do is always the leading part of the matrix, whose rows begin on a boundary, and each
 // reflector stays in the row that it came from. Q = H_(n-1) ... H_1.

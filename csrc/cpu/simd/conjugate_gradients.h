@@ -1,4 +1,13 @@
-// DOC
+// Conjugate gradients on one dense system, or on two in turn. The steps 1 to 5 are those of common/batched_cg.h.
+//
+// A pass reads each of its vectors once:
+//
+//   Product                1. q = A p
+//   MeasurePass               p.q and q.q
+//   Measure (common)       2. alpha
+//   UpdatePass             3. y, r;  4. r.r and r.z, with z = inverse r not written down
+//   Proceed (common)       4. beta
+//   DirectionPass          5. p, and p.p for the next step 2
 #pragma once
 
 #include <cmath>
@@ -120,9 +129,10 @@ struct ConjugateGradients : DenseVectors<Isa, T> {
     return cold;
   }
 
-  // A system under way.
+  // A system under way. The vectors stand one after the other in its scratch.
   struct CgRun {
-    T *b, *x, *y, *r, *p, *scaled, *q;
+    T *b, *x, *y, *r, *p, *q;
+    T* scaled;  // p / 2^exponent, in part: what is multiplied with A
     const T* inverse;
     T size, rr, rz, pp;
     bool cold;
@@ -168,6 +178,7 @@ struct ConjugateGradients : DenseVectors<Isa, T> {
 
   static CURVAX_INLINE void Advance(const CgProblem<T>& problem, CgRun& run) {
     const int64_t padded = Padded<T>(problem.n);
+    // 1. q = A p, divided by the power of two that the first product tells.
     Product(problem.matrix, problem.stride, problem.n, run.scaled, run.q);
     if (run.state.count == 0) {
       run.powers = DivideBy<T>(MaxAbs(run.q, padded), MaxAbs(run.p, padded));
@@ -175,9 +186,13 @@ struct ConjugateGradients : DenseVectors<Isa, T> {
     }
     T pq, qq;
     MeasurePass(run.powers.second, run.p, run.q, padded, pq, qq);
+    // 2. alpha = r.z / p.q.
     const CgStep<T> step = Measure<T>(pq, run.pp, qq, run.cold, run.state);
+    // 3. y = y + alpha p, r = r - alpha q.
     if (step.moves) UpdatePass(step.alpha, run.p, run.q, run.y, run.r, run.inverse, padded, run.rr, run.rz);
+    // 4. beta = r.z / (the old r.z).
     const T beta = Proceed<T>(step, run.rr, run.rz, problem.rtol, run.state);
+    // 5. p = z + beta p.
     run.pp = DirectionPass(beta, run.powers.first, run.r, run.inverse, run.p, run.scaled, padded);
   }
 

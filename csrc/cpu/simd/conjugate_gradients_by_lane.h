@@ -1,4 +1,15 @@
-// DOC
+// Conjugate gradients on kWidth systems at once, one per lane: for systems too small to fill a vector. The steps 1 to 5
+// are those of common/batched_cg.h.
+//
+// Entry i of all systems is one vector of the processor, and so is entry (i, j) of all matrices:
+//
+//     system    0     1     2    ...   15
+//     x[0]   [ x00   x10   x20   ...      ]   one vector of 64 bytes, 16 floats
+//     x[1]   [ x01   x11   x21   ...      ]
+//     ...
+//
+// A sum over the unknowns adds up vectors, without a sum over lanes. Each lane has its own scalars and its own end: a
+// lane that has ended stands still (its alpha is masked) while the others go on.
 #pragma once
 
 #include <cmath>
@@ -20,8 +31,6 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
   using Base::Store;
   using typename Base::V;
 
-  // Vectors of kWidth systems: entry i of all of them is one vector of the processor. For systems too small to fill
-  // one.
   struct CgLanes {
     V *a, *b, *x, *y, *r, *p, *scaled, *q, *inverse;
     int64_t n;
@@ -45,12 +54,12 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
   }
 
   static CURVAX_INLINE void LaneMaxAbs(const V* u, int64_t n, T* largest) {
-    V found = {};
+    V largest_yet = {};
     for (int64_t i = 0; i < n; ++i) {
       const V v = u[i] < 0 ? -u[i] : u[i];
-      found = found < v ? v : found;
+      largest_yet = largest_yet < v ? v : largest_yet;
     }
-    Store(found, largest);
+    Store(largest_yet, largest);
   }
 
   static CURVAX_INLINE void LaneProduct(const CgLanes& all, const V* v, V* to) {
@@ -152,6 +161,7 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
   // One iteration of the live lanes; the others stand still.
   static CURVAX_INLINE bool AdvanceLanes(const CgProblem<T>* problems, int count, bool begins, CgLanes& all) {
     const int64_t n = all.n;
+    // 1. q = A p, divided by the power of two that the first product tells.
     LaneProduct(all, all.scaled, all.q);
     V second;
     if (begins) {
@@ -168,6 +178,7 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
     }
     Load(all.second, second);
     for (int64_t i = 0; i < n; ++i) all.q[i] = all.q[i] * second;
+    // 2. alpha = r.z / p.q.
     T pq[kWidth], qq[kWidth], alpha[kWidth] = {}, moves[kWidth] = {}, beta[kWidth] = {}, on[kWidth] = {};
     LaneDot(all.p, all.q, n, pq);
     LaneDot(all.q, all.q, n, qq);
@@ -178,6 +189,7 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
       alpha[l] = steps[l].alpha;
       moves[l] = steps[l].moves;
     }
+    // 3. y = y + alpha p, r = r - alpha q.  4. z = inverse r.
     V va, vm;
     Load(alpha, va);
     Load(moves, vm);
@@ -192,6 +204,7 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
     }
     LaneDot(all.r, all.r, n, all.rr);
     LaneDot(all.r, all.q, n, all.rz);
+    // 4. beta = r.z / (the old r.z).
     bool any = false;
     for (int l = 0; l < count; ++l) {
       if (!all.live[l]) continue;
@@ -200,6 +213,7 @@ struct ConjugateGradientsByLane : WideVectors<Isa, T> {
       on[l] = all.live[l];
       any = any || all.live[l];
     }
+    // 5. p = z + beta p.
     V vb, vo, first;
     Load(beta, vb);
     Load(on, vo);

@@ -1,4 +1,15 @@
-// DOC
+// Vectors of one dense system, and the product of its matrix with one. Vectors have Padded(n) entries, zeros behind n.
+//
+// q = A p for symmetric A is a sum of rows: q = p[0] A[0] + p[1] A[1] + ... A tile of kRows vectors of q stays in
+// registers while the rows go by, in kSplits sums that do not wait for each other's additions:
+//
+//            kRows vectors
+//           <------------->
+//   A[0]   [ . . . . . . . | ...    times p[0]  into sums[0]
+//   A[1]   [ . . . . . . . | ...    times p[1]  into sums[1]
+//   A[2]   [ . . . . . . . | ...    times p[2]  into sums[0]
+//    ...                             after kRun rows: total += sums[0] + sums[1]
+//   q      [ total         | ...
 #pragma once
 
 #include <cstdint>
@@ -18,7 +29,7 @@ struct DenseVectors : WideVectors<Isa, T> {
   using Base::Store;
   using typename Base::V;
 
-  // Accumulators of 64 bytes, kRows in kSplits copies, fill half of the level's registers: 16 of them hold 4 at
+  // Accumulators of 64 bytes, kRows in kSplits copies, fill half of the registers: 16 of them hold 4 at
   // baseline and 8 with AVX2, the 32 of AVX-512 hold 32.
   static constexpr int kRows = Isa::kRegisterBytes == 64 ? 8 : Isa::kRegisterBytes / 16;
   static constexpr int kSplits = 2;
@@ -67,10 +78,10 @@ struct DenseVectors : WideVectors<Isa, T> {
       v = v < 0 ? -v : v;
       largest = largest < v ? v : largest;
     }
-    T lanes[kWidth], found = 0;
+    T lanes[kWidth], of_lanes = 0;
     Store(largest, lanes);
-    for (int64_t l = 0; l < kWidth; ++l) found = found < lanes[l] ? lanes[l] : found;
-    return found;
+    for (int64_t l = 0; l < kWidth; ++l) of_lanes = of_lanes < lanes[l] ? lanes[l] : of_lanes;
+    return of_lanes;
   }
 
   // to = scale a.

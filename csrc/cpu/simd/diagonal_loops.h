@@ -1,4 +1,4 @@
-// The kernels of cpu/simd/diagonal_kernels.h.
+// The kernels of cpu/simd/diagonal_kernels.h: common/diagonal.h on whole vectors, then on what is left, entry by entry.
 #pragma once
 
 #include <cstdint>

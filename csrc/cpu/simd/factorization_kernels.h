@@ -1,5 +1,7 @@
-// The vector loops of the dense factorizations that are no products of packed matrices (cpu/panels.h), in the widest
-// instructions that this processor has.
+// The vector loops of the dense factorizations that are no products of panels (cpu/simd/panel_kernels.h).
+//
+// Rows begin at multiples of kWideEntries entries and have zeros behind their end, so that no loop has a remainder:
+// lengths are rounded up (cpu/simd/padding.h).
 #pragma once
 
 #include <cstdint>

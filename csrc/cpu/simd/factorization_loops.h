@@ -1,4 +1,5 @@
-// DOC
+// The loops of cpu/simd/factorization_kernels.h. Those over many rows take four at a time, to read the vector that all
+// of them meet once for four.
 #pragma once
 
 #include <cmath>

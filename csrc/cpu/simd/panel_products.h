@@ -1,4 +1,4 @@
-// DOC
+// Products of panels (cpu/simd/panel_kernels.h has the drawing).
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,15 @@ struct PanelProducts : RegisterVectors<Isa, T> {
   using Base::Store;
   using typename Base::V;
 
-  // kStrip * kVectors sums, a vector of each operand and a scalar fill the level's registers: at baseline a product
-  // takes one besides; with AVX2 12 sums, 3 vectors and a scalar; the 16 sums of AVX-512 keep two units of a latency of
-  // 4 busy twice over.
+  // kStrip * kVectors sums, the vectors of an entry of Y and a scalar of X fill the registers:
+  //
+  //                sums      vectors   scalar
+  //   baseline     4 x 2        2         1      and one for a product: no fused multiply-add
+  //   AVX2         4 x 3        3         1
+  //   AVX-512      8 x 2        2         1      16 sums keep two units of a latency of 4 busy twice over
   static constexpr int kVectors = Isa::kRegisterBytes == 32 ? 3 : 2;
   static constexpr int kStrip = Isa::kRegisterBytes == 64 ? 8 : 4;
-  // Systems of so many unknowns and more are factored by panels; measured at each level.
+  // Systems of so many unknowns and more are factored by panels; measured with each set.
   static constexpr int64_t kLeastUnknowns = Isa::kRegisterBytes == 64 ? 256 : Isa::kRegisterBytes == 32 ? 48 : 128;
   static constexpr int64_t kPanel = kVectors * kWidth;
 
@@ -46,20 +49,20 @@ struct PanelProducts : RegisterVectors<Isa, T> {
   }
 
   static void Multiply(const T* left, const T* right, int64_t depth, T* sums) {
-    V found[kStrip][kVectors];
-    Sums(left, right, depth < kDepth ? depth : kDepth, found);
+    V part[kStrip][kVectors];
+    Sums(left, right, depth < kDepth ? depth : kDepth, part);
 #pragma GCC unroll 8
     for (int s = 0; s < kStrip; ++s)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) Store(found[s][v], sums + s * kPanel + v * kWidth);
+      for (int v = 0; v < kVectors; ++v) Store(part[s][v], sums + s * kPanel + v * kWidth);
     for (int64_t k = kDepth; k < depth; k += kDepth) {
-      Sums(left + k * kPanel, right + k * kPanel, depth - k < kDepth ? depth - k : kDepth, found);
+      Sums(left + k * kPanel, right + k * kPanel, depth - k < kDepth ? depth - k : kDepth, part);
       for (int s = 0; s < kStrip; ++s)
         for (int v = 0; v < kVectors; ++v) {
           T* at = sums + s * kPanel + v * kWidth;
           V before;
           Load(at, before);
-          before += found[s][v];
+          before += part[s][v];
           Store(before, at);
         }
     }

@@ -1,4 +1,13 @@
-// DOC
+// The steps of a Cholesky factorization A = L L^T in panels, and of solving with it. A panel has `panel` rows of L,
+// each `kStrip` columns at a time:
+//
+//          from    column
+//           |        |
+//   [ l l l l l l l l | c c c c |           ]   rows of a panel
+//     given to the caller's Subtract, at most kDepth entries at a time, and then
+//   1. Rest                 c -= (entries [from, column) of the rows) (the same of the strip's own rows)^T
+//   2. on the diagonal      FactorizeStrip: column by column, over the root of its pivot
+//      below the diagonal   SubtractAndSolve: c = c (strip's triangle)^-T, column by column
 #pragma once
 
 #include <cmath>
@@ -104,6 +113,7 @@ struct PanelTriangles : PanelProducts<Isa, T> {
 
   static void Forward(const T* rows, int64_t first, const T* inverse, T* y) {
     constexpr int chains = 4;  // hide the latency of an addition
+    // 1. The panel's entries of y less the products with all unknowns before them.
     V sums[chains][kVectors] = {};
     int64_t k = 0;
     for (; k + chains <= first; k += chains)
@@ -125,17 +135,18 @@ struct PanelTriangles : PanelProducts<Isa, T> {
       rest[v] -= (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
       Store(rest[v], own + v * kWidth);
     }
+    // 2. The panel's own unknowns, from the first down.
     for (int64_t s = 0; s < kPanel; ++s) {
-      const T found = own[s] * inverse[first + s];
+      const T solution = own[s] * inverse[first + s];
       const T* column = rows + (first + s) * kPanel;
       for (int v = 0; v < kVectors; ++v) {
         V entry;
         Load(column + v * kWidth, entry);
-        rest[v] -= entry * found;
+        rest[v] -= entry * solution;
         Store(rest[v], own + v * kWidth);
       }
-      own[s] = found;
-      // Its lane is done with: what the later columns have there are zeros, so it stays what is stored.
+      own[s] = solution;
+      // Its lane has ended: what the later columns have there are zeros, so it stays what is stored.
       for (int v = 0; v < kVectors; ++v) Load(own + v * kWidth, rest[v]);
     }
   }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/batched_cg.h"
 #include "common/diagonal.h"

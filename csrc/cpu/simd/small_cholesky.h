@@ -1,4 +1,16 @@
-// DOC
+// The Cholesky factor of one small dense matrix A = U^T U, and systems solved with it.
+//
+// Left-looking, kPanel = 4 rows of U at a time: a row of U is a row of A less what the rows above say. U stands in rows
+// of Padded(n) entries:
+//
+//            top
+//   [ u u u | u u u u | u u u u u ]
+//   [   u u | u u u u | u u u u u ]  finished rows
+//   [     u | u u u u | u u u u u ]
+//           [ p p p p | p p p p p ]  1. SubtractAbove: p -= (column of the finished rows) (finished rows), in tiles
+//           [   p p p | p p p p p ]  2. FinishRow, from the top row of the panel to the last: less the panel's own
+//           [     p p | p p p p p ]     rows above, over the root of its pivot
+//           [       p | p p p p p ]
 #pragma once
 
 #include <cmath>
@@ -15,14 +27,11 @@ namespace curvax {
 template <typename Isa, typename T>
 struct SmallCholesky : DenseVectors<Isa, T> {
   using Base = DenseVectors<Isa, T>;
-  using Base::CopyPadded;
   using Base::Dot;
   using Base::FillZero;
   using Base::kRows;
   using Base::kWidth;
   using Base::Load;
-  using Base::MaxAbs;
-  using Base::Product;
   using Base::Residual;
   using Base::Scale;
   using Base::Store;
@@ -89,6 +98,7 @@ struct SmallCholesky : DenseVectors<Isa, T> {
   static bool Factorize(const CholeskyProblem<T>& problem) {
     const int64_t n = problem.n, padded = Padded<T>(n);
     T* u = problem.factor;
+    // 0. A copy of A + damping I.
     for (int64_t i = 0; i < padded; ++i) {
       T* row = u + i * padded;
       const int64_t begin = i / kWidth * kWidth;
@@ -107,9 +117,11 @@ struct SmallCholesky : DenseVectors<Isa, T> {
     for (int64_t top = 0; top < n; top += kPanel) {
       T least[kPanel];
       for (int r = 0; r < kPanel; ++r) least[r] = rounding * u[(top + r) * padded + top + r];
+      // 1. Less what the finished rows say.
       int64_t column = top / kWidth * kWidth;
       for (; column + wide * kWidth <= padded; column += wide * kWidth) SubtractAbove<wide>(u, padded, top, column);
       for (; column < padded; column += kWidth) SubtractAbove<1>(u, padded, top, column);
+      // 2. The panel's own rows, one after the other.
       for (int r = 0; r < kPanel; ++r) {
         const int64_t i = top + r;
         if (!FinishRow(u, padded, top, i, i < n ? least[r] : T(0))) return false;
@@ -123,22 +135,22 @@ struct SmallCholesky : DenseVectors<Isa, T> {
   static CURVAX_INLINE void SolveTransposed(const T* u, int64_t n, const T* inverse, T* y) {
     const int64_t padded = Padded<T>(n);
     for (int64_t top = 0; top < n; top += kPanel) {
-      T found[kPanel];
+      T solution[kPanel];
       for (int r = 0; r < kPanel; ++r) {
         T rest = y[top + r];
-        for (int k = 0; k < r; ++k) rest -= u[(top + k) * padded + top + r] * found[k];
-        found[r] = rest * inverse[top + r];
+        for (int k = 0; k < r; ++k) rest -= u[(top + k) * padded + top + r] * solution[k];
+        solution[r] = rest * inverse[top + r];
       }
       for (int64_t c = top / kWidth * kWidth; c < padded; c += kWidth) {
         V v, row;
         Load(y + c, v);
         for (int r = 0; r < kPanel; ++r) {
           Load(u + (top + r) * padded + c, row);
-          v = v - row * found[r];
+          v = v - row * solution[r];
         }
         Store(v, y + c);
       }
-      for (int r = 0; r < kPanel; ++r) y[top + r] = found[r];
+      for (int r = 0; r < kPanel; ++r) y[top + r] = solution[r];
     }
   }
 
@@ -173,25 +185,28 @@ struct SmallCholesky : DenseVectors<Isa, T> {
     return IsFinite(sum + problem.damping * 0);
   }
 
-  static CholeskyEnd<T> Solve(const CholeskyProblem<T>& problem, bool sound, const T* rhs, T* value) {
+  static CholeskyEnd<T> Solve(const CholeskyProblem<T>& problem, bool factorized, const T* rhs, T* value) {
     const int64_t n = problem.n, padded = Padded<T>(n);
     T *b = problem.scratch, *x = b + padded, *r = x + padded, *q = r + padded;
     const T* inverse = q + padded;
     T size, unit;
     UnitRhs(rhs, n, b, size, unit);
     const T nan = static_cast<T>(__builtin_nan(""));
-    if (!sound || !IsFinite(size)) {
+    if (!factorized || !IsFinite(size)) {
       for (int64_t i = 0; i < n; ++i) value[i] = nan;
       const bool finite = IsFinite(size) && MatrixIsFinite(problem);
       return {finite ? kNotPositiveDefinite : kNonFinite, nan};
     }
+    // 1. x = (U^T U)^-1 b.
     Scale(T(1), b, r, padded);
     SolveTransposed(problem.factor, n, inverse, r);
     SolveUpper(problem.factor, n, inverse, r, x);
+    // 2. One step of refinement: x += (U^T U)^-1 (b - A x).
     Residual(problem.matrix, problem.stride, n, problem.damping, b, x, q, r);
     SolveTransposed(problem.factor, n, inverse, r);
     SolveUpper(problem.factor, n, inverse, r, q);
     for (int64_t i = 0; i < padded; ++i) x[i] += q[i];
+    // 3. What is left.
     Residual(problem.matrix, problem.stride, n, problem.damping, b, x, q, r);
     const T residual = std::sqrt(Dot(r, r, padded));
     const bool finite = IsFinite(residual);

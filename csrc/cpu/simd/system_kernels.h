@@ -1,4 +1,5 @@
-// One linear system, or one factorization, in the widest instructions that this processor has.
+// One dense linear system of up to a few hundred unknowns, by conjugate gradients or by a Cholesky factor, on one
+// thread.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +64,7 @@ template <typename T>
 struct SystemKernels {
   // Solves `count`, 1 or 2, systems.
   void (*cg)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
-  // Solves up to kWideEntries systems in the scratch of the first; matrices need no padding.
+  // Solves up to kWideEntries systems, one per lane, in the scratch of the first; matrices need no padding.
   void (*cg_by_lane)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
   // Fills `factor`; false where a pivot is not positive beyond rounding.
   bool (*factorize)(const CholeskyProblem<T>& problem);

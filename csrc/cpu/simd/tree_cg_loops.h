@@ -1,4 +1,4 @@
-// The kernels of cpu/simd/tree_cg_kernels.h.
+// The kernels of cpu/simd/tree_cg_kernels.h: whole vectors, then what is left, entry by entry.
 #pragma once
 
 #include <cstdint>
