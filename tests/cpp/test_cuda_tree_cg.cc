@@ -123,8 +123,8 @@ void TestTables() {
     leaves.push_back({ffi::DataType::F32, {(leaf + 1) % 7 * 1500}, reinterpret_cast<void*>(256 * (leaf + 1))});
   for (const auto& [count, tables] : {std::pair{0, 0}, {1, 1}, {66, 1}, {67, 1}, {544, 1}, {634, 1}, {2000, 4}}) {
     Layout layout;
-    const auto error = MakeLayout("test", ffi::DataType::F32, {}, leaves.data(), count, layout);
-    CHECK(error.success(), "%s", error.message().c_str());
+    const auto unlike = MakeLayout("test", ffi::DataType::F32, {}, leaves.data(), count, layout);
+    CHECK(unlike.success(), "%s", unlike.message().c_str());
     size_t leaf = 0;
     int seen = 0;
     const auto error = ForEachTable<6>(
