@@ -1,6 +1,6 @@
 // XLA FFI handler of gram_accumulate: inner products of rows that are not formed, tile by tile on XLA's threads.
 //
-// Row r of example b is a_b d_br^T, so rows (b, r) and (c, s) meet in (a_b . a_c) (d_br . d_cs). With 2 rows per
+// Row r of example b is a_b d_br^T, so rows (b, r) and (c, s) meet in (a_b . a_c) (d_br . d_cs). For 2 rows per
 // example:
 //
 //   1. PackedFactors: activations and cotangents, once, in panels (cpu/simd/panel_kernels.h)

@@ -9,9 +9,9 @@
 //   thread   0       1       2       3       4       5   ...
 //   rows     0-3     4-7     0-3     4-7     0-3     4-7        of column 0, 0, 1, 1, 2, 2 of the matrix
 //            8-11    12-15   8-11    12-15   ...
-//            ...                                                the first kRegisters entries of each thread in
-//            registers,
-//                                                               the last kShared in shared memory (CgShared)
+//            ...
+//
+// Of a thread's entries the first kRegisters are in registers, the last kShared in shared memory (CgShared).
 //
 // Three barriers per iteration: one for the direction, one for each of two groups of sums. The steps 1 to 5 are those
 // of common/batched_cg.h.

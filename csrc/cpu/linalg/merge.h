@@ -26,11 +26,10 @@ struct Part {
 //   1. Gather       the poles of both halves by size, and z
 //   2. Deflate      what z hardly touches, or equals a neighbor in D, is an eigenpair as it is
 //   3. FindRoots    of the rest, the eigenvalues of D + rho z z^T, from the secular equation (cpu/linalg/secular.h)
-//   4. RestoreZ     the z for which these roots are exact (Loewner's formula, Gu and Eisenstat 1994): with it
-//   eigenvectors
-//                   are orthogonal to rounding, however close the roots are
+//   4. RestoreZ     the z for which these roots are exact (Loewner's formula, Gu and Eisenstat 1994), with which
+//                   eigenvectors are orthogonal to rounding, however close the roots are
 //   5. MakeVectors  the eigenvectors of D + rho z z^T times V
-//   6. Finish       what Deflate left aside goes behind them, and all are ordered
+//   6. Finish       the eigenpairs of step 2 go behind them, and all are ordered
 //
 // With rho > 0 every root lies between its pole and the next:
 //

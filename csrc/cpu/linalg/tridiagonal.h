@@ -29,8 +29,8 @@ class Pace {
 // For i = n - 1, n - 2, ..., 1, in blocks of rows:
 //   1. UpdateRow          row i less what the earlier reflectors of this block subtract from it
 //   2. MakeReflectorOf    v takes the row left of the diagonal to (0, ..., 0, beta)
-//   3. SymmetricProduct   w = tau A v - (tau / 2) (w.v) v, with A as it was before this block, corrected for its
-//   reflectors
+//   3. SymmetricProduct   w = tau A v - (tau / 2) (w.v) v, with A as it was before this block,
+//                         corrected for the block's reflectors
 //   4. UpdateLeading      after a block: A = A - V^T W - W^T V, one matrix product
 //
 //   a . . . .         a . . . .          after row 4: what is left is the leading 4 x 4 part

@@ -1,9 +1,8 @@
-// Compiles every kernel for one instruction set: baseline.cc, avx2.cc and avx512f.cc include this and no other file
-// does.
+// Compiles every kernel for one instruction set: baseline.cc, avx2.cc and avx512f.cc include this, no other file.
 //
 // They first include what is not theirs, so that it is compiled for any processor of the architecture, then tell the
 // compiler the instruction set, then include this. So no compiler flag differs between files, and std::max in avx2.cc
-// is the std::max of all files. tests/cpp/test_instruction_sets.py disassembles the build to make sure.
+// is the std::max of all files. tests/cpp/test_cpp.py disassembles all files to make sure.
 #pragma once
 
 #include "cpu/simd/conjugate_gradients.h"

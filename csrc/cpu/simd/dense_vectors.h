@@ -29,8 +29,8 @@ struct DenseVectors : WideVectors<Isa, T> {
   using Base::Store;
   using typename Base::V;
 
-  // Accumulators of 64 bytes, kRows in kSplits copies, fill half of the registers: 16 of them hold 4 at
-  // baseline and 8 with AVX2, the 32 of AVX-512 hold 32.
+  // Accumulators of 64 bytes, kRows in kSplits copies, fill half of the registers: 16 of them hold 4 at baseline
+  // and 8 with AVX2, the 32 of AVX-512 hold 32.
   static constexpr int kRows = Isa::kRegisterBytes == 64 ? 8 : Isa::kRegisterBytes / 16;
   static constexpr int kSplits = 2;
 
