@@ -74,7 +74,7 @@ def lacking(sanitizers: str) -> str | None:
     return None if done.returncode == 0 else f"the compiler's sanitizers {sanitizers} do not work: {done.stderr[:200]}"
 
 
-def run(arguments: list[str | Path], timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str | Path], timeout: int = 900) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(a) for a in arguments], capture_output=True, text=True, timeout=timeout)
 
 
