@@ -6,7 +6,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CXX_FILES := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 # Compiling for GPUs needs no GPU, but JAX's CUDA packages (3.5 GB), which want Python >= 3.12: the versions of the GPU

@@ -7,7 +7,7 @@
 #include "cpu/diagonal.h"
 #include "cpu/gram.h"
 #include "cpu/linalg/handlers.h"
-#include "cpu/simd.h"
+#include "cpu/simd/instruction_set.h"
 #include "cpu/tree_cg.h"
 #include "xla/ffi/api/c_api.h"
 

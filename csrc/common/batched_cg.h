@@ -1,6 +1,19 @@
-// The decisions of conjugate gradients on one system: what the three inner products of an iteration mean. They stand
-// once, for host and device code; who calls them owns the vectors. kernels/batched_cg/reference.py says the same in
-// JAX.
+// The decisions of conjugate gradients on one system (Hestenes and Stiefel 1952): what the inner products of an
+// iteration mean. They stand once, for host and device code, whose comments use the same numbers; who calls them owns
+// the vectors. kernels/batched_cg/reference.py says the same in JAX.
+//
+// A x = b is solved for b of norm 1, with a diagonal preconditioner, `inverse`. From y = 0, r = b - A x at the start x,
+// and p = z = inverse r:
+//   1. q = A p
+//   2. alpha = r.z / p.q               Measure: or the end, where p.q shows that A is not positive definite
+//   3. y = y + alpha p,  r = r - alpha q
+//   4. z = inverse r,  beta = r.z / (r.z before the step)     Proceed: or the end, where r is small
+//   5. p = z + beta p, and again from 1
+// The solution is x + y.
+//
+// A = ((4, 1), (1, 3)), b = (1, 2), not scaled, without start and preconditioner:
+//   p = r = (1, 2)     q = (6, 7)       alpha = 5 / 20             y = (1, 2) / 4    r = (-1/2, 1/4)    beta = 1/16
+//   p = (-7, 6) / 16   q = (-22, 11)/16 alpha = (5/16) / (55/64)   y = (1, 7) / 11   r = 0
 #pragma once
 
 #include <cfloat>
@@ -102,7 +115,7 @@ struct CgStep {
   int outcome = kRunning;
 };
 
-// From p.Ap, p.p and |Ap|^2: how far to go along p, and whether that ends the iteration. `cold`: no start was kept.
+// From p.Ap, p.p and |Ap|^2: how far to go along p, and whether that ends the iteration. `cold`: without a start.
 template <typename T>
 CURVAX_INLINE CgStep<T> Measure(T pq, T pp, T qq, bool cold, CgState<T>& state) {
   CgStep<T> step;

@@ -125,7 +125,7 @@ CURVAX_INLINE void EstimateEntry(const V& a, const V& b, V& estimate) {
 }
 
 // average <- keep average + gain estimate, or the root of the sum of the squares of the two terms; adds the magnitude
-// of the result to `total`. The root is taken of 1 + (small / large)^2, so that no square overflows or underflows.
+// of the result to `total`. The root is that of 1 + (small / large)^2, so that no square overflows or underflows.
 template <bool root_mean_square, typename V>
 CURVAX_INLINE void MixEntry(const V& keep, const V& gain, const V& estimate, V& average, V& total) {
   V mixed = keep * average + gain * estimate;

@@ -26,12 +26,12 @@ inline ffi::Error CheckParameterDtype(const char* op, ffi::DataType dtype) {
 
 // Reads `count` operands from `index` on, each of the shape of `like` and of its wide dtype.
 inline ffi::Error WideArguments(const char* op, ffi::RemainingArgs args, size_t index, const Operands& like,
-                                Operands& found) {
-  found.resize(like.size());
+                                Operands& operands) {
+  operands.resize(like.size());
   for (size_t leaf = 0; leaf < like.size(); ++leaf) {
-    if (auto error = Argument(op, args, index + leaf, found[leaf]); error.failure()) return error;
+    if (auto error = Argument(op, args, index + leaf, operands[leaf]); error.failure()) return error;
     const ffi::DataType dtype = WideDtype(like[leaf].dtype);
-    if (auto error = CheckSame(op, "operand", index + leaf, found[leaf], dtype, like[leaf].dims); error.failure())
+    if (auto error = CheckSame(op, "operand", index + leaf, operands[leaf], dtype, like[leaf].dims); error.failure())
       return error;
   }
   return ffi::Error::Success();
@@ -39,11 +39,11 @@ inline ffi::Error WideArguments(const char* op, ffi::RemainingArgs args, size_t 
 
 // Reads results from `index` on, each like its operand.
 inline ffi::Error Results(const char* op, ffi::RemainingRets rets, size_t index, const Operands& like,
-                          Operands& found) {
-  found.resize(like.size());
+                          Operands& operands) {
+  operands.resize(like.size());
   for (size_t leaf = 0; leaf < like.size(); ++leaf) {
-    if (auto error = Result(op, rets, index + leaf, found[leaf]); error.failure()) return error;
-    if (auto error = CheckSame(op, "result", index + leaf, found[leaf], like[leaf].dtype, like[leaf].dims);
+    if (auto error = Result(op, rets, index + leaf, operands[leaf]); error.failure()) return error;
+    if (auto error = CheckSame(op, "result", index + leaf, operands[leaf], like[leaf].dtype, like[leaf].dims);
         error.failure())
       return error;
   }
@@ -134,15 +134,15 @@ inline ffi::Error ReadDiagonalUpdate(const char* op, ffi::RemainingArgs args, ff
 // The scalars of one member in the dtype of a leaf, weight decay left out where it does not apply.
 template <typename T>
 UpdateScalars<T> ScalarsOf(const DiagonalUpdateCall& call, int64_t member, int64_t leaf) {
-  UpdateScalars<T> found;
-  T* target = &found.keep;
+  UpdateScalars<T> scalars;
+  T* target = &scalars.keep;
   for (int i = 0; i < kUpdateScalars; ++i) {
     const int64_t at = member * kUpdateScalars + i;
     target[i] = call.scalars.dtype == ffi::DataType::F64 ? static_cast<T>(Data<double>(call.scalars)[at])
                                                          : static_cast<T>(Data<float>(call.scalars)[at]);
   }
-  if (call.decays[leaf] == 0) found.decay = 0;
-  return found;
+  if (call.decays[leaf] == 0) scalars.decay = 0;
+  return scalars;
 }
 
 // How a factor lies over a leaf: entry i of the leaf goes with entry (i / inner) % count of the factor.
@@ -153,12 +153,12 @@ struct Spreading {
 };
 
 inline ffi::Error MakeSpreading(const char* op, size_t index, const Dims& leaf, const Dims& factor, size_t batch_axes,
-                                Spreading& found) {
+                                Spreading& spreading) {
   bool fits = leaf.size() == factor.size();
   size_t begin = batch_axes, end = leaf.size();
   for (size_t axis = 0; fits && axis < batch_axes; ++axis) fits = leaf[axis] == factor[axis];
-  found.dense = leaf == factor;
-  if (fits && !found.dense) {
+  spreading.dense = leaf == factor;
+  if (fits && !spreading.dense) {
     while (begin < end && factor[begin] == 1) ++begin;
     while (end > begin && factor[end - 1] == 1) --end;
     for (size_t axis = begin; axis < end; ++axis) fits = fits && leaf[axis] == factor[axis];
@@ -166,8 +166,8 @@ inline ffi::Error MakeSpreading(const char* op, size_t index, const Dims& leaf, 
   if (!fits)
     return Refuse(op, "operand ", index, " has shape ", Shape(factor), ", expected that of its leaf ", Shape(leaf),
                   ", or 1 on some first and some last axes");
-  found.count = Product(Dims(leaf.begin() + begin, leaf.begin() + end));
-  found.inner = Product(Dims(leaf.begin() + end, leaf.end()));
+  spreading.count = Product(Dims(leaf.begin() + begin, leaf.begin() + end));
+  spreading.inner = Product(Dims(leaf.begin() + end, leaf.end()));
   return ffi::Error::Success();
 }
 

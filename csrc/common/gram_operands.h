@@ -70,11 +70,11 @@ inline ffi::Error ReadFactors(const char* op, ffi::RemainingArgs args, size_t& i
   if (!layer.scaled) return ffi::Error::Success();
   if (auto error = Argument(op, args, of_activations, factors.activations); error.failure()) return error;
   if (auto error = dtype(of_activations, factors.activations); error.failure()) return error;
-  const Dims& found = factors.activations.dims;
-  if (layer.in == 0 && !found.empty()) layer.in = found.back();
+  const Dims& shape = factors.activations.dims;
+  if (layer.in == 0 && !shape.empty()) layer.in = shape.back();
   const Dims expected = {factors.examples, layer.blocks, layer.positions, layer.in};
   if (!fits(factors.activations, expected))
-    return Refuse(op, "operand ", of_activations, " has shape ", Shape(found), ", expected the batch axes ",
+    return Refuse(op, "operand ", of_activations, " has shape ", Shape(shape), ", expected the batch axes ",
                   Shape(batch), " and then ", Shape(expected));
   return ffi::Error::Success();
 }

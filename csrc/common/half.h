@@ -37,8 +37,8 @@ CURVAX_INLINE void Widen(BFloat16 half, float& value) { value = FromBits(static_
 
 CURVAX_INLINE void Narrow(float value, BFloat16& half) {
   const uint32_t bits = Bits(value);
-  // Adding 0x7fff, or one more where the kept part is odd, carries into it exactly when rounding up is due. A NaN could
-  // carry over into infinity, so it is made quiet instead.
+  // Adding 0x7fff, or one more where the upper part is odd, carries into it exactly when rounding up is due. A NaN
+  // could carry over into infinity, so it is made quiet instead.
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   half.bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
@@ -47,7 +47,7 @@ CURVAX_INLINE void Narrow(float value, BFloat16& half) {
 CURVAX_INLINE void Widen(Float16 half, float& value) {
   const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
   const uint32_t rest = half.bits & 0x7fffu;
-  // Exponent and mantissa moved into float's places are 2^112 too small, subnormals included: the product mends that
+  // Exponent and mantissa in float's places are 2^112 too small, subnormals included: the product mends that
   // exactly. Infinity and NaN need float's largest exponent.
   const float scaled = FromBits(rest << 13) * 0x1p112f;
   const uint32_t bits = rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : Bits(scaled);

@@ -9,10 +9,10 @@
 
 #include "common/batched_cg.h"
 #include "common/batched_operands.h"
-#include "cpu/batched.h"
 #include "cpu/large_cholesky.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
@@ -52,12 +52,12 @@ class Matrices {
   const T* Of(int64_t system) {
     if (!MustPack(call_)) return call_.matrices.Of<T>(system);
     const int64_t entry = call_.matrices.broadcast.At(system);
-    if (entry != held_) {
+    if (entry != packed_entry_) {
       if (call_.narrow)
         Widen(call_.matrices.Of<uint16_t>(system));
       else
         Copy(call_.matrices.Of<T>(system));
-      held_ = entry;
+      packed_entry_ = entry;
     }
     return packed_;
   }
@@ -87,7 +87,7 @@ class Matrices {
 
   const SystemsCall& call_;
   T* packed_;
-  int64_t held_ = -1;
+  int64_t packed_entry_ = -1;
 };
 
 // ---------------------------------------------------------------------------------------------------- batched_cg
@@ -119,15 +119,15 @@ void WriteEnd(const CgCall& call, int64_t system, const CgEnd<T>& end) {
 template <typename T>
 void RunLanes(const CgCall& call, int64_t begin, int64_t end) {
   Scratch<T> scratch(LaneScratch<T>(call.n));
-  CgProblem<T> problems[kLanes<T>];
-  CgEnd<T> ends[kLanes<T>];
-  for (int64_t system = begin; system < end; system += kLanes<T>) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, end - system));
+  CgProblem<T> problems[kWideEntries<T>];
+  CgEnd<T> ends[kWideEntries<T>];
+  for (int64_t system = begin; system < end; system += kWideEntries<T>) {
+    const int count = static_cast<int>(std::min<int64_t>(kWideEntries<T>, end - system));
     for (int l = 0; l < count; ++l) {
       problems[l] = ProblemOf<T>(call, system + l, call.matrices.Of<T>(system + l), scratch.data());
       problems[l].stride = call.n;
     }
-    KernelsOfSystems<T>().cg_of_lanes(problems, count, ends);
+    Kernels<T>().systems.cg_by_lane(problems, count, ends);
     for (int l = 0; l < count; ++l) WriteEnd<T>(call, system + l, ends[l]);
   }
 }
@@ -148,7 +148,7 @@ void RunEach(const CgCall& call, int64_t begin, int64_t end) {
     for (int k = 0; k < count; ++k)
       problems[k] =
           ProblemOf<T>(call, system + k, matrices[k].Of(system + k), vectors.data() + k * kCgVectors * padded);
-    KernelsOfSystems<T>().cg(problems, count, ends);
+    Kernels<T>().systems.cg(problems, count, ends);
     for (int k = 0; k < count; ++k) WriteEnd<T>(call, system + k, ends[k]);
   }
 }
@@ -157,7 +157,7 @@ template <typename T>
 void RunCg(ffi::ThreadPool& pool, int64_t threads, const CgCall& call) {
   const bool lanes = call.n <= kLaneUnknowns && !call.narrow;
   // Runs of whole vectors of lanes.
-  const int64_t unit = lanes ? kLanes<T> : 1;
+  const int64_t unit = lanes ? kWideEntries<T> : 1;
   const int64_t units = (call.systems + unit - 1) / unit;
   ForEachRun(pool, threads, units, kUsualIterations * call.n * Padded<T>(call.n) * unit,
              [&](int64_t begin, int64_t end) {
@@ -196,19 +196,19 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call, 
   Scratch<T> packed(call.narrow ? n * Padded<T>(n) : 0);
   Matrices<T> upcast(call, packed.data());
   LargeCholesky<T> solver({pool, threads}, n);
-  int64_t held = -1;
+  int64_t last_entry = -1;
   T damping = 0;
   for (int64_t system = begin; system < end; ++system) {
     const int64_t entry = call.matrices.broadcast.At(system);
     const T own = *call.damping.Of<T>(system);
-    if (entry != held || own != damping) {
+    if (entry != last_entry || own != damping) {
       const T rounding = static_cast<T>(n) * Precision<T>::eps;
       if (call.narrow)
         solver.Factorize(upcast.Of(system), Padded<T>(n), own, rounding);
       else
         solver.Factorize(call.matrices.Of<T>(system), n, own, rounding);
     }
-    held = entry;
+    last_entry = entry;
     damping = own;
     WriteEnd<T>(call, system, solver.Solve(call.rhs.Of<T>(system), Data<T>(call.value) + system * n));
   }
@@ -225,26 +225,26 @@ void RunLarge(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) 
 
 template <typename T>
 void RunCholesky(ffi::ThreadPool& pool, int64_t threads, const CholeskyCall& call) {
-  if (call.n >= KernelsOfPanels<T>().unknowns) return RunLarge<T>(pool, threads, call);
-  const SystemKernels<T>& kernels = KernelsOfSystems<T>();
+  if (call.n >= Kernels<T>().panels.unknowns) return RunLarge<T>(pool, threads, call);
+  const SystemKernels<T>& kernels = Kernels<T>().systems;
   const int64_t n = call.n, padded = Padded<T>(n);
   ForEachRun(pool, threads, call.systems, n * padded * (n / 6 + 4), [&](int64_t begin, int64_t end) {
     Scratch<T> vectors(kCholeskyVectors * padded);
     Scratch<T> factor(padded * padded);
     Scratch<T> packed(Matrices<T>::MustPack(call) ? n * padded : 0);
     Matrices<T> matrices(call, packed.data());
-    int64_t held = -1;
+    int64_t last_entry = -1;
     T damping = 0;
-    bool sound = false;
+    bool factorized = false;
     for (int64_t system = begin; system < end; ++system) {
       const int64_t entry = call.matrices.broadcast.At(system);
       const CholeskyProblem<T> problem = {matrices.Of(system),         padded,        n,
                                           *call.damping.Of<T>(system), factor.data(), vectors.data()};
-      if (entry != held || problem.damping != damping) sound = kernels.factorize(problem);
-      held = entry;
+      if (entry != last_entry || problem.damping != damping) factorized = kernels.factorize(problem);
+      last_entry = entry;
       damping = problem.damping;
       const T* rhs = call.rhs.Of<T>(system);
-      WriteEnd<T>(call, system, kernels.solve(problem, sound, rhs, Data<T>(call.value) + system * n));
+      WriteEnd<T>(call, system, kernels.solve(problem, factorized, rhs, Data<T>(call.value) + system * n));
     }
   });
 }
@@ -262,7 +262,7 @@ ffi::Error BatchedCholeskySolve(ffi::ThreadPool pool, ffi::RemainingArgs args, f
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BatchedCgHandler, BatchedCg,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -1,7 +1,7 @@
 // XLA FFI handlers of diagonal_update: the vector work of Sophia and AdaHessian over all leaves of a pytree in one
 // call.
 //
-// A step is taken as a whole or not at all, and whether it may be is known only at its end. Where the call has results
+// A step changes all parameters or none, and which, is known only at its end. Where the call has results
 // for copies, each block keeps what it overwrites there, and the copies go back in the rare call whose outcome is not
 // finite: one more stream of writes. Where it has none, a pass that writes nothing looks first: twice the reading, no
 // memory.
@@ -17,8 +17,8 @@
 #include "common/diagonal_call.h"
 #include "common/half.h"
 #include "common/pairwise.h"
-#include "cpu/diagonal_simd.h"
 #include "cpu/for_each_block.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
@@ -57,7 +57,7 @@ bool UpdateWide(const DiagonalUpdateCall& call, int64_t member, int64_t leaf, in
   block.params = Data<T>(call.params[leaf]) + at;
   block.params_out = writes == Writes::kAll ? Data<T>(call.params_out[leaf]) + at : nowhere;
   if (writes == Writes::kAll && !call.saved.empty()) block.saved = Data<T>(call.saved[leaf]) + at;
-  const auto update = DiagonalKernelsHere<T>().update[static_cast<int>(call.denominator)][call.has_mean];
+  const auto update = Kernels<T>().diagonal.update[static_cast<int>(call.denominator)][call.has_mean];
   return update(ScalarsOf<T>(call, member, leaf), block, n);
 }
 
@@ -71,7 +71,7 @@ bool UpdateNarrow(const DiagonalUpdateCall& call, int64_t member, int64_t leaf, 
   UpdateBlock<float> block = BlockOf<float>(call, leaf, at, writes, nowhere);
   block.params = wide;
   block.params_out = wide;
-  const auto update = DiagonalKernelsHere<float>().update[static_cast<int>(call.denominator)][call.has_mean];
+  const auto update = Kernels<float>().diagonal.update[static_cast<int>(call.denominator)][call.has_mean];
   update(ScalarsOf<float>(call, member, leaf), block, n);
   float spoiled = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -167,7 +167,7 @@ void Expand(const Spreading& spreading, const T* factor, int64_t start, int64_t 
 
 template <typename T>
 double Accumulate(const DiagonalAccumulateCall& call, int64_t member, int64_t leaf, int64_t at, int64_t n, bool write) {
-  const DiagonalKernels<T>& kernels = DiagonalKernelsHere<T>();
+  const DiagonalKernels<T>& kernels = Kernels<T>().diagonal;
   const Spreading& spreading = call.spreading[leaf];
   T formed[kBlock], nowhere[kBlock];
   const T* estimate = Data<T>(call.a[leaf]) + at;

@@ -9,7 +9,7 @@
 
 namespace curvax {
 
-// Below this many bytes moved in a call one thread is faster than waking another.
+// Below this many bytes per call one thread is faster than waking another.
 inline constexpr int64_t kThreadingBytes = 2 << 20;
 // A thread takes runs of neighboring blocks: this many runs per thread balance the load, and long runs suit the
 // prefetcher.

@@ -1,9 +1,23 @@
 // XLA FFI handler of gram_accumulate: inner products of rows that are not formed, tile by tile on XLA's threads.
 //
-// The factors are packed once (cpu/panels.h). Then each tile of the result is taken through all layers while it is in
-// cache: a strip of its cotangents' products is made in registers, scaled by the activations' products of the examples
-// that its rows belong to, and added. Neither product ever exists as a whole. The contract is in
-// kernels/gram_accumulate/native.py.
+// Row r of example b is a_b d_br^T, so rows (b, r) and (c, s) meet in (a_b . a_c) (d_br . d_cs). For 2 rows per
+// example:
+//
+//   1. PackedFactors: activations and cotangents, once, in panels (cpu/simd/panel_kernels.h)
+//   2. for each tile of the result, layer after layer while the tile is in cache:
+//
+//      Tile::MakeScales                 Tile::AddProducts, strip by strip           the tile
+//
+//           c0  c1    repeated:           d_c0,0  d_c0,1  d_c1,0  d_c1,1
+//      b0 [ p   q ] -> p p q q   times  [ .       .       .       .      ] d_b0,0   added to what stands there
+//      b1 [ r   s ]    p p q q          [ .       .       .       .      ] d_b0,1
+//                      r r s s          [ .       .       .       .      ] d_b1,0
+//                      r r s s          [ .       .       .       .      ] d_b1,1
+//
+//   3. Tile::Mirror, where the upper triangle is wanted: a symmetric result is made below the diagonal alone
+//
+// The products of a strip are made and scaled in registers, and the scales of a tile are all that is stored. The
+// contract is in kernels/gram_accumulate/native.py.
 
 #include "cpu/gram.h"
 
@@ -13,9 +27,9 @@
 
 #include "common/gram_operands.h"
 #include "common/half.h"
-#include "cpu/panels.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -30,12 +44,12 @@ constexpr int64_t kTilesPerThread = 6;
 // Entries packed at a time: a cache line of each row.
 constexpr int64_t kPackedRun = 16;
 
-// Rows [0, kept) of a panel, `depth` entries each, and zeros for the others.
+// Rows [0, valid) of a panel, `depth` entries each, and zeros for the others.
 template <typename T, typename S>
-void PackPanel(const S* const* rows, int64_t kept, int64_t depth, int64_t panel, T* to) {
+void PackPanel(const S* const* rows, int64_t valid, int64_t depth, int64_t panel, T* to) {
   for (int64_t begin = 0; begin < depth; begin += kPackedRun) {
     const int64_t end = std::min(depth, begin + kPackedRun);
-    for (int64_t r = 0; r < kept; ++r)
+    for (int64_t r = 0; r < valid; ++r)
       for (int64_t k = begin; k < end; ++k) {
         if constexpr (std::is_arithmetic_v<S>) {
           to[k * panel + r] = static_cast<T>(rows[r][k]);
@@ -45,17 +59,17 @@ void PackPanel(const S* const* rows, int64_t kept, int64_t depth, int64_t panel,
           to[k * panel + r] = static_cast<T>(wide);
         }
       }
-    for (int64_t k = begin; k < end; ++k) std::fill(to + k * panel + kept, to + (k + 1) * panel, T(0));
+    for (int64_t k = begin; k < end; ++k) std::fill(to + k * panel + valid, to + (k + 1) * panel, T(0));
   }
 }
 
 // The same for any dtype; entry 0 of row r stands at element offset(r) of the operand.
 template <typename T, typename Offset>
-void PackPanel(const Operand& from, const Offset& offset, int64_t kept, int64_t depth, int64_t panel, T* to) {
+void PackPanel(const Operand& from, const Offset& offset, int64_t valid, int64_t depth, int64_t panel, T* to) {
   const auto pack = [&](const auto* data) {
     decltype(data) rows[kLargestPanel];
-    for (int64_t r = 0; r < kept; ++r) rows[r] = data + offset(r);
-    PackPanel(rows, kept, depth, panel, to);
+    for (int64_t r = 0; r < valid; ++r) rows[r] = data + offset(r);
+    PackPanel(rows, valid, depth, panel, to);
   };
   switch (from.dtype) {
     case ffi::DataType::F64:
@@ -153,7 +167,7 @@ template <typename T>
 class Tile {
  public:
   Tile(const Cut& down, const Cut& across, int64_t i, int64_t j, bool triangle, const T* from, T* to)
-      : kernels_(KernelsOfPanels<T>()),
+      : kernels_(Kernels<T>().panels),
         down_(down),
         across_(across),
         i_(i),
@@ -254,7 +268,7 @@ void Run(ffi::ThreadPool& pool, int64_t threads, const GramCall& call) {
     work += pairs * layer.blocks * layer.positions * layer.positions *
             (layer.out + layer.in / (call.per_example * call.per_example));
   if (threads <= 0) threads = work < kThreadingWork ? 1 : std::max<int64_t>(1, pool.num_threads());
-  const int64_t panel = KernelsOfPanels<T>().panel;
+  const int64_t panel = Kernels<T>().panels.panel;
   int64_t tile = kTileRows / panel * panel;
   while (tile / 2 >= kLeastTileRows && pairs < kTilesPerThread * threads * tile * tile) tile = tile / 2 / panel * panel;
   const Cut down = {call.rows, call.per_example, panel, tile}, across = {call.columns, call.per_example, panel, tile};
@@ -280,11 +294,13 @@ void Run(ffi::ThreadPool& pool, int64_t threads, const GramCall& call) {
     for (int64_t j = 0; j < (call.triangle ? i + 1 : across.tiles()); ++j) tiles.emplace_back(i, j);
 
   for (int64_t member = 0; member < call.members; ++member) {
+    // 1. Packing.
     ParallelFor(pool, threads, static_cast<int64_t>(packing.size()),
                 [&](int64_t k) { packing[k].factors->Pack(member, packing[k].number); });
     const int64_t begin = member * call.rows * call.columns;
     T* to = Data<T>(call.result) + begin;
     const T* from = call.start.data == nullptr ? nullptr : Data<T>(call.start) + begin;
+    // 2. and 3. Tiles.
     ParallelFor(pool, threads, static_cast<int64_t>(tiles.size()), [&](int64_t k) {
       Tile<T> one(down, across, tiles[k].first, tiles[k].second, call.triangle, from, to);
       for (size_t l = 0; l < left.size(); ++l) one.Add(left[l], others[l]);
@@ -307,7 +323,7 @@ ffi::Error GramAccumulate(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Re
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GramAccumulateHandler, GramAccumulate,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

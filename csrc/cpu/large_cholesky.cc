@@ -7,7 +7,7 @@
 
 #include "common/batched_cg.h"
 #include "common/leaves.h"
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -20,7 +20,7 @@ constexpr int64_t kVectors = 4;
 template <typename T>
 double Dot(const T* a, const T* b, int64_t n) {
   double sum = 0;
-  for (int64_t i = 0; i < n; i += kBlock) sum += Kernels<T>().dot(a + i, b + i, std::min(kBlock, n - i));
+  for (int64_t i = 0; i < n; i += kBlock) sum += Kernels<T>().tree_cg.dot(a + i, b + i, std::min(kBlock, n - i));
   return sum;
 }
 
@@ -42,7 +42,7 @@ T UnitRhs(const T* rhs, int64_t n, int64_t padded, T* b) {
 template <typename T>
 LargeCholesky<T>::LargeCholesky(const Workers& workers, int64_t n)
     : workers_(workers),
-      kernels_(KernelsOfPanels<T>()),
+      kernels_(Kernels<T>().panels),
       n_(n),
       block_(std::max<int64_t>(1, kBlockRows / kernels_.panel)),
       factor_(n),
@@ -53,10 +53,10 @@ LargeCholesky<T>::LargeCholesky(const Workers& workers, int64_t n)
 template <typename T>
 void LargeCholesky<T>::Pack(int64_t panel) {
   const int64_t width = factor_.width(), first = panel * width, end = first + width;
-  const int64_t kept = std::min(n_, end) - first;
+  const int64_t valid = std::min(n_, end) - first;
   T* to = factor_.Rows(panel);
   for (int64_t k = 0; k < end; ++k, to += width) {
-    const int64_t copied = k < n_ ? kept : 0;
+    const int64_t copied = k < n_ ? valid : 0;
     if (copied > 0) std::memcpy(to, matrix_ + k * stride_ + first, copied * sizeof(T));
     std::fill(to + copied, to + width, T(0));
     if (k < first) continue;
@@ -87,21 +87,23 @@ void LargeCholesky<T>::Factorize(const T* matrix, int64_t stride, T damping, T r
   stride_ = stride;
   damping_ = damping;
   rounding_ = rounding;
-  sound_ = true;
+  factorized_ = true;
   const int64_t panels = factor_.panels();
   workers_.For(panels, [&](int64_t panel) { Pack(panels - 1 - panel); });
-  for (int64_t begin = 0; begin < panels && sound_; begin += block_) {
+  for (int64_t begin = 0; begin < panels && factorized_; begin += block_) {
     const int64_t end = std::min(panels, begin + block_);
     const int64_t from = begin * factor_.width(), to = end * factor_.width();
-    bool sound = true;  // written by piece 0 alone
+    bool factorized = true;  // written by piece 0 alone
+    // 1. and 2.
     workers_.For(1 + (begin > 0 ? panels - end : 0), [&](int64_t piece) {
       if (piece == 0)
-        sound = FactorizeDiagonal(begin, end);
+        factorized = FactorizeDiagonal(begin, end);
       else
         factor_.Subtract(factor_.Rows(end + piece - 1), 0, from, to);
     });
-    sound_ = sound;
-    if (sound_)
+    factorized_ = factorized;
+    // 3.
+    if (factorized_)
       workers_.For(panels - end,
                    [&](int64_t piece) { factor_.SolveEntries(factor_.Rows(end + piece), from, from, to); });
   }
@@ -109,7 +111,7 @@ void LargeCholesky<T>::Factorize(const T* matrix, int64_t stride, T damping, T r
 
 template <typename T>
 int LargeCholesky<T>::WriteFactor(T* factor) const {
-  if (!sound_) {
+  if (!factorized_) {
     std::fill_n(factor, n_ * n_, std::numeric_limits<T>::quiet_NaN());
     return MatrixIsFinite() ? kNotPositiveDefinite : kNonFinite;
   }
@@ -159,7 +161,7 @@ CholeskyEnd<T> LargeCholesky<T>::Solve(const T* rhs, T* value) {
   const int64_t padded = factor_.padded();
   T *b = least_ + padded, *x = b + padded, *r = x + padded;
   const T size = UnitRhs(rhs, n_, padded, b), nan = std::numeric_limits<T>::quiet_NaN();
-  if (!sound_ || !IsFinite(size)) {
+  if (!factorized_ || !IsFinite(size)) {
     std::fill_n(value, n_, nan);
     return {IsFinite(size) && MatrixIsFinite() ? kNotPositiveDefinite : kNonFinite, nan};
   }

@@ -3,20 +3,27 @@
 
 #include <cstdint>
 
-#include "cpu/batched.h"
 #include "cpu/linalg/triangle.h"
 #include "cpu/linalg/workers.h"
-#include "cpu/panels.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
 
 // A + damping I = L L^T, with L in panels as long as the lower triangle: half the matrix.
 //
-// Block columns are made from left to right. Each panel is first freed of the products of the block columns before it,
-// then the panels on the diagonal are factorized, then the ones below are solved with them: what is on the diagonal is
-// made by one thread while the others free the panels below. Which thread does what has no influence on the result.
+// Block columns of L are made from left to right. For the one between the bars:
+//
+//   [ l       |     |       ]
+//   [ l l     |     |       ]     1. every panel (row) loses the products of the block columns before it,
+//   [ l l l   |     |       ]        l l^T: one thread does so on the diagonal, D, and goes on to
+//   [ l l l l | D   |       ]     2. the panels on the diagonal, D = L L^T, while the others do so below, B
+//   [ l l l l | D D |       ]     3. then all solve the panels below, B = B L^-T
+//   [ l l l l | B B | .     ]
+//   [ l l l l | B B | . .   ]
+//
+// Which thread does what has no influence on the result.
 template <typename T>
 class LargeCholesky {
  public:
@@ -48,7 +55,7 @@ class LargeCholesky {
   const T* matrix_ = nullptr;
   int64_t stride_ = 0;
   T damping_ = 0, rounding_ = 0;
-  bool sound_ = false;
+  bool factorized_ = false;
 };
 
 }  // namespace curvax

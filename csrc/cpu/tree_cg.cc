@@ -9,7 +9,7 @@
 #include "common/pairwise.h"
 #include "common/tree_cg_operands.h"
 #include "cpu/for_each_block.h"
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace curvax {
@@ -20,7 +20,7 @@ namespace {
 template <typename T>
 void RunUpdate(ffi::ThreadPool& pool, int64_t threads, const UpdateCall& call) {
   const Layout& layout = call.layout;
-  const BlockKernels<T>& kernels = Kernels<T>();
+  const TreeCgKernels<T>& kernels = Kernels<T>().tree_cg;
   const int64_t blocks = layout.blocks();
   std::vector<double> partial(blocks * layout.batch);
   const T* alpha = Data<T>(call.alpha);
@@ -50,7 +50,7 @@ ffi::Error CgUpdate(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
 
 template <typename T>
 void RunDirection(ffi::ThreadPool& pool, int64_t threads, const DirectionCall& call) {
-  const BlockKernels<T>& kernels = Kernels<T>();
+  const TreeCgKernels<T>& kernels = Kernels<T>().tree_cg;
   const T* beta = Data<T>(call.beta);
   ForEachBlock(pool, call.layout, 3 * sizeof(T), threads,
                [&](int64_t member, int64_t leaf, int64_t at, int64_t n, int64_t) {
@@ -74,7 +74,7 @@ ffi::Error CgDirection(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
 template <typename T>
 void RunDots(ffi::ThreadPool& pool, int64_t threads, const DotsCall& call) {
   const Layout& layout = call.layout;
-  const BlockKernels<T>& kernels = Kernels<T>();
+  const TreeCgKernels<T>& kernels = Kernels<T>().tree_cg;
   const int64_t pairs = static_cast<int64_t>(call.results.size());
   const int64_t blocks = layout.blocks();
   const int64_t total = blocks * layout.batch;
@@ -111,7 +111,7 @@ ffi::Error Dots(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 #define CURVAX_BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("threads")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CgUpdateHandler, CgUpdate, CURVAX_BINDING);

@@ -35,10 +35,10 @@ CgArguments<T> ArgumentsOf(const CgCall& call) {
   return a;
 }
 
-template <typename T, typename Element, int N, int G, int S>
+template <typename T, typename Element, typename Spread>
 ffi::Error LaunchCg(cudaStream_t stream, const CgCall& call) {
-  constexpr int64_t bytes = SharedBytes<T, N, G, S>();
-  const auto kernel = BatchedCgKernel<T, Element, N, G, S>;
+  constexpr int64_t bytes = CgShared<T, Spread>::kBytes;
+  const auto kernel = BatchedCgKernel<T, Element, Spread>;
   const Dims& shape = call.matrices.operand.dims;
   if (call.systems > std::numeric_limits<int32_t>::max())
     return Refuse("batched_cg", Name(call.dtype), Shape(shape), " has ", call.systems,
@@ -49,25 +49,25 @@ ffi::Error LaunchCg(cudaStream_t stream, const CgCall& call) {
     const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (auto error = CheckLaunch("batched_cg", call.dtype, shape, status); error.failure()) return error;
   }
-  kernel<<<dim3(static_cast<unsigned>(call.systems)), dim3(N * G), bytes, stream>>>(ArgumentsOf<T>(call));
+  kernel<<<dim3(static_cast<unsigned>(call.systems)), dim3(Spread::kThreads), bytes, stream>>>(ArgumentsOf<T>(call));
   return CheckLaunch("batched_cg", call.dtype, shape, cudaGetLastError());
 }
 
-// Spreads that need no more registers than a thread has.
+// Spreads that need no more registers than a thread has: unknowns, threads for each, entries of each in shared memory.
 template <typename Element>
 ffi::Error RunFloat(cudaStream_t stream, const CgCall& call) {
-  if (call.n <= 16) return LaunchCg<float, Element, 16, 2, 0>(stream, call);
-  if (call.n <= 32) return LaunchCg<float, Element, 32, 1, 0>(stream, call);
-  if (call.n <= 64) return LaunchCg<float, Element, 64, 2, 0>(stream, call);
-  if (call.n <= 128) return LaunchCg<float, Element, 128, 2, 16>(stream, call);
-  return LaunchCg<float, Element, 256, 2, 80>(stream, call);
+  if (call.n <= 16) return LaunchCg<float, Element, Spread<16, 2, 0>>(stream, call);
+  if (call.n <= 32) return LaunchCg<float, Element, Spread<32, 1, 0>>(stream, call);
+  if (call.n <= 64) return LaunchCg<float, Element, Spread<64, 2, 0>>(stream, call);
+  if (call.n <= 128) return LaunchCg<float, Element, Spread<128, 2, 16>>(stream, call);
+  return LaunchCg<float, Element, Spread<256, 2, 80>>(stream, call);
 }
 
 ffi::Error RunDouble(cudaStream_t stream, const CgCall& call) {
-  if (call.n <= 16) return LaunchCg<double, double, 16, 2, 0>(stream, call);
-  if (call.n <= 32) return LaunchCg<double, double, 32, 2, 0>(stream, call);
-  if (call.n <= 64) return LaunchCg<double, double, 64, 4, 0>(stream, call);
-  return LaunchCg<double, double, 128, 2, 0>(stream, call);
+  if (call.n <= 16) return LaunchCg<double, double, Spread<16, 2, 0>>(stream, call);
+  if (call.n <= 32) return LaunchCg<double, double, Spread<32, 2, 0>>(stream, call);
+  if (call.n <= 64) return LaunchCg<double, double, Spread<64, 4, 0>>(stream, call);
+  return LaunchCg<double, double, Spread<128, 2, 0>>(stream, call);
 }
 
 ffi::Error BatchedCg(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t start,

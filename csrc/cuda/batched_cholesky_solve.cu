@@ -32,7 +32,7 @@ ffi::Error RunCholesky(cudaStream_t stream, const CholeskyCall& call) {
   a.iterations = Data<int32_t>(call.iterations);
   a.n = static_cast<int>(call.n);
   const auto kernel = BatchedCholeskySolveKernel<T, Element>;
-  const int64_t bytes = CholeskySharedBytes<T>(a.n);
+  const int64_t bytes = CholeskyShared<T>::Bytes(a.n);
   // More than what a block gets without asking.
   if (bytes > 48 << 10) {
     const auto status =

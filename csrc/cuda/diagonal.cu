@@ -31,8 +31,8 @@ struct Group {
   }
 };
 
-// The leaves for which `belongs(leaf)`, their blocks numbered from `slot` on, which is moved past them. An empty vector
-// stands for null pointers.
+// The leaves for which `belongs(leaf)`, their blocks numbered from `slot` on, which goes on behind them. An empty
+// vector stands for null pointers.
 template <typename Belongs>
 Group Select(const Layout& whole, const std::vector<const Operands*>& vectors, int64_t& slot, const Belongs& belongs) {
   Group group;
@@ -58,9 +58,9 @@ Group Select(const Layout& whole, const std::vector<const Operands*>& vectors, i
 
 template <int kVectors>
 std::array<const Operand*, kVectors> Pointers(const Group& group) {
-  std::array<const Operand*, kVectors> found;
-  for (int v = 0; v < kVectors; ++v) found[v] = group.vectors[v].data();
-  return found;
+  std::array<const Operand*, kVectors> leaves;
+  for (int v = 0; v < kVectors; ++v) leaves[v] = group.vectors[v].data();
+  return leaves;
 }
 
 template <Denominator kind, typename P, typename T>

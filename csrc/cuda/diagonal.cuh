@@ -136,10 +136,10 @@ template <int kSize>
 __global__ void __launch_bounds__(kSize)
     DiagonalJudgeKernel(const uint8_t* spoiled, int64_t blocks, const bool* sound, bool* finite) {
   const int64_t member = blockIdx.x;
-  double found = 0;
+  double sum = 0;
   for (int64_t block = static_cast<int64_t>(threadIdx.x); block < blocks; block += kSize)
-    found += spoiled[member * blocks + block];
-  const double total = BlockSum<kSize>(found);
+    sum += spoiled[member * blocks + block];
+  const double total = BlockSum<kSize>(sum);
   if (threadIdx.x == 0) finite[member] = sound[member] && total == 0;
 }
 
@@ -221,9 +221,9 @@ __global__ void __launch_bounds__(kThreads)
     sum += partial[member * blocks + block];
   const double total = BlockSum<kThreads>(sum);
   if (threadIdx.x != 0) return;
-  const T found = static_cast<T>(static_cast<double>(scalars[member * kAccumulateScalars + 2]) * total);
-  scale[member] = found;
-  finite[member] = found * T(0) == T(0);
+  const T mean = static_cast<T>(static_cast<double>(scalars[member * kAccumulateScalars + 2]) * total);
+  scale[member] = mean;
+  finite[member] = mean * T(0) == T(0);
 }
 
 }  // namespace curvax

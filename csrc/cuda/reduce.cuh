@@ -4,6 +4,11 @@
 // XLA allocates, and SumRows adds the terms up. (To leave that to an XLA reduction costs more: for the two inner
 // products of a CG iteration XLA 0.11 launches a kernel each and one more for the scalar arithmetic. To let the last
 // block to finish do it needs a counter set to zero first, which is a launch as well.)
+//
+//   elements of a block      thread 0    thread 1   ...  thread 255      in the dtype, at most 16 products each
+//   BlockSums                   warp 0 ..... warp 7                      halves by shuffles, then across warps, in
+//   double `partial`, one per block   [ . . . . . . . . ] SumRows                     one thread block per result and
+//   member   in double
 #pragma once
 
 #include <cstdint>

@@ -80,15 +80,15 @@ inline XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
 
 inline const XLA_FFI_Api* Api() {
   static const XLA_FFI_Api api = [] {
-    XLA_FFI_Api made = {};
-    made.struct_size = XLA_FFI_Api_STRUCT_SIZE;
-    made.XLA_FFI_Error_Create = CreateError;
-    made.XLA_FFI_Error_GetMessage = GetMessage;
-    made.XLA_FFI_Error_Destroy = DestroyError;
-    made.XLA_FFI_ThreadPool_Schedule = Schedule;
-    made.XLA_FFI_ThreadPool_NumThreads = NumThreads;
-    made.XLA_FFI_Stream_Get = GetStream;
-    return made;
+    XLA_FFI_Api table = {};
+    table.struct_size = XLA_FFI_Api_STRUCT_SIZE;
+    table.XLA_FFI_Error_Create = CreateError;
+    table.XLA_FFI_Error_GetMessage = GetMessage;
+    table.XLA_FFI_Error_Destroy = DestroyError;
+    table.XLA_FFI_ThreadPool_Schedule = Schedule;
+    table.XLA_FFI_ThreadPool_NumThreads = NumThreads;
+    table.XLA_FFI_Stream_Get = GetStream;
+    return table;
   }();
   return &api;
 }

@@ -1,4 +1,4 @@
-// What the C++ tests share: a check that says what it found, and exact sums to compare with.
+// What the C++ tests share: a check that says what is wrong, and exact sums to compare with.
 #pragma once
 
 #include <cmath>

@@ -10,30 +10,10 @@
 #include "check.h"
 #include "common/leaves.h"
 #include "common/pairwise.h"
-#include "common/vector.h"
-#include "cpu/simd.h"
+#include "levels.h"
 
 namespace curvax {
 namespace {
-#define CURVAX_BODY "cpu/blocks.inc"
-#include "cpu/levels.inc"
-
-template <typename T>
-struct Level {
-  const char* name;
-  BlockKernels<T> kernels;
-};
-
-template <typename T>
-std::vector<Level<T>> Levels() {
-  std::vector<Level<T>> levels = {{"baseline", baseline::kKernels<T>}};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back({"avx2", avx2::kKernels<T>});
-  if (__builtin_cpu_supports("avx512f")) levels.push_back({"avx512f", avx512f::kKernels<T>});
-#endif
-  return levels;
-}
-
 std::mt19937 randomness(3);
 
 // n normal elements that begin `shift` elements after where the allocation does.
@@ -57,8 +37,8 @@ void Near(T got, long double exact, long double magnitude, int roundings, const 
 }
 
 template <typename T>
-void TestLevel(const Level<T>& level, int64_t n, int shift) {
-  const BlockKernels<T>& kernels = level.kernels;
+void TestLevel(const CompiledLevel<T>& level, int64_t n, int shift) {
+  const TreeCgKernels<T>& kernels = level.kernels.tree_cg;
   Vector<T> x(n, shift), p(n, 1 - shift), r(n, shift), q(n, 0);
   Vector<T> xo = x, ro = r;  // in place
   const T alpha = static_cast<T>(-0.6), lam = static_cast<T>(0.3);
@@ -95,7 +75,7 @@ void TestLevel(const Level<T>& level, int64_t n, int shift) {
 
 template <typename T>
 void TestLevels() {
-  for (const Level<T>& level : Levels<T>())
+  for (const CompiledLevel<T>& level : Levels<T>())
     for (int64_t n : {0, 1, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 4095, 4096})
       for (int shift : {0, 1}) TestLevel<T>(level, n, shift);
 }

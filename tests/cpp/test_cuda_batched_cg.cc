@@ -77,16 +77,16 @@ std::vector<long double> Eliminate(std::vector<long double> a, std::vector<long 
   return b;
 }
 
-template <typename T, typename Element, int N, int G, int S>
+template <typename T, typename Element, typename Spread>
 void Run(const CgArguments<T>& arguments, int count) {
-  emulator::Launch(dim3(count), dim3(N * G), SharedBytes<T, N, G, S>(),
-                   [&] { BatchedCgKernel<T, Element, N, G, S>(arguments); });
+  emulator::Launch(dim3(count), dim3(Spread::kThreads), CgShared<T, Spread>::kBytes,
+                   [&] { BatchedCgKernel<T, Element, Spread>(arguments); });
 }
 
-template <typename T, int N, int G, int S>
+template <typename T, typename Spread>
 void TestSolutions(int n) {
   Systems<T> systems(n, 2);
-  Run<T, T, N, G, S>(systems.Arguments(), 2);
+  Run<T, T, Spread>(systems.Arguments(), 2);
   for (int s = 0; s < 2; ++s) {
     CHECK(systems.result[s] == kConverged, "n %d: result %d", n, systems.result[s]);
     CHECK(systems.iterations[s] >= 1 && systems.iterations[s] <= 40, "n %d: %d", n, systems.iterations[s]);
@@ -110,7 +110,7 @@ void TestOutcomes() {
   matrix(3)[5] = matrix(3)[5 * n] = std::numeric_limits<float>::quiet_NaN();
   std::fill(systems.b.begin() + 4 * n, systems.b.begin() + 5 * n, 0.0f);
   systems.b[5 * n + 1] = std::numeric_limits<float>::infinity();
-  Run<float, float, 16, 2, 0>(systems.Arguments(), 6);
+  Run<float, float, Spread<16, 2, 0>>(systems.Arguments(), 6);
   const int expected[] = {kConverged, kNegativeCurvature, kBreakdown, kNonFinite, kConverged, kNonFinite};
   for (int s = 0; s < 6; ++s) CHECK(systems.result[s] == expected[s], "system %d: %d", s, systems.result[s]);
   CHECK(systems.iterations[4] == 0 && systems.residual[4] == 0, "%d iterations", systems.iterations[4]);
@@ -125,7 +125,7 @@ void TestStartAndInverse() {
   const int n = 30;
   Systems<float> systems(n, 2);
   auto arguments = systems.Arguments();
-  Run<float, float, 32, 1, 0>(arguments, 2);
+  Run<float, float, Spread<32, 1, 0>>(arguments, 2);
   const std::vector<float> solution = systems.value;
   std::vector<float> inverse(2 * n), start = solution;
   for (int i = 0; i < 2 * n; ++i) inverse[i] = 1 + i % 3;
@@ -133,7 +133,7 @@ void TestStartAndInverse() {
   arguments.inverse = inverse.data();
   arguments.start = start.data();
   systems.rtol[0] = 2e-5f;
-  Run<float, float, 32, 1, 0>(arguments, 2);
+  Run<float, float, Spread<32, 1, 0>>(arguments, 2);
   CHECK(systems.iterations[1] == 0, "%d", systems.iterations[1]);
   CHECK(systems.iterations[0] > 2, "%d", systems.iterations[0]);
   for (int i = 0; i < 2 * n; ++i) CHECK(std::abs(systems.value[i] - solution[i]) < 1e-3, "unknown %d", i);
@@ -151,10 +151,10 @@ void TestNarrowMatrices() {
     std::memcpy(&systems.a[k], &bits, sizeof(bits));
   }
   auto arguments = systems.Arguments();
-  Run<float, float, 32, 1, 0>(arguments, 2);
+  Run<float, float, Spread<32, 1, 0>>(arguments, 2);
   const std::vector<float> wide = systems.value;
   arguments.matrices = narrow.data();
-  Run<float, uint16_t, 32, 1, 0>(arguments, 2);
+  Run<float, uint16_t, Spread<32, 1, 0>>(arguments, 2);
   CHECK(wide == systems.value, "bfloat16 matrices and the same in float32 differ");
 }
 
@@ -165,7 +165,7 @@ void TestInaccurate() {
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < n; ++j) systems.a[i * n + j] += i == j ? std::pow(1.2f, static_cast<float>(i)) : 0.0f;
   systems.rtol[0] = 1e-7f;
-  Run<float, float, 64, 2, 0>(systems.Arguments(), 1);
+  Run<float, float, Spread<64, 2, 0>>(systems.Arguments(), 1);
   CHECK(systems.result[0] == kInaccurate && systems.iterations[0] < 1000, "result %d after %d", systems.result[0],
         systems.iterations[0]);
   CHECK(systems.residual[0] > 2e-7, "%g", static_cast<double>(systems.residual[0]));
@@ -179,16 +179,16 @@ int main() {
   using emulator::Order;
   for (Order order : {Order::kAscending, Order::kDescending, Order::kShuffled}) {
     emulator::order = order;
-    for (int n : {1, 3, 16}) TestSolutions<float, 16, 2, 0>(n);
-    TestSolutions<float, 32, 1, 0>(31);
-    TestSolutions<double, 64, 4, 0>(50);
+    for (int n : {1, 3, 16}) TestSolutions<float, Spread<16, 2, 0>>(n);
+    TestSolutions<float, Spread<32, 1, 0>>(31);
+    TestSolutions<double, Spread<64, 4, 0>>(50);
     TestOutcomes();
     TestStartAndInverse();
     TestNarrowMatrices();
     TestInaccurate();
   }
-  TestSolutions<float, 128, 2, 16>(100);
-  TestSolutions<double, 128, 2, 0>(128);
-  TestSolutions<float, 256, 2, 80>(200);
+  TestSolutions<float, Spread<128, 2, 16>>(100);
+  TestSolutions<double, Spread<128, 2, 0>>(128);
+  TestSolutions<float, Spread<256, 2, 80>>(200);
   std::puts("ok");
 }

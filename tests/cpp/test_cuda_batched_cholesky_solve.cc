@@ -60,7 +60,7 @@ struct Systems {
     CHECK(MakeBroadcast("test", 0, each, batch, {n}, arguments.of_rhs).success(), "n %d", n);
     CHECK(MakeBroadcast("test", 0, all, batch, {}, arguments.of_damping).success(), "n %d", n);
     arguments.of_matrices = arguments.of_rhs;
-    emulator::Launch(dim3(count), dim3(kCholeskyThreads), CholeskySharedBytes<T>(n),
+    emulator::Launch(dim3(count), dim3(kCholeskyThreads), CholeskyShared<T>::Bytes(n),
                      [&] { BatchedCholeskySolveKernel<T, T>(arguments); });
   }
 };

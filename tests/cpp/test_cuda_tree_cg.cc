@@ -123,8 +123,8 @@ void TestTables() {
     leaves.push_back({ffi::DataType::F32, {(leaf + 1) % 7 * 1500}, reinterpret_cast<void*>(256 * (leaf + 1))});
   for (const auto& [count, tables] : {std::pair{0, 0}, {1, 1}, {66, 1}, {67, 1}, {544, 1}, {634, 1}, {2000, 4}}) {
     Layout layout;
-    const auto made = MakeLayout("test", ffi::DataType::F32, {}, leaves.data(), count, layout);
-    CHECK(made.success(), "%s", made.message().c_str());
+    const auto unlike = MakeLayout("test", ffi::DataType::F32, {}, leaves.data(), count, layout);
+    CHECK(unlike.success(), "%s", unlike.message().c_str());
     size_t leaf = 0;
     int seen = 0;
     const auto error = ForEachTable<6>(
@@ -237,13 +237,13 @@ void TestDots(const Case& c) {
     CHECK(RunDots(c, p, q, r, layout) == dots, "%s: the sums depend on the order of threads", c.name);
   }
   emulator::order = emulator::Order::kAscending;
-  const auto moved = [&](const Vector<T>& from) {
+  const auto shifted = [&](const Vector<T>& from) {
     Vector<T> to(c.sizes, c.batch, 1 - c.shift, 0);
     for (size_t leaf = 0; leaf < c.sizes.size(); ++leaf)
       std::copy_n(from.data(leaf), c.batch * c.sizes[leaf], to.data(leaf));
     return to;
   };
-  const Vector<T> mp = moved(p), mq = moved(q), mr = moved(r);
+  const Vector<T> mp = shifted(p), mq = shifted(q), mr = shifted(r);
   CHECK(RunDots(c, mp, mq, mr, layout) == dots, "%s: the sums depend on the alignment", c.name);
 }
 

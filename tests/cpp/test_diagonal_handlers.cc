@@ -218,8 +218,8 @@ void TestUpdate() {
     for (size_t leaf = 0; leaf < n; ++leaf) {
       const int64_t size = cuda[1 + leaf].size() / p.members;
       for (int64_t i = member * size; i < (member + 1) * size; ++i)
-        for (const auto* found : {&want, &cuda})
-          CHECK(Get((*found)[1 + leaf], i) == Get(p.operands[2 + leaf], i), "a parameter changed");
+        for (const auto* results : {&want, &cuda})
+          CHECK(Get((*results)[1 + leaf], i) == Get(p.operands[2 + leaf], i), "a parameter changed");
     }
   }
   if (Below(2)) run(Below(2), true, true);

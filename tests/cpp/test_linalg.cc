@@ -36,14 +36,14 @@ Buffer Normal(std::vector<int64_t> dims) {
 template <typename T>
 Buffer Symmetric(int64_t count, int64_t n, double shift) {
   const Buffer half = Normal<T>({count, n, n});
-  Buffer made(kDtype<T>, {count, n, n});
+  Buffer symmetric(kDtype<T>, {count, n, n});
   for (int64_t m = 0; m < count; ++m)
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < n; ++j) {
         const T* const h = half.as<T>() + m * n * n;
-        made.as<T>()[(m * n + i) * n + j] = h[i * n + j] + h[j * n + i] + (i == j ? static_cast<T>(shift) : T(0));
+        symmetric.as<T>()[(m * n + i) * n + j] = h[i * n + j] + h[j * n + i] + (i == j ? static_cast<T>(shift) : T(0));
       }
-  return made;
+  return symmetric;
 }
 
 // The largest of |sum_k x(i, k) y(k, j) - z(i, j)| over i < rows, j < columns, beside `bound`.

@@ -10,41 +10,20 @@
 
 #include "call_frame.h"
 #include "check.h"
-#include "common/batched_cg.h"
-#include "common/vector.h"
 #include "cpu/batched_handlers.h"
 #include "cpu/gram.h"
-#include "cpu/panels.h"
+#include "levels.h"
 
 namespace curvax {
 namespace {
-#define CURVAX_BODY "cpu/panels.inc"
-#include "cpu/levels.inc"
-
-template <typename T>
-struct Level {
-  const char* name;
-  PanelKernels<T> kernels;
-};
-
-template <typename T>
-std::vector<Level<T>> Levels() {
-  std::vector<Level<T>> levels = {{"baseline", baseline::kPanels<T>}};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back({"avx2", avx2::kPanels<T>});
-  if (__builtin_cpu_supports("avx512f")) levels.push_back({"avx512f", avx512f::kPanels<T>});
-#endif
-  return levels;
-}
-
 std::mt19937 randomness(5);
 
 template <typename T>
 std::vector<T> Normal(int64_t n) {
-  std::vector<T> found(n);
+  std::vector<T> elements(n);
   std::normal_distribution<double> normal;
-  for (T& element : found) element = static_cast<T>(normal(randomness));
-  return found;
+  for (T& element : elements) element = static_cast<T>(normal(randomness));
+  return elements;
 }
 
 template <typename T>
@@ -55,8 +34,8 @@ void Near(T got, long double exact, long double magnitude, int roundings, const 
 }
 
 template <typename T>
-void TestProducts(const Level<T>& level, int64_t depth) {
-  const PanelKernels<T>& kernels = level.kernels;
+void TestProducts(const CompiledLevel<T>& level, int64_t depth) {
+  const PanelKernels<T>& kernels = level.kernels.panels;
   const int64_t panel = kernels.panel, strip = kernels.strip;
   const std::vector<T> left = Normal<T>(depth * panel), right = Normal<T>(depth * panel);
   for (int64_t at = 0; at < panel; at += strip) {
@@ -98,8 +77,8 @@ void TestProducts(const Level<T>& level, int64_t depth) {
 
 // One panel of identity plus a small random matrix, factorized strip by strip, and solved with.
 template <typename T>
-void TestTriangles(const Level<T>& level) {
-  const PanelKernels<T>& kernels = level.kernels;
+void TestTriangles(const CompiledLevel<T>& level) {
+  const PanelKernels<T>& kernels = level.kernels.panels;
   const int64_t n = kernels.panel, strip = kernels.strip;
   std::vector<T> a = Normal<T>(n * n), least(n, T(0)), inverse(n);
   for (int64_t i = 0; i < n; ++i)
@@ -147,7 +126,7 @@ void TestTriangles(const Level<T>& level) {
 
 template <typename T>
 void TestLevels() {
-  for (const Level<T>& level : Levels<T>()) {
+  for (const CompiledLevel<T>& level : Levels<T>()) {
     for (int64_t depth : {0, 1, 7, 256, 257, 600}) TestProducts<T>(level, depth);
     TestTriangles<T>(level);
   }

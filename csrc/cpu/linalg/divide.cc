@@ -19,7 +19,7 @@ template <typename T>
 DivideAndConquer<T>::DivideAndConquer(const Workers& workers, int64_t n)
     : workers_(workers),
       n_(n),
-      stride_(RoundUp<T>(n) + kWhole<T>),
+      stride_(Padded<T>(n) + kWideEntries<T>),
       buffers_{Scratch<T>(n * stride_), Scratch<T>(n > kLeaf ? n * stride_ : 0)},
       order_(n) {
   while (n > kLeaf << depth_) ++depth_;
@@ -40,12 +40,14 @@ bool DivideAndConquer<T>::SolvePart(int64_t begin, int64_t end, int depth) {
   const double cut = beside_[middle - 1];
   diagonal_[middle - 1] -= std::abs(cut);
   diagonal_[middle] -= std::abs(cut);
+  // 1. The halves.
   bool solved[2];
   const int64_t size = end - begin;
   workers_.Of(size * size * size).For(2, [&](int64_t half) {
     solved[half] = half == 0 ? SolvePart(begin, middle, depth + 1) : SolvePart(middle, end, depth + 1);
   });
   if (!solved[0] || !solved[1]) return false;
+  // 2. The whole.
   const Part<T> part = {begin,
                         middle,
                         end,
@@ -60,7 +62,7 @@ bool DivideAndConquer<T>::SolvePart(int64_t begin, int64_t end, int depth) {
 
 template <typename T>
 bool DivideAndConquer<T>::SolveLeaf(int64_t begin, int64_t end) {
-  const int64_t n = end - begin, length = RoundUp<T>(n);
+  const int64_t n = end - begin, length = Padded<T>(n);
   alignas(64) T vectors[kLeaf * kLeaf];
   std::fill(vectors, vectors + n * length, T(0));
   for (int64_t i = 0; i < n; ++i) vectors[i * length + i] = 1;

@@ -5,14 +5,24 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/linalg/loops.h"
 #include "cpu/linalg/workers.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
-// The matrix is cut in two by taking a matrix of rank one off, the halves are solved, and the rank is put back
-// (cpu/linalg/merge.h). Eigenvectors are rows.
+// The matrix is cut in two: without a matrix of rank one, which is put back afterwards, it has two blocks, each of
+// which is solved by itself. With c the entry at the cut, |c| leaves the diagonal on both sides of it:
+//
+//   d e . .       d  e   .  .
+//   e d c .   =   e d-c  .  .    +  c u u^T,  u = (0, 1, 1, 0)       for c > 0; for c < 0 u = (0, 1, -1, 0), |c|
+//   . c d e       .  .  d-c e
+//   . . e d       .  .   e  d
+//
+//   1. SolvePart of both halves, down to parts of a few rows, which QL solves (cpu/linalg/ql.h)
+//   2. Merge: the eigenpairs of the whole from those of the halves (cpu/linalg/merge.h)
+//
+// Eigenvectors are rows.
 template <typename T>
 class DivideAndConquer {
  public:

@@ -6,7 +6,7 @@
 
 #include "common/result.h"
 #include "cpu/linalg/unit_factor.h"
-#include "cpu/panels.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -38,7 +38,9 @@ int Eigh<T>::Solve(const T* matrix, T* values, T* vectors) {
   const T factor = FactorOf(matrix, n_);
   int result = IsFinite(factor) ? kConverged : kNonFinite;
   if (result == kConverged) {
+    // 1. A = Q T Q^T, with entries of size one.
     tridiagonal_.Reduce(matrix, n_, factor);
+    // 2. T = Z D Z^T.
     if (!divide_.Solve(tridiagonal_.diagonal(), tridiagonal_.beside())) result = kMaxIterations;
   }
   if (result != kConverged) {
@@ -47,6 +49,7 @@ int Eigh<T>::Solve(const T* matrix, T* values, T* vectors) {
     return result;
   }
   for (int64_t j = 0; j < n_; ++j) values[j] = static_cast<T>(divide_.value(j) / factor);
+  // 3. Q Z.
   BackTransform(vectors);
   return kConverged;
 }
@@ -54,7 +57,7 @@ int Eigh<T>::Solve(const T* matrix, T* values, T* vectors) {
 // Vectors in panels, each of which one thread takes through all blocks while it is in its cache.
 template <typename T>
 void Eigh<T>::BackTransform(T* vectors) const {
-  const int64_t width = KernelsOfPanels<T>().panel, length = RoundUp<T>(n_);
+  const int64_t width = Kernels<T>().panels.panel, length = Padded<T>(n_);
   const Workers workers = workers_.Of(n_ * n_ * n_);
   workers.For(blocks_.size(), [&](int64_t block) {
     const int64_t begin = block * kReflectors, end = std::min(n_, begin + kReflectors);
@@ -62,16 +65,16 @@ void Eigh<T>::BackTransform(T* vectors) const {
                         end, tridiagonal_.tau() + begin);
   });
   workers.For((n_ + width - 1) / width, [&](int64_t panel) {
-    const int64_t first = panel * width, kept = std::min(width, n_ - first);
+    const int64_t first = panel * width, valid = std::min(width, n_ - first);
     Scratch<T> columns(length * width), scratch(2 * kReflectors * width);
     T* const x = columns.data();
     std::fill(x, x + length * width, T(0));
-    for (int64_t r = 0; r < kept; ++r) {
+    for (int64_t r = 0; r < valid; ++r) {
       const T* const vector = divide_.vector(first + r);
       for (int64_t k = 0; k < n_; ++k) x[k * width + r] = vector[k];
     }
     for (const auto& block : blocks_) block->Apply(x, false, scratch.data());
-    for (int64_t k = 0; k < n_; ++k) std::copy_n(x + k * width, kept, vectors + k * n_ + first);
+    for (int64_t k = 0; k < n_; ++k) std::copy_n(x + k * width, valid, vectors + k * n_ + first);
   });
 }
 

@@ -1,4 +1,17 @@
-// Eigenvalues and eigenvectors of symmetric matrices.
+// Eigenvalues and eigenvectors of symmetric matrices, in three steps:
+//
+//   1. A = Q T Q^T        tridiagonal.h, half of it products with one vector
+//
+//      a . . .            d e . .
+//      a a . .     ->     e d e .
+//      a a a .            . e d e
+//      a a a a            . . e d
+//
+//   2. T = Z D Z^T        divide.h, and merge.h, secular.h, ql.h below it
+//   3. A = (Q Z) D (Q Z)^T: Z through the reflectors of Q, reflectors.h
+//
+// For example A = ((2, 1), (1, 2)) is tridiagonal as it is, Q = I, D = (1, 3) and the columns of Z (1, -1) / sqrt(2)
+// and (1, 1) / sqrt(2).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +25,6 @@
 
 namespace curvax {
 
-// A = Q T Q^T with T tridiagonal, T = Z D Z^T by divide and conquer, and the eigenvectors Q Z by blocks of reflectors.
 // Everything but the first step is matrix products, shared among the workers.
 template <typename T>
 class Eigh {

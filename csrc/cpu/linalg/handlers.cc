@@ -214,7 +214,7 @@ ffi::Error QrOf(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
 
 }  // namespace
 
-// `threads`: 0 lets the handler decide; a positive number is taken as it is.
+// `threads`: 0 lets the handler decide; a positive number counts as it is.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     CholeskyHandler, CholeskyOf,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("threads"));

@@ -5,16 +5,13 @@
 #include <limits>
 
 #include "common/batched_cg.h"
-#include "cpu/linalg/loops.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
 
-constexpr int64_t kPad = 8;  // as many doubles as a loop takes at once
 // Roots of one piece of work.
 constexpr int64_t kRoots = 32;
-
-int64_t PadUp(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 }  // namespace
 
@@ -56,15 +53,15 @@ void Merge<T>::Deflate() {
   double largest = rho_;
   for (const Pair& pair : pairs_) largest = std::max(largest, std::abs(pair.pole));
   const double tolerance = 8 * Precision<T>::eps * largest;
-  kept_.reserve(pairs_.size());
+  active_.reserve(pairs_.size());
   for (Pair& pair : pairs_) {
     if (rho_ * std::abs(pair.z) <= tolerance) {
       deflated_.push_back(pair);
-    } else if (!kept_.empty() && Combine(kept_.back(), pair, tolerance)) {
-      deflated_.push_back(kept_.back());
-      kept_.back() = pair;
+    } else if (!active_.empty() && Combine(active_.back(), pair, tolerance)) {
+      deflated_.push_back(active_.back());
+      active_.back() = pair;
     } else {
-      kept_.push_back(pair);
+      active_.push_back(pair);
     }
   }
 }
@@ -101,12 +98,12 @@ bool Merge<T>::Combine(Pair& before, Pair& now, double tolerance) {
 template <typename T>
 void Merge<T>::FindRoots() {
   // Rows of like support together, so that products leave out what is zero.
-  const int64_t n = kept_.size(), padded = PadUp(n);
+  const int64_t n = active_.size(), padded = Padded<double>(n);
   poles_.assign(padded, std::numeric_limits<double>::infinity());
   squares_.assign(padded, 0.0);
   for (int64_t i = 0; i < n; ++i) {
-    poles_[i] = kept_[i].pole;
-    squares_[i] = kept_[i].z * kept_[i].z;
+    poles_[i] = active_[i].pole;
+    squares_[i] = active_[i].z * active_[i].z;
   }
   origins_.resize(n);
   shifts_.resize(n);
@@ -124,24 +121,25 @@ void Merge<T>::FindRoots() {
 // |z_i|^2 = prod_j (pole_i - root_j) / prod_(j != i) (pole_i - pole_j), up to a common factor.
 template <typename T>
 void Merge<T>::RestoreZ() {
-  const int64_t n = kept_.size(), padded = PadUp(n);
+  const int64_t n = active_.size(), padded = Padded<double>(n);
   Worth(8 * n * n).For((padded + kRoots - 1) / kRoots, [&](int64_t piece) {
     const int64_t begin = piece * kRoots, end = std::min(padded, begin + kRoots);
-    Loops<T>().root_products(poles_.data(), origins_.data(), shifts_.data(), n, begin, end, squares_.data());
+    Kernels<T>().factorizations.root_products(poles_.data(), origins_.data(), shifts_.data(), n, begin, end,
+                                              squares_.data());
   });
-  for (int64_t i = 0; i < n; ++i) kept_[i].z = std::copysign(std::sqrt(std::abs(squares_[i])), kept_[i].z);
+  for (int64_t i = 0; i < n; ++i) active_[i].z = std::copysign(std::sqrt(std::abs(squares_[i])), active_[i].z);
 }
 
 template <typename T>
 void Merge<T>::MakeVectors() {
-  const int64_t n = kept_.size(), total = part_.end - part_.begin;
+  const int64_t n = active_.size(), total = part_.end - part_.begin;
   if (n == 0) return;
   // Rows in order of their support.
   std::vector<int64_t> rows;
   std::vector<double> poles, z;
   int64_t counts[3] = {};
   for (Support support : {kFirst, kBoth, kSecond})
-    for (const Pair& pair : kept_)
+    for (const Pair& pair : active_)
       if (pair.support == support) {
         rows.push_back(pair.row);
         poles.push_back(pair.pole);
@@ -153,18 +151,18 @@ void Merge<T>::MakeVectors() {
   const int64_t width = vectors.width(), of_vectors = vectors.panels(), of_first = first.panels();
   const int64_t in_first = counts[kFirst] + counts[kBoth], in_second = counts[kBoth] + counts[kSecond];
   const auto gather = [&](Packed<T>& packed, int64_t panel, int64_t column, int64_t begin, int64_t end) {
-    const int64_t kept = std::min(width, packed.rows() - panel * width);
+    const int64_t valid = std::min(width, packed.rows() - panel * width);
     for (int64_t k = begin; k < end; ++k) {
       T* const to = packed.At(panel * width, k);
-      std::copy_n(Row(rows[k]) + column + panel * width, kept, to);
-      std::fill(to + kept, to + width, T(0));
+      std::copy_n(Row(rows[k]) + column + panel * width, valid, to);
+      std::fill(to + valid, to + width, T(0));
     }
   };
   Worth(8 * n * n).For(of_vectors + of_first + second.panels(), [&](int64_t piece) {
     if (piece < of_vectors) {
       const int64_t j = piece * width;
-      Loops<T>().secular_vectors(poles.data(), z.data(), n, origins_.data() + j, shifts_.data() + j,
-                                 std::min(width, n - j), width, vectors.At(j, 0));
+      Kernels<T>().factorizations.secular_vectors(poles.data(), z.data(), n, origins_.data() + j, shifts_.data() + j,
+                                                  std::min(width, n - j), width, vectors.At(j, 0));
     } else if (piece < of_vectors + of_first) {
       gather(first, piece - of_vectors, part_.begin, 0, in_first);
     } else {
@@ -180,7 +178,7 @@ void Merge<T>::MakeVectors() {
 // The new vectors come first, then those that are as they were; then all are ordered.
 template <typename T>
 void Merge<T>::Finish() {
-  const int64_t n = kept_.size();
+  const int64_t n = active_.size();
   for (int64_t j = 0; j < n; ++j) part_.diagonal[part_.begin + j] = origins_[j] + shifts_[j];
   for (size_t k = 0; k < deflated_.size(); ++k) {
     const Pair& pair = deflated_[k];

@@ -22,10 +22,20 @@ struct Part {
   T* to;
 };
 
-// The whole is V^T (D + rho z z^T) V with the halves' eigenvectors in the rows of V and eigenvalues in D. What z hardly
-// touches, or equals a neighbor in D, is an eigenpair as it is (deflation). Of the rest D + rho z z^T, its roots come
-// from the secular equation, and the z for which they are exact (Loewner's formula, Gu and Eisenstat 1994) gives
-// eigenvectors that are orthogonal to rounding, however close the roots are.
+// The whole is V^T (D + rho z z^T) V with the halves' eigenvectors in the rows of V and eigenvalues, the poles, in D:
+//   1. Gather       the poles of both halves by size, and z
+//   2. Deflate      what z hardly touches, or equals a neighbor in D, is an eigenpair as it is
+//   3. FindRoots    of the rest, the eigenvalues of D + rho z z^T, from the secular equation (cpu/linalg/secular.h)
+//   4. RestoreZ     the z for which these roots are exact (Loewner's formula, Gu and Eisenstat 1994), with which
+//                   eigenvectors are orthogonal to rounding, however close the roots are
+//   5. MakeVectors  the eigenvectors of D + rho z z^T times V
+//   6. Finish       the eigenpairs of step 2 go behind them, and all are ordered
+//
+// With rho > 0 every root lies between its pole and the next:
+//
+//      pole 0       pole 1            pole 2
+//   -----|---x---------|------------x----|----------x------>
+//           root 0                root 1          root 2
 template <typename T>
 class Merge {
  public:
@@ -56,8 +66,8 @@ class Merge {
   const Part<T> part_;
   const double cut_;
   double rho_;
-  std::vector<Pair> pairs_;            // by rising pole
-  std::vector<Pair> kept_, deflated_;  // of them
+  std::vector<Pair> pairs_;              // by rising pole
+  std::vector<Pair> active_, deflated_;  // a partition of them
   std::vector<double> poles_, squares_, origins_, shifts_;
 };
 

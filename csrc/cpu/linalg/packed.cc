@@ -45,7 +45,7 @@ void MultiplyPiece(const PanelKernels<T>& kernels, const Packed<T>& left, const 
 
 template <typename T>
 Packed<T>::Packed(int64_t rows, int64_t depth)
-    : kernels_(KernelsOfPanels<T>()),
+    : kernels_(Kernels<T>().panels),
       rows_(rows),
       depth_(depth),
       panels_((rows + kernels_.panel - 1) / kernels_.panel),
@@ -53,24 +53,24 @@ Packed<T>::Packed(int64_t rows, int64_t depth)
 
 template <typename T>
 void Packed<T>::FillFromRows(int64_t panel, const T* rows, int64_t stride, T factor) {
-  const int64_t width = kernels_.panel, first = panel * width, kept = std::min(width, rows_ - first);
+  const int64_t width = kernels_.panel, first = panel * width, valid = std::min(width, rows_ - first);
   T* to = At(first, 0);
-  for (int64_t r = 0; r < kept; ++r) {
+  for (int64_t r = 0; r < valid; ++r) {
     const T* row = rows + (first + r) * stride;
     for (int64_t k = 0; k < depth_; ++k) to[k * width + r] = factor * row[k];
   }
-  if (kept < width)
-    for (int64_t k = 0; k < depth_; ++k) std::fill(to + k * width + kept, to + (k + 1) * width, T(0));
+  if (valid < width)
+    for (int64_t k = 0; k < depth_; ++k) std::fill(to + k * width + valid, to + (k + 1) * width, T(0));
 }
 
 template <typename T>
 void Packed<T>::FillFromColumns(int64_t panel, const T* columns, int64_t stride, T factor) {
-  const int64_t width = kernels_.panel, first = panel * width, kept = std::min(width, rows_ - first);
+  const int64_t width = kernels_.panel, first = panel * width, valid = std::min(width, rows_ - first);
   T* to = At(first, 0);
   for (int64_t k = 0; k < depth_; ++k, to += width) {
     const T* from = columns + k * stride + first;
-    for (int64_t r = 0; r < kept; ++r) to[r] = factor * from[r];
-    std::fill(to + kept, to + width, T(0));
+    for (int64_t r = 0; r < valid; ++r) to[r] = factor * from[r];
+    std::fill(to + valid, to + width, T(0));
   }
 }
 
@@ -80,7 +80,7 @@ void Multiply(const Workers& workers, const Packed<T>& left, const Packed<T>& ri
   const int64_t rows = left.rows(), panels = right.panels(), width = right.width();
   const int64_t across = (panels + kPiecePanels - 1) / kPiecePanels;
   const int64_t down = (rows + kPieceRows - 1) / kPieceRows;
-  const PanelKernels<T>& kernels = KernelsOfPanels<T>();
+  const PanelKernels<T>& kernels = Kernels<T>().panels;
   workers.Of(rows * panels * width * depth).For(down * across, [&](int64_t k) {
     const int64_t row = k / across * kPieceRows, panel = k % across * kPiecePanels;
     const Piece<T> piece = {row, std::min(rows, row + kPieceRows), panel, std::min(panels, panel + kPiecePanels)};

@@ -1,11 +1,11 @@
-// Products of matrices whose operands are packed in panels (cpu/panels.h).
+// Products of matrices whose operands are packed in panels (cpu/simd/panel_kernels.h).
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/linalg/workers.h"
-#include "cpu/panels.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/batched_cg.h"
-#include "cpu/linalg/loops.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -23,7 +23,7 @@ void Step(int64_t first, int64_t last, double* d, double* e, T* vectors, int64_t
     const double f = s * e[i], b = c * e[i];
     r = std::hypot(f, g);
     if (i + 1 < last) e[i + 1] = r;
-    if (r == 0) {  // the matrix has come apart
+    if (r == 0) {  // the matrix splits here
       d[i + 1] -= p;
       return;
     }
@@ -35,7 +35,7 @@ void Step(int64_t first, int64_t last, double* d, double* e, T* vectors, int64_t
     d[i + 1] = g + p;
     g = c * r - b;
     T* const own = vectors + i * stride;
-    Loops<T>().rotate(static_cast<T>(c), static_cast<T>(-s), own, own + stride, length);
+    Kernels<T>().factorizations.rotate(static_cast<T>(c), static_cast<T>(-s), own, own + stride, length);
   }
   d[first] -= p;
   e[first] = g;

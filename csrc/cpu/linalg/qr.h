@@ -11,9 +11,17 @@
 
 namespace curvax {
 
-// The columns of A stand in panels, of which one after the other becomes a block of reflectors: while one thread makes
-// the next block, the others take the panels behind it through the last one. Q is the leading columns of the identity,
-// taken through the blocks in reverse.
+// The columns of A stand in panels, of which one after the other becomes a block of reflectors:
+//
+//   panel   0     1     2
+//         [ R R | R R | R R ]    1. MakeBlock(0): the panel's columns become R's and two reflectors v
+//         [ v R | R R | R R ]    2. the block is applied to the panels 1, 2, ...
+//         [ v v | R R | R R ]    3. MakeBlock(1) from its own row on, and so on
+//         [ v v | v R | R R ]    4. WriteR, and WriteQ
+//         [ v v | v v | a a ]
+//
+// While one thread makes the next block, the others apply the last one to the panels behind it. Q is what the blocks in
+// reverse make of the leading columns of the identity.
 //
 // Each column is first divided by a power of two that brings it to size one, and the column of R multiplied by it at
 // the end: Q does not depend on it, and no product leaves the range of T.

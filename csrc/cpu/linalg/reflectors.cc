@@ -24,30 +24,30 @@ Reflector<T> MakeReflector(T pivot, double others) {
 
 template <typename T>
 ReflectorBlock<T>::ReflectorBlock(int64_t most, int64_t length)
-    : kernels_(KernelsOfPanels<T>()),
+    : kernels_(Kernels<T>().panels),
       width_(kernels_.panel),
-      down_(RoundUpTo(most, width_) * RoundUp<T>(length)),
-      up_(RoundUpTo(RoundUp<T>(length), width_) * most),
+      down_(RoundUpTo(most, width_) * Padded<T>(length)),
+      up_(RoundUpTo(Padded<T>(length), width_) * most),
       triangle_(2 * RoundUpTo(most, width_) * most) {}
 
 template <typename T>
 void ReflectorBlock<T>::Set(const T* rows, int64_t stride, int64_t count, int64_t length, const T* tau) {
   count_ = count;
-  length_ = RoundUp<T>(length);
+  length_ = Padded<T>(length);
   for (int64_t first = 0; first < count; first += width_) {
     T* to = down_.data() + first * length_;
-    const int64_t kept = std::min(width_, count - first);
-    for (int64_t r = 0; r < kept; ++r)
+    const int64_t valid = std::min(width_, count - first);
+    for (int64_t r = 0; r < valid; ++r)
       for (int64_t k = 0; k < length_; ++k) to[k * width_ + r] = rows[(first + r) * stride + k];
-    if (kept < width_)
-      for (int64_t k = 0; k < length_; ++k) std::fill(to + k * width_ + kept, to + (k + 1) * width_, T(0));
+    if (valid < width_)
+      for (int64_t k = 0; k < length_; ++k) std::fill(to + k * width_ + valid, to + (k + 1) * width_, T(0));
   }
   for (int64_t first = 0; first < length_; first += width_) {
     T* to = up_.data() + first * count;
-    const int64_t kept = std::min(width_, length_ - first);
+    const int64_t valid = std::min(width_, length_ - first);
     for (int64_t r = 0; r < count; ++r, to += width_) {
-      std::copy_n(rows + r * stride + first, kept, to);
-      std::fill(to + kept, to + width_, T(0));
+      std::copy_n(rows + r * stride + first, valid, to);
+      std::fill(to + valid, to + width_, T(0));
     }
   }
   SetTriangle(rows, stride, tau);
@@ -59,11 +59,11 @@ void ReflectorBlock<T>::SetTriangle(const T* rows, int64_t stride, const T* tau)
   alignas(64) T m[kReflectors * kReflectors];
   alignas(64) T overlaps[kReflectors];
   for (int64_t i = 0; i < count_; ++i) {
-    Loops<T>().dots(rows, stride, i, length_, rows + i * stride, overlaps);
+    Kernels<T>().factorizations.dots(rows, stride, i, length_, rows + i * stride, overlaps);
     for (int64_t k = 0; k < i; ++k) overlaps[k] *= -tau[i];
     T* const row = m + i * kReflectors;
     std::fill(row, row + kReflectors, T(0));
-    Loops<T>().add_rows(m, kReflectors, i, kReflectors, overlaps, row);
+    Kernels<T>().factorizations.add_rows(m, kReflectors, i, kReflectors, overlaps, row);
     row[i] = tau[i];
   }
   const int64_t size = RoundUpTo(count_, width_) * count_;

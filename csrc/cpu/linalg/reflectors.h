@@ -3,9 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/linalg/loops.h"
-#include "cpu/panels.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
@@ -27,15 +26,15 @@ Reflector<T> MakeReflector(T pivot, double others);
 // x -> H_(count-1) ... H_0 x for vectors of `length` entries, as x - V^T M V x with the reflectors' v in the rows of V
 // and M lower triangular (Schreiber and Van Loan 1989).
 //
-// A panel holds `width` vectors with entry k of all of them side by side (cpu/panels.h), and has RoundUp(length)
-// entries or more; what stands behind `length` must be finite and stays.
+// A panel holds `width` vectors with entry k of all of them side by side (cpu/simd/panel_kernels.h), and has
+// Padded(length) entries or more; what stands behind `length` must be finite and stays.
 template <typename T>
 class ReflectorBlock {
  public:
   // Room for `most` reflectors of up to `length` entries.
   ReflectorBlock(int64_t most, int64_t length);
 
-  // Reflectors in rows of RoundUp(length) entries `stride` apart, each with a one at its pivot and zeros where it has
+  // Reflectors in rows of Padded(length) entries `stride` apart, each with a one at its pivot and zeros where it has
   // no entries, and their tau.
   void Set(const T* rows, int64_t stride, int64_t count, int64_t length, const T* tau);
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/linalg/loops.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 namespace {
@@ -59,7 +59,9 @@ class Search {
     high_ = high;
   }
 
-  SecularSums At(double shift) const { return Loops<double>().secular(poles_, squares_, split_, n_, origin_, shift); }
+  SecularSums At(double shift) const {
+    return Kernels<double>().factorizations.secular(poles_, squares_, split_, n_, origin_, shift);
+  }
 
   // From the nearer of the two poles, which the sign half-way tells; the first guess keeps both of them and takes the
   // others for constant.

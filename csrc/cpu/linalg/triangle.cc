@@ -6,7 +6,7 @@ namespace curvax {
 
 template <typename T>
 Triangle<T>::Triangle(int64_t n)
-    : kernels_(KernelsOfPanels<T>()),
+    : kernels_(Kernels<T>().panels),
       n_(n),
       width_(kernels_.panel),
       panels_((n + width_ - 1) / width_),
@@ -15,14 +15,14 @@ Triangle<T>::Triangle(int64_t n)
 
 template <typename T>
 void Triangle<T>::Pack(int64_t panel, const T* matrix, int64_t stride, bool reversed) {
-  const int64_t first = panel * width_, kept = std::min(width_, n_ - first);
+  const int64_t first = panel * width_, valid = std::min(width_, n_ - first);
   T* const to = Rows(panel);
   std::fill(to, to + (first + width_) * width_, T(0));
-  for (int64_t r = 0; r < kept; ++r)
+  for (int64_t r = 0; r < valid; ++r)
     for (int64_t k = 0; k <= first + r; ++k)
       to[k * width_ + r] =
           reversed ? matrix[(n_ - 1 - k) * stride + n_ - 1 - first - r] : matrix[(first + r) * stride + k];
-  for (int64_t r = kept; r < width_; ++r) to[(first + r) * width_ + r] = 1;
+  for (int64_t r = valid; r < width_; ++r) to[(first + r) * width_ + r] = 1;
   for (int64_t r = 0; r < width_; ++r) inverse_.data()[first + r] = 1 / to[(first + r) * width_ + r];
 }
 
@@ -67,18 +67,18 @@ void TriangularSolve(const Workers& workers, const Triangle<T>& triangle, const 
   workers.Of(n * n * columns / 2).For((columns + width - 1) / width, [&](int64_t panel) {
     Scratch<T> memory(triangle.padded() * width);
     T* const rows = memory.data();
-    const int64_t column = panel * width, kept = std::min(width, columns - column);
+    const int64_t column = panel * width, valid = std::min(width, columns - column);
     int64_t first = n;
     for (int64_t k = 0; k < triangle.padded(); ++k) {
       T* const to = rows + k * width;
       std::fill(to, to + width, T(0));
       if (k >= n) continue;
-      std::copy_n(b + (reversed ? n - 1 - k : k) * columns + column, kept, to);
-      if (first == n && std::any_of(to, to + kept, [](T entry) { return entry != 0; })) first = k;
+      std::copy_n(b + (reversed ? n - 1 - k : k) * columns + column, valid, to);
+      if (first == n && std::any_of(to, to + valid, [](T entry) { return entry != 0; })) first = k;
     }
     if (first < n) triangle.SolvePanel(rows, first);
     for (int64_t k = 0; k < n; ++k)
-      std::copy_n(rows + k * width, kept, x + (reversed ? n - 1 - k : k) * columns + column);
+      std::copy_n(rows + k * width, valid, x + (reversed ? n - 1 - k : k) * columns + column);
   });
 }
 

@@ -4,14 +4,14 @@
 #include <cstdint>
 
 #include "cpu/linalg/workers.h"
-#include "cpu/panels.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
-// Panels of rows (cpu/panels.h), each as long as the lower triangle: half the matrix. Behind the last row and column
-// stands the identity. A panel of right-hand sides holds `width` columns of B with entry k of all of them side by side,
-// and has padded() entries.
+// Panels of rows (cpu/simd/panel_kernels.h), each as long as the lower triangle: half the matrix. Behind the last row
+// and column stands the identity. A panel of right-hand sides holds `width` columns of B with entry k of all of them
+// side by side, and has padded() entries.
 template <typename T>
 class Triangle {
  public:

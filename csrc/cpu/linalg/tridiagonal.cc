@@ -31,7 +31,7 @@ template <typename T>
 Tridiagonal<T>::Tridiagonal(const Workers& workers, int64_t n)
     : workers_(workers),
       n_(n),
-      stride_(RoundUp<T>(n) + kWhole<T>),
+      stride_(Padded<T>(n) + kWideEntries<T>),
       rows_(n * stride_),
       left_(kBlock * stride_),
       right_(kBlock * stride_),
@@ -53,22 +53,25 @@ void Tridiagonal<T>::Reduce(const T* matrix, int64_t stride, T factor) {
     product_seconds_ = 0;
     ReduceRows(begin, end);
     if (end >= kParallelRows) pace_.Took(share_, product_seconds_ / (static_cast<double>(end) * end));
+    // 4.
     UpdateLeading(begin, end - begin);
   }
 }
 
 template <typename T>
 void Tridiagonal<T>::ReduceRows(int64_t begin, int64_t end) {
-  const LoopKernels<T>& loops = Loops<T>();
+  const FactorizationKernels<T>& loops = Kernels<T>().factorizations;
   for (int64_t i = end - 1; i >= begin; --i) {
     const int64_t done = end - 1 - i;
     T *const v = left_.data() + done * stride_, *const w = right_.data() + done * stride_;
+    // 1. and 2.
     UpdateRow(i, done);
     MakeReflectorOf(i);
-    const int64_t whole = RoundUp<T>(i);
+    const int64_t whole = Padded<T>(i);
     std::copy_n(Row(i), stride_, v);
+    // 3. w = A v.
     SymmetricProduct(i, v, w);
-    // w = tau (A v) less what the reflectors of this block have taken from A, and a multiple of v.
+    // w = tau (A v) less what the reflectors of this block subtract from A, and a multiple of v.
     T of_v[kBlock], of_w[kBlock];
     loops.dots(left_.data(), stride_, done, whole, v, of_v);
     loops.dots(right_.data(), stride_, done, whole, v, of_w);
@@ -97,9 +100,9 @@ void Tridiagonal<T>::UpdateRow(int64_t i, int64_t done) {
     of_v[k] = -left_.data()[k * stride_ + i];
     of_w[k] = -right_.data()[k * stride_ + i];
   }
-  const int64_t whole = RoundUp<T>(i + 1);
-  Loops<T>().add_rows(left_.data(), stride_, done, whole, of_w, row);
-  Loops<T>().add_rows(right_.data(), stride_, done, whole, of_v, row);
+  const int64_t whole = Padded<T>(i + 1);
+  Kernels<T>().factorizations.add_rows(left_.data(), stride_, done, whole, of_w, row);
+  Kernels<T>().factorizations.add_rows(right_.data(), stride_, done, whole, of_v, row);
   std::fill(row + i + 1, row + whole, T(0));
 }
 
@@ -112,10 +115,10 @@ void Tridiagonal<T>::MakeReflectorOf(int64_t i) {
   if (i == 0) return;
   const T pivot = row[i - 1];
   row[i - 1] = 0;
-  const Reflector<T> found = MakeReflector(pivot, Loops<T>().squares(row, RoundUp<T>(i)));
-  tau_[i] = found.tau;
-  beside_[i - 1] = found.beta;
-  Loops<T>().scale(found.inverse, row, RoundUp<T>(i), row);
+  const Reflector<T> reflector = MakeReflector(pivot, Kernels<T>().factorizations.squares(row, Padded<T>(i)));
+  tau_[i] = reflector.tau;
+  beside_[i - 1] = reflector.beta;
+  Kernels<T>().factorizations.scale(reflector.inverse, row, Padded<T>(i), row);
   row[i - 1] = 1;
 }
 
@@ -123,7 +126,7 @@ void Tridiagonal<T>::MakeReflectorOf(int64_t i) {
 template <typename T>
 void Tridiagonal<T>::SymmetricProduct(int64_t i, const T* x, T* y) {
   std::fill(y, y + stride_, T(0));
-  if (i < kParallelRows) return Loops<T>().symmetric_rows(rows_.data(), stride_, 0, i, x, y);
+  if (i < kParallelRows) return Kernels<T>().factorizations.symmetric_rows(rows_.data(), stride_, 0, i, x, y);
   const auto begin = std::chrono::steady_clock::now();
   ProductInPieces(i, x, y);
   product_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -131,7 +134,7 @@ void Tridiagonal<T>::SymmetricProduct(int64_t i, const T* x, T* y) {
 
 template <typename T>
 void Tridiagonal<T>::ProductInPieces(int64_t i, const T* x, T* y) {
-  const LoopKernels<T>& loops = Loops<T>();
+  const FactorizationKernels<T>& loops = Kernels<T>().factorizations;
   // Rows as long as the part of the triangle that they close: pieces of equal area.
   const auto row_of = [&](int64_t piece) {
     return static_cast<int64_t>(std::sqrt(static_cast<double>(piece) / kPieces) * i) / 4 * 4;
@@ -140,13 +143,13 @@ void Tridiagonal<T>::ProductInPieces(int64_t i, const T* x, T* y) {
   workers.For(kPieces, [&](int64_t piece) {
     T* const part = parts_.data() + piece * stride_;
     const int64_t end = piece + 1 == kPieces ? i : row_of(piece + 1);
-    std::fill(part, part + RoundUp<T>(end + 4), T(0));
+    std::fill(part, part + Padded<T>(end + 4), T(0));
     loops.symmetric_rows(rows_.data(), stride_, row_of(piece), end, x, part);
   });
   const T one = 1;
   for (int64_t piece = 0; piece < kPieces; ++piece) {
     const int64_t end = piece + 1 == kPieces ? i : row_of(piece + 1);
-    loops.add_rows(parts_.data() + piece * stride_, stride_, 1, RoundUp<T>(end), &one, y);
+    loops.add_rows(parts_.data() + piece * stride_, stride_, 1, Padded<T>(end), &one, y);
   }
 }
 
@@ -158,25 +161,25 @@ void Tridiagonal<T>::UpdateLeading(int64_t begin, int64_t count) {
   const int64_t width = left.width();
   const Workers workers = workers_.Of(begin * begin * count);
   workers.For(left.panels(), [&](int64_t panel) {
-    const int64_t first = panel * width, kept = std::min(width, begin - first);
+    const int64_t first = panel * width, valid = std::min(width, begin - first);
     for (int64_t k = 0; k < count; ++k) {
       const T *const v = left_.data() + k * stride_ + first, *const w = right_.data() + k * stride_ + first;
       T *const of_v = left.At(first, k), *const of_w = left.At(first, count + k);
-      for (int64_t r = 0; r < kept; ++r) {
+      for (int64_t r = 0; r < valid; ++r) {
         of_v[r] = -v[r];
         of_w[r] = -w[r];
       }
-      std::fill(of_v + kept, of_v + width, T(0));
-      std::fill(of_w + kept, of_w + width, T(0));
-      std::copy_n(w, kept, right.At(first, k));
-      std::copy_n(v, kept, right.At(first, count + k));
-      std::fill(right.At(first, k) + kept, right.At(first, k) + width, T(0));
-      std::fill(right.At(first, count + k) + kept, right.At(first, count + k) + width, T(0));
+      std::fill(of_v + valid, of_v + width, T(0));
+      std::fill(of_w + valid, of_w + width, T(0));
+      std::copy_n(w, valid, right.At(first, k));
+      std::copy_n(v, valid, right.At(first, count + k));
+      std::fill(right.At(first, k) + valid, right.At(first, k) + width, T(0));
+      std::fill(right.At(first, count + k) + valid, right.At(first, count + k) + width, T(0));
     }
   });
   Multiply<T>(workers, left, right, 0, 2 * count, {rows_.data(), stride_, true, true});
   for (int64_t i = 0; i < begin; ++i)
-    std::fill(Row(i) + i + 1, Row(i) + std::min(stride_, RoundUp<T>(i + 4) + 64), T(0));
+    std::fill(Row(i) + i + 1, Row(i) + std::min(stride_, Padded<T>(i + 4) + 64), T(0));
 }
 
 template class Tridiagonal<float>;

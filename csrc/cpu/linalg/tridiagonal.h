@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/linalg/loops.h"
 #include "cpu/linalg/workers.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/kernels.h"
 
 namespace curvax {
 
@@ -26,6 +26,19 @@ class Pace {
   int64_t turns_ = 0;
 };
 
+// For i = n - 1, n - 2, ..., 1, in blocks of rows:
+//   1. UpdateRow          row i less what the earlier reflectors of this block subtract from it
+//   2. MakeReflectorOf    v takes the row left of the diagonal to (0, ..., 0, beta)
+//   3. SymmetricProduct   w = tau A v - (tau / 2) (w.v) v, with A as it was before this block,
+//                         corrected for the block's reflectors
+//   4. UpdateLeading      after a block: A = A - V^T W - W^T V, one matrix product
+//
+//   a . . . .         a . . . .          after row 4: what is left is the leading 4 x 4 part
+//   a a . . .         a a . . .
+//   a a a . .    ->   a a a . .
+//   a a a a .         a a a a .
+//   a a a a a         v v v 1 d   <- row 4: d on the diagonal, its reflector in place; beta beside the diagonal of T
+//
 // Rows go from the last one up: reflector i takes the i entries of row i left of the diagonal to a multiple of the last
 // of them. So what is left to do is always the leading part of the matrix, whose rows begin on a boundary, and each
 // reflector stays in the row that it came from. Q = H_(n-1) ... H_1.
@@ -41,7 +54,7 @@ class Tridiagonal {
   // T: its diagonal, and the n - 1 entries beside it.
   double* diagonal() { return diagonal_.data(); }
   double* beside() { return beside_.data(); }
-  // Row i has reflector i: i entries, a one the last of them, zeros up to the next multiple of kWhole.
+  // Row i has reflector i: i entries, a one the last of them, zeros up to the next multiple of kWideEntries.
   const T* reflectors() const { return rows_.data(); }
   int64_t stride() const { return stride_; }
   const T* tau() const { return tau_.data(); }

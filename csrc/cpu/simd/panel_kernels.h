@@ -1,11 +1,18 @@
-// Products of packed matrices and the triangular work of a Cholesky factor, in the widest instructions that this
-// processor has: what gram_accumulate and large batched_cholesky_solve are made of.
+// Products of packed matrices and the triangular work of a Cholesky factor: what gram_accumulate and the dense
+// factorizations are made of.
 //
 // A panel holds `panel` rows of a matrix with entry k of all of them side by side: (row r, entry k) is at
 // k * panel + r. One packing serves both sides of a product X Y^T: of Y a whole panel fills vectors, of X `strip` rows,
-// taken anywhere from a panel, are its scalars. The sums of strip x panel entries stay in registers.
+// which begin anywhere in a panel, are its scalars. With AVX-512, float, panel = 32 and strip = 8:
 //
-// Rounding: a sum of `depth` products is taken in the dtype itself, in order, at most kDepth at a time, and the parts
+//                     memory ->                                     sums, in registers (strip x panel)
+//   X   entry 0   [ 0 .. 7 | 8 .. 15 | ... 31 ]                          0 ......... 31   rows of Y
+//       entry 1   [ 0 .. 7 | 8 .. 15 | ... 31 ]                     0  [ s . . . . . . ]
+//       ...         `strip` scalars of entry k                      .  [ . . . . . . . ]  += x_k y_k^T for each entry k
+//   Y   entry 0   [ 0 .................... 31 ]                     7  [ . . . . . . . ]
+//       ...         two vectors of entry k                         rows of X
+//
+// Rounding: a sum of `depth` products is made in the dtype itself, in order, at most kDepth at a time, and the parts
 // are added: it is off by at most kDepth + depth / kDepth roundings of the sum of magnitudes, as in any blocked
 // product.
 #pragma once
@@ -17,7 +24,7 @@ namespace curvax {
 // Products added up in one go; a panel of so many entries is 32 KiB, the first-level cache of most processors.
 inline constexpr int64_t kDepth = 256;
 
-// No level has larger strips and panels.
+// No instruction set has larger strips and panels.
 inline constexpr int64_t kLargestStrip = 8;
 inline constexpr int64_t kLargestPanel = 32;
 
@@ -28,7 +35,7 @@ template <typename T>
 struct PanelKernels {
   int64_t panel;
   int64_t strip;     // divides panel
-  int64_t unknowns;  // from which a system is solved faster in panels than as cpu/batched.h does, on one thread
+  int64_t unknowns;  // from which a system is solved faster in panels than by cpu/simd/small_cholesky.h, on one thread
 
   // sums (strip x panel) = X Y^T for `depth` entries of a strip and a panel.
   void (*product)(const T* left, const T* right, int64_t depth, T* sums);
@@ -55,9 +62,5 @@ struct PanelKernels {
   void (*forward)(const T* rows, int64_t first, const T* inverse, T* y);
   void (*backward)(const T* rows, int64_t first, const T* inverse, T* y);
 };
-
-// The kernels for the chosen level.
-template <typename T>
-const PanelKernels<T>& KernelsOfPanels();
 
 }  // namespace curvax

@@ -1,16 +1,12 @@
-// One linear system, or one factorization, in the widest instructions that this processor has.
+// One dense linear system of up to a few hundred unknowns, by conjugate gradients or by a Cholesky factor, on one
+// thread.
 #pragma once
 
 #include <cstdint>
 
-namespace curvax {
+#include "cpu/simd/padding.h"
 
-// Vectors and rows of packed matrices are padded with zeros to whole vectors of 64 bytes.
-template <typename T>
-constexpr int64_t Padded(int64_t n) {
-  constexpr int64_t width = 64 / sizeof(T);
-  return (n + width - 1) / width * width;
-}
+namespace curvax {
 
 // One system for conjugate gradients. The contract of its parts is in kernels/batched_cg/api.py.
 template <typename T>
@@ -32,13 +28,10 @@ inline constexpr int64_t kCgVectors = 8;
 // Systems of at most so many unknowns are solved 64 / sizeof(T) at a time, one per lane of the processor's vectors.
 inline constexpr int64_t kLaneUnknowns = 16;
 
-template <typename T>
-inline constexpr int64_t kLanes = 64 / sizeof(T);
-
 // Elements of scratch that they share.
 template <typename T>
 constexpr int64_t LaneScratch(int64_t n) {
-  return kLanes<T> * (n + kCgVectors) * n;
+  return kWideEntries<T> * (n + kCgVectors) * n;
 }
 
 template <typename T>
@@ -71,16 +64,12 @@ template <typename T>
 struct SystemKernels {
   // Solves `count`, 1 or 2, systems.
   void (*cg)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
-  // Solves up to kLanes systems in the scratch of the first; matrices need no padding.
-  void (*cg_of_lanes)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
+  // Solves up to kWideEntries systems, one per lane, in the scratch of the first; matrices need no padding.
+  void (*cg_by_lane)(const CgProblem<T>* problems, int count, CgEnd<T>* ends);
   // Fills `factor`; false where a pivot is not positive beyond rounding.
   bool (*factorize)(const CholeskyProblem<T>& problem);
-  // Solves with `factor` and refines once; `sound` is what factorize said.
-  CholeskyEnd<T> (*solve)(const CholeskyProblem<T>& problem, bool sound, const T* rhs, T* value);
+  // Solves with `factor` and refines once; `factorized` is what factorize said.
+  CholeskyEnd<T> (*solve)(const CholeskyProblem<T>& problem, bool factorized, const T* rhs, T* value);
 };
-
-// The kernels for the widest level that this processor has, chosen once.
-template <typename T>
-const SystemKernels<T>& KernelsOfSystems();
 
 }  // namespace curvax

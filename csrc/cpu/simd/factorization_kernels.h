@@ -1,20 +1,12 @@
-// The vector loops of the dense factorizations that are no products of packed matrices (cpu/panels.h), in the widest
-// instructions that this processor has.
+// The vector loops of the dense factorizations that are no products of panels (cpu/simd/panel_kernels.h).
+//
+// Rows begin at multiples of kWideEntries entries and have zeros behind their end, so that no loop has a remainder:
+// lengths are rounded up (cpu/simd/padding.h).
 #pragma once
 
 #include <cstdint>
 
 namespace curvax {
-
-// Rows of the matrices that these loops walk over begin at multiples of so many entries and are zero behind their end,
-// so that no loop has a remainder: lengths are rounded up.
-template <typename T>
-inline constexpr int64_t kWhole = 64 / static_cast<int64_t>(sizeof(T));
-
-template <typename T>
-constexpr int64_t RoundUp(int64_t n) {
-  return (n + kWhole<T> - 1) / kWhole<T> * kWhole<T>;
-}
 
 // f(x) - 1 / rho of the secular equation 1 / rho + sum_i squares_i / (pole_i - x) = 0, in two parts: poles before the
 // root, poles behind it.
@@ -23,7 +15,7 @@ struct SecularSums {
 };
 
 template <typename T>
-struct LoopKernels {
+struct FactorizationKernels {
   // y += A x for the symmetric matrix whose lower triangle is in rows [begin, end) of `a`, zeros above the diagonal:
   // each entry is read once and counts for both triangles. `begin` is a multiple of four.
   void (*symmetric_rows)(const T* a, int64_t stride, int64_t begin, int64_t end, const T* x, T* y);
@@ -57,9 +49,5 @@ struct LoopKernels {
   void (*secular_vectors)(const double* poles, const double* z, int64_t n, const double* origins, const double* shifts,
                           int64_t count, int64_t width, T* to);
 };
-
-// The loops for the chosen level.
-template <typename T>
-const LoopKernels<T>& Loops();
 
 }  // namespace curvax

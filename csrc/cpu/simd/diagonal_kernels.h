@@ -1,4 +1,4 @@
-// One block of the diagonal methods' vectors, in the widest instructions that this processor has.
+// The vector work of the diagonal methods (Sophia, AdaHessian), on one block of a leaf.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,5 @@ struct DiagonalKernels {
   // |out|.
   double (*mix[2])(T keep, T gain, const T* estimate, const T* average, T* out, T* saved, int64_t n);
 };
-
-// The kernels for the widest level that this processor has.
-template <typename T>
-const DiagonalKernels<T>& DiagonalKernelsHere();
 
 }  // namespace curvax

@@ -1,15 +1,11 @@
-#include "cpu/simd.h"
+#include "cpu/simd/instruction_set.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "common/vector.h"
-
 namespace curvax {
 namespace {
-#define CURVAX_BODY "cpu/blocks.inc"
-#include "cpu/levels.inc"
 
 Level Widest() {
 #if defined(__x86_64__)
@@ -47,24 +43,6 @@ Level ChosenLevel() {
   static const Level level = Choose();
   return level;
 }
-
-template <typename T>
-const BlockKernels<T>& Kernels() {
-#if defined(__x86_64__)
-  switch (ChosenLevel()) {
-    case Level::kAvx512f:
-      return avx512f::kKernels<T>;
-    case Level::kAvx2:
-      return avx2::kKernels<T>;
-    case Level::kBaseline:
-      break;
-  }
-#endif
-  return baseline::kKernels<T>;
-}
-
-template const BlockKernels<float>& Kernels<float>();
-template const BlockKernels<double>& Kernels<double>();
 
 std::string_view SimdLevel() { return Name(ChosenLevel()); }
 
