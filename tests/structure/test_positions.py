@@ -16,8 +16,6 @@ from jax import lax
 from curvax.curvature import GeneralizedGaussNewton, MonteCarloFisher, ObservedFisher
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.structure import (
-    DiagonalOptions,
-    Samples,
     empirical_fisher_diagonal,
     ggn_diagonal,
     per_example_gradient_norms,
@@ -411,7 +409,7 @@ def test_exact_quantities_see_nothing_that_is_masked(
     each = np.einsum("pk,pkn->pn", residual, slopes)
 
     def everything(p: Any, x: jax.Array, y: jax.Array, w: jax.Array) -> Any:
-        many = ggn_diagonal(predict, loss, p, x, y, w, DiagonalOptions(samples=Samples(2, jax.random.key(0))))
+        many = ggn_diagonal(predict, loss, p, x, y, w, samples=2, key=jax.random.key(0))
         return (
             ggn_diagonal(predict, loss, p, x, y, w),
             empirical_fisher_diagonal(predict, loss, p, x, y, w),

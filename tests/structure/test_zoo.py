@@ -14,8 +14,6 @@ import pytest
 
 from curvax.losses import SquaredError
 from curvax.structure import (
-    DiagonalOptions,
-    RowOptions,
     empirical_fisher_diagonal,
     ggn_diagonal,
     jacobian_gram,
@@ -160,11 +158,11 @@ def test_exact_quantities_in_little_memory(entry: Entry) -> None:
     made = quick_jit(
         lambda: (
             jacobian_gram(entry.predict, params, x, max_bytes=1),
-            ggn_diagonal(*problem, options=DiagonalOptions(max_bytes=1)),
-            empirical_fisher_diagonal(*problem, options=RowOptions(max_bytes=1)),
+            ggn_diagonal(*problem, max_bytes=1),
+            empirical_fisher_diagonal(*problem, max_bytes=1),
             per_example_gradient_norms(*problem),
-            per_example_gradient_norms(*problem, options=RowOptions(max_bytes=1)),
-            per_example_gradient_norms(*problem, options=RowOptions(max_bytes=20_000)),
+            per_example_gradient_norms(*problem, max_bytes=1),
+            per_example_gradient_norms(*problem, max_bytes=20_000),
         )
     )()
     values = [dense.vector(value) for value in made]

@@ -41,9 +41,6 @@ The files in reading order; each imports from those above it only (`tests/docs/i
 
 from curvax.structure.batch_axis import examples_independent as examples_independent
 from curvax.structure.blocks import KroneckerBlocks as KroneckerBlocks
-from curvax.structure.exact import DiagonalOptions as DiagonalOptions
-from curvax.structure.exact import RowOptions as RowOptions
-from curvax.structure.exact import Samples as Samples
 from curvax.structure.exact import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.structure.exact import ggn_diagonal as ggn_diagonal
 from curvax.structure.exact import jacobian_gram as jacobian_gram

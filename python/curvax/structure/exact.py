@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.kernels import Choice, Implementation
 from curvax.keys import check_key
+from curvax.keywords import spread
 from curvax.losses.base import Loss, check_loss
 from curvax.output_space import (
     FisherType,
@@ -40,50 +41,53 @@ Predict = Callable[[PyTree, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """Targets drawn from the model, in place of a sum over all outputs.
+class RowArguments:
+    """Arguments of what reads the rows of a model and a loss.
 
     Attributes:
-      count: how many draws of all targets.
-      key: where they come from.
-
-    Raises:
-      ValueError: fewer than one.
-    """
-
-    count: int
-    key: jax.Array
-
-    def __post_init__(self) -> None:
-        check_key("key", self.key)
-        if self.count < 1:
-            raise ValueError(f"Samples(count={self.count}) draws no targets: take at least one.")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowOptions:
-    """How the rows of a model are made, and how much memory they may take.
-
-    Attributes:
-      batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
-        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
+      predict_fn: (params, inputs) -> outputs (B, ...).
+      loss: a loss of `curvax.losses`.
+      params: parameters.
+      inputs: as in `jacobian_gram`.
+      targets, weights: as the loss takes them.
+      batch_axes: as in `jacobian_gram`.
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less takes
         fewer examples, or rows of one, at a time.
     """
 
+    predict_fn: Predict
+    loss: Loss
+    params: PyTree
+    inputs: Any
+    targets: Any
+    weights: Any = None
+    _: dataclasses.KW_ONLY
     batch_axes: AxesPrefix | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
-class DiagonalOptions(RowOptions):
+class DiagonalArguments(RowArguments):
     """The same, and whether an estimate will do.
 
     Attributes:
-      samples: draws of the targets; `None`, the default, for the exact diagonal.
+      samples: number of draws of all targets; `None` for the exact diagonal.
+      key: where they come from; needed for the estimate alone.
     """
 
-    samples: Samples | None = None
+    samples: int | None = None
+    key: jax.Array | None = None
+
+    def draws(self, samples: int) -> jax.Array:
+        """The keys of that many draws.
+
+        Raises:
+          ValueError: there is no key, or fewer than one draw.
+        """
+        if self.key is None or samples < 1:
+            raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
+        check_key("key", self.key)
+        return jax.random.split(self.key, samples)
 
 
 def jacobian_gram(
@@ -125,91 +129,57 @@ def jacobian_gram(
     return kernel.reshape(examples, k, examples, k)
 
 
-def ggn_diagonal(
-    predict_fn: Predict,
-    loss: Loss,
-    params: PyTree,
-    inputs: Any,
-    targets: Any,
-    weights: Any = None,
-    options: DiagonalOptions = DiagonalOptions(),
-) -> PyTree:
+@spread(DiagonalArguments)
+def ggn_diagonal(arguments: DiagonalArguments) -> PyTree:
     """The diagonal of the generalized Gauss-Newton matrix of a loss: exact, or an unbiased Monte Carlo estimate.
 
     The exact one costs a reverse pass per output of an example (Dangel, Kunstner and Hennig 2020), without forming
-    gradients of weights that meet an example once. The estimate has `samples.count` reverse passes instead, whatever
+    gradients of weights that meet an example once. The estimate has `samples` reverse passes instead, whatever
     the number of outputs: the mean square of every example's gradient with targets drawn from the model. Since every
     example has a square of its own, its variance is that of `GaussNewtonBartlett` less the products between examples.
-
-    Args:
-      predict_fn: (params, inputs) -> outputs (B, ...).
-      loss: a loss of `curvax.losses`.
-      params: parameters.
-      inputs: as in `jacobian_gram`.
-      targets, weights: as the loss takes them.
-      options: samples if an estimate will do, axes of the examples, memory.
 
     Returns:
       An upcast tree with the structure of `params`.
 
     Raises:
-      ValueError: targets or weights that do not fit.
+      ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
     """
-    at = _Point.of(predict_fn, loss, params, inputs, (targets, weights), options)
-    if options.samples is None:
+    samples = arguments.samples
+    keys = None if samples is None else arguments.draws(samples)
+    at = _Point.of(arguments)
+    if samples is None or keys is None:
         return at.diagonal(GeneralizedGaussNewton())
-    samples, outputs = options.samples, at.outputs
+    loss, targets, outputs = at.loss, at.targets, at.outputs
 
     def residual(k: jax.Array) -> jax.Array:
         return loss.sampled_gradient(outputs, targets, at.weights.values, k)
 
-    residuals = jax.vmap(residual)(jax.random.split(samples.key, samples.count))
-    residuals *= jnp.asarray(samples.count**-0.5, residuals.dtype)
+    residuals = jax.vmap(residual)(keys)
+    residuals *= jnp.asarray(samples**-0.5, residuals.dtype)
     # One row per example and sample: the positions of an example are drawn independently, and their products vanish on
     # average.
-    flat = GradientOuterProduct(residuals.reshape(samples.count, outputs.shape[0], -1))
-    flattened = dataclasses.replace(at, predict=_flattened(predict_fn), weights=at.weights.flattened(outputs))
+    flat = GradientOuterProduct(residuals.reshape(samples, outputs.shape[0], -1))
+    flattened = dataclasses.replace(at, predict=_flattened(at.predict), weights=at.weights.flattened(outputs))
     return flattened.row_diagonal(flat)
 
 
-def empirical_fisher_diagonal(
-    predict_fn: Predict,
-    loss: Loss,
-    params: PyTree,
-    inputs: Any,
-    targets: Any,
-    weights: Any = None,
-    options: RowOptions = RowOptions(),
-) -> PyTree:
+@spread(RowArguments)
+def empirical_fisher_diagonal(arguments: RowArguments) -> PyTree:
     """The exact diagonal of the empirical Fisher: weighted squares of the gradients of every position's own loss.
 
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
-    Arguments, result and errors as in `ggn_diagonal`.
+    Result and errors as in `ggn_diagonal`.
     """
-    return _Point.of(predict_fn, loss, params, inputs, (targets, weights), options).diagonal(ObservedFisher())
+    return _Point.of(arguments).diagonal(ObservedFisher())
 
 
-def per_example_gradient_norms(
-    predict_fn: Predict,
-    loss: Loss,
-    params: PyTree,
-    inputs: Any,
-    targets: Any,
-    weights: Any = None,
-    options: RowOptions = RowOptions(),
-) -> jax.Array:
+@spread(RowArguments)
+def per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
     """Norms of the gradients that the examples contribute to the gradient of the loss, which is their sum.
 
     With `reduction="sum"` and no weights they are the norms of the examples' own gradients; with "mean" those divided
-    by the number of positions. Dense layers form no gradient of an example (Goodfellow 2015).
-
-    Args:
-      predict_fn: (params, inputs) -> outputs (B, ...), which must treat each example by itself.
-      loss: a loss of `curvax.losses`.
-      params: parameters.
-      inputs: as in `jacobian_gram`.
-      targets, weights: as the loss takes them.
-      options: axes of the examples, memory.
+    by the number of positions. Dense layers form no gradient of an example (Goodfellow 2015). `predict_fn` must treat
+    each example by itself.
 
     Returns:
       (B,) norms, in the widest dtype of the parameters and at least float32.
@@ -217,18 +187,19 @@ def per_example_gradient_norms(
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
-    check_model(predict_fn, params, inputs)
-    at = _Point.of(predict_fn, loss, params, inputs, (targets, weights), options)
+    check_model(arguments.predict_fn, arguments.params, arguments.inputs)
+    at = _Point.of(arguments)
+    loss, params, inputs = at.loss, at.params, at.inputs
     try:
         if loss.couples_examples:
             raise Mixed("the loss couples them")
-        captured = capture(predict_fn, params, inputs, at.axes)
+        captured = capture(at.predict, params, inputs, at.axes)
     except Mixed as mixed:
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
-    residual = loss.gradient(at.outputs, targets, at.weights.values)
+    residual = loss.gradient(at.outputs, at.targets, at.weights.values)
     filled = fill_idle_inputs(captured, jax.tree.leaves(inputs), at.weights)
-    norms = _norms(captured, params, filled, residual, options.max_bytes)
+    norms = _norms(captured, params, filled, residual, at.max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 
@@ -258,7 +229,7 @@ def _norms(
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A model and loss at a point; attributes as the arguments of `ggn_diagonal`, with what follows from them."""
+    """A model and loss at a point; attributes as in `RowArguments`, with what follows from them."""
 
     predict: Predict
     loss: Loss
@@ -272,11 +243,10 @@ class _Point:
     max_bytes: int
 
     @staticmethod
-    def of(
-        predict: Predict, loss: Loss, params: PyTree, inputs: Any, data: tuple[Any, Any], options: RowOptions
-    ) -> _Point:
-        """Checks the arguments and evaluates the model; `data` are targets and weights."""
-        targets, weights = data
+    def of(arguments: RowArguments) -> _Point:
+        """Checks the arguments and evaluates the model."""
+        predict, loss, params, inputs = arguments.predict_fn, arguments.loss, arguments.params, arguments.inputs
+        targets, weights = arguments.targets, arguments.weights
         check_loss(loss)
         outputs, vjp = jax.vjp(lambda p: predict(p, inputs), params)
         check_outputs(outputs)
@@ -284,8 +254,8 @@ class _Point:
         loss.check_values(outputs, targets, weights)
         observed = loss.observed_weights(outputs, targets, weights)
         counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
-        axes, pull = leading_axes(options.batch_axes, inputs), _pull(vjp, outputs)
-        return _Point(predict, loss, params, inputs, targets, outputs, counted, pull, axes, options.max_bytes)
+        axes, pull = leading_axes(arguments.batch_axes, inputs), _pull(vjp, outputs)
+        return _Point(predict, loss, params, inputs, targets, outputs, counted, pull, axes, arguments.max_bytes)
 
     def diagonal(self, fisher: FisherType) -> PyTree:
         """The diagonal of J^T Q J for the Q of a Fisher type."""
