@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif not (chosen.only or some):
             schema.write(rows, chosen.suite, chosen.out)
     if chosen.update or not (chosen.only or some):
-        print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl")
+        print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl; `python -m bench.markdown` makes their table")
 
 
 def _suite(arguments: list[str] | None) -> Any:

@@ -19,12 +19,13 @@ import numpy as np
 
 from bench import schema
 from bench.libraries import CURVAX, SOMAX
-from bench.markdown import milliseconds, value
+from bench.markdown import milliseconds
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.setting import MAIN
 from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
+from bench.tables import value
 
 _STEPS = {SOMAX: "C3", GENERIC: "C1", CURVAX: "C0"}
 _LANES = {PARAM_CG: "C2", ROW_CG: "C4", ROW_CHOLESKY: "C0", DIAGONAL: "C7"}
