@@ -10,7 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import markdown, schema, tables
+import bench.markdown as markdown
+import bench.schema as schema
+import bench.tables as tables
 
 README = ROOT / "bench" / "README.md"
 # What `bench/gpu.sh` leaves in `results/gpu` is not committed.
