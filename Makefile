@@ -67,8 +67,10 @@ $(GPU_STAMP): $(NATIVE)
 test-gpu-compile: $(GPU_STAMP)
 	@$(GPU_VENV)/bin/python -m pytest -q tests/lowering
 
-$(VENV)/.dev: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS),dev]'
+# The very versions of tools and of what pyright reads: a new release of either is taken up by a commit, not by chance.
+$(VENV)/.dev: $(STAMP) .ci/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint .ci/constraints.txt \
+		--editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 lint: $(VENV)/.dev

@@ -41,16 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
     some = any(each.some for each in own)
     print(f"{schema.device()}; {schema.versions()}; commit {schema.commit()}")
     rows: list[schema.Row] = []
-    for found in module.run_suite(chosen.quick, chosen.only, *own):
-        print(schema.table(found), flush=True)
-        rows += found
+    for records in module.run_suite(chosen.quick, chosen.only, *own):
+        print(schema.table(records), flush=True)
+        rows += records
         # After each case, so that a run that is cut off leaves what it has measured.
         if chosen.update:
             schema.update(rows, chosen.suite, chosen.out, one_by_one=some)
         elif not (chosen.only or some):
             schema.write(rows, chosen.suite, chosen.out)
     if chosen.update or not (chosen.only or some):
-        print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl")
+        print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl; `python -m bench.markdown` makes their table")
 
 
 def _suite(arguments: list[str] | None) -> Any:

@@ -20,8 +20,8 @@ from curvax.structure.rows import example_groups
 
 def generic_capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Capture:
     """The capture of a model of which nothing is recognized."""
-    found = capture(predict, params, inputs)
-    return dataclasses.replace(found, structure=dataclasses.replace(found.structure, uses=()))
+    layers = capture(predict, params, inputs)
+    return dataclasses.replace(layers, structure=dataclasses.replace(layers.structure, uses=()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,13 @@ class GenericGaussNewton(GaussNewton):
     def rows(self, params: PyTree, evaluation: Evaluation, *rest: Any) -> JacobianRows:
         known = super().rows(params, evaluation, *rest)
         inputs = self.model.inputs(evaluation.batch)
-        found = generic_capture(lambda p, x: self._predict(p, x, evaluation), params, inputs)
+        layers = generic_capture(lambda p, x: self._predict(p, x, evaluation), params, inputs)
 
         def whole(max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
-            return gram(example_groups(found, params, inputs, known.output), max_bytes, implementation)
+            return gram(example_groups(layers, params, inputs, known.output), max_bytes, implementation)
 
         def diagonal(max_bytes: int) -> PyTree:
-            return example_diagonal(found, params, inputs, known.output, max_bytes)
+            return example_diagonal(layers, params, inputs, known.output, max_bytes)
 
         return dataclasses.replace(known, gram=whole, diagonal=diagonal)
 

@@ -1,6 +1,9 @@
-"""The tables of suites that `bench/README.md` shows, from their rows.
+"""Tables of the rows of every suite, written beside the rows.
 
-python -m bench.markdown structure|lanes|layerwise|linalg|untuned|robustness [FOLDER]
+python -m bench.markdown [FOLDER]
+
+For each `<suite>.jsonl` of the folder and those below it this writes `<suite>.md`; the folder is `bench/results` unless
+another is named. `tests/bench/test_tables.py` compares the committed files with what this makes.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from bench import schema
+from bench import schema, tables
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
@@ -23,21 +26,49 @@ from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
 from bench.suites.structure.quantities import GRADIENT
 from bench.suites.untuned import table as untuned
+from bench.tables import Key, groups, value
 from curvax.pipes import until_closed
 
-_Group = tuple[str, str]
+COMMAND = "python -m bench.markdown"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the tables of a suite."""
-    parser = argparse.ArgumentParser(prog="python -m bench.markdown", description=__doc__)
-    parser.add_argument("suite", choices=tuple(TABLES))
+    """Writes a table beside every file of rows."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=schema.RESULTS)
-    chosen = parser.parse_args(arguments)
-    rows = schema.read(chosen.folder / f"{chosen.suite}.jsonl")
-    first = rows[0]
-    print(f"{first.date}, commit {first.commit}, {first.device}; {first.versions}.\n")
-    print("\n".join(TABLES[chosen.suite](rows)))
+    for path in files(parser.parse_args(arguments).folder):
+        target = path.with_suffix(".md")
+        target.write_text(document(path))
+        print(target)
+
+
+def files(folder: pathlib.Path = schema.RESULTS) -> list[pathlib.Path]:
+    """All files of rows below a folder."""
+    return sorted(folder.rglob("*.jsonl"))
+
+
+def document(path: pathlib.Path) -> str:
+    """The page of a file of rows: where they come from, then their tables."""
+    rows = schema.read(path)
+    lines = [
+        f"# {path.stem}",
+        "",
+        f"`{COMMAND}` makes this page from `{path.name}`. `bench/README.md` says what it means.",
+        "",
+        *origins(rows),
+        "",
+        *TABLES.get(path.stem, tables.plain)(rows),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def origins(rows: Sequence[Row]) -> Iterator[str]:
+    """Where and of which commits the rows are, one line per day, device and set of versions."""
+    commits: dict[tuple[str, str, str], dict[str, None]] = {}
+    for r in rows:
+        commits.setdefault((r.date, r.device, r.versions), {})[r.commit] = None
+    for (date, device, versions), names in commits.items():
+        yield f"- {date}, commit {', '.join(names)}; {device}; {versions}."
 
 
 def structure(rows: Sequence[Row]) -> Iterator[str]:
@@ -54,10 +85,10 @@ def lanes(rows: Sequence[Row]) -> Iterator[str]:
     """Every lane's time and prediction, and the planner's pick."""
     yield "| model | x | param CG | row CG | row Cholesky | picked | over the best |"
     yield "|---|---|---|---|---|---|---|"
-    for (case, x), found in groups(rows).items():
-        pick = next((r for r in found if r.metric == PICKED), None)
+    for (case, x), group in groups(rows).items():
+        pick = next((r for r in group if r.metric == PICKED), None)
         if pick is not None:
-            times = [_with_prediction(found, p) for p in (PARAM_CG, ROW_CG, ROW_CHOLESKY)]
+            times = [_with_prediction(group, p) for p in (PARAM_CG, ROW_CG, ROW_CHOLESKY)]
             yield f"| {case} | {x} | {' | '.join(times)} | {pick.provider} | {pick.p50:.2f} |"
     yield ""
     yield from (f"{r.case}: {r.p50:.3f} ({r.x})" for r in rows if r.metric == "share")
@@ -65,11 +96,11 @@ def lanes(rows: Sequence[Row]) -> Iterator[str]:
 
 def layerwise(rows: Sequence[Row]) -> Iterator[str]:
     """Costs of inner loops, then runs to the target: median seed, and the range of all where they differ."""
-    for (case, x), found in groups(rows).items():
+    for (case, x), group in groups(rows).items():
         if "inner loop" in case or "head" in case:
-            yield from (f"\n{case} ({x})\n", *_costs(found))
+            yield from (f"\n{case} ({x})\n", *_costs(group))
         elif "to test loss" in case:
-            yield from (f"\n{case} ({x})\n", *_runs(found, rows))
+            yield from (f"\n{case} ({x})\n", *_runs(group, rows))
 
 
 def linalg(rows: Sequence[Row]) -> Iterator[str]:
@@ -78,27 +109,27 @@ def linalg(rows: Sequence[Row]) -> Iterator[str]:
     heads = ("operation", "matrices", f"{ALONE}, ms", f"{FREE}, ms", "curvax, ms", "over one thread", "of a product")
     yield f"| {' | '.join(heads)} |"
     yield "|---|---|---|---|---|---|---|"
-    for (case, x), found in grouped.items():
-        ours = next((r for r in found if (r.provider, r.metric) == (CURVAX, "GFLOP/s")), None)
+    for (case, x), group in grouped.items():
+        ours = next((r for r in group if (r.provider, r.metric) == (CURVAX, "GFLOP/s")), None)
         if ours is not None:
-            times = [_number(value(found, p, "ms")) for p in (ALONE, FREE, CURVAX)]
-            over = next(r for r in found if (r.provider, r.metric) == (CURVAX, "ms"))
+            times = [_number(value(group, p, "ms")) for p in (ALONE, FREE, CURVAX)]
+            over = next(r for r in group if (r.provider, r.metric) == (CURVAX, "ms"))
             yield f"| {case} | {x} | {' | '.join(times)} | {_ratio(over)} | {100 * (ours.ratio or 0):.0f} % |"
     yield ""
     yield f"| step | machine | {UNSET}, ms | with the best setting, ms | ratio |"
     yield "|---|---|---|---|---|"
-    for (case, x), found in grouped.items():
-        own = next((r for r in found if r.provider == UNSET), None)
+    for (case, x), group in grouped.items():
+        own = next((r for r in group if r.provider == UNSET), None)
         if own is not None and own.baseline is not None:
-            best = value(found, own.baseline, own.metric)
+            best = value(group, own.baseline, own.metric)
             yield f"| {case} | {x} | {own.p50:.4g} | {_number(best)} ({own.baseline}) | {_ratio(own)} |"
 
 
-def _runs(found: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
+def _runs(group: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
     yield "| method | steps | of SOAP's | tokens | ms/step | s to the target | test loss |"
     yield "|---|---|---|---|---|---|---|"
-    for provider in dict.fromkeys(r.provider for r in found):
-        own = {r.metric: r for r in found if r.provider == provider}
+    for provider in dict.fromkeys(r.provider for r in group):
+        own = {r.metric: r for r in group if r.provider == provider}
         steps, each = own.get("steps"), milliseconds(rows, own["test loss"])
         cells = [
             "not reached" if steps is None else _spread(steps),
@@ -134,20 +165,7 @@ def _spread(row: Row) -> str:
     return f"{row.p50:.0f}" if low == high else f"{row.p50:.0f} ({low} to {high})"
 
 
-def groups(rows: Sequence[Row]) -> dict[_Group, list[Row]]:
-    """Rows by case and x, in order."""
-    found: dict[_Group, list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.case, row.x), []).append(row)
-    return found
-
-
-def value(rows: Sequence[Row], provider: str, metric: str) -> float | None:
-    """The median of a provider's metric, if it was measured."""
-    return next((r.p50 for r in rows if (r.provider, r.metric) == (provider, metric)), None)
-
-
-def _steps(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+def _steps(grouped: dict[Key, list[Row]]) -> Iterator[str]:
     yield "| step | x | python-somax, ms | every leaf by reverse mode, ms | curvax, ms | somax / curvax | MiB temp |"
     yield "|---|---|---|---|---|---|---|"
     for (case, x), rows in grouped.items():
@@ -166,11 +184,11 @@ def _time(rows: Sequence[Row], provider: str) -> str:
     return _number(value(rows, provider, "ms/step"))
 
 
-def _number(found: float | None) -> str:
-    return "-" if found is None else f"{found:.4g}"
+def _number(measured: float | None) -> str:
+    return "-" if measured is None else f"{measured:.4g}"
 
 
-def _lanes(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+def _lanes(grouped: dict[Key, list[Row]]) -> Iterator[str]:
     providers = (PARAM_CG, ROW_CG, ROW_CHOLESKY, DIAGONAL)
     yield f"| loss and model, ms/step | x | {' | '.join(providers)} |"
     yield "|---|---|" + "---|" * len(providers)
@@ -179,7 +197,7 @@ def _lanes(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
     yield ""
 
 
-def _quantities(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
+def _quantities(grouped: dict[Key, list[Row]]) -> Iterator[str]:
     yield "| quantity | provider | ms | over the gradient | goal |"
     yield "|---|---|---|---|---|"
     for (case, x), rows in grouped.items():
@@ -193,9 +211,9 @@ def _quantities(grouped: dict[_Group, list[Row]]) -> Iterator[str]:
 def _exponents(rows: Sequence[Row]) -> Iterator[str]:
     yield "| growth of time | over | exponent: " + ", ".join((SOMAX, "reverse mode", CURVAX)) + " |"
     yield "|---|---|---|"
-    for (case, x), found in groups([r for r in rows if r.metric.endswith("ms/step")]).items():
+    for (case, x), group in groups([r for r in rows if r.metric.endswith("ms/step")]).items():
         name = re.sub(r"^exponent of ms/step over \w+, ", "", case)
-        slopes = [_number(value(found, p, "exponent, ms/step")) for p in (SOMAX, GENERIC, CURVAX)]
+        slopes = [_number(value(group, p, "exponent, ms/step")) for p in (SOMAX, GENERIC, CURVAX)]
         yield f"| {name} | {x} | {', '.join(slopes)} |"
     yield ""
 
@@ -219,6 +237,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
     "linalg": linalg,
     "untuned": untuned.table,
     "robustness": robustness.table,
+    "kernels": tables.kernels,
+    "kernels_spelt_out": tables.kernels,
+    "gpu_compile": tables.programs,
 }
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import numpy as np
 
 from bench import schema
 from bench.libraries import CURVAX, SOMAX
-from bench.markdown import milliseconds, value
+from bench.markdown import milliseconds
 from bench.schema import Row
 from bench.suites.lanes import DIAGONAL, PARAM_CG, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.setting import MAIN
 from bench.suites.layerwise.study import RATE
 from bench.suites.structure.exact import GENERIC
+from bench.tables import value
 
 _STEPS = {SOMAX: "C3", GENERIC: "C1", CURVAX: "C0"}
 _LANES = {PARAM_CG: "C2", ROW_CG: "C4", ROW_CHOLESKY: "C0", DIAGONAL: "C7"}
@@ -86,8 +87,8 @@ def _saved(figure: Any, row: Row, path: pathlib.Path) -> pathlib.Path:
 def _panel(axis: Any, rows: Sequence[Row], title: str, colors: dict[str, str]) -> None:
     batches = sorted({int(r.x.removeprefix("batch ")) for r in rows if r.x.startswith("batch ")})
     for provider, color in colors.items():
-        found = {b: value([r for r in rows if r.x == f"batch {b}"], provider, "ms/step") for b in batches}
-        points = {b: t for b, t in found.items() if t is not None}
+        results = {b: value([r for r in rows if r.x == f"batch {b}"], provider, "ms/step") for b in batches}
+        points = {b: t for b, t in results.items() if t is not None}
         if points:
             axis.plot(list(points), list(points.values()), "o-", color=color, label=provider, markersize=4)
     axis.set(title=title, xlabel="batch", ylabel="ms/step", xscale="log", yscale="log")

@@ -100,10 +100,10 @@ def rows(
 ) -> list[Row]:
     """One row per candidate, times in milliseconds (`scale` 1e3)."""
     by_name = {t.candidate.name: t for t in timings}
-    found = []
+    results = []
     for t in timings:
         base = by_name[t.candidate.baseline] if t.candidate.baseline is not None else None
-        found.append(
+        results.append(
             Row(
                 suite,
                 case,
@@ -117,7 +117,7 @@ def rows(
                 rounds=len(t.seconds),
             )
         )
-    return found
+    return results
 
 
 def ratio(timing: Timing, base: Timing) -> float:

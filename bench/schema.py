@@ -84,13 +84,13 @@ def _processor() -> str:
 @functools.cache
 def versions() -> str:
     """Versions of the packages that take part."""
-    found = [f"python {platform.python_version()}"]
+    records = [f"python {platform.python_version()}"]
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            records.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(records)
 
 
 @functools.cache

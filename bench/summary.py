@@ -10,6 +10,7 @@ import sys
 
 from bench import schema
 from bench.schema import Row
+from bench.tables import share_of_copy
 from curvax.pipes import until_closed
 
 
@@ -31,20 +32,13 @@ def main(folder: pathlib.Path) -> None:
 
 
 def _line(row: Row, rows: list[Row]) -> str:
+    share = share_of_copy(row, [r for r in rows if r.suite == row.suite])
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
     return (
-        f"{f'{row.case} [{row.x}]'[:63]:<64}{row.provider[:29]:<30}{row.p50:>10.4g}  {ratio:>7}{_share(row, rows):>9}"
-        f" {row.metric}"
+        f"{f'{row.case} [{row.x}]'[:63]:<64}{row.provider[:29]:<30}{row.p50:>10.4g}  {ratio:>7}{share:>9} {row.metric}"
     )
 
 
-def _share(row: Row, rows: list[Row]) -> str:
-    """The part of a copy's bandwidth that the work reaches, if it was measured."""
-    same = (r for r in rows if (r.suite, r.case, r.x, r.provider) == (row.suite, row.case, row.x, row.provider))
-    found = next((r.ratio for r in same if r.metric == "GB/s"), None)
-    return "" if found is None else f"{100 * found:.0f} %"
-
-
 if __name__ == "__main__":
-    given = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS
-    sys.exit(until_closed(lambda: main(given)))
+    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else schema.RESULTS
+    sys.exit(until_closed(lambda: main(folder)))

@@ -4,7 +4,7 @@
     python examples/digits.py --tune     # how the settings in CONTENDERS were found
 
 The data are the 1,797 digits of 8 x 8 pixels that scikit-learn brings along: nothing is downloaded. Tuning looks at a
-part of the training set only; the test set is held back for the curves and the table.
+part of the training set only; the test set is only for the curves and the table.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def batch_shape(op: str, **operands: tuple[jax.Array, int]) -> tuple[int, ...]:
     try:
         return np.broadcast_shapes(*leading.values())
     except ValueError:
-        found = ", ".join(f"{shape} of {name}" for name, shape in leading.items())
-        raise TypeError(f"{op}: the leading axes do not broadcast: {found}; give them matching batch axes") from None
+        shapes = ", ".join(f"{shape} of {name}" for name, shape in leading.items())
+        raise TypeError(f"{op}: the leading axes do not broadcast: {shapes}; give them matching batch axes") from None
 
 
 def align(array: jax.Array, own: int, rank: int) -> jax.Array:

@@ -29,8 +29,8 @@ _Results: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request on matrices and right-hand sides; None if they can."""
     if set(request.dtypes) not in _DTYPES:
-        found = ", ".join(map(str, request.dtypes))
-        return f"the native handlers take float32, float64, or bfloat16 matrices beside float32, and this is {found}"
+        actual = ", ".join(map(str, request.dtypes))
+        return f"the native handlers take float32, float64, or bfloat16 matrices beside float32, and this is {actual}"
     return _native.cannot(request)
 
 
@@ -57,8 +57,8 @@ def solve(
     """
 
     def reference(*operands: jax.Array) -> _Results:
-        found = fallback(*operands)
-        return found.value, found.result, found.iterations, found.residual
+        solution = fallback(*operands)
+        return solution.value, solution.result, solution.iterations, solution.residual
 
     def on_cpu(*operands: jax.Array) -> _Results:
         ffi.require_native("cpu")

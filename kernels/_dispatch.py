@@ -18,7 +18,7 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -164,7 +164,7 @@ _records: dict[Choice, int] = {}
 
 
 @contextlib.contextmanager
-def strict_backend() -> Iterator[None]:
+def strict_backend() -> Generator[None]:
     """Inside this context a fallback from a backend that was asked for raises `Unsupported` instead of warning."""
     token = _strict.set(True)
     try:

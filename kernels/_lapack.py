@@ -59,9 +59,9 @@ def matrix_by_matrix(function: Callable[..., PyTree], *operands: jax.Array) -> A
 
 def with_derivatives_of(function: Callable[..., PyTree], fast: Callable[..., PyTree]) -> Callable[..., Any]:
     """`fast`, with the derivatives of a `function` that computes the same."""
-    found = jax.custom_jvp(fast)
-    found.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
-    return found
+    operation = jax.custom_jvp(fast)
+    operation.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return operation
 
 
 @functools.cache

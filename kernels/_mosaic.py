@@ -55,8 +55,8 @@ def cannot(request: Request) -> str | None:
     if request.platform not in ("gpu", "cuda"):
         return f"Mosaic kernels run on NVIDIA GPUs, and this is {request.platform}"
     if request.capability is None or request.capability < _CAPABILITY:
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"Mosaic kernels need compute capability 9.0 (Hopper) or newer, and this GPU's is {found}"
+        actual = "unknown" if request.capability is None else ".".join(map(str, request.capability))
+        return f"Mosaic kernels need compute capability 9.0 (Hopper) or newer, and this GPU's is {actual}"
     if request.devices != 1:
         return f"outside jax.shard_map Mosaic kernels are not partitioned, and there are {request.devices} devices"
     return absent()

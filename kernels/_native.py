@@ -17,8 +17,8 @@ def cannot(request: Request) -> str | None:
     if request.devices != 1:
         return f"outside jax.shard_map the native handlers are not partitioned, and there are {request.devices} devices"
     if platform == "cuda" and (request.capability is None or request.capability < _CAPABILITY):
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"the CUDA handlers need compute capability 8.0 or newer, and this GPU's is {found}"
+        actual = "unknown" if request.capability is None else ".".join(map(str, request.capability))
+        return f"the CUDA handlers need compute capability 8.0 or newer, and this GPU's is {actual}"
     status = ffi.native_status(platform)
     return None if status.available else status.reason
 

@@ -17,27 +17,27 @@ def arrays(*operands: Any) -> tuple[Any, ...]:
 
 def floating(op: str, **trees: PyTree) -> tuple[PyTree, ...]:
     """The trees with arrays for leaves; raises TypeError unless all are real floating-point numbers."""
-    found = tuple(jax.tree.map(jnp.asarray, tree) for tree in trees.values())
-    for name, tree in zip(trees, found, strict=True):
+    results = tuple(jax.tree.map(jnp.asarray, tree) for tree in trees.values())
+    for name, tree in zip(trees, results, strict=True):
         for i, leaf in enumerate(jax.tree.leaves(tree)):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(f"{op}: leaf {i} of {name} is {leaf.dtype}: pass real floating-point numbers")
-    return found
+    return results
 
 
 def scalar(op: str, name: str, value: Any) -> jax.Array:
     """The scalar as an array; raises TypeError unless it is one, and real."""
-    found = jnp.asarray(value)
-    if found.ndim or jnp.issubdtype(found.dtype, jnp.complexfloating):
-        raise TypeError(f"{op}: {name} is {found.dtype}{found.shape}: pass a real scalar, and `jax.vmap` over several")
-    return found
+    array = jnp.asarray(value)
+    if array.ndim or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{op}: {name} is {array.dtype}{array.shape}: pass a real scalar, and `jax.vmap` over several")
+    return array
 
 
 def row_weights(op: str, weights: Any, rows: tuple[int, ...]) -> jax.Array:
     """The weights, one per row, ones for `None`; raises unless they are real and broadcast to the rows."""
-    found = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights)
-    if jnp.issubdtype(found.dtype, jnp.complexfloating):
-        raise TypeError(f"{op}: the weights are of dtype {found.dtype}: pass real numbers")
-    if found.ndim > len(rows) or any(n not in (1, m) for n, m in zip(found.shape[::-1], rows[::-1], strict=False)):
-        raise ValueError(f"{op}: the weights have shape {found.shape} with rows {rows}: give one per row")
-    return jnp.broadcast_to(found, rows)
+    array = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{op}: the weights are of dtype {array.dtype}: pass real numbers")
+    if array.ndim > len(rows) or any(n not in (1, m) for n, m in zip(array.shape[::-1], rows[::-1], strict=False)):
+        raise ValueError(f"{op}: the weights have shape {array.shape} with rows {rows}: give one per row")
+    return jnp.broadcast_to(array, rows)

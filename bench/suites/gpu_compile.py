@@ -27,7 +27,7 @@ _BACKENDS: tuple[Backend, ...] = ("reference", "native", "pallas", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _Program:
     provider: str
     compiled: jax.stages.Compiled
 
@@ -45,36 +45,36 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
     for preset, network in steps.CASES[:1] if quick else steps.CASES:
         case = f"{preset}, {network.name}"
         if only in case:
-            found = [*_products(preset, network), *_steps(preset, network)]
-            yield _rows(case, f"batch {network.batch}", found, REFERENCE)
+            results = [*_products(preset, network), *_steps(preset, network)]
+            yield _rows(case, f"batch {network.batch}", results, REFERENCE)
     if only in gpu_inner.CASE and not quick:
-        found = [_Found(name, h200.compile_for_h200(f, *args)) for name, f, args in gpu_inner.programs()]
-        yield _rows(gpu_inner.CASE, gpu_inner.X, found, gpu_inner.PLAIN)
+        results = [_Program(name, h200.compile_for_h200(f, *args)) for name, f, args in gpu_inner.programs()]
+        yield _rows(gpu_inner.CASE, gpu_inner.X, results, gpu_inner.PLAIN)
 
 
-def _products(preset: str, network: steps.Network) -> Iterator[_Found]:
+def _products(preset: str, network: steps.Network) -> Iterator[_Program]:
     if preset == "sgn_ce":
         function, args = steps.products(network)
-        yield _Found(PRODUCTS, h200.compile_for_h200(function, *args))
+        yield _Program(PRODUCTS, h200.compile_for_h200(function, *args))
 
 
-def _steps(preset: str, network: steps.Network) -> Iterator[_Found]:
+def _steps(preset: str, network: steps.Network) -> Iterator[_Program]:
     for backend in _BACKENDS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fallback; a backend that falls back everywhere has no rows
             function, args = steps.step(preset, network, backend)
             compiled = h200.compile_for_h200(function, *args)
         if backend == "reference" or _own_kernels(compiled):
-            yield _Found(f"curvax, backend={backend}", compiled)
+            yield _Program(f"curvax, backend={backend}", compiled)
 
 
 def _own_kernels(compiled: jax.stages.Compiled) -> bool:
     return any(target.startswith(steps.OWN_KERNELS) for target in h200.custom_calls(compiled))
 
 
-def _rows(case: str, x: str, found: list[_Found], baseline: str) -> list[Row]:
+def _rows(case: str, x: str, results: list[_Program], baseline: str) -> list[Row]:
     rows: list[Row] = []
-    for each in found:
+    for each in results:
         outside, loop = h200.kernel_counts(each.compiled)["ENTRY"], h200.busiest_loop(each.compiled)
         own = sum(n for target, n in h200.custom_calls(each.compiled).items() if target.startswith(steps.OWN_KERNELS))
         values: dict[str, float] = {"launches outside loops": outside.total(), "own kernels": own}

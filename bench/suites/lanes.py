@@ -30,10 +30,10 @@ def methods(work: Workload, loss: str, *, diagonal: bool = False) -> dict[str, c
     auto = automatic(work, _LOSSES[loss])
     cg = CG(maxiter=20, tol=0.0)
     solvers: dict[str, Solver] = {PARAM_CG: cg, ROW_CHOLESKY: RowSpace(Cholesky()), ROW_CG: RowSpace(cg)}
-    found = {name: _with_solver(auto, solver) for name, solver in solvers.items()}
+    results = {name: _with_solver(auto, solver) for name, solver in solvers.items()}
     if diagonal and loss == "cross entropy":
-        found[DIAGONAL] = curvax.sophia_g(predict_fn=work.predict, learning_rate=1e-4, eval_every_k=1)
-    return found
+        results[DIAGONAL] = curvax.sophia_g(predict_fn=work.predict, learning_rate=1e-4, eval_every_k=1)
+    return results
 
 
 def automatic(work: Workload, loss: Loss) -> curvax.Method:
@@ -102,9 +102,9 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
     for case in (Case(SMALL, 16, "cross entropy"),) if quick else cases():
         if only in case.name:
             with jax.enable_x64(case.work.dtype == "float64"):
-                found = _rows(case, 2 if quick else 7)
-            picks += [row.p50 for row in found if row.metric == PICKED]
-            yield found
+                results = _rows(case, 2 if quick else 7)
+            picks += [row.p50 for row in results if row.metric == PICKED]
+            yield results
     if picks:
         share = float(np.mean(np.asarray(picks) <= _WITHIN))
         case = f"cases whose pick is within {_WITHIN} of the best, goal {_SHARE}"
@@ -116,10 +116,10 @@ def _rows(case: Case, rounds: int) -> list[Row]:
     batch = work.batch(case.batch, labels=case.loss == "cross entropy")
     auto = automatic(work, _LOSSES[case.loss])
     plan = auto.plan_for(work.params(), batch)
-    found = _measurable(case, auto) | {provider(plan.solver): _with_solver(auto, plan.solver)}
+    results = _measurable(case, auto) | {provider(plan.solver): _with_solver(auto, plan.solver)}
     candidates = [
         run.Candidate(name, *libraries.stepper(method, work, batch), baseline=None if name == PARAM_CG else PARAM_CG)
-        for name, method in found.items()
+        for name, method in results.items()
     ]
     timings = run.time_all(candidates, rounds, budget=3)
     rows = run.rows(SUITE, case.name, x, timings)
@@ -136,12 +136,12 @@ def _measurable(case: Case, auto: curvax.Method) -> dict[str, curvax.Method]:
     """Every candidate of the planner, and row CG, where their dense matrices are small."""
     solver = auto.assembly.solver
     offered = solver.candidates if isinstance(solver, Automatic) else (solver,)
-    found = methods(case.work, case.loss)
+    results = methods(case.work, case.loss)
     if case.rows > _MOST_ROWS:
-        del found[ROW_CHOLESKY]
+        del results[ROW_CHOLESKY]
     if case.work.size <= _MOST_PARAMETERS:
-        found |= {provider(s): _with_solver(auto, s) for s in offered if isinstance(s, Cholesky)}
-    return found
+        results |= {provider(s): _with_solver(auto, s) for s in offered if isinstance(s, Cholesky)}
+    return results
 
 
 def provider(solver: Solver) -> str:

@@ -130,15 +130,15 @@ def _check_vectors(vectors: dict[str, jax.Array]) -> None:
     check_floating("batched_cg", **vectors)
     shapes = {name: vector.shape for name, vector in vectors.items()}
     if any(len(shape) < 1 for shape in shapes.values()) or len({shape[-1] for shape in shapes.values()}) > 1:
-        found = ", ".join(f"{shape} of {name}" for name, shape in shapes.items())
-        raise TypeError(f"batched_cg: vectors must end in one axis of the systems' size, got {found}")
+        actual = ", ".join(f"{shape} of {name}" for name, shape in shapes.items())
+        raise TypeError(f"batched_cg: vectors must end in one axis of the systems' size, got {actual}")
 
 
 def _inverse(diagonal: jax.Array) -> jax.Array:
     """The inverse of a diagonal, scaled so that its least entry is 1: CG does not see the scale, and none overflows."""
-    sound = (diagonal > 0) & jnp.isfinite(diagonal)
-    largest = jnp.max(diagonal, axis=-1, keepdims=True, initial=0, where=sound)
-    return jnp.where(sound, largest / jnp.where(sound, diagonal, jnp.ones_like(diagonal)), jnp.ones_like(diagonal))
+    usable = (diagonal > 0) & jnp.isfinite(diagonal)
+    largest = jnp.max(diagonal, axis=-1, keepdims=True, initial=0, where=usable)
+    return jnp.where(usable, largest / jnp.where(usable, diagonal, jnp.ones_like(diagonal)), jnp.ones_like(diagonal))
 
 
 def _product(product: Product) -> Product:

@@ -201,9 +201,9 @@ def _advance(system: System, product: Callable[[jax.Array], jax.Array], cold: ja
 def _outcome(system: System, size: jax.Array, residual: jax.Array, result: jax.Array) -> jax.Array:
     met = residual <= _SLACK * system.tol
     reached = jnp.where(met, int(Result.CONVERGED), int(Result.INACCURATE))
-    found = jnp.where(result == int(Result.CONVERGED), reached, result)
-    found = jnp.where(result == _RUNNING, int(Result.MAX_ITERATIONS), found)
-    return jnp.where(_is_finite(size), found, int(Result.NON_FINITE))
+    outcome = jnp.where(result == int(Result.CONVERGED), reached, result)
+    outcome = jnp.where(result == _RUNNING, int(Result.MAX_ITERATIONS), outcome)
+    return jnp.where(_is_finite(size), outcome, int(Result.NON_FINITE))
 
 
 def _select(first: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -238,8 +238,8 @@ def _unit_scale(rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _powers(q: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two powers of two whose product is about p / q; 1 where that is zero or not finite."""
-    sound = (q > 0) & (p > 0) & _is_finite(q) & _is_finite(p)
-    exponent = jnp.where(sound, _exponent(q) - _exponent(p), 0)
+    usable = (q > 0) & (p > 0) & _is_finite(q) & _is_finite(p)
+    exponent = jnp.where(usable, _exponent(q) - _exponent(p), 0)
     half = exponent >> 1
     return _power(-half), _power(half - exponent)
 

@@ -1,8 +1,13 @@
 """batched_cg as a Mosaic GPU kernel: one warpgroup per system, whose matrix is read once and stays in shared memory.
 
-The copy engine brings the matrix and the vectors, and zeros for rows that a small matrix has not. Systems whose size is
-no multiple of 8 are padded to one beforehand, with zeros, in one more pass over the matrices. `interpret` runs the
-kernel on the CPU, for the tests.
+    device memory                      shared memory of one block, 227 KiB              registers of its four warps
+    A (n, n), b, x0, M^-1   --copies-->  A (max(n, 64), n)  b  x0  M^-1   product  --64 rows at a time-->  all vectors
+    x, outcome              <--copies--  x                                (x, where n is above 128)
+
+One block solves one system from start to end (`on_chip`), so its iterations touch no device memory. The copy engine
+brings the matrix and the vectors, and zeros for rows that a small matrix has not. Systems whose size is no multiple of
+8 are padded to one beforehand, with zeros, in one more pass over the matrices. `interpret` runs the kernel on the CPU,
+for the tests.
 """
 
 from __future__ import annotations
@@ -37,9 +42,9 @@ def cannot(request: Request) -> str | None:
     if reason is not None:
         return reason
     if set(request.dtypes) not in ({_F32}, {_F32, _BF16}):
-        found = ", ".join(map(str, request.dtypes))
+        actual = ", ".join(map(str, request.dtypes))
         # Mosaic's copies between device and shared memory know no float64.
-        return f"the Mosaic kernel takes float32, or bfloat16 matrices beside float32, and this is {found}"
+        return f"the Mosaic kernel takes float32, or bfloat16 matrices beside float32, and this is {actual}"
     n = request.shapes[0][-1]
     if n > _MOST:
         return f"a multiprocessor's shared memory holds matrices of up to {_MOST} unknowns, and these have {n}"
@@ -59,8 +64,8 @@ class _Optional:
 
     def named(self, operands: Sequence[Any]) -> tuple[Any, Any]:
         """(start, inverse), each `None` if it is missing."""
-        found = list(operands)
-        return found.pop(0) if self.start else None, found.pop(0) if self.inverse else None
+        rest = list(operands)
+        return rest.pop(0) if self.start else None, rest.pop(0) if self.inverse else None
 
 
 def solve(
@@ -83,8 +88,8 @@ def solve(
         matrices, rhs, tol, maxiter, *rest = operands
         start, inverse = optional.named(rest)
         full = reference.broadcast(_batch(operands), rhs, start, tol, maxiter, inverse)
-        found = reference.solve_dense(matrices, *full)
-        return found.value, found.result, found.iterations, found.residual
+        solution = reference.solve_dense(matrices, *full)
+        return solution.value, solution.result, solution.iterations, solution.residual
 
     operands = vary_alike([matrices, rhs, tol, maxiter, *(v for v in (x0, inverse) if v is not None)])
     if 0 in _batch(operands):
@@ -110,8 +115,8 @@ def _batching(kernel: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tup
     @call.def_vmap
     def rule(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
         del size
-        found = call(*(v if own else v[None] for v, own in zip(operands, batched, strict=True)))
-        return found, tuple(True for _ in found)
+        results = call(*(v if own else v[None] for v, own in zip(operands, batched, strict=True)))
+        return results, tuple(True for _ in results)
 
     return call
 
@@ -141,11 +146,11 @@ def _launch(optional: _Optional, operands: Sequence[jax.Array], interpret: Any) 
         plgpu.barrier_wait(arrived)
         start, inverse = optional.named(stores[1:])
         limits = tol_ref[system], maxiter_ref[system]
-        found = on_chip.solve(on_chip.System(matrix, stores[0], start, inverse, product, solution, *limits))
-        stores[0][...] = found.value
+        answer = on_chip.solve(on_chip.System(matrix, stores[0], start, inverse, product, solution, *limits))
+        stores[0][...] = answer.value
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stores[0], value.at[system])
-        result[system], iterations[system], residual[system] = found.result, found.iterations, found.residual
+        result[system], iterations[system], residual[system] = answer.result, answer.iterations, answer.residual
         plgpu.wait_smem_to_gmem(0)
 
     scalars = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]

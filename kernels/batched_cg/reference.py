@@ -1,4 +1,20 @@
-"""batched_cg in plain JAX: one loop over all systems, in which those that are done stand still."""
+"""batched_cg in plain JAX: one loop over all systems, in which those that are done stand still.
+
+Conjugate gradients (Hestenes and Stiefel 1952; Nocedal and Wright, algorithm 5.3) on every system of a batch. Each has
+its own end, so the loop runs as long as the slowest one, and a mask keeps the others as they are. Three systems:
+
+    iteration       1        2        3        4
+    system 0    running  running  CONVERGED    .        count 3
+    system 1    running  NEGATIVE_CURVATURE    .    .   count 2, the iterate before
+    system 2    running  running  running   running     MAX_ITERATIONS at maxiter = 4
+
+An iteration, for the operator A, the preconditioner M and the residual r = b - A x, with z = M^-1 r:
+
+    q = A p;   alpha = r.z / p.q;   x += alpha p;   r -= alpha q;   p = z' + (r'.z' / r.z) p
+
+Around it: b has norm 1, so that tolerances are relative and no square overflows; A is scaled by a power of two; and at
+the end the residual is computed from its definition, which is what the outcome is judged by.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +47,7 @@ class _Iteration:
     r: jax.Array
     p: jax.Array
     rz: jax.Array
-    largest: jax.Array  # largest |A p| / |p| met so far
+    largest: jax.Array  # the largest |A p| / |p| so far
     count: jax.Array
     result: jax.Array  # -1 while running
 
@@ -48,7 +64,7 @@ class _System:
 
     b: jax.Array
     start: jax.Array
-    cold: jax.Array  # no start was kept
+    cold: jax.Array  # whether it starts from zero
     inverse: jax.Array | None
     tol: jax.Array
     maxiter: jax.Array
@@ -89,11 +105,14 @@ def solve(
       tol, maxiter: (...).
       inverse: inverse of the diagonal preconditioner, (..., n), positive, at least 1; `None` for none.
     """
+    # 1. A right-hand side of norm 1, and the start if it is better than zero.
     size, unit = unit_scale(rhs)
     b = rhs * unit[..., None]
     x, r, cold = _begin(product, b, start, unit)
+    # 2. The first direction, and from its product the scale of the operator.
     p = r if inverse is None else inverse * r
     system = _System(b, x, cold, inverse, tol, maxiter, *_powers(product(p), p))
+    # 3. Systems that are done before they begin.
     rr = _dot(r, r)
     result = jnp.where(rr <= tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
     result = jnp.where(jnp.isfinite(rr), result, code(Result.NON_FINITE))
@@ -102,6 +121,7 @@ def solve(
     carried, structure = jax.tree.flatten(begin)
     begin = jax.tree.unflatten(structure, vary_alike(carried, like=jax.tree.leaves(system)))
 
+    # 4. Iterate until no system is live, then judge every one.
     def live(at: _Iteration) -> jax.Array:
         return (at.result == _RUNNING) & (at.count < maxiter)
 
@@ -145,6 +165,7 @@ def _begin(
 
 def _advance(product: Product, system: _System, i: jax.Array, live: jax.Array, at: _Iteration) -> _Iteration:
     """One iteration of the live systems; the others stand still."""
+    # 1. The curvature along p, judged against the largest seen: positive, zero to rounding, negative, not finite.
     q = product(at.p * system.first) * system.second
     pq, pp, qq = _dot(at.p, q), _dot(at.p, at.p), _dot(q, q)
     eps = jnp.asarray(jnp.finfo(pq.dtype).eps, pq.dtype)
@@ -155,15 +176,17 @@ def _advance(product: Product, system: _System, i: jax.Array, live: jax.Array, a
     negative = curvature < -eps * largest
     flat = ~negative & ~(curvature > eps * largest)
     proceed = finite & ~negative & ~flat
-    # Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
+    # 2. The step. Along a first direction of negative curvature: the step that |A p| / |p| as curvature would give.
     escape = finite & negative & (i == 0) & system.cold
     alpha = at.rz / jnp.where(proceed, pq, jnp.where(escape, jnp.sqrt(pp * qq), one))
     moves = (live & (proceed | escape))[..., None]
     y = jnp.where(moves, at.y + alpha[..., None] * at.p, at.y)
     r = jnp.where(moves, at.r - alpha[..., None] * q, at.r)
+    # 3. The next direction.
     z = system.precondition(r)
     rr, rz = _dot(r, r), _dot(r, z)
     p = jnp.where(live[..., None], z + (rz / jnp.where(at.rz > 0, at.rz, one))[..., None] * at.p, at.p)
+    # 4. The outcome: what is last here outranks what is above it.
     result = jnp.where(rr <= system.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
     # A direction of length zero: the residual is exactly zero.
     result = jnp.where(flat, jnp.where(pp > 0, code(Result.BREAKDOWN), code(Result.CONVERGED)), result)

@@ -100,8 +100,8 @@ def triangular_solve(
     try:
         batch = np.broadcast_shapes(lower.shape[:-2], rhs.shape[:-2])
     except ValueError:
-        found = f"{lower.shape[:-2]} of lower, {rhs.shape[:-2]} of rhs"
-        raise TypeError(f"{op}: the leading axes do not broadcast: {found}; give them matching batch axes") from None
+        actual = f"{lower.shape[:-2]} of lower, {rhs.shape[:-2]} of rhs"
+        raise TypeError(f"{op}: the leading axes do not broadcast: {actual}; give them matching batch axes") from None
     lower = jnp.broadcast_to(lower.astype(dtype), (*batch, *lower.shape[-2:]))
     rhs = jnp.broadcast_to(rhs.astype(dtype), (*batch, *rhs.shape[-2:]))
     if _chosen(TRIANGULAR_SOLVE, implementation, lower, rhs) == "native":
@@ -158,11 +158,11 @@ def qr(matrices: jax.Array, *, implementation: Implementation | Choice | None = 
 
 
 def _square(op: str, matrices: Any, *, hermitian: bool = False) -> jax.Array:
-    (found,) = arrays(matrices)
-    if found.ndim < 2 or found.shape[-1] != found.shape[-2]:
-        raise TypeError(f"{op}: matrices must be (..., n, n), got {found.shape}")
-    _check_inexact(op, found) if hermitian else check_floating(op, matrices=found)
-    return found.astype(common_dtype(found))
+    (array,) = arrays(matrices)
+    if array.ndim < 2 or array.shape[-1] != array.shape[-2]:
+        raise TypeError(f"{op}: matrices must be (..., n, n), got {array.shape}")
+    _check_inexact(op, array) if hermitian else check_floating(op, matrices=array)
+    return array.astype(common_dtype(array))
 
 
 def _check_inexact(op: str, matrices: jax.Array) -> None:

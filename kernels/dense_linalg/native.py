@@ -90,8 +90,8 @@ def _on_cpu(
         integers = {name: np.int64(value) for name, value in attributes.items()}
         # The leading axes that a sharded call may be cut along (`ffi.native_status` registers that it may).
         with set_xla_metadata(num_batch_dims=str(operands[0].ndim - 2)):
-            found = handler(*operands, **integers)
-        return made(*vary_alike(found, like=operands))
+            answers = handler(*operands, **integers)
+        return made(*vary_alike(answers, like=operands))
 
     ffi.require_native("cpu")
     return jax.lax.platform_dependent(*vary_alike(operands), cpu=with_derivatives_of(fallback, call), default=fallback)

@@ -17,8 +17,8 @@ def cholesky(matrices: jax.Array) -> CholeskyFactor:
     """See `api.cholesky`."""
     finite, safe = _finite(matrices)
     lower = matrix_by_matrix(lambda a: jax.lax.linalg.cholesky(a, symmetrize_input=False), safe)
-    sound = jnp.all(jnp.isfinite(lower), axis=(-2, -1))
-    return CholeskyFactor(_known(finite & sound, lower), _result(finite, sound, Result.NOT_POSITIVE_DEFINITE))
+    usable = jnp.all(jnp.isfinite(lower), axis=(-2, -1))
+    return CholeskyFactor(_known(finite & usable, lower), _result(finite, usable, Result.NOT_POSITIVE_DEFINITE))
 
 
 def triangular_solve(lower: jax.Array, rhs: jax.Array, transpose: bool) -> jax.Array:
@@ -34,12 +34,12 @@ def eigh(matrices: jax.Array) -> Eigenpairs:
     """See `api.eigh`."""
     finite, safe = _finite(matrices)
     vectors, values = matrix_by_matrix(lambda a: tuple(jax.lax.linalg.eigh(a, symmetrize_input=False)), safe)
-    sound = jnp.all(jnp.isfinite(values), axis=-1)
-    kept = finite & sound
+    usable = jnp.all(jnp.isfinite(values), axis=-1)
+    kept = finite & usable
     return Eigenpairs(
         jnp.where(kept[..., None], values, jnp.full_like(values, jnp.nan)),
         _known(kept, vectors),
-        _result(finite, sound, Result.MAX_ITERATIONS),
+        _result(finite, usable, Result.MAX_ITERATIONS),
     )
 
 
@@ -61,6 +61,6 @@ def _known(which: jax.Array, matrices: jax.Array) -> jax.Array:
     return jnp.where(which[..., None, None], matrices, jnp.full_like(matrices, jnp.nan))
 
 
-def _result(finite: jax.Array, sound: jax.Array, failure: Result) -> jax.Array:
-    found = jnp.where(sound, code(Result.CONVERGED), code(failure))
-    return jnp.where(finite, found, code(Result.NON_FINITE))
+def _result(finite: jax.Array, usable: jax.Array, failure: Result) -> jax.Array:
+    outcome = jnp.where(usable, code(Result.CONVERGED), code(failure))
+    return jnp.where(finite, outcome, code(Result.NON_FINITE))

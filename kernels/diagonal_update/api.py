@@ -155,9 +155,9 @@ def diagonal_accumulate(
 
 
 def _check_structure(op: str, name: str, tree: PyTree, like: PyTree) -> None:
-    found, expected = jax.tree.structure(tree), jax.tree.structure(like)
-    if found != expected:
-        raise TypeError(f"{op}: {name} has structure {found}, expected {expected}: pass trees alike")
+    actual, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if actual != expected:
+        raise TypeError(f"{op}: {name} has structure {actual}, expected {expected}: pass trees alike")
 
 
 def _check_wide(op: str, name: str, tree: PyTree, params: PyTree) -> None:

@@ -46,8 +46,8 @@ _ESTIMATES = {"value": 0, "square": 1, "product": 2, "magnitude": 3}
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request; None if they can."""
     if not request.shapes or any(dtype not in _WIDE + _NARROW for dtype in request.dtypes):
-        found = ", ".join(map(str, request.dtypes)) if request.shapes else "no leaves"
-        return f"the native handlers take leaves of float64, float32, bfloat16 and float16, and these have {found}"
+        actual = ", ".join(map(str, request.dtypes)) if request.shapes else "no leaves"
+        return f"the native handlers take leaves of float64, float32, bfloat16 and float16, and these have {actual}"
     return _native.cannot(request)
 
 
@@ -148,8 +148,8 @@ def diagonal_accumulate(
 
     def fallback(vector: jax.Array, *flat: jax.Array) -> list[jax.Array]:
         groups = [list(flat[g * n : (g + 1) * n]) for g in range(len(flat) // n)]
-        found = DiagonalEstimate(tuple(groups[1:]), estimate.kind)
-        new, scale, finite = reference.diagonal_accumulate(rule, groups[0], found, vector[2] * max(size(groups[0]), 1))
+        whole = DiagonalEstimate(tuple(groups[1:]), estimate.kind)
+        new, scale, finite = reference.diagonal_accumulate(rule, groups[0], whole, vector[2] * max(size(groups[0]), 1))
         return [finite, scale, *new]
 
     finite, scale, *flat = _on_each_platform(handler, fallback, operands)

@@ -57,12 +57,12 @@ def diagonal_update(
 
 def _denominator(rule: DenominatorRule, h: jax.Array, offset: jax.Array, fallback: jax.Array) -> jax.Array:
     if rule.kind == "floor":
-        found = jnp.maximum(rule.slope * h, offset)
+        denominator = jnp.maximum(rule.slope * h, offset)
     elif rule.kind == "power":
-        found = (h if rule.power == 1 else h**rule.power) + offset
+        denominator = (h if rule.power == 1 else h**rule.power) + offset
     else:
-        found = jnp.maximum(h, jnp.zeros_like(h)) + offset
-    return jnp.where(found > 0, found, fallback)
+        denominator = jnp.maximum(h, jnp.zeros_like(h)) + offset
+    return jnp.where(denominator > 0, denominator, fallback)
 
 
 def diagonal_accumulate(

@@ -26,6 +26,13 @@ products: each product of two entries is off by at most 3 x 2^-22 of its magnitu
 besides the float32 rounding of the sum (three sums per entry, each of at most 2^-23 per term).
 bfloat16 and float16 operands are exact in it.
 
+Three examples of two rows each, one tile per pair of examples. Only `*` is made; it is mirrored once at the end:
+
+              rows of example  0   1   2        tile (b, c) = (a_b . a_c) * D_b D_c^T, one number times (2, 2),
+    rows of example 0          *                for one position; for T positions a sum of T^2 such products.
+                    1          *   *
+                    2          *   *   *
+
 Batching: `jax.vmap` over any operand; the Triton kernel takes the batch as one more axis of its grid, the C++ handler
 one member after the other.
 Partitioning: inside `jax.shard_map` with all axes manual each device adds its own rows or, with `against`, its rows
@@ -104,7 +111,8 @@ def gram_accumulate(
             return triton.accumulate(gram, left, right, request.capability)
         case "native":
             return native.accumulate(gram, left, right)
-    return reference.accumulate(gram, left, right)
+        case _:
+            return reference.accumulate(gram, left, right)
 
 
 def gram_of_layers(
@@ -132,25 +140,26 @@ def gram_of_layers(
       TypeError: a dtype is not one of those.
       ValueError: shapes do not belong together.
     """
-    found = [block_rows(*arrays(*layer)) for layer in layers]
-    if not found:
+    blocks = [block_rows(*arrays(*layer)) for layer in layers]
+    if not blocks:
         raise ValueError("gram_accumulate: there are no layers: pass at least one")
-    total = found[0].total
+    total = blocks[0].total
     gram = jax.ShapeDtypeStruct((total, total), np.dtype(dtype))
-    for layer in found:
-        _check_alike(layer, found[0])
+    for layer in blocks:
+        _check_alike(layer, blocks[0])
         _check_gram(gram, (layer.total, layer.total), layer.cotangents.dtype)
-    found = [layer for layer in found if all(x.size for x in jax.tree.leaves(layer))]
-    if not found:
+    blocks = [layer for layer in blocks if all(x.size for x in jax.tree.leaves(layer))]
+    if not blocks:
         return jnp.zeros(gram.shape, gram.dtype)
-    found = [_cheaper(layer, gram.dtype) for layer in found]
-    request = Request.of(gram, found)
+    blocks = [_cheaper(layer, gram.dtype) for layer in blocks]
+    request = Request.of(gram, blocks)
     match select(GRAM_ACCUMULATE, implementation, request).implementation:
         case "triton":
-            return triton.gram_of_layers(found, gram.dtype, request.capability)
+            return triton.gram_of_layers(blocks, gram.dtype, request.capability)
         case "native":
-            return native.gram_of_layers(found, gram.dtype)
-    return reference.gram_of_layers(found, gram.dtype)
+            return native.gram_of_layers(blocks, gram.dtype)
+        case _:
+            return reference.gram_of_layers(blocks, gram.dtype)
 
 
 def _cheaper(layer: BlockRows, dtype: np.dtype) -> BlockRows:

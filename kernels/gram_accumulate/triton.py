@@ -53,8 +53,8 @@ def cannot(request: Request) -> str | None:
     if request.platform != "gpu":
         return f"the Triton kernel runs on NVIDIA GPUs, and this is {request.platform}"
     if request.capability is None or request.capability < (8, 0):
-        found = "unknown" if request.capability is None else ".".join(map(str, request.capability))
-        return f"the Triton kernel needs compute capability 8.0 for TF32, and this device's is {found}"
+        actual = "unknown" if request.capability is None else ".".join(map(str, request.capability))
+        return f"the Triton kernel needs compute capability 8.0 for TF32, and this device's is {actual}"
     if np.dtype(np.float64) in request.dtypes:
         return "the Triton kernel sums in float32, and these operands are float64"
     if request.devices != 1:

@@ -1,6 +1,8 @@
 """The Triton kernel of gram_accumulate; imported only where Triton is, see `triton`."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# Triton gives the types of operands when it compiles.
+# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 
 from __future__ import annotations
 

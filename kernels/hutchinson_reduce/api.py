@@ -62,9 +62,9 @@ def hutchinson_reduce(
 
 
 def _check(probes: PyTree, products: PyTree) -> None:
-    found, expected = jax.tree.structure(products), jax.tree.structure(probes)
-    if found != expected:
-        raise TypeError(f"hutchinson_reduce: products have structure {found}, probes {expected}: pass trees alike")
+    actual, expected = jax.tree.structure(products), jax.tree.structure(probes)
+    if actual != expected:
+        raise TypeError(f"hutchinson_reduce: products have structure {actual}, probes {expected}: pass trees alike")
     counts = set()
     for i, (z, c) in enumerate(zip(jax.tree.leaves(probes), jax.tree.leaves(products), strict=True)):
         if z.shape != c.shape or not z.ndim:

@@ -4,8 +4,13 @@ With logits Z = H W + b, H (N, D) and W (D, C), a tangent (dH, dW, db) and row w
 
     V = dH W + H dW + db,   u_i = w_i (diag(p_i) - p_i p_i^T) v_i,   result (u W^T, H^T u, sum_i u_i).
 
-The (N, C) arrays are made and used up block by block of rows, within `max_bytes`; they never exist as a whole. With B
-rows per block and s bytes per element of the operands:
+The (N, C) arrays are made and used up block by block of rows, within `max_bytes`; they never exist as a whole:
+
+         D           C
+    N  [ H ]  *  [ W ]  ->  [ Z, V, u of rows 0 .. B-1 ]  ->  their rows of u W^T, and a term of H^T u and sum u
+       [   ]                [ then of rows B .. 2B-1   ]  ->  ...
+
+With B rows per block and s bytes per element of the operands:
 
 | form | FLOPs | alive beside operands and results | head read |
 |---|---|---|---|

@@ -70,17 +70,17 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def cotangents(
-        self, found: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
+        self, statistics: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
     ) -> jax.Array:
         """The u of these columns."""
 
     @abc.abstractmethod
-    def losses(self, found: Statistics, rows: Rows) -> jax.Array | None:
+    def losses(self, statistics: Statistics, rows: Rows) -> jax.Array | None:
         """The rows' losses, None if there are none."""
 
 
-class Found(NamedTuple):
-    """Cotangents, and the losses of the rows, None if the rule has none."""
+class Pullback(NamedTuple):
+    """Cotangents of the head, and the losses of the rows, None if the rule has none."""
 
     cotangents: Cotangents
     losses: jax.Array | None
@@ -94,7 +94,7 @@ def over_rows(
     precision: jax.lax.PrecisionLike,
     rule: Rule,
     wanted: Wanted,
-) -> Found:
+) -> Pullback:
     """What `rule` gives, pulled back through the head.
 
     Args:
@@ -111,7 +111,9 @@ def over_rows(
     # What no block has more than a part of: losses and hidden cotangents are each block's own, the rest are sums.
     labeled = rows.label is not None
 
-    def body(index: jax.Array, so_far: Found) -> Found:
+    def body(index: jax.Array, so_far: Pullback) -> Pullback:
+        # 1. The block's rows. The last block begins early enough to be full; what was done before has weight zero in
+        # it.
         begin, new = start(index, blocks.rows, total), fresh(index, blocks.rows, total)
         weight = jnp.where(new, take(rows.weight, begin, blocks.rows), jnp.zeros((), rows.weight.dtype))
         own = Rows(weight, None if rows.label is None else take(rows.label, begin, blocks.rows))
@@ -121,12 +123,14 @@ def over_rows(
             hidden = take(hidden, begin, blocks.rows)
             return jnp.where(weight[:, None] == 0, jnp.zeros((), hidden.dtype), hidden)
 
-        part, moved = at._replace(hidden=rows_of(at.hidden)), tangent
+        part, direction = at._replace(hidden=rows_of(at.hidden)), tangent
         if tangent is not None and tangent.hidden is not None:
-            moved = tangent._replace(hidden=rows_of(tangent.hidden))
+            direction = tangent._replace(hidden=rows_of(tangent.hidden))
+        # 2. Logits, their cotangents, and the products with those.
         run = _by_columns if blocks.columns < at.head.shape[1] else _by_rows
-        found = run(part, moved, own, so_far.cotangents, blocks.columns, precision, rule, wanted)
+        term = run(part, direction, own, so_far.cotangents, blocks.columns, precision, rule, wanted)
 
+        # 3. Losses and hidden cotangents go to their rows; head and bias cotangents are sums already.
         def kept(old: jax.Array | None, now: jax.Array | None) -> jax.Array | None:
             if old is None or now is None:
                 return None
@@ -134,10 +138,10 @@ def over_rows(
             now = jnp.where(mask, now, take(old, begin, blocks.rows))
             return jax.lax.dynamic_update_slice_in_dim(old, now, begin, 0)
 
-        cotangents = found.cotangents._replace(hidden=kept(so_far.cotangents.hidden, found.cotangents.hidden))
-        return Found(cotangents, kept(so_far.losses, found.losses))
+        cotangents = term.cotangents._replace(hidden=kept(so_far.cotangents.hidden, term.cotangents.hidden))
+        return Pullback(cotangents, kept(so_far.losses, term.losses))
 
-    zero = Found(_zero(at, wanted), jnp.zeros((total,), accumulation) if labeled else None)
+    zero = Pullback(_zero(at, wanted), jnp.zeros((total,), accumulation) if labeled else None)
     varying = vary_alike(jax.tree.leaves(zero), like=jax.tree.leaves((at, tangent, rows)))
     zero = jax.tree.unflatten(jax.tree.structure(zero), varying)
     return jax.lax.fori_loop(0, count(blocks.rows, total), body, zero)
@@ -158,15 +162,15 @@ def _by_rows(
     precision: jax.lax.PrecisionLike,
     rule: Rule,
     wanted: Wanted,
-) -> Found:
+) -> Pullback:
     """A block of rows with all columns (`size` of them) at once."""
     del size
     z, v = _logits(at, tangent, precision, rule)
     u, losses = rule.whole(z, v, rows, any(wanted))
     if u is None:
-        return Found(total, losses)
-    found = _pull(at, u, precision, wanted)
-    return Found(Cotangents(found.hidden, _add(total.head, found.head), _add(total.bias, found.bias)), losses)
+        return Pullback(total, losses)
+    term = _pull(at, u, precision, wanted)
+    return Pullback(Cotangents(term.hidden, _add(total.head, term.head), _add(total.bias, term.bias)), losses)
 
 
 def _by_columns(
@@ -178,7 +182,7 @@ def _by_columns(
     precision: jax.lax.PrecisionLike,
     rule: Rule,
     wanted: Wanted,
-) -> Found:
+) -> Pullback:
     """A block of rows whose logits are too many at once: statistics over blocks of columns, then the cotangents.
 
     The second pass makes logits and tangents anew, so their matmuls run twice.
@@ -192,11 +196,11 @@ def _by_columns(
         def bias_of(bias: jax.Array | None) -> jax.Array | None:
             return None if bias is None else take(bias, begin, size)
 
-        part, moved = Head(at.hidden, take(at.head, begin, size, axis=1), bias_of(at.bias)), tangent
+        part, direction = Head(at.hidden, take(at.head, begin, size, axis=1), bias_of(at.bias)), tangent
         if tangent is not None:
             head = None if tangent.head is None else take(tangent.head, begin, size, axis=1)
-            moved = Tangent(tangent.hidden, head, bias_of(tangent.bias))
-        z, v = _logits(part, moved, precision, rule)
+            direction = Tangent(tangent.hidden, head, bias_of(tangent.bias))
+        z, v = _logits(part, direction, precision, rule)
         here = jnp.where(new, begin + jnp.arange(size, dtype=jnp.int32), jnp.int32(-1))
         return part, jnp.where(new, z, jnp.asarray(-jnp.inf, z.dtype)), v, here
 
@@ -210,25 +214,25 @@ def _by_columns(
     statistics = jax.lax.fori_loop(0, blocks, lambda index, so_far: merge(so_far, of_block(index)), neutral)
     losses = rule.losses(statistics, rows)
     if not any(wanted):
-        return Found(total, losses)
+        return Pullback(total, losses)
 
     def products(index: jax.Array, so_far: Cotangents) -> Cotangents:
         part, z, v, here = forward(index)
         u = rule.cotangents(statistics, z, v, rows, here)
-        found, begin = _pull(part, u, precision, wanted), start(index, size, columns)
+        term, begin = _pull(part, u, precision, wanted), start(index, size, columns)
 
         def placed(old: jax.Array | None, now: jax.Array | None, axis: int) -> jax.Array | None:
             if old is None or now is None:
                 return None
             return jax.lax.dynamic_update_slice_in_dim(old, take(old, begin, size, axis) + now, begin, axis)
 
-        head, bias = placed(so_far.head, found.head, 1), placed(so_far.bias, found.bias, 0)
-        return Cotangents(_add(so_far.hidden, found.hidden), head, bias)
+        head, bias = placed(so_far.head, term.head, 1), placed(so_far.bias, term.bias, 0)
+        return Cotangents(_add(so_far.hidden, term.hidden), head, bias)
 
     first = total
     if total.hidden is not None:
         first = total._replace(hidden=jnp.zeros_like(take(total.hidden, jnp.int32(0), at.hidden.shape[0])))
-    return Found(jax.lax.fori_loop(0, blocks, products, first), losses)
+    return Pullback(jax.lax.fori_loop(0, blocks, products, first), losses)
 
 
 def _add(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:

@@ -59,8 +59,8 @@ class Operands:
 
     def tangent(self, given: Any) -> Tangent:
         """The tangent with rows on one axis; raises if it is not like the head."""
-        found = Tangent(*arrays(*given))
-        for name, value, other in zip(Head._fields, self.at, found, strict=True):
+        tangent = Tangent(*arrays(*given))
+        for name, value, other in zip(Head._fields, self.at, tangent, strict=True):
             if other is None:
                 continue
             if value is None:
@@ -71,9 +71,9 @@ class Operands:
                     f"{self.op}: d_{name} is {other.dtype}{other.shape} and {name} {value.dtype}{shape}: "
                     "pass them alike"
                 )
-        if found.hidden is not None:
-            found = found._replace(hidden=found.hidden.reshape(self.at.hidden.shape))
-        return found
+        if tangent.hidden is not None:
+            tangent = tangent._replace(hidden=tangent.hidden.reshape(self.at.hidden.shape))
+        return tangent
 
     def zero(self, parts: Head | Tangent) -> Cotangents:
         """Cotangents of no rows, of the parts that are there."""
@@ -83,9 +83,9 @@ class Operands:
             Cotangents(*(None if x is None or p is None else jnp.zeros(x.shape, accumulation) for x, p in pairs))
         )
 
-    def shaped(self, found: Cotangents) -> Cotangents:
+    def shaped(self, parts: Cotangents) -> Cotangents:
         """With the axes that hidden came with."""
-        return found if found.hidden is None else found._replace(hidden=found.hidden.reshape(self.shape))
+        return parts if parts.hidden is None else parts._replace(hidden=parts.hidden.reshape(self.shape))
 
 
 def block_request(rows: int, head: Any, max_bytes: int = MAX_BYTES) -> Request:

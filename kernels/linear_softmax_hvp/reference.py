@@ -48,15 +48,15 @@ class _Curvature(Rule):
         return softmax_statistics(z, _given(v))
 
     def cotangents(
-        self, found: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
+        self, statistics: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
     ) -> jax.Array:
         zero = jnp.zeros((), z.dtype)
-        dead = (rows.weight[:, None] == 0) | (found.top == -jnp.inf)
-        safe = jnp.where(dead, jnp.ones((), z.dtype), found.normalizer)
-        e, mean = exponentials(z, found.top), _given(found.mean) / safe
+        dead = (rows.weight[:, None] == 0) | (statistics.top == -jnp.inf)
+        safe = jnp.where(dead, jnp.ones((), z.dtype), statistics.normalizer)
+        e, mean = exponentials(z, statistics.top), _given(statistics.mean) / safe
         return jnp.where(dead, zero, rows.weight[:, None] * (1 / safe) * (e * (_given(v) - mean)))
 
-    def losses(self, found: Statistics, rows: Rows) -> None:
+    def losses(self, statistics: Statistics, rows: Rows) -> None:
         return None
 
 

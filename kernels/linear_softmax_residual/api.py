@@ -91,14 +91,14 @@ def linear_softmax_residual(
     if tangent is not None and not any(part is not None for part in tangent):
         raise ValueError("linear_softmax_residual: the tangent holds everything fixed: give it a part, or pass None")
     operands, rows = _operands("linear_softmax_residual", hidden, head, labels, bias, weights, max_bytes)
-    moved = None if tangent is None else operands.tangent(tangent)
-    parts = operands.at if moved is None else moved
+    direction = None if tangent is None else operands.tangent(tangent)
+    parts = operands.at if direction is None else direction
     if operands.rows == 0:
         return jnp.zeros((), operands.weight.dtype), operands.zero(parts)
     select(LINEAR_SOFTMAX_RESIDUAL, implementation, operands.request())
     rule = reference.Residual(label_smoothing, linearized=not quadratic)
-    loss, found = reference.run(operands.at, moved, rows, operands.blocks, precision, rule, Wanted.of(parts))
-    return loss, operands.shaped(found)
+    loss, cotangents = reference.run(operands.at, direction, rows, operands.blocks, precision, rule, Wanted.of(parts))
+    return loss, operands.shaped(cotangents)
 
 
 def linear_softmax_loss(
@@ -126,11 +126,11 @@ def _operands(
     op: str, hidden: Any, head: Any, labels: Any, bias: Any, weights: Any, max_bytes: int
 ) -> tuple[Operands, Rows]:
     operands = Operands.of(op, hidden, head, bias, weights, max_bytes)
-    (found,) = arrays(labels)
-    if not jnp.issubdtype(found.dtype, jnp.integer):
-        raise TypeError(f"{op}: the labels are of dtype {found.dtype}: pass integers")
-    if found.shape != operands.shape[:-1]:
-        raise ValueError(f"{op}: the labels have shape {found.shape}: pass one per row, {operands.shape[:-1]}")
-    label = found.astype(jnp.int32).reshape(-1)
+    (array,) = arrays(labels)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{op}: the labels are of dtype {array.dtype}: pass integers")
+    if array.shape != operands.shape[:-1]:
+        raise ValueError(f"{op}: the labels have shape {array.shape}: pass one per row, {operands.shape[:-1]}")
+    label = array.astype(jnp.int32).reshape(-1)
     known = (label >= 0) & (label < operands.at.head.shape[1])
     return operands, Rows(operands.weight, jnp.where(known, label, reference.UNKNOWN))

@@ -25,10 +25,10 @@ def run(
     wanted: Wanted,
 ) -> tuple[jax.Array, Cotangents]:
     """(loss, cotangents); see `api`. Hidden is (rows, features) here."""
-    found = over_rows(at, tangent, rows, blocks, precision, rule, wanted)
-    if found.losses is None:
+    sums = over_rows(at, tangent, rows, blocks, precision, rule, wanted)
+    if sums.losses is None:
         raise AssertionError("rows with labels have losses.")
-    return jnp.sum(found.losses), found.cotangents
+    return jnp.sum(sums.losses), sums.cotangents
 
 
 @final
@@ -48,41 +48,41 @@ class Residual(Rule):
         self, z: jax.Array, v: jax.Array | None, rows: Rows, wanted: bool
     ) -> tuple[jax.Array | None, jax.Array | None]:
         columns = jnp.arange(z.shape[1], dtype=jnp.int32)
-        found = self.statistics(z, v, rows, columns)
-        return (self.cotangents(found, z, v, rows, columns) if wanted else None), self.losses(found, rows)
+        statistics = self.statistics(z, v, rows, columns)
+        return (self.cotangents(statistics, z, v, rows, columns) if wanted else None), self.losses(statistics, rows)
 
     def statistics(self, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array) -> Statistics:
         zero = jnp.zeros((), z.dtype)
         label = jnp.sum(jnp.where(_hits(rows, columns), z, zero), axis=1, keepdims=True)
-        found = softmax_statistics(z, v)._replace(label=label)
+        statistics = softmax_statistics(z, v)._replace(label=label)
         if not self.label_smoothing:
-            return found
+            return statistics
         allowed = z > -jnp.inf
         total = jnp.sum(jnp.where(allowed, z, zero), axis=1, keepdims=True)
-        return found._replace(total=total, allowed=jnp.sum(allowed.astype(z.dtype), axis=1, keepdims=True))
+        return statistics._replace(total=total, allowed=jnp.sum(allowed.astype(z.dtype), axis=1, keepdims=True))
 
     def cotangents(
-        self, found: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
+        self, statistics: Statistics, z: jax.Array, v: jax.Array | None, rows: Rows, columns: jax.Array
     ) -> jax.Array:
         zero, weight = jnp.zeros((), z.dtype), rows.weight[:, None]
-        inverse = 1 / found.normalizer
-        p = exponentials(z, found.top) * inverse
-        if v is not None and found.mean is not None:
-            p = p * (1 + (v - found.mean * inverse))
+        inverse = 1 / statistics.normalizer
+        p = exponentials(z, statistics.top) * inverse
+        if v is not None and statistics.mean is not None:
+            p = p * (1 + (v - statistics.mean * inverse))
         y = (1 - self.label_smoothing) * _hits(rows, columns).astype(z.dtype)
-        if found.allowed is not None:
-            y = y + jnp.where(z > -jnp.inf, self.label_smoothing / found.allowed, zero)
+        if statistics.allowed is not None:
+            y = y + jnp.where(z > -jnp.inf, self.label_smoothing / statistics.allowed, zero)
         u = jnp.where(_known(rows)[:, None], weight * (p - y), jnp.asarray(jnp.nan, z.dtype))
         return jnp.where((weight == 0) | (columns < 0), zero, u)
 
-    def losses(self, found: Statistics, rows: Rows) -> jax.Array:
-        if found.label is None:
+    def losses(self, statistics: Statistics, rows: Rows) -> jax.Array:
+        if statistics.label is None:
             raise AssertionError("rows with labels have the labels' logits.")
         # As a difference from the largest logit: a row far from zero keeps its digits.
-        loss = (1 - self.label_smoothing) * (found.top - found.label)
-        if found.total is not None and found.allowed is not None:
-            loss = loss + self.label_smoothing * (found.top - found.total / found.allowed)
-        loss = (loss + jnp.log(found.normalizer))[:, 0]
+        loss = (1 - self.label_smoothing) * (statistics.top - statistics.label)
+        if statistics.total is not None and statistics.allowed is not None:
+            loss = loss + self.label_smoothing * (statistics.top - statistics.total / statistics.allowed)
+        loss = (loss + jnp.log(statistics.normalizer))[:, 0]
         weighted = rows.weight * jnp.where(_known(rows), loss, jnp.asarray(jnp.nan, loss.dtype))
         return jnp.where(rows.weight == 0, jnp.zeros((), loss.dtype), weighted)
 

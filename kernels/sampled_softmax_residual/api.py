@@ -2,7 +2,13 @@
 
 Its expected outer product, at sqrt(w) in the place of w, is w (diag p - p p^T), the matrix of `softmax_hvp`: what the
 Gauss-Newton-Bartlett estimator and the Monte Carlo Fisher pull back. The label is drawn by inverting the distribution
-function at one uniform number per row. With n elements of logits of b bytes:
+function at one uniform number per row:
+
+    p           0.2    0.5            0.3
+    sums     0 ----|--------------|--------- 1
+    u = 0.6              ^                      label 1, the first whose sum exceeds u; residual w (0.2, -0.5, 0.3)
+
+With n elements of logits of b bytes:
 
 | implementation | reads | writes | FLOPs |
 |---|---|---|---|

@@ -22,7 +22,7 @@ from curvax.kernels.softmax_hvp.tiling import Tiling
 
 cannot = softmax.cannot
 
-_Found = tuple[jax.Array, jax.Array]
+_Sample = tuple[jax.Array, jax.Array]
 # Times this a float32 is the one before it, or rounds to it.
 _JUST_LESS = 1 - 2.0**-24
 _NOT_HERE = -1
@@ -30,7 +30,7 @@ _NOT_HERE = -1
 
 def sampled_softmax_residual(
     logits: jax.Array, uniforms: jax.Array, weights: jax.Array, *, interpret: Any = None
-) -> _Found:
+) -> _Sample:
     """See `reference.sampled_softmax_residual`, for (rows, columns) logits."""
     operands = vary_alike([logits, uniforms, weights])
     if interpret is not None:
@@ -38,15 +38,15 @@ def sampled_softmax_residual(
     return jax.lax.platform_dependent(*operands, cuda=_batching(_sample), default=reference.sampled_softmax_residual)
 
 
-def _batching(kernel: Callable[..., _Found]) -> Callable[..., _Found]:
+def _batching(kernel: Callable[..., _Sample]) -> Callable[..., _Sample]:
     """The kernel with a rule for `jax.vmap`: more rows."""
 
     @jax.custom_batching.custom_vmap
-    def call(logits: jax.Array, uniforms: jax.Array, weights: jax.Array) -> _Found:
+    def call(logits: jax.Array, uniforms: jax.Array, weights: jax.Array) -> _Sample:
         return kernel(logits, uniforms, weights)
 
     @call.def_vmap
-    def rule(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[_Found, tuple[bool, bool]]:
+    def rule(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[_Sample, tuple[bool, bool]]:
         z, u, w = (
             x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(operands, batched, strict=True)
         )
@@ -56,7 +56,7 @@ def _batching(kernel: Callable[..., _Found]) -> Callable[..., _Found]:
     return call
 
 
-def _sample(logits: jax.Array, uniforms: jax.Array, weights: jax.Array, *, interpret: Any = None) -> _Found:
+def _sample(logits: jax.Array, uniforms: jax.Array, weights: jax.Array, *, interpret: Any = None) -> _Sample:
     rows, columns = logits.shape
     tiled = Tiling.of(columns, (logits.dtype.itemsize,))
 
@@ -82,17 +82,17 @@ def _sample(logits: jax.Array, uniforms: jax.Array, weights: jax.Array, *, inter
         @pl.when(weight != 0.0)
         def _() -> None:
             view.fetch()
-            found = view.statistics()
-            target = jnp.minimum(u_ref[row] * found.total, found.total * _JUST_LESS)
-            here = (found.before <= target) & (target < found.before + found.own)
-            label = jax.lax.cond(here, lambda: _search(view, found, target), lambda: jnp.int32(_NOT_HERE))
+            statistics = view.statistics()
+            target = jnp.minimum(u_ref[row] * statistics.total, statistics.total * _JUST_LESS)
+            here = (statistics.before <= target) & (target < statistics.before + statistics.own)
+            label = jax.lax.cond(here, lambda: _search(view, statistics, target), lambda: jnp.int32(_NOT_HERE))
             write_label(here, label)
             # Without a class, or with NaN, the target is in no run.
-            write_label(first & ~(found.total > 0.0), jnp.int32(0))
-            any_class = jnp.where(found.total == 0.0, 0.0, weight)
+            write_label(first & ~(statistics.total > 0.0), jnp.int32(0))
+            any_class = jnp.where(statistics.total == 0.0, 0.0, weight)
 
             def residual(j: jax.Array, values: list[jax.Array], _: None) -> None:
-                p = view.exponentials(values[0], found.top) * found.inverse
+                p = view.exponentials(values[0], statistics.top) * statistics.inverse
                 drawn = view.columns == label - view.start(j)
                 write(j, any_class * (p - jnp.where(drawn, 1.0, 0.0)))
 
@@ -103,11 +103,11 @@ def _sample(logits: jax.Array, uniforms: jax.Array, weights: jax.Array, *, inter
     return residual, label
 
 
-def _search(view: Row, found: Statistics, target: jax.Array) -> jax.Array:
+def _search(view: Row, statistics: Statistics, target: jax.Array) -> jax.Array:
     """The column of this block's run where the sum of exponentials first passes `target`."""
 
     def fresh(j: jax.Array, logits: jax.Array) -> jax.Array:
-        e = view.exponentials(logits, found.top)
+        e = view.exponentials(logits, statistics.top)
         return jnp.where(view.columns < view.seen_before(j), 0.0, e)
 
     def reach(j: jax.Array, values: list[jax.Array], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -123,7 +123,7 @@ def _search(view: Row, found: Statistics, target: jax.Array) -> jax.Array:
         )
 
     zero = jnp.float32(0.0)
-    _, chunk, start, size = view.for_each_chunk(reach, (found.before, jnp.int32(0), zero, zero))
+    _, chunk, start, size = view.for_each_chunk(reach, (statistics.before, jnp.int32(0), zero, zero))
     e = fresh(chunk, view.read(chunk)[0])
 
     def halve(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,9 @@
 
     u_i = w_i (diag(p_i) - p_i p_i^T) v_i,   p_i = softmax(z_i)
 
+The matrix is never formed: u is p (v - p.v), entry by entry, one inner product and one pass over the row. For z = (0,
+0), v = (1, 0) and w = 1: p = (1/2, 1/2), p.v = 1/2, u = (1/4, -1/4).
+
 With n elements of logits, T tangents per row, and b_z, b_v bytes per element of either:
 
 | implementation | reads | writes | FLOPs |
@@ -85,8 +88,8 @@ def softmax_hvp(
     if select(SOFTMAX_HVP, implementation, Request.of(logits, tangents)).implementation == "pallas":
         columns, count = logits.shape[-1], math.prod(rows)
         flat = tangents.reshape(-1, count, columns)
-        found = pallas.softmax_hvp(logits.reshape(count, columns), flat, weights.astype(jnp.float32).reshape(count))
-        return found.reshape(tangents.shape)
+        products = pallas.softmax_hvp(logits.reshape(count, columns), flat, weights.astype(jnp.float32).reshape(count))
+        return products.reshape(tangents.shape)
     return reference.softmax_hvp(logits, tangents, weights)
 
 

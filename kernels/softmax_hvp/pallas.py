@@ -63,16 +63,16 @@ def _batching(kernel: Any) -> Any:
         size: int, batched: Sequence[bool], logits: jax.Array, tangents: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, bool]:
         if not (batched[0] or batched[2]):
-            found = call(logits, tangents.reshape(-1, *logits.shape), weights)
-            return found.reshape(tangents.shape), True
+            products = call(logits, tangents.reshape(-1, *logits.shape), weights)
+            return products.reshape(tangents.shape), True
         z, v, w = (
             x if own else jnp.broadcast_to(x, (size, *x.shape))
             for x, own in zip((logits, tangents, weights), batched, strict=True)
         )
         count, rows, columns = v.shape[1:]
         stacked = jnp.moveaxis(v, 0, 1).reshape(count, size * rows, columns)
-        found = call(z.reshape(-1, columns), stacked, w.reshape(-1))
-        return jnp.moveaxis(found.reshape(count, size, rows, columns), 1, 0), True
+        products = call(z.reshape(-1, columns), stacked, w.reshape(-1))
+        return jnp.moveaxis(products.reshape(count, size, rows, columns), 1, 0), True
 
     return call
 
@@ -113,11 +113,11 @@ def _hvp(logits: jax.Array, tangents: jax.Array, weights: jax.Array, *, interpre
         @pl.when(weight != 0.0)
         def _() -> None:
             view.fetch()
-            found = view.statistics()
-            scale, means = weight * found.inverse, [s * found.inverse for s in found.sums]
+            statistics = view.statistics()
+            scale, means = weight * statistics.inverse, [s * statistics.inverse for s in statistics.sums]
 
             def product(j: jax.Array, values: list[jax.Array], _: None) -> None:
-                e = view.exponentials(values[0], found.top) * scale
+                e = view.exponentials(values[0], statistics.top) * scale
                 for t in range(size):
                     write(t, j, e * (values[1 + t].astype(jnp.float32) - means[t]))
 

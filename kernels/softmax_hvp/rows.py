@@ -5,9 +5,10 @@ softmax goes over the chunks once as they arrive,
 
     m' = max(m, max z),   l' = l exp(m - m') + sum exp(z - m'),   s' = s exp(m - m') + sum exp(z - m') v,
 
-with l and s kept apart for each column of a chunk and added up as a tree at the end. The blocks of a cluster then
-exchange (m, l, s): 128 bytes each through device memory, in the copy engine's order (stored, store complete, barrier of
-the cluster, fetched), so no cache of a multiprocessor is in the way.
+with l and s separate for each column of a chunk and added up as a tree at the end. For z = (0, 1 | 3) in chunks of two
+and one: m = 1, l = 1 + 1/e; then m' = 3, l' = l e^-2 + 1. The blocks of a cluster then exchange (m, l, s): 128 bytes
+each through device memory, in the copy engine's order (stored, store complete, barrier of the cluster, fetched), so no
+cache of a multiprocessor is in the way.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ class Row:
                 self.tiling.kept, self.tiling.chunks, lambda j, c: self._accumulate(j, self.read(j), c), carry
             )
         top, total, sums = carry
-        found = [top, jnp.sum(total), *(jnp.sum(s) for s in sums)]
+        parts = [top, jnp.sum(total), *(jnp.sum(s) for s in sums)]
         if self.exchange is None:
-            return Statistics(_reference(top), found[1], found[2:], jnp.float32(0.0), found[1])
-        return self._combined(self.exchange, found)
+            return Statistics(_reference(top), parts[1], parts[2:], jnp.float32(0.0), parts[1])
+        return self._combined(self.exchange, parts)
 
     def exponentials(self, logits: jax.Array, top: jax.Array) -> jax.Array:
         """The exponentials exp(z - top) of a chunk."""
@@ -181,12 +182,12 @@ class Row:
         terms = [e * v.astype(jnp.float32) for v in values[1:]]
         return new, total * scale + e, tuple(s * scale + t for s, t in zip(sums, terms, strict=True))
 
-    def _combined(self, exchange: Exchange, found: list[jax.Array]) -> Statistics:
-        everyone = exchange.all_of(found)
+    def _combined(self, exchange: Exchange, parts: list[jax.Array]) -> Statistics:
+        everyone = exchange.all_of(parts)
         top = _reference(functools.reduce(jnp.maximum, [each[0] for each in everyone]))
         scales = [jnp.exp(each[0] - top) for each in everyone]
         part = jax.lax.axis_index(PART)
-        sums = [jnp.float32(0.0)] * (len(found) - 1)
+        sums = [jnp.float32(0.0)] * (len(parts) - 1)
         before, own = jnp.float32(0.0), jnp.float32(0.0)
         for i, (each, scale) in enumerate(zip(everyone, scales, strict=True)):
             before = jnp.where(part == i, sums[0], before)

@@ -135,9 +135,9 @@ def _alike(op: str, **vectors: PyTree) -> tuple[PyTree, ...]:
     structure = jax.tree.structure(first)
     types = [_type(leaf) for leaf in jax.tree.leaves(first)]
     for name, vector in others:
-        found = jax.tree.structure(vector)
-        if found != structure:
-            raise TypeError(f"{op}: {name} has structure {found}, {first_name} has {structure}: pass vectors alike")
+        actual = jax.tree.structure(vector)
+        if actual != structure:
+            raise TypeError(f"{op}: {name} has structure {actual}, {first_name} has {structure}: pass vectors alike")
         for i, (leaf, expected) in enumerate(zip(jax.tree.leaves(vector), types, strict=True)):
             if _type(leaf) != expected:
                 raise TypeError(

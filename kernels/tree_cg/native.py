@@ -33,8 +33,8 @@ _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 def cannot(request: Request) -> str | None:
     """Why the handlers cannot run a request; None if they can."""
     if len(request.dtypes) != 1 or request.dtypes[0] not in _DTYPES:
-        found = ", ".join(map(str, request.dtypes)) or "no leaves"
-        return f"the native handlers take leaves of one dtype, float32 or float64, and these have {found}"
+        actual = ", ".join(map(str, request.dtypes)) or "no leaves"
+        return f"the native handlers take leaves of one dtype, float32 or float64, and these have {actual}"
     return _native.cannot(request)
 
 

@@ -65,12 +65,9 @@ def eigenbasis(
     def fixed() -> jax.Array:
         n, vectors = factors.shape[-1], pairs.vectors
         known = jnp.where(unknown[..., None, :], jnp.zeros_like(vectors), vectors)
-        others = jnp.eye(n, dtype=vectors.dtype) - jnp.matmul(
-            known, adjoint(known), precision=jax.lax.Precision.HIGHEST
-        )
+        others = jnp.eye(n, dtype=vectors.dtype) - _product(known, adjoint(known))
         weighed = others * jnp.linspace(1, 2, n, dtype=pairs.values.dtype).astype(vectors.dtype)
-        product = jnp.matmul(weighed, others, precision=jax.lax.Precision.HIGHEST)
-        basis = eigh(product, implementation=implementation).vectors
+        basis = eigh(_product(weighed, others), implementation=implementation).vectors
         # As many of its last columns as there are unknown ones take their places, which are the first.
         place = (jnp.arange(n) - jnp.sum(unknown, axis=-1, keepdims=True)) % n
         return jnp.where(unknown[..., None, :], jnp.take_along_axis(basis, place[..., None, :], axis=-1), vectors)

@@ -34,10 +34,10 @@ class Result(enum.IntEnum):
 _SENTENCES = {
     Result.CONVERGED: "The residual is below the tolerance.",
     Result.MAX_ITERATIONS: "The iteration limit came first: the direction is usable; raise maxiter, lam or tol.",
-    Result.NEGATIVE_CURVATURE: "A direction of negative curvature was met: the last iterate before it is returned; "
+    Result.NEGATIVE_CURVATURE: "A direction has negative curvature: the last iterate before it is returned; "
     "raise lam, or use a Gauss-Newton matrix, which has none.",
     Result.BREAKDOWN: "The curvature along the search direction is zero to rounding: raise lam.",
-    Result.NON_FINITE: "The system holds NaN, infinity or numbers at the end of their range: look at the batch and the "
+    Result.NON_FINITE: "The system has NaN, infinity or numbers at the end of their range: look at the batch and the "
     "loss.",
     Result.INDEFINITE: "The matrix is indefinite: the magnitudes of its eigenvalues were used; raise lam.",
     Result.SINGULAR: "The matrix is singular to rounding: the minimum-norm solution was used; raise lam.",
@@ -53,11 +53,11 @@ _SOLVED = (Result.CONVERGED, Result.MAX_ITERATIONS, Result.STOPPED_EARLY)
 
 
 def solved(result: jax.Array) -> jax.Array:
-    """Whether a solve of this code ended at a solution, or on its way to one, of the system that it was given."""
-    found = jnp.zeros(result.shape, bool)
+    """Whether a solve of this code ended at a solution, or on its way to one, of its system."""
+    at_solution = jnp.zeros(result.shape, bool)
     for known in _SOLVED:
-        found = found | (result == int(known))
-    return found
+        at_solution = at_solution | (result == int(known))
+    return at_solution
 
 
 def code(result: Result) -> jax.Array:

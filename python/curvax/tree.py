@@ -129,9 +129,9 @@ def max_abs(tree: PyTree) -> jax.Array:
 def divisor(largest: jax.Array) -> jax.Array:
     """What numbers up to `largest` are divided by before they are squared; 1 where it is zero or not finite.
 
-    A power of two, so that the division is exact, and held back from both ends of the range by so much that its inverse
-    is a normal number (compilers multiply by that, and processors take others for zero); what remains of the size of
-    the numbers their squares can bear.
+    A power of two, so that the division is exact, and so far from both ends of the range that its inverse is a
+    normal number (compilers multiply by that, and processors take others for zero); what remains of the size of the
+    numbers their squares can bear.
     """
     bound = jnp.finfo(largest.dtype).maxexp - 28
     usable = (largest > 0) & jnp.isfinite(largest)
@@ -191,7 +191,7 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 
 def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """One upcast vector holding every leaf, and the function that takes it apart again."""
+    """One upcast vector of all leaves, and the function that splits it into leaves again."""
     leaves, structure = jax.tree.flatten(tree)
     dtype = scalar_dtype(tree)
     sizes = [int(np.prod(x.shape)) for x in leaves]

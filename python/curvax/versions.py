@@ -25,9 +25,9 @@ def release(version: str) -> tuple[int, ...]:
 
 def untested(version: str) -> str | None:
     """One sentence if this JAX version is outside the tested range, else None."""
-    found = release(version)
+    numbers = release(version)
     oldest, newest = ".".join(map(str, OLDEST_JAX)), ".".join(map(str, NEWEST_JAX))
-    if OLDEST_JAX <= found and found[: len(NEWEST_JAX)] <= NEWEST_JAX:
+    if OLDEST_JAX <= numbers and numbers[: len(NEWEST_JAX)] <= NEWEST_JAX:
         return None
     return f"curvax is tested with jax {oldest} to {newest}.x, and this is {version}: install one of those if in doubt."
 

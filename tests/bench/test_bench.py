@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import bench.run as run
+import bench.schema as schema
 import jax
 import numpy as np
 import pytest
-from bench import run, schema
 from bench.generic import without_structure
 from bench.suites import kernels, lanes, layerwise, linalg, plan, steps, structure
 from bench.suites.layerwise.contenders import CONTENDERS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import bench.schema as schema
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from bench import schema
 from bench.suites import robustness
 from bench.suites.robustness import least_squares, rows, table
 from bench.suites.robustness.case import Case, Compiled, Outcome, Task

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import bench.__main__ as command
+import bench.schema as schema
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench import __main__ as command
-from bench import schema
 from bench.suites import untuned
 from bench.suites.untuned import contenders, runner, table, tuning
 from bench.suites.untuned.contenders import ADAMW, CONTENDERS, GAUSS_NEWTON, Contender, Trainer, chosen

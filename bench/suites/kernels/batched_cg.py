@@ -49,12 +49,12 @@ def _candidates(work: Workload) -> list[run.Candidate]:
     def peer(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.scipy.sparse.linalg.cg(lambda v: a @ v, b, tol=_RTOL, maxiter=maxiter)[0]
 
-    found = [_candidate(JAX_CG, jax.jit(jax.vmap(peer)), matrices, rhs)]
+    results = [_candidate(JAX_CG, jax.jit(jax.vmap(peer)), matrices, rhs)]
     for name in implementations((batched_cg.BATCHED_CG,), matrices, rhs):
         solve = partial(batched_cg.batched_cg, tol=_RTOL, maxiter=maxiter, implementation=name)
         goal = None if name == REFERENCE else (1 / 5 if work == WORKLOADS[0] else 1.0)
-        found.append(_candidate(name, jax.jit(lambda a, b, solve=solve: solve(a, b).value), matrices, rhs, goal))
-    return found
+        results.append(_candidate(name, jax.jit(lambda a, b, solve=solve: solve(a, b).value), matrices, rhs, goal))
+    return results
 
 
 def _candidate(

@@ -44,13 +44,13 @@ def _candidates(work: Workload) -> list[run.Candidate]:
         # Factor and solve alone: no refinement, no residual, no outcome.
         return jax.scipy.linalg.cho_solve((jax.scipy.linalg.cholesky(a, lower=True), True), b[..., None])[..., 0]
 
-    found = [run.Candidate(CHO_SOLVE, lambda _: peer(matrices, rhs), lambda: rhs)]
+    results = [run.Candidate(CHO_SOLVE, lambda _: peer(matrices, rhs), lambda: rhs)]
     for name in implementations((op.BATCHED_CHOLESKY_SOLVE,), matrices, rhs):
         solve = jax.jit(partial(op.batched_cholesky_solve, implementation=name))
         goal = None if name == REFERENCE else 1.0
         step = lambda _, solve=solve: solve(matrices, rhs).value  # noqa: E731
-        found.append(run.Candidate(name, step, lambda: rhs, baseline=CHO_SOLVE, goal=goal))
-    return found
+        results.append(run.Candidate(name, step, lambda: rhs, baseline=CHO_SOLVE, goal=goal))
+    return results
 
 
 def _row_system(n: int) -> tuple[jax.Array, jax.Array]:

@@ -56,19 +56,19 @@ class Case:
             # A call is asked for while the one before runs: its way through Python is not what is measured.
             candidates = [dataclasses.replace(c, calls=10) for c in candidates]
         timings = run.time_all(candidates, rounds, budget=5 if accelerated() else 15)
-        found = run.rows(suite, self.name, self.x, timings[1:], scale=1e6 / self.repeats, metric="us")
+        results = run.rows(suite, self.name, self.x, timings[1:], scale=1e6 / self.repeats, metric="us")
         values = run.percentiles(2 * size * 4 * copies / timings[0].seconds / 1e9)
-        found.append(Row(suite, self.name, COPY, "GB/s", self.x, *values, rounds=len(timings[0].seconds)))
+        results.append(Row(suite, self.name, COPY, "GB/s", self.x, *values, rounds=len(timings[0].seconds)))
         limit = values[1]
         for timing in timings[1:]:
             name, n = timing.candidate.name, len(timing.seconds)
             rate = run.percentiles(self.bytes * self.repeats / timing.seconds / 1e9)
             row = Row(suite, self.name, name, "GB/s", self.x, *rate, ratio=rate[1] / limit, baseline=COPY, rounds=n)
-            found.append(row)
+            results.append(row)
             if self.flops:
                 rate = run.percentiles(self.flops * self.repeats / timing.seconds / 1e9)
-                found.append(Row(suite, self.name, name, "GFLOP/s", self.x, *rate, rounds=n))
-        return found
+                results.append(Row(suite, self.name, name, "GFLOP/s", self.x, *rate, rounds=n))
+        return results
 
 
 def implementations(ops: tuple[Op, ...], *like: object) -> list[Implementation]:

@@ -67,7 +67,7 @@ def _named(candidate: run.Candidate, name: str) -> run.Candidate:
 
 def _updates(work: Workload, count: int, rule: ops.UpdateRule) -> list[run.Candidate]:
     params, mean, average, gradient = _vectors(work, 4)
-    found = []
+    results = []
     for name in implementations((ops.DIAGONAL_UPDATE,), params):
 
         def body(carry: Any, fixed: Any, name: Any = name) -> Any:
@@ -75,9 +75,9 @@ def _updates(work: Workload, count: int, rule: ops.UpdateRule) -> list[run.Candi
             return ops.diagonal_update(rule, _SCALARS, params, mean, *fixed, implementation=name)
 
         first = (params, mean, jnp.asarray(True))
-        found.append(_named(_looped(body, count, first, (average, gradient)), name))
-    found.append(_named(_optax(rule, count, params, mean, average, gradient), _OPTAX))
-    return found
+        results.append(_named(_looped(body, count, first, (average, gradient)), name))
+    results.append(_named(_optax(rule, count, params, mean, average, gradient), _OPTAX))
+    return results
 
 
 def _optax(rule: ops.UpdateRule, count: int, params: Any, mean: Any, average: Any, gradient: Any) -> run.Candidate:
@@ -105,7 +105,7 @@ def _accumulations(work: Workload, count: int, rule: ops.AccumulateRule, kind: A
     if kind == "value":
         a = [leaf.mean(axis=-1, keepdims=True) if leaf.ndim > 1 else leaf for leaf in a]
     factors = (a, b) if kind == "product" else (a,)
-    found = []
+    results = []
     for name in implementations((ops.DIAGONAL_ACCUMULATE,), average):
 
         def body(carry: Any, fixed: Any, name: Any = name) -> Any:
@@ -113,5 +113,5 @@ def _accumulations(work: Workload, count: int, rule: ops.AccumulateRule, kind: A
             return ops.diagonal_accumulate(rule, carry[0], estimate, 1.2, implementation=name)
 
         first = (average, jnp.zeros(()), jnp.asarray(True))
-        found.append(_named(_looped(body, count, first, factors), name))
-    return found
+        results.append(_named(_looped(body, count, first, factors), name))
+    return results

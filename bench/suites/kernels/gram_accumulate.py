@@ -60,13 +60,13 @@ def _network() -> list[run.Candidate]:
         for into, out in _NETWORK
     ]
     gram = jax.ShapeDtypeStruct((_NETWORK_ROWS, _NETWORK_ROWS), jnp.float32)
-    found = []
+    results = []
     for name in implementations(OPS, gram):
         call = jax.jit(partial(gram_of_layers, dtype=gram.dtype, implementation=name))
         step = lambda _, call=call: call(layers)  # noqa: E731
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 0.6)
-        found.append(run.Candidate(name, step, lambda: layers[0][0], baseline=baseline, goal=goal))
-    return found
+        results.append(run.Candidate(name, step, lambda: layers[0][0], baseline=baseline, goal=goal))
+    return results
 
 
 def _candidates(work: Workload, count: int) -> list[run.Candidate]:

@@ -38,7 +38,7 @@ def _candidates(work: Workload, probes: int, rows: bool, count: int) -> list[run
     rng = np.random.default_rng(0)
     z, c = ([jnp.asarray(rng.normal(size=(probes, *shape)), jnp.float32) for shape in work.shapes] for _ in range(2))
     axes = tuple((len(shape) - 1,) if rows and len(shape) > 1 else () for shape in work.shapes)
-    found = []
+    results = []
     for name in implementations(OPS, z, c):
 
         def body(last: Any, fixed: Any, name: Any = name) -> Any:
@@ -50,7 +50,7 @@ def _candidates(work: Workload, probes: int, rows: bool, count: int) -> list[run
         step = over_and_over(body, count)
         first = hutchinson_reduce(z, c, axes, implementation=name)
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
-        found.append(
+        results.append(
             run.Candidate(
                 name,
                 lambda carry, step=step: step(carry, (z, c)),
@@ -59,4 +59,4 @@ def _candidates(work: Workload, probes: int, rows: bool, count: int) -> list[run
                 goal=goal,
             )
         )
-    return found
+    return results

@@ -48,15 +48,15 @@ def _candidates(work: Workload, count: int) -> list[run.Candidate]:
         u = softmax_hvp(logits, moved, weights)
         return jax.vjp(jnp.matmul, hidden, head)[1](u)
 
-    found = [_looped(_WRITTEN, written, (hidden, head), tangent, count, None, None)]
+    results = [_looped(_WRITTEN, written, (hidden, head), tangent, count, None, None)]
     for name in implementations(op.OPS, jax.ShapeDtypeStruct((work.rows, work.columns), jnp.float32)):
 
         def blocks(*operands: jax.Array, name: Any = name) -> tuple[jax.Array, jax.Array]:
             out = op.linear_softmax_hvp(*operands, weights=weights, max_bytes=work.max_bytes, implementation=name)
             return out.hidden, out.head
 
-        found.append(_looped(name, blocks, (hidden, head), tangent, count, _WRITTEN, _GOAL))
-    return found
+        results.append(_looped(name, blocks, (hidden, head), tangent, count, _WRITTEN, _GOAL))
+    return results
 
 
 def _looped(

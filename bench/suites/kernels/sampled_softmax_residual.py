@@ -41,15 +41,15 @@ def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     def categorical(z: jax.Array, key: jax.Array) -> jax.Array:
         return jax.nn.softmax(z) - jax.nn.one_hot(jax.random.categorical(key, z), z.shape[-1], dtype=z.dtype)
 
-    found = []
+    results = []
     for name in implementations(op.OPS, logits):
 
         def sampled(z: jax.Array, key: jax.Array, name: Any = name) -> jax.Array:
             return op.sampled_softmax_residual(z, jax.random.uniform(key, z.shape[:-1]), implementation=name)[0]
 
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
-        found.append(_looped(name, sampled, logits, count, baseline, goal))
-    return [*found, _looped(_CATEGORICAL, categorical, logits, count, REFERENCE, None)]
+        results.append(_looped(name, sampled, logits, count, baseline, goal))
+    return [*results, _looped(_CATEGORICAL, categorical, logits, count, REFERENCE, None)]
 
 
 def _looped(

@@ -44,15 +44,15 @@ def _candidates(work: Workload, count: int) -> list[run.Candidate]:
     def written(z: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
         return jax.vmap(lambda t: jax.jvp(lambda x: w[:, None] * jax.nn.softmax(x), (z,), (t,))[1])(v)
 
-    found = []
+    results = []
     for name in implementations(op.OPS, logits, tangents):
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
 
         def product(z: jax.Array, v: jax.Array, w: jax.Array, name: str = name) -> jax.Array:
             return op.softmax_hvp(z, v, w, implementation=name)  # type: ignore[arg-type]
 
-        found.append(_looped(name, product, logits, tangents, weights, count, baseline, goal))
-    return [*found, _looped(_JVP, written, logits, tangents, weights, count, REFERENCE, None)]
+        results.append(_looped(name, product, logits, tangents, weights, count, baseline, goal))
+    return [*results, _looped(_JVP, written, logits, tangents, weights, count, REFERENCE, None)]
 
 
 def _looped(

@@ -38,12 +38,12 @@ def _candidates(work: Workload, op: str, count: int) -> list[run.Candidate]:
     vectors = _vectors(work, 4)
     ops = {o.name: o for o in tree_cg.OPS}
     wanted = tuple(ops.values()) if op == "iteration" else (ops[op],)
-    found = []
+    results = []
     for name in implementations(wanted, vectors[0]):
         step, carry = _loop(op, vectors, name, count)
         baseline, goal = (None, None) if name == REFERENCE else (REFERENCE, 1.0)
-        found.append(run.Candidate(name, step, carry, baseline=baseline, goal=goal))
-    return found
+        results.append(run.Candidate(name, step, carry, baseline=baseline, goal=goal))
+    return results
 
 
 def _vectors(work: Workload, count: int) -> list[list[jax.Array]]:

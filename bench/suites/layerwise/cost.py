@@ -40,8 +40,8 @@ def inner_loops(study: Study, case: str) -> list[Row]:
     for shares in _SHARES:
         trainers[_name(shares)] = _step(setting, layerwise=True, shares=shares)
     quotients = {_FULL: [(_PLAIN, None)]} | {_name(s): [(_FULL, 1.3), (_PLAIN, 2.0)] for s in _SHARES}
-    found = _timed(study, case, [(name, trainer, 1) for name, trainer in trainers.items()], quotients)
-    return [*found, *_flops(study, case)]
+    results = _timed(study, case, [(name, trainer, 1) for name, trainer in trainers.items()], quotients)
+    return [*results, *_flops(study, case)]
 
 
 def _timed(
@@ -62,14 +62,14 @@ def _timed(
         return run.Candidate(name, lambda c: trainer.step(c[0], c[1], batch, _RATE), carry, calls=period)
 
     timings = run.time_all([candidate(*each) for each in trainers], setting.rounds, budget=120.0)
-    by_name, found = {t.candidate.name: t for t in timings}, []
+    by_name, results = {t.candidate.name: t for t in timings}, []
     for row in run.rows(SUITE, case, setting.x, timings):
-        found.append(row)
+        results.append(row)
         for baseline, goal in quotients.get(row.provider, ()):
             ratio = run.ratio(by_name[row.provider], by_name[baseline])
             provider = f"{row.provider} / {baseline}"
-            found.append(dataclasses.replace(row, provider=provider, ratio=ratio, baseline=baseline, goal=goal))
-    return found
+            results.append(dataclasses.replace(row, provider=provider, ratio=ratio, baseline=baseline, goal=goal))
+    return results
 
 
 def _name(shares: int) -> str:
@@ -99,15 +99,15 @@ def _plain(setting: Setting) -> Trainer:
 
 def _flops(study: Study, case: str) -> list[Row]:
     """The same quotient, counted in floating-point operations of an inner gradient."""
-    setting, found = study.setting, []
+    setting, results = study.setting, []
     batch = jax.eval_shape(lambda: study.batch(np.random.default_rng(0)))
     for shares in _SHARES:
         plan = gauss_newton(setting, _RATE, layerwise=True, shares=shares).plan_for(study.params, batch)
         if plan.own is None or plan.full is None or plan.over_full is None:
             raise AssertionError("a plan for shapes counts.")
-        if not found:
+        if not results:
             value = plan.full.flops / 1e9
-            found.append(Row(SUITE, case, _FULL, "GFLOP", setting.x, value, value, value))
+            results.append(Row(SUITE, case, _FULL, "GFLOP", setting.x, value, value, value))
         value = plan.own.flops / 1e9
-        found.append(Row(SUITE, case, _name(shares), "GFLOP", setting.x, value, value, value, plan.over_full, _FULL))
-    return found
+        results.append(Row(SUITE, case, _name(shares), "GFLOP", setting.x, value, value, value, plan.over_full, _FULL))
+    return results

@@ -59,13 +59,13 @@ def _rows(suite: str, case: str, name: str, size: model.Size, rounds: int) -> li
         )
 
     x = f"{sequences * size.length} tokens, width {size.width}"
-    found = run.rows(suite, case, x, run.time_all([candidate(p) for p in steps], rounds), metric="ms/gradient")
+    results = run.rows(suite, case, x, run.time_all([candidate(p) for p in steps], rounds), metric="ms/gradient")
     first = _bytes(steps[_LOGITS]) / _MIB
     for provider, step in steps.items():
         value, base = _bytes(step) / _MIB, None if provider == _LOGITS else _LOGITS
         ratio, goal = (None, None) if base is None else (value / first, _MEMORY_GOAL)
-        found.append(Row(suite, case, provider, "MiB temp", x, value, value, value, ratio, base, goal))
-    return found
+        results.append(Row(suite, case, provider, "MiB temp", x, value, value, value, ratio, base, goal))
+    return results
 
 
 def _headed() -> dict[str, Callable[..., Any]]:
@@ -81,7 +81,7 @@ def _gradient(name: str, outputs: dict[str, Callable[..., Any]]) -> Callable[[An
 
 
 def _bytes(step: Any) -> int:
-    found = step.memory_analysis()
-    if found is None:
+    results = step.memory_analysis()
+    if results is None:
         raise RuntimeError("this backend does not say how much memory a program takes: run on a CPU or GPU.")
-    return found.temp_size_in_bytes
+    return results.temp_size_in_bytes

@@ -95,9 +95,9 @@ class Study:
         for factor in self.setting.factors:
             rate = contender.rate * factor
             limit = self.setting.steps if best is None else min(self.setting.steps, best[0].steps)
-            found = self.run(trainer, rate, 0, limit), rate
-            if best is None or found[0] < best[0]:
-                best = found
+            results = self.run(trainer, rate, 0, limit), rate
+            if best is None or results[0] < best[0]:
+                best = results
         if best is None:
             raise ValueError("a setting needs at least one factor of the learning rate.")
         others = (self.run(trainer, best[1], seed, self.setting.steps) for seed in range(1, self.setting.seeds))
@@ -108,28 +108,28 @@ def compare(study: Study, case: str, contenders: Sequence[Contender]) -> Iterato
     """Rows, method by method."""
     soap: Tuned | None = None
     for contender in contenders:
-        found = study.tuned(contender)
-        soap = found if contender.name == SOAP else soap
-        yield _rows(study.setting, case, found, soap)
+        results = study.tuned(contender)
+        soap = results if contender.name == SOAP else soap
+        yield _rows(study.setting, case, results, soap)
 
 
-def _rows(setting: Setting, case: str, found: Tuned, soap: Tuned | None) -> list[Row]:
+def _rows(setting: Setting, case: str, results: Tuned, soap: Tuned | None) -> list[Row]:
     """Test loss and steps always (infinite for a run that did not arrive), tokens where the median seed arrives."""
 
     def row(metric: str, values: Sequence[float], ratio: float | None = None, goal: float | None = None) -> Row:
         baseline = None if ratio is None else SOAP
         spread = _percentiles(values)
         return Row(
-            SUITE, case, found.provider, metric, setting.x, *spread, ratio, baseline, goal, rounds=len(values)
+            SUITE, case, results.provider, metric, setting.x, *spread, ratio, baseline, goal, rounds=len(values)
         )  # fmt: skip
 
-    losses, steps = [r.loss for r in found.runs], [r.steps for r in found.runs]
-    if not math.isfinite(found.steps):
+    losses, steps = [r.loss for r in results.runs], [r.steps for r in results.runs]
+    if not math.isfinite(results.steps):
         return [row("test loss", losses)]
     ratio = None
-    if soap is not None and found is not soap and math.isfinite(soap.steps):
-        ratio = found.steps / soap.steps
-    goal = found.contender.goal if setting.goals and ratio is not None else None
+    if soap is not None and results is not soap and math.isfinite(soap.steps):
+        ratio = results.steps / soap.steps
+    goal = results.contender.goal if setting.goals and ratio is not None else None
     return [
         row("test loss", losses),
         row("steps", steps, ratio, goal),

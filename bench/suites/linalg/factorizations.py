@@ -96,14 +96,14 @@ class Case:
         with jax.enable_x64(self.dtype == "float64"):
             timings = run.time_all(self._candidates(), rounds, budget=_BUDGET)
         x = f"{self.count} x {self.n}"
-        found = run.rows(suite, self.name, x, timings[1:], metric="ms")
+        results = run.rows(suite, self.name, x, timings[1:], metric="ms")
         peak = 2 * _SIDE**3 / 1e9 / timings[0].seconds
         for timing in timings[1:]:
             rate = self.count * self.operation.flops(self.n) / 1e9 / timing.seconds
             values, share = run.percentiles(rate), float(np.median(rate / peak))
             row = Row(suite, self.name, timing.candidate.name, "GFLOP/s", x, *values, rounds=len(rate))
-            found.append(dataclasses.replace(row, ratio=share, baseline=PRODUCT))
-        return found
+            results.append(dataclasses.replace(row, ratio=share, baseline=PRODUCT))
+        return results
 
     def _candidates(self) -> list[run.Candidate]:
         a, b = _operands(self.count, self.n, self.dtype)
@@ -120,14 +120,14 @@ class Case:
 
             return step
 
-        found = [
+        results = [
             run.Candidate(PRODUCT, side, product),
             run.Candidate(ALONE, limited(1), lambda: None),
             run.Candidate(FREE, limited(len(os.sched_getaffinity(0))), lambda: None, baseline=ALONE),
             run.Candidate(OURS, lambda _: jax.block_until_ready(ours(a, b)), lambda: None, baseline=ALONE, goal=1.0),
         ]
         calls = 20 if self.count * self.operation.flops(self.n) < _SHORT else 1
-        return [found[0], *(dataclasses.replace(c, calls=calls) for c in found[1:])]
+        return [results[0], *(dataclasses.replace(c, calls=calls) for c in results[1:])]
 
 
 def cases(quick: bool) -> Iterator[Case]:

@@ -56,16 +56,16 @@ class Case:
             for _ in range(self.busy):
                 stack.enter_context(_busy())
             seconds = _interleaved(workers, rounds)
-        medians = {name: float(np.median(found)) for name, found in seconds.items() if name != UNSET}
+        medians = {name: float(np.median(times)) for name, times in seconds.items() if name != UNSET}
         best = min(medians, key=lambda name: medians[name])
-        found = []
+        results = []
         for name, own in seconds.items():
             row = Row(suite, self.name, name, "ms/step", self.x, *run.percentiles(own * 1e3), rounds=rounds)
             if name == UNSET:
                 ratio = float(np.median(own / seconds[best]))
                 row = dataclasses.replace(row, ratio=ratio, baseline=best, goal=_GOAL)
-            found.append(row)
-        return found
+            results.append(row)
+        return results
 
 
 class Worker:
@@ -111,7 +111,7 @@ def _interleaved(workers: dict[str, Worker], rounds: int) -> dict[str, np.ndarra
     for _ in range(rounds):
         for name in shuffle.sample(names, len(names)):
             seconds[name].append(workers[name].steps(_STEPS))
-    return {name: np.asarray(found) for name, found in seconds.items()}
+    return {name: np.asarray(times) for name, times in seconds.items()}
 
 
 @contextlib.contextmanager

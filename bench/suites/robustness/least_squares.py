@@ -114,9 +114,9 @@ def _scipy(problem: Classic) -> Values:
     seen: list[float] = []
 
     def function(x: np.ndarray) -> np.ndarray:
-        found = np.asarray(residuals(x))
-        seen.append(float(found @ found))
-        return found
+        results = np.asarray(residuals(x))
+        seen.append(float(results @ results))
+        return results
 
     scipy.optimize.least_squares(
         function,

@@ -29,11 +29,11 @@ def of_case(case: Case, provider: str, outcome: Outcome) -> Iterator[Row]:
         yield _row(case.name, provider, f"raised {outcome.error}", x, 1.0)
 
 
-def of_classic(problem: Classic, provider: str, found: Found) -> Iterator[Row]:
+def of_classic(problem: Classic, provider: str, results: Found) -> Iterator[Row]:
     """The sum of squares in the end, and steps."""
     case, x = CLASSIC + problem.name, f"{STEPS} steps"
-    yield _row(case, provider, SQUARES, x, found.final if found.finite else math.inf)
-    yield _row(case, provider, TO_MINIMUM, x, found.steps)
+    yield _row(case, provider, SQUARES, x, results.final if results.finite else math.inf)
+    yield _row(case, provider, TO_MINIMUM, x, results.steps)
 
 
 def _row(case: str, provider: str, metric: str, x: str, value: float) -> Row:

@@ -45,9 +45,9 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
     providers = _providers(rows)
     yield f"| case | {' | '.join(providers)} |"
     yield "|---|" + "---|" * len(providers)
-    found = {(r.case, r.provider, r.metric): r.p50 for r in rows}
+    results = {(r.case, r.provider, r.metric): r.p50 for r in rows}
     for case in dict.fromkeys(r.case for r in rows):
-        cells = (_cell(found.get((case, p, LOSS), 1.0), found.get((case, p, TO_MINIMUM))) for p in providers)
+        cells = (_cell(results.get((case, p, LOSS), 1.0), results.get((case, p, TO_MINIMUM))) for p in providers)
         yield f"| {case.removeprefix(CLASSIC)} | {' | '.join(cells)} |"
 
 

@@ -23,7 +23,7 @@ def tables(suite: str, quick: bool, only: str) -> Iterator[list[Row]]:
             if only in case:
                 data = work.batch(batch, labels=loss == "cross entropy")
                 goals = {ROW_CHOLESKY: 1.0 if batch * per_example <= _ROWS else None}
-                found = methods(work, loss, diagonal=True)
+                results = methods(work, loss, diagonal=True)
                 yield measure.steps(
-                    suite, case, work, data, found, baseline=PARAM_CG, goals=goals, rounds=2 if quick else 9
+                    suite, case, work, data, results, baseline=PARAM_CG, goals=goals, rounds=2 if quick else 9
                 )

@@ -19,13 +19,13 @@ def tables(suite: str, rows: Sequence[Row]) -> Iterator[list[Row]]:
     over_batch: dict[tuple[str, str, str], _Points] = collections.defaultdict(dict)
     over_width: dict[tuple[str, str, str], _Points] = collections.defaultdict(dict)
     for row in rows:
-        batch, found = float(row.x.removeprefix("batch ")), _MLP.fullmatch(row.case)
+        batch, results = float(row.x.removeprefix("batch ")), _MLP.fullmatch(row.case)
         if row.metric not in ("ms/step", "MiB temp"):
             continue
         over_batch[row.case, row.provider, row.metric][batch] = row.p50
-        if found is not None and batch == 128:
-            case = f"{found['preset']}, mlp 784-w-w-{found['outputs']}, batch 128"
-            over_width[case, row.provider, row.metric][float(found["width"])] = row.p50
+        if results is not None and batch == 128:
+            case = f"{results['preset']}, mlp 784-w-w-{results['outputs']}, batch 128"
+            over_width[case, row.provider, row.metric][float(results["width"])] = row.p50
     for axis, groups in (("batch", over_batch), ("width", over_width)):
         fitted = [_row(suite, axis, *key, points) for key, points in groups.items() if len(points) > 2]
         if fitted:

@@ -51,15 +51,15 @@ def steps(
     x = f"batch {batch['x'].shape[0]}"
     kept: dict[str, tuple[libraries.Step, Any]] = {}
     quick: set[str] = set()
-    found: list[Row] = []
+    results: list[Row] = []
     for provider, method in methods.items():
         step, carry, size = libraries.compiled_stepper(method, work, batch)
         if size > MOST_BYTES:
-            found.append(_single(suite, case, provider, TOO_LARGE, x, size / 2**30))
+            results.append(_single(suite, case, provider, TOO_LARGE, x, size / 2**30))
             continue
-        found.append(_single(suite, case, provider, "MiB temp", x, size / 2**20))
+        results.append(_single(suite, case, provider, "MiB temp", x, size / 2**20))
         if (seconds := _one_step(step, carry)) > MOST_SECONDS:
-            found.append(_single(suite, case, provider, TOO_LONG, x, seconds))
+            results.append(_single(suite, case, provider, TOO_LONG, x, seconds))
         else:
             kept[provider] = step, carry
             quick |= {provider} if seconds < SLOW_SECONDS else set()
@@ -74,7 +74,7 @@ def steps(
         )
         for name, pieces in kept.items()
     ]
-    return [*run.rows(suite, case, x, run.time_all(candidates, rounds, budget=budget)), *_relative(found, base)]
+    return [*run.rows(suite, case, x, run.time_all(candidates, rounds, budget=budget)), *_relative(results, base)]
 
 
 def _one_step(step: libraries.Step, carry: Any) -> float:

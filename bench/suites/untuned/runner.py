@@ -119,8 +119,8 @@ class Course:
 
     def order(self, seed: int) -> jax.Array | None:
         """Indices of the examples of each step."""
-        found = self.problem.order(self.size, seed)
-        return None if found is None else jnp.asarray(found)
+        results = self.problem.order(self.size, seed)
+        return None if results is None else jnp.asarray(results)
 
     def loss(self, params: Params) -> float:
         """The loss on all training examples; infinite where it is no number."""

@@ -86,7 +86,7 @@ class LayerFactors(Protocol):
     """The factors of rows whose outer products make, or have as expectation, the curvature that a metric chooses."""
 
     def __call__(self, fisher: FisherType, key: jax.Array, /) -> Callable[[Measure], PyTree]:
-        """measure -> what it measures on the whole batch, summed over the slices in which the batch is held."""
+        """measure -> what it measures on the whole batch, summed over the slices of the batch."""
         ...
 
 
@@ -276,15 +276,15 @@ class Curvature(ReadsBatches):
 
     def value_of(self, outputs: jax.Array, evaluation: Evaluation) -> jax.Array:
         """`value` from the outputs of the whole batch, of an operator that couples examples."""
-        raise ValueError(f"the {self.name} is no function of a model's outputs.")
+        raise ValueError(f"the {self.name} is no function of a model's outputs: pass predict_fn and loss.")
 
     def linearize_outputs(self, params: PyTree, evaluation: Evaluation, at: LinearModel, needs: Needs) -> Linearization:
         """`linearize` from the outputs of the whole batch, of an operator that couples examples."""
-        raise ValueError(f"the {self.name} is no function of a model's outputs.")
+        raise ValueError(f"the {self.name} is no function of a model's outputs: pass predict_fn and loss.")
 
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        """Weights weights with which the examples of `evaluation.batch` enter the loss, normalizer included."""
+        """The weights with which the examples of `evaluation.batch` enter the loss, normalizer included."""
 
     @abc.abstractmethod
     def linearize(self, params: PyTree, evaluation: Evaluation, needs: Needs) -> Linearization:

@@ -165,8 +165,8 @@ class GaussNewton(Curvature):
         return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
-        found = self._capture(params, evaluation)
-        return find_blocks(found.structure, [leaf.shape for leaf in jax.tree.leaves(params)], found.dtype)
+        capture = self._capture(params, evaluation)
+        return find_blocks(capture.structure, [leaf.shape for leaf in jax.tree.leaves(params)], capture.dtype)
 
     def _capture(self, params: PyTree, evaluation: Evaluation) -> Capture:
         if self.loss.couples_examples:

@@ -85,8 +85,8 @@ class LossFunction(Objective):
         for key in self.keys:
             if not isinstance(evaluation.batch, Mapping) or key not in evaluation.batch:
                 raise KeyError(f"the batch has no '{key}': add it or change the key's option.")
-        found = jax.eval_shape(lambda p, e: self.extras.call(self.loss_fn, p, e.batch, e)[0], params, evaluation)
-        value, *weight = found if isinstance(found, tuple) and found else (found,)
+        output = jax.eval_shape(lambda p, e: self.extras.call(self.loss_fn, p, e.batch, e)[0], params, evaluation)
+        value, *weight = output if isinstance(output, tuple) and output else (output,)
         if not _is_scalar(value, jnp.floating) or len(weight) > 1 or not all(_is_scalar(w, jnp.number) for w in weight):
             raise TypeError(
                 "loss_fn must return a floating-point scalar, or the tuple (total, weight) of two: reduce over the "
@@ -343,7 +343,7 @@ class Hessian(Curvature):
     @property
     def _model(self) -> tuple[Model, Loss]:
         if self.objective.sampler is None:
-            raise ValueError("a loss_fn shows no outputs of a model.")
+            raise ValueError("loss_fn does not show the outputs of a model: pass predict_fn and loss.")
         return self.objective.sampler
 
     def _sampled_gradient(self, params: PyTree, evaluation: Evaluation) -> Callable[[jax.Array], PyTree] | None:

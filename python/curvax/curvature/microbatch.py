@@ -1,4 +1,17 @@
-"""Gradient, curvature products and diagonals of a large batch with the memory of a small one."""
+"""Gradient, curvature products and diagonals of a large batch with the memory of a small one.
+
+A batch of 8 examples with `microbatch_size=3`, where `scale` is shared by all examples (`structure.batch_axes` says
+so):
+
+    x (8, ...)   [0 1 2][3 4 5][6 7]     two equal pieces in one `lax.scan`, then the shorter rest
+    weights (8,) [0 1 2][3 4 5][6 7]     made once for the whole batch, normalizer included, and cut
+    scale ()     whole   whole  whole
+
+    loss = l(0 1 2) + l(3 4 5) + l(6 7),  likewise gradient, C v, diagonals and factors: sums of the pieces'
+
+Because the weights hold the normalizer of the whole batch, terms add up without any rescaling. The model state passes
+from piece to piece; a random key is folded with the piece's index.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +93,7 @@ class Pieces:
         Returns:
           (sum of terms, last model state, concatenated values).
         """
+        # 1. Cut: the examples of the equal pieces along a new leading axis, shared leaves beside them.
         whole, batch = self.count * self.size, self.evaluation.batch
         parts, weighed = self.axes.parts(batch, self.size, self.count), (self.evaluation.weights, beside)
         stacked = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), weighed)
@@ -94,6 +108,7 @@ class Pieces:
             term, state, values = run((parts.part(held), weighed), index, carry[1])
             return (tree.add(carry[0], term), state), values
 
+        # 2. Add up the equal pieces in one scan.
         index = jnp.zeros((), jnp.int32)
         state = self.evaluation.model_state
         held, first = jax.tree.map(lambda x: x[0], (parts.held, stacked))
@@ -103,6 +118,7 @@ class Pieces:
             body, (zero, state), ((parts.held, stacked), jnp.arange(self.count, dtype=jnp.int32))
         )
         values = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), values)
+        # 3. The shorter rest.
         if whole < self.examples:
             tail = self.axes.slice(batch, whole, self.examples), jax.tree.map(lambda x: x[whole:], weighed)
             term, state, rest = run(tail, index + self.count, state)
@@ -193,13 +209,13 @@ class Microbatched(Curvature):
         """
         if evaluation.axes is not None:
             return evaluation
-        found = self.inner.examples(params, evaluation, self._sizes)
-        if found.refused and not (found.axes.any and found.axes.count(evaluation.batch) <= self.size):
+        examples = self.inner.examples(params, evaluation, self._sizes)
+        if examples.refused and not (examples.axes.any and examples.axes.count(evaluation.batch) <= self.size):
             raise ValueError(
                 f"microbatch_size={self.size} cuts the batch into pieces, and their losses do not make up that of the "
-                f"batch: {found.refused}."
+                f"batch: {examples.refused}."
             )
-        return self.inner.stand_in(params, evaluation, found)
+        return self.inner.stand_in(params, evaluation, examples)
 
     def _sizes(self, examples: int) -> tuple[int, ...]:
         """Numbers of examples of the pieces."""

@@ -136,18 +136,19 @@ class Model:
         """See `Curvature.examples`."""
         batch, inputs, masks = evaluation.batch, self.inputs(evaluation.batch), self._may_mask(loss)
         given = self._entry_axes(self.x_key, inputs)
+        axes: BatchAxes | None = None
         if given is not None:
             axes = _joined(batch, {key: self._entry_axes(key, self._entry(batch, key)) for key in self._keys})
             if not masks:
                 return ExampleAxes(axes)
         model = ExampleModel.of(lambda p, x: self.call(p, x, evaluation)[0], params, inputs)
         # How the positions of masked examples act is seen on one example.
-        found, mixed = model.examples(
+        input_axes, mixed = model.examples(
             None if given is None else given.fronted,
             lambda count: (*(sizes(count) if given is None else ()), *((1,) if masks else ())),
         )
-        single = functools.partial(model.at, found, 1)
-        if given is not None:
+        single = functools.partial(model.at, input_axes, 1)
+        if axes is not None:
             # How the batch is cut is the user's word, whether examples interact or not.
             return ExampleAxes(axes, mixed, single=single)
         entries = {key: _leading(self._entry(batch, key)) for key in self._keys}
@@ -155,7 +156,7 @@ class Model:
             f"the model mixes examples ({mixed}); drop microbatch_size, or say by batch_axes= which axes hold the "
             "examples, if every piece is to count as a batch of its own"
         )
-        return ExampleAxes(_joined(batch, {**entries, self.x_key: found}), mixed, refused if mixed else "", single)
+        return ExampleAxes(_joined(batch, {**entries, self.x_key: input_axes}), mixed, refused if mixed else "", single)
 
     def _may_mask(self, loss: Loss) -> bool:
         return self.weight_key is not None or loss.leaves_out
@@ -245,10 +246,10 @@ class Model:
         axes = self._entry_axes(self.y_key, self._entry(batch, self.y_key)) if self.batch_axes is not None else None
         if axes is None:
             return 0
-        found = set(axes.axes)
-        if len(found) != 1 or None in found:
+        own = set(axes.axes)
+        if len(own) != 1 or None in own:
             raise ValueError(
-                f"batch_axes gives the targets '{self.y_key}' the axes {sorted(map(str, found))}: give all of them the "
+                f"batch_axes gives the targets '{self.y_key}' the axes {sorted(map(str, own))}: give all of them the "
                 "axis that holds the examples of the outputs."
             )
         return axes.axes[0] or 0

@@ -173,18 +173,18 @@ class Loss(abc.ABC):
             self._check_weights(outputs, weights)
 
     def _check_weights(self, outputs: Shaped, weights: Any) -> None:
-        found, positions = shaped(weights, "weights"), positions_shape(outputs)
-        if not is_real(found.dtype):
-            raise TypeError(f"the weights are of dtype {found.dtype}: pass real or boolean ones.")
-        if found.shape == positions[: len(found.shape)]:
+        spec, positions = shaped(weights, "weights"), positions_shape(outputs)
+        if not is_real(spec.dtype):
+            raise TypeError(f"the weights are of dtype {spec.dtype}: pass real or boolean ones.")
+        if spec.shape == positions[: len(spec.shape)]:
             return
-        if self._weights_each_output and found.shape == tuple(outputs.shape):
+        if self._weights_each_output and spec.shape == tuple(outputs.shape):
             return
         allowed = f"{positions} or a prefix of it"
         if self._weights_each_output:
             allowed += f", or {tuple(outputs.shape)}"
         raise ValueError(
-            f"the weights have shape {found.shape} with outputs of shape {tuple(outputs.shape)}: "
+            f"the weights have shape {spec.shape} with outputs of shape {tuple(outputs.shape)}: "
             f"give them shape {allowed}."
         )
 
@@ -301,7 +301,7 @@ def times(y: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def exp_clipped(x: jax.Array) -> jax.Array:
-    """exp(x) with x held where both exp(x) and exp(-x) are normal numbers: finite and not zero."""
+    """exp(x) with x clipped to where both exp(x) and exp(-x) are normal numbers: finite and not zero."""
     limit = -math.log(float(jnp.finfo(x.dtype).tiny))
     return jnp.exp(jnp.clip(x, -limit, limit))
 

@@ -42,12 +42,12 @@ def at_hand(values: Any) -> bool:
     )
 
 
-def refuse(fault: jax.Array, found: str) -> None:
+def refuse(fault: jax.Array, extent: str) -> None:
     """Raises ValueError for a fault whose code can be read.
 
     Args:
       fault: the code.
-      found: what the values are, in a few words.
+      extent: what the values are, in a few words.
     """
     if at_hand(fault) and int(fault) != BatchFault.NONE:
-        raise ValueError(f"{BatchFault(int(fault)).describe()[:-1]} ({found}).")
+        raise ValueError(f"{BatchFault(int(fault)).describe()[:-1]} ({extent}).")

@@ -38,9 +38,9 @@ class SoftmaxCrossEntropy(Loss):
     like the positions, or label rows y >= 0 shaped like the outputs (one-hot or soft, of any real dtype). Label rows
     need not sum to one: with the mass c = sum_k y_k
 
-        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(weights c) diag(sqrt p) N,
+        gradient = c p - y,   H = c (diag p - p p^T),   S = sqrt(w c) diag(sqrt p) N,
 
-    where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = weights H
+    where the K - 1 columns of N are orthonormal to sqrt(p), so that N N^T = I - sqrt(p) sqrt(p)^T and S S^T = w H
     holds exactly: H has rank K - 1, and there are no more rows than that. N is the Householder reflection that takes
     sqrt(p) to the axis of the likeliest class, without that column; one class alone has a row of zeros.
 

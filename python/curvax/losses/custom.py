@@ -114,13 +114,13 @@ class CustomLoss(Loss):
         dtype = accumulation_dtype(outputs.dtype)
 
         def row_of(leaf: Any) -> jax.ShapeDtypeStruct:
-            found = shaped(leaf, "targets' leaves")
-            if tuple(found.shape[: len(positions)]) != positions:
+            spec = shaped(leaf, "targets' leaves")
+            if tuple(spec.shape[: len(positions)]) != positions:
                 raise ValueError(
-                    f"a leaf of the targets has shape {tuple(found.shape)} with outputs of shape "
+                    f"a leaf of the targets has shape {tuple(spec.shape)} with outputs of shape "
                     f"{tuple(outputs.shape)}: give every leaf the leading axes {positions}."
                 )
-            return jax.ShapeDtypeStruct(found.shape[len(positions) :], found.dtype)
+            return jax.ShapeDtypeStruct(spec.shape[len(positions) :], spec.dtype)
 
         f = jax.ShapeDtypeStruct(tuple(outputs.shape)[len(positions) :], dtype)
         term = jax.eval_shape(

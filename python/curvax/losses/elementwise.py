@@ -35,13 +35,13 @@ class ElementwiseLoss(Loss):
         return jnp.where(weight == 0, zero, f), jnp.where(weight == 0, zero, y), weight
 
     def _check_targets(self, outputs: Shaped, targets: Any) -> None:
-        found = shaped(targets, "targets")
-        if not is_real(found.dtype):
-            raise TypeError(f"the targets are of dtype {found.dtype}: pass real ones.")
+        spec = shaped(targets, "targets")
+        if not is_real(spec.dtype):
+            raise TypeError(f"the targets are of dtype {spec.dtype}: pass real ones.")
         if len(outputs.shape) == 0:
             raise ValueError("the outputs have no axis: give them a leading batch axis.")
-        if not _same_but_last_one(found.shape, outputs.shape):
-            raise ValueError(_mismatch(found.shape, outputs.shape))
+        if not _same_but_last_one(spec.shape, outputs.shape):
+            raise ValueError(_mismatch(spec.shape, outputs.shape))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,13 +30,13 @@ def loss_rounding(loss: jax.Array, outputs: jax.Array | None = None, gradient: j
     Returns:
       a scalar in the dtype of the loss, at least 0: 8 times the sum of both parts, the second as a root of squares.
     """
-    found = jnp.abs(loss) * jnp.asarray(jnp.finfo(loss.dtype).eps, loss.dtype)
+    bound = jnp.abs(loss) * jnp.asarray(jnp.finfo(loss.dtype).eps, loss.dtype)
     if outputs is not None and gradient is not None:
         eps = jnp.asarray(jnp.finfo(outputs.dtype).eps, gradient.dtype)
         # An output of weight zero may hold anything.
         each = jnp.where(gradient == 0, jnp.zeros_like(gradient), gradient * outputs.astype(gradient.dtype))
-        found = found + (eps * tree.norm(each)).astype(found.dtype)
-    return jnp.asarray(MARGIN, found.dtype) * found
+        bound = bound + (eps * tree.norm(each)).astype(bound.dtype)
+    return jnp.asarray(MARGIN, bound.dtype) * bound
 
 
 def measured_rounding(value: Callable[[PyTree], jax.Array], params: PyTree, loss: jax.Array) -> jax.Array:
@@ -63,6 +63,6 @@ def measured_rounding(value: Callable[[PyTree], jax.Array], params: PyTree, loss
         odd = (jnp.right_shift(position, probe // 2) + probe) % 2
         return p * (1 + (2 * eps) * (1 - 2 * odd).astype(p.dtype))
 
-    found = jax.lax.map(lambda k: value(jax.tree.map(lambda p: nudged(p, k), params)), jnp.arange(4, dtype=jnp.int32))
-    differences = (found[0::2] - loss) + (found[1::2] - loss)
+    values = jax.lax.map(lambda k: value(jax.tree.map(lambda p: nudged(p, k), params)), jnp.arange(4, dtype=jnp.int32))
+    differences = (values[0::2] - loss) + (values[1::2] - loss)
     return jnp.maximum(loss_rounding(loss), 2 * tree.norm(differences).astype(loss.dtype))

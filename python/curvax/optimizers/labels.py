@@ -1,4 +1,12 @@
-"""Muon for hidden matrices, AdamW for the rest: the paper's inner optimizer, by labels."""
+"""Muon for hidden matrices, AdamW for the rest: the paper's inner optimizer, by labels.
+
+Muon replaces the momentum M = U S V^T of a matrix by about U V^T, with all singular values 1, by a few Newton-Schulz
+iterations (Optax's). Only matrices between two hidden layers have a spectrum to even out, so a label sends each leaf
+to one of two optimizers:
+
+    {"embed": (V, d), "layers": {"w": (L, d, d), "b": (L, d)}, "head": (d, V)}
+      adamw                      muon, L matrices  adamw         adamw
+"""
 
 from __future__ import annotations
 
@@ -85,7 +93,7 @@ def muon_adamw(
       TypeError (in `init`): a matrix that Muon would take is complex.
     """
     if isinstance(others, str):
-        raise TypeError(f"others is the string {others!r}: pass a tuple of names, ({others!r},).")
+        raise TypeError(f"muon_adamw: others is the string {others!r}: pass a tuple of names, ({others!r},).")
     rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
     check_rates(learning_rate, weight_decay, b1=b1, b2=b2)
     check_rates(rate, weight_decay)

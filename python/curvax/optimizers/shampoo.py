@@ -1,7 +1,19 @@
-"""Shampoo (Gupta, Koren and Singer 2018, arXiv 1802.09568) for Optax."""
+"""Shampoo (Gupta, Koren and Singer 2018, arXiv 1802.09568) for Optax.
+
+The gradient G of a weight matrix is multiplied from both sides by inverse fourth roots of what earlier gradients add up
+to. Directions in which gradients were large so far get smaller steps:
+
+    G (m, n)   --sum of G G^T-->  L (m, m)  --eigenvectors, every so many updates-->  L^(-1/4)
+               --sum of G^T G-->  R (n, n)  ---------------------------------------->  R^(-1/4)
+    update = L^(-1/4) G R^(-1/4)
+
+Take a single gradient G = U S V^T. Then L^(-1/4) = U S^(-1/2) U^T, R^(-1/4) = V S^(-1/2) V^T, and the update is U V^T,
+with all singular values 1: what Muon makes of every gradient. A vector has one side and the exponent -1/2.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,6 +24,7 @@ from curvax import tree
 from curvax.chain import check_rates
 from curvax.eigenbases import adjoint, rounding, unit_scale
 from curvax.kernels.dense_linalg import eigh
+from curvax.keywords import spread
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     Factors,
@@ -56,7 +69,10 @@ def scale_by_shampoo(
     max_dim: int | None = None,
     graft: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """G -> L^(-1/4) G R^(-1/4) with L = sum G G^T and R = sum G^T G, each plus eps I; of a vector H^(-1/2) g.
+    """Shampoo's direction: each matrix of the gradient between inverse roots of its two second-moment factors.
+
+    It is G -> L^(-1/4) G R^(-1/4) with L = sum G G^T and R = sum G^T G, each plus eps I; of a vector, H^(-1/2) g with
+    H = sum g g^T.
 
     Leaves with more than two axes are stacks of matrices over their last two; scalars are vectors of length one.
     Complex leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
@@ -95,6 +111,7 @@ def scale_by_shampoo(
         if not leaves:
             return updates, state._replace(count=state.count + 1)
         gradients, count = [jnp.atleast_1d(upcast(g)) for g in leaves], state.count + 1
+        # 1. Add the gradient to the factors L and R.
         factors = tuple(_accumulated(g, old, b2) for g, old in zip(gradients, state.factors, strict=True))
 
         def refresh() -> tuple[Factors, ...]:
@@ -104,50 +121,63 @@ def scale_by_shampoo(
 
             return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, gradients, strict=True))
 
+        # 2. Their inverse roots: every so many updates, and at once for a matrix that had no gradient until now.
         due = (state.count % every == 0) | _blind(factors, state.roots, gradients)
         roots = jax.lax.cond(due, refresh, lambda: state.roots)
-        moved = [_applied(g, of) for g, of in zip(gradients, roots, strict=True)]
+        # 3. The gradient between the roots.
+        directions = [_applied(g, of) for g, of in zip(gradients, roots, strict=True)]
+        # 4. Grafting: each matrix gets the length of the update that another transformation makes.
         lender = state.graft
         if graft is not None:
             lent, lender = graft.update(updates, state.graft, params)
-            moved = [
-                _with_norm(m, jnp.atleast_1d(upcast(x))) for m, x in zip(moved, jax.tree.leaves(lent), strict=True)
+            directions = [
+                _with_norm(m, jnp.atleast_1d(upcast(x))) for m, x in zip(directions, jax.tree.leaves(lent), strict=True)
             ]
-        narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(moved, leaves, strict=True)]
+        narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(directions, leaves, strict=True)]
         return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
-def shampoo(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    momentum: Number = 0.9,
-    b2: Number | None = None,
-    eps: Number = 1e-4,
-    every: Count = 1,
-    max_dim: int | None = None,
-    graft: optax.GradientTransformation | None = None,
-    weight_decay: Number = 0.0,
-) -> optax.GradientTransformation:
-    """`scale_by_shampoo` with momentum on the preconditioned gradient, decoupled weight decay and a learning rate.
+@dataclasses.dataclass(frozen=True)
+class ShampooOptions:
+    """The keywords of `shampoo`.
 
-    Args:
+    Attributes:
       learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
       b2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
+    """
+
+    learning_rate: optax.ScalarOrSchedule
+    _: dataclasses.KW_ONLY
+    momentum: Number = 0.9
+    b2: Number | None = None
+    eps: Number = 1e-4
+    every: Count = 1
+    max_dim: int | None = None
+    graft: optax.GradientTransformation | None = None
+    weight_decay: Number = 0.0
+
+
+@spread(ShampooOptions)
+def shampoo(options: ShampooOptions) -> optax.GradientTransformation:
+    """`scale_by_shampoo` with momentum on the preconditioned gradient, decoupled weight decay and a learning rate.
 
     Raises:
       TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_shampoo`.
     """
-    check_rates(learning_rate, weight_decay, momentum=momentum)
+    check_rates(options.learning_rate, options.weight_decay, momentum=options.momentum)
+    scaling = scale_by_shampoo(
+        b2=options.b2, eps=options.eps, every=options.every, max_dim=options.max_dim, graft=options.graft
+    )
     return optax.chain(
-        scale_by_shampoo(b2=b2, eps=eps, every=every, max_dim=max_dim, graft=graft),
-        optax.ema(cast(float, momentum), debias=False),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        scaling,
+        optax.ema(cast(float, options.momentum), debias=False),
+        optax.add_decayed_weights(options.weight_decay),
+        optax.scale_by_learning_rate(options.learning_rate),
     )
 
 

@@ -1,4 +1,17 @@
-"""SOAP (Vyas et al. 2024, arXiv 2409.11321) for Optax: Adam in the eigenbasis of Shampoo's factors."""
+"""SOAP (Vyas et al. 2024, arXiv 2409.11321) for Optax: Adam in the eigenbasis of Shampoo's factors.
+
+Adam divides each entry of the gradient by the root of its own second moment, which is good where entries vary
+independently. SOAP first turns the gradient of a matrix into the basis in which they do so most, runs Adam there and
+turns the update back:
+
+    G (m, n)  --Q_L^T G Q_R-->  G' (m, n)  --Adam-->  N' (m, n)  --Q_L N' Q_R^T-->  update (m, n)
+
+    Q_L, Q_R: eigenvectors of the averages of G G^T (m, m) and G^T G (n, n); a refresh is one step of orthogonal
+    iteration, Q <- QR(P Q), from the Q of before.
+
+The average gradient stays in the parameters' basis, so that a refresh leaves it as it is. Second moments are of the
+eigenbasis; a refresh permutes them as it permutes the columns of Q.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +73,10 @@ def scale_by_soap(
     every: Count = 10,
     max_dim: int | None = None,
 ) -> optax.GradientTransformation:
-    """G -> Q_L N Q_R^T with N Adam's update of Q_L^T G Q_R, Q_L and Q_R the eigenvectors of averaged G G^T and G^T G.
+    """SOAP's direction: Adam's, taken in the eigenbases of each matrix's two second-moment factors.
+
+    It is G -> Q_L N Q_R^T with N Adam's update of Q_L^T G Q_R, and Q_L and Q_R the eigenvectors of the averages of
+    G G^T and G^T G.
 
     The bases come from eigendecompositions at the first update and from one step of orthogonal iteration at every
     `every`-th one, as in the paper; between them the columns are kept in the order of falling eigenvalues, the second
@@ -82,7 +98,7 @@ def scale_by_soap(
         as in the paper; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
 
     Raises:
-      ValueError: `every` is below 1, or a beta is not in [0, 1), or eps is negative.
+      ValueError: `every` is not positive, or `b1` or `b2` is not in [0, 1).
       TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
     check_positive("every", every)
@@ -106,31 +122,35 @@ def scale_by_soap(
         if not leaves:
             return updates, state._replace(count=state.count + 1)
         gradients, count = [upcast(g) for g in leaves], state.count + 1
+        # 1. Add the gradient to the averages of G G^T and G^T G.
         factors = tuple(_accumulated(g, of, b2) for g, of in zip(gradients, state.factors, strict=True))
-        # The first update needs a basis before there is one; afterwards the basis follows the update.
+        # 2. The first update needs a basis before there is one; afterwards the basis follows the update.
         bases = jax.lax.cond(state.count == 0, lambda: jax.tree.map(_eigenvectors, factors), lambda: state.bases)
+        # 3. Adam's moments: the mean in the parameters' basis, the squares in the eigenbasis.
         means, moments = jax.tree.leaves(state.mean), jax.tree.leaves(state.square)
         mean = [decayed(m, g, b1) for m, g in zip(means, gradients, strict=True)]
         square = [
             decayed(v, jnp.square(jnp.abs(_into(g, of))), b2)
             for v, g, of in zip(moments, gradients, bases, strict=True)
         ]
-        moved = [
+        # 4. Adam's quotient in the eigenbasis, turned back.
+        directions = [
             _out_of(_adam(_into(corrected(m, b1, count), of), corrected(v, b2, count), of, eps), of)
             for m, v, of in zip(mean, square, bases, strict=True)
         ]
+        # 5. Every so many updates a step of orthogonal iteration, for the next update.
         bases, square = jax.lax.cond(
             count % every == 0, lambda: _refreshed(factors, bases, square), lambda: (bases, square)
         )
-        narrow = [m.astype(g.dtype) for m, g in zip(moved, leaves, strict=True)]
-        following = SoapState(
+        narrow = [m.astype(g.dtype) for m, g in zip(directions, leaves, strict=True)]
+        new_state = SoapState(
             count,
             jax.tree.unflatten(jax.tree.structure(state.mean), mean),
             jax.tree.unflatten(jax.tree.structure(state.square), square),
             factors,
             bases,
         )
-        return jax.tree.unflatten(structure, narrow), following
+        return jax.tree.unflatten(structure, narrow), new_state
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
@@ -168,8 +188,8 @@ def _no_bases(leaf: Any, max_dim: int) -> Bases:
     if len(leaf.shape) < 2:
         return {}
     dtype = tree.accumulation_dtype(leaf.dtype)
-    found = enumerate(sides(leaf.shape, max_dim))
-    return {i: jnp.zeros((*leaf.shape[:-2], d, d), dtype) for i, (d, dense) in found if dense}
+    pairs = enumerate(sides(leaf.shape, max_dim))
+    return {i: jnp.zeros((*leaf.shape[:-2], d, d), dtype) for i, (d, dense) in pairs if dense}
 
 
 def _accumulated(gradient: jax.Array, factors: Bases, b2: Number) -> Bases:

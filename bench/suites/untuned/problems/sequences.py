@@ -31,11 +31,11 @@ def _text_loss(params: Params, held_out: Batch) -> jax.Array:
 
 def _mackey_glass(length: int) -> np.ndarray:
     """Mackey and Glass's series with a delay of 17, standardized."""
-    found = [1.2] * (_DELAY + 1)
+    results = [1.2] * (_DELAY + 1)
     for _ in range(length + 200):
-        late = found[-1 - _DELAY]
-        found.append(0.9 * found[-1] + 0.2 * late / (1 + late**10))
-    series = np.asarray(found[-length:])
+        late = results[-1 - _DELAY]
+        results.append(0.9 * results[-1] + 0.2 * late / (1 + late**10))
+    series = np.asarray(results[-length:])
     return (series - series.mean()) / series.std()
 
 
