@@ -216,8 +216,9 @@ def test_bounds_on_lam_follow_the_curvature_and_not_the_first_damping():
     for _ in range(60):
         state = update(state, _outcome(loss_after=2.0, curvature=1e-3), jnp.asarray(True))
     assert float(state.lam) == pytest.approx(1e3, rel=1e-5), "a million times the curvature"
-    for _ in range(200):
-        state = update(state, _outcome(loss_after=0.5, curvature=1e-3), jnp.asarray(True))
+    for i in range(100):
+        kept = {"loss": 0.5**i, "predicted": 0.5 ** (i + 1), "rounding": 0.0}
+        state = update(state, _outcome(loss_after=0.5 ** (i + 1), curvature=1e-3, **kept), jnp.asarray(True))
     assert float(state.lam) == pytest.approx(1e-3 * float(jnp.finfo(jnp.float32).eps), rel=1e-5)
 
 

@@ -79,7 +79,7 @@ def test_automatic_step_equals_the_candidate_it_chose() -> None:
     data = {"x": jax.random.normal(key, (5, 4)), "y": jnp.arange(5) % 3}
     chosen = automatic().plan_for(params, data).solver
     fixed = curvax.assemble(
-        curvature=automatic().assembly.curvature, solver=chosen, damping=curvax.damping.TrustRegion(1.0)
+        curvature=automatic().assembly.curvature, solver=chosen, damping=curvax.damping.TrustRegion()
     )
     ours, _, _ = automatic().step(params, data, automatic().init(params))
     theirs, _, _ = fixed.step(params, data, fixed.init(params))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,6 +101,11 @@ class Damping(abc.ABC):
     @abc.abstractmethod
     def lam(self, state: Any) -> jax.Array:
         """The damping of this step."""
+
+    def start(self, state: Any, loss: jax.Array, gradient_norm: Callable[[], jax.Array]) -> Any:
+        """The state once loss and gradient of a step are known, from which a first damping can be taken."""
+        del loss, gradient_norm
+        return state
 
     def demands(self, state: Any, norm: jax.Array) -> jax.Array:
         """Whether a step of this length must be evaluated, although it is not due; never by default."""

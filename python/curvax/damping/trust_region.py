@@ -19,6 +19,7 @@ An example with inc = 1.5 and dec = 0.5: from lam = 1, rho = 0.9 makes 0.5. Two 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,16 @@ from jax.core import Tracer
 
 from curvax.damping.base import Damping, Outcome, ScalarLike, scalar
 from curvax.damping.constant import _check_lam0, _show
+from curvax.damping.fresh import FreshBatches
 
 _MOST = 1e6
 """Default upper bound on lam, in curvatures: far beyond, a step is a millionth of what the curvature allows."""
 _REFUSALS = 1 / 20
 """Share of steps that a trust region at the floor of its dtype may spend on refusals; see `TrustRegion`."""
+_FIRST = 0.1
+"""First damping over the least curvature along the gradient that a loss of its size can have; see `TrustRegion`."""
+_KEPT = 0.25
+"""Share of the promised decrease that the next batches must see before lam falls."""
 _MEMORY = 0.99
 """Factor per look of the largest curvature so far, so that bounds follow a curvature that fades."""
 
@@ -41,11 +47,12 @@ class TrustRegionState:
     """State of `TrustRegion`. All scalars.
 
     Attributes:
-      lam: the damping.
+      lam: the damping; 0 before the first step of a region without `lam0`.
       refused: lam of the last step that was refused; 0 before any.
       refusals: steps refused since one was taken, int32.
       curvature: largest curvature along a step so far, |d.Cd| / d.d, slowly forgotten; 0 before any.
       radius: length up to which steps are taken unseen.
+      fresh: what the batches after a step saw of its promise.
     """
 
     lam: jax.Array
@@ -53,6 +60,7 @@ class TrustRegionState:
     refusals: jax.Array
     curvature: jax.Array
     radius: jax.Array
+    fresh: FreshBatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +78,30 @@ class TrustRegion(Damping):
     there by inc^(-1/19). One refusal takes that back, so at the floor of its dtype, where nothing is left to gain, a
     run refuses one step in twenty and lam stays where it can return from when the data move.
 
+    A step is judged on the batch it was made for. What the next batches see of it (`FreshBatches`) bounds lam from
+    below: lam falls only while they see at least a quarter of what steps promise, and rises by sqrt(inc) per step while
+    their loss climbs. With the full batch in every step that changes nothing.
+
+    Without `lam0` the first damping is a tenth of |g|^2 / 2 L, the least curvature along the gradient g that a loss of
+    size L = |r|^2 / 2 can have: (g.g)^2 = (r.Jg)^2 <= |r|^2 |Jg|^2, so |Jg|^2 / |g|^2 >= |g|^2 / 2 L. It follows the
+    units of the loss and of the parameters.
+
     Between looks (`every` > 1) a step is taken unseen if it is no longer than 2 / dec times the last one that was
     looked at and taken: twice what the change of lam explains. Longer ones are evaluated although they are not due, as
     are all steps behind one that was refused.
 
     Attributes:
-      lam0: first damping, in units of the curvature.
+      lam0: first damping, in units of the curvature; `None` takes it from loss and gradient of the first step.
       lower, upper: bounds on rho between which lam stays; 1/4 and 3/4 (Marquardt 1963, Martens 2010).
       inc, dec: factors for lam.
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
       min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature
-        along a step so far (times `lam0` before any), so that they follow the scale of the loss. A damping below the
+        along a step so far (times the first damping before any), so that they follow the scale of the loss. A damping below the
         first is lost in the sum C + lam I.
       accept: least rho of a step that is taken.
     """
 
-    lam0: ScalarLike = 1.0
+    lam0: ScalarLike | None = None
     lower: float = 0.25
     upper: float = 0.75
     inc: float = 1.5
@@ -96,8 +112,9 @@ class TrustRegion(Damping):
     accept: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_lam0(self.lam0)
-        if not isinstance(self.lam0, Tracer) and float(self.lam0) == 0:
+        if self.lam0 is not None:
+            _check_lam0(self.lam0)
+        if not (self.lam0 is None or isinstance(self.lam0, Tracer)) and float(self.lam0) == 0:
             raise ValueError("a trust region multiplies its damping: give lam0 above 0.")
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}.")
@@ -108,20 +125,33 @@ class TrustRegion(Damping):
 
     @property
     def name(self) -> str:
-        return f"trust region (from {_show(self.lam0)}, every {self.every})"
+        first = "the curvature" if self.lam0 is None else _show(self.lam0)
+        return f"trust region (from {first}, every {self.every})"
 
     @property
     def evaluate_every(self) -> int | None:
         return self.every
 
     def init(self) -> TrustRegionState:
-        lam0 = scalar(self.lam0)
+        lam0 = scalar(0.0 if self.lam0 is None else self.lam0)
         # An array for each: a buffer cannot be donated twice.
         refused, curvature, radius = (jnp.zeros_like(lam0) for _ in range(3))
-        return TrustRegionState(lam0, refused, jnp.zeros((), jnp.int32), curvature, radius)
+        fresh = FreshBatches.none(lam0.dtype)
+        return TrustRegionState(lam0, refused, jnp.zeros((), jnp.int32), curvature, radius, fresh)
+
+    def start(self, state: TrustRegionState, loss: jax.Array, gradient_norm: Callable[[], jax.Array]) -> TrustRegionState:
+        if self.lam0 is not None:
+            return state
+        dtype = state.lam.dtype
+        least = jnp.square(gradient_norm().astype(dtype)) / (2 * jnp.abs(loss.astype(dtype)))
+        # Where nothing can be learnt from the first batch, the next one says.
+        usable = jnp.isfinite(least) & (least > 0)
+        first = jnp.where(usable, _FIRST * least, jnp.zeros_like(least))
+        return dataclasses.replace(state, lam=jnp.where(state.lam == 0, first, state.lam))
 
     def lam(self, state: TrustRegionState) -> jax.Array:
-        return state.lam
+        # Zero until a batch had a loss and a gradient to take it from: a step from where both are zero goes nowhere.
+        return jnp.where(state.lam == 0, jnp.ones_like(state.lam), state.lam)
 
     def demands(self, state: TrustRegionState, norm: jax.Array) -> jax.Array:
         return ~(norm.astype(state.radius.dtype) <= state.radius)
@@ -141,10 +171,15 @@ class TrustRegion(Damping):
         # A promise below rounding: whatever became of it, it does not speak for the model.
         silent = seen & ~refused & (jnp.abs(outcome.predicted) <= outcome.rounding)
         better = seen & ~worse & ~silent & (outcome.safe_rho > self.upper)
+        # What the next batches see of earlier steps.
+        fresh = state.fresh.after(outcome.loss, _promise(outcome, seen, refused))
+        better &= fresh.kept(_KEPT, outcome.rounding)
+        climbs = ~fresh.kept(0.0, outcome.rounding)
         # 3.
         curvature = self._largest(state, outcome, seen)
         lam = jnp.where(better, state.lam * self.dec, state.lam)
         lam = jnp.where(silent, self._fallen(state), lam)
+        lam = jnp.where(climbs, state.lam * self.inc**0.5, lam)
         lam = jnp.where(worse & ~silent, state.lam * self.inc, lam)
         lam = jnp.where(silent & ~jnp.asarray(outcome.solved), state.lam * self.inc, lam)
         refusals = jnp.where(refused, state.refusals + 1, jnp.where(seen, 0, state.refusals))
@@ -158,6 +193,7 @@ class TrustRegion(Damping):
             refusals=refusals,
             curvature=curvature,
             radius=jnp.where(refused, jnp.zeros_like(radius), radius),
+            fresh=fresh,
         )
 
     def _fallen(self, state: TrustRegionState) -> jax.Array:
@@ -173,9 +209,15 @@ class TrustRegion(Damping):
 
     def _bounded(self, lam: jax.Array, before: jax.Array, curvature: jax.Array, outcome: Outcome) -> jax.Array:
         """`lam` within its bounds; the default ones stop it on its way and never move it."""
-        lam0 = scalar(self.lam0).astype(lam.dtype)
+        lam0 = before if self.lam0 is None else scalar(self.lam0).astype(lam.dtype)
         scale = jnp.where(curvature > 0, curvature, lam0)
         eps = float(jnp.finfo(outcome.loss.dtype).eps)
         low = jnp.minimum(eps * scale, before) if self.min_lam is None else scalar(self.min_lam).astype(lam.dtype)
         high = jnp.maximum(_MOST * scale, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
         return jnp.clip(lam, low, high)
+
+
+def _promise(outcome: Outcome, seen: jax.Array, refused: jax.Array) -> jax.Array:
+    """What a step promises to the batches after it: 0 where it is not taken, NaN where it was not evaluated."""
+    promise = jnp.where(seen, jnp.maximum(outcome.predicted, 0), jnp.full_like(outcome.predicted, jnp.nan))
+    return jnp.where(refused, jnp.zeros_like(promise), promise)

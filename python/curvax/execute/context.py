@@ -133,6 +133,7 @@ class Point:
         are.
       gradient: upcast.
       lam: damping.
+      damping: state of its policy, begun if this is the first step.
       preconditioner: its state, refreshed where that was due.
     """
 
@@ -140,6 +141,7 @@ class Point:
     curved: Linearization
     gradient: PyTree
     lam: jax.Array
+    damping: Any
     preconditioner: Any
 
 

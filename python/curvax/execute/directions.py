@@ -13,7 +13,7 @@ from curvax import tree
 from curvax.curvature import JacobianRows, Linearization, OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.loops import for_loop_body
-from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
+from curvax.solvers import CG, Diagonal, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
 from curvax.solvers.base import audited, relative_residual
 from curvax.tree import PyTree
 
@@ -60,10 +60,10 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
 def restarted(solver: Solver, state: Any, accepted: jax.Array) -> Any:
     """The solver's state after the step was accepted or not.
 
-    Momentum towards a direction that was rejected would propose it again however large the damping, since SPRING's
-    damping pulls towards that direction; so it starts anew.
+    Momentum towards a direction that was rejected would propose it again however large the damping: SPRING's damping
+    pulls towards that direction, and a mean of gradients is full of those on the way there. So it starts anew.
     """
-    if not (isinstance(solver, RowSpace) and solver.momentum):
+    if not (isinstance(solver, Diagonal) or (isinstance(solver, RowSpace) and solver.momentum)):
         return state
     return tree.where(accepted, state, jax.tree.map(jnp.zeros_like, state))
 

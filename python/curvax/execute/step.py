@@ -60,9 +60,11 @@ def _point(ctx: StepContext) -> Point:
     """Linearizes and refreshes."""
     at, curved = _linearize(ctx)
     given = ctx.problem.gradient
-    lam = ctx.assembly.damping.lam(ctx.state.damping)
     gradient = at.gradient if given is None else tree.upcast(given)
-    return Point(at, curved, gradient, lam, _refresh(ctx, curved, lam))
+    damping = ctx.assembly.damping
+    started = damping.start(ctx.state.damping, at.loss, lambda: tree.norm(gradient))
+    lam = damping.lam(started)
+    return Point(at, curved, gradient, lam, started, _refresh(ctx, curved, lam))
 
 
 def _attempt(ctx: StepContext, point: Point) -> Attempt:
@@ -90,7 +92,7 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         solution=solution,
         outcome=outcome,
         accepted=accepted,
-        damping=damping.update(state.damping, outcome, due),
+        damping=damping.update(point.damping, outcome, due),
         solver=_solver_state(ctx, solution, jnp.isfinite(point.at.loss), accepted),
         transform=_keep_if(accepted, transform, state.transform),
         last=_last_step(ctx, undone, accepted & ~seen),
@@ -111,7 +113,7 @@ def _attempt_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Att
         solution=unsolved(new.finite, point.lam.dtype),
         outcome=outcome,
         accepted=new.finite,
-        damping=ctx.assembly.damping.update(state.damping, outcome, never),
+        damping=ctx.assembly.damping.update(point.damping, outcome, never),
         solver=new.solver,
         transform=_keep_if(new.finite, new.transform, state.transform),
         last=state.last,

@@ -73,7 +73,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
     """Keywords of `gauss_newton`.
 
     Attributes:
-      lam_policy: a trust region by default: the first damping need not be tuned.
+      lam_policy: a trust region, whether it gets a `lam0` or not.
       max_bytes: bound on the memory of explicit rows.
       loss, fisher: as in `sgn`.
     """
@@ -86,14 +86,12 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpringOptions(GaussNewtonOptions):
-    """Keywords of `spring`, with momentum and damping of its paper.
+    """Keywords of `spring`, with the momentum of its paper.
 
     Attributes:
-      learning_rate: 1, the direction as it is; with momentum 0.99 a constant rate of 1 does not settle. The paper
-        decays a small rate and bounds the step (`clip_norm`); a trust region (`lam_policy`) serves deterministic
-        problems best.
+      learning_rate: 1, the direction as it is. The paper has lam = 1e-3, decays a small rate and bounds the step
+        (`clip_norm`); the trust region here, which replaces all three, needs none of them tuned.
       momentum: how much of the previous direction the regularizer pulls towards; 0.99.
-      lam0: 1e-3.
       loss, fisher: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
       max_bytes: bound on the memory of explicit rows.
     """
@@ -101,7 +99,6 @@ class SpringOptions(GaussNewtonOptions):
     loss: Loss = SquaredError()
     fisher: FisherType = GeneralizedGaussNewton()
     momentum: float = 0.99
-    lam0: object = 1e-3
     max_bytes: int = DEFAULT_MAX_BYTES
 
 

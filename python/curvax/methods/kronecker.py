@@ -38,9 +38,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
       factor_every: steps between refreshes of the factors; 1.
       inverse_every: steps between refreshes of the inverses, a multiple of `factor_every`; 10.
       max_width: leaves with a factor of more rows keep a diagonal; 8192.
-      lam_policy: a trust region by default: the first damping need not be tuned.
-      lam0: first damping; 0.1, safe while the factors are those of a few batches: 1e-2 and less made first steps that
-        took a long time to mend on small classifiers.
+      lam_policy: a trust region, whether it gets a `lam0` or not.
       lam_kwargs: further fields of the policy. The trust region of these presets looks at every 5th step and changes
         lam by (19/20)^5, as in the K-FAC paper: with batches that differ, quicker changes end at a lam that is too low.
       beta1: decay of the mean of gradients that the inverse is applied to; 0.9. Momentum behind the inverse
@@ -57,7 +55,6 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
     inverse_every: int = 10
     max_width: int = 8192
     lam_policy: object = "trust_region"
-    lam0: object = 0.1
     beta1: float = 0.9
     learning_rate: ScalarOrSchedule = 0.1
     record_cg_stats: bool = False

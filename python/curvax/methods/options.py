@@ -121,13 +121,15 @@ class DampingOptions:
 
     Attributes:
       lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`;
-        Somax's other names for them will do.
-      lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule".
+        Somax's other names for them will do. By default a trust region that needs no `lam0`, and the constant `lam0`
+        (or schedule) for whoever gives one.
+      lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule". `None`
+        (default) is 1 for a constant damping; a trust region takes it from the first batch.
       lam_kwargs: further fields of the policy, checked by name.
     """
 
-    lam_policy: Damping | str = "const"
-    lam0: ScalarLike | optax.Schedule = 1.0
+    lam_policy: Damping | str | None = None
+    lam0: ScalarLike | optax.Schedule | None = None
     lam_kwargs: Mapping[str, Any] | None = None
 
     @property
@@ -136,7 +138,8 @@ class DampingOptions:
             if self.lam_kwargs:
                 raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
             return self.lam_policy
-        policy = policy_name(self.lam_policy)
+        named = self.lam_policy or ("trust_region" if self.lam0 is None else "const")
+        policy = policy_name(named)
         if callable(self.lam0):
             if self.lam_kwargs:
                 raise ValueError("with a schedule as lam0 there is no trust region for lam_kwargs: drop one of them.")
@@ -147,7 +150,7 @@ class DampingOptions:
             return build_damping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0})
         if self.lam_kwargs:
             raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
-        return Constant(self.lam0)
+        return Constant(1.0 if self.lam0 is None else self.lam0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
