@@ -96,8 +96,8 @@ class TrustRegion(Damping):
       inc, dec: factors for lam.
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
       min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature
-        along a step so far (times the first damping before any), so that they follow the scale of the loss. A damping below the
-        first is lost in the sum C + lam I.
+        along a step so far (times the first damping before any), so that they follow the scale of the loss. A damping
+        below the first is lost in the sum C + lam I.
       accept: least rho of a step that is taken.
     """
 
@@ -139,7 +139,9 @@ class TrustRegion(Damping):
         fresh = FreshBatches.none(lam0.dtype)
         return TrustRegionState(lam0, refused, jnp.zeros((), jnp.int32), curvature, radius, fresh)
 
-    def start(self, state: TrustRegionState, loss: jax.Array, gradient_norm: Callable[[], jax.Array]) -> TrustRegionState:
+    def start(
+        self, state: TrustRegionState, loss: jax.Array, gradient_norm: Callable[[], jax.Array]
+    ) -> TrustRegionState:
         if self.lam0 is not None:
             return state
         dtype = state.lam.dtype

@@ -15,6 +15,7 @@ bookkeeping in one pass over the parameters. The next state is made in one place
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,7 +74,10 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
     # 1. The direction s, and the update that the Optax chain makes of it.
     solution = _solve(ctx, point)
     upcast = tree.upcast(params)
-    update, transform = ctx.assembly.transform.update(solution.value, state.transform, upcast)
+    update, transform = ctx.assembly.transform.update(
+        solution.value, state.transform, upcast,
+        value=point.at.loss, grad=point.gradient, value_fn=_loss_of(ctx),
+    )  # fmt: skip
     after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, upcast, update)
     # 2. Loss and prediction there, at their cadence or where the damping wants to see this step.
     demanded, norm = _demanded(ctx, update)
@@ -97,6 +101,16 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         transform=_keep_if(accepted, transform, state.transform),
         last=_last_step(ctx, undone, accepted & ~seen),
     )
+
+
+def _loss_of(ctx: StepContext) -> Callable[[PyTree], jax.Array]:
+    """params -> loss of the step's batch, for transforms that search along the direction (Optax's line searches)."""
+
+    def loss(params: PyTree) -> jax.Array:
+        cast = jax.tree.map(lambda new, old: new.astype(old.dtype), params, ctx.params)
+        return ctx.assembly.curvature.value(cast, ctx.problem.evaluation)
+
+    return loss
 
 
 def _attempt_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Attempt:

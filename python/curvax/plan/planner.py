@@ -28,6 +28,12 @@ from curvax.work import StepWork
 # Mean elements per leaf up to which `flat_vectors` ravels.
 _RAVELED_LEAF = 2**20
 
+_SMALL = 256
+"""Unknowns up to which a system is factorized whatever iterations would cost: a fraction of a millisecond."""
+_EXACT_IS_WORTH = 4.0
+"""Steps of a truncated solve that an exact one replaces. Twenty iterations of CG on a network's Gauss-Newton matrix leave
+residuals of 0.1 and more once lam is small, and such steps gain less than a quarter of what exact ones do."""
+
 
 def plan_method(assembly: Assembly) -> Plan:
     """The plan without shapes. Raises ValueError for modules that cannot work together."""
@@ -42,7 +48,7 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
     work = step_work(assembly, params, evaluation)
     if solver.candidates:
         candidates = _candidates(solver, work, own_gradient=True)
-        best = _best(candidates)
+        best = _best(candidates, work)
         solver, index = best.solver, best.index
     plan = _plan(assembly, solver, solver.lane, index)
     choices = kernel_choices(assembly, plan, params, evaluation)
@@ -112,7 +118,8 @@ def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *,
     solver = assembly.solver
     if not solver.candidates:
         return _plan(assembly, solver, solver.lane, None)
-    best = _best(_candidates(solver, step_work(assembly, params, evaluation), own_gradient))
+    work = step_work(assembly, params, evaluation)
+    best = _best(_candidates(solver, work, own_gradient), work)
     return _plan(assembly, best.solver, best.solver.lane, best.index)
 
 
@@ -123,13 +130,21 @@ def _candidates(solver: Solver, work: StepWork, own_gradient: bool) -> tuple[Can
     return tuple(candidate(i, c, work, machines.machine()) for i, c in able or known)
 
 
-def _best(candidates: tuple[Candidate, ...]) -> Candidate:
-    """The fastest that fits into memory; the smallest if none does."""
+def _best(candidates: tuple[Candidate, ...], work: StepWork) -> Candidate:
+    """The fastest that fits into memory, unless an exact one is nearly as fast; the smallest if none fits.
+
+    Iterations that are cut short go less far per step, so seconds per step alone would let a fit with three unknowns
+    crawl.
+    """
     there = machines.memory()
     fitting = [c for c in candidates if there is None or c.cost.memory <= MEMORY_SHARE * there]
     if not fitting:
         return min(candidates, key=lambda c: c.cost.memory)
-    return min(fitting, key=lambda c: c.seconds)
+    fastest = min(fitting, key=lambda c: c.seconds)
+    sizes = {c.index: c.solver.matrix_size(work.parameters, lambda: work.rows) for c in fitting}
+    exact = [c for c in fitting if sizes[c.index] is not None]
+    worth = [c for c in exact if (sizes[c.index] or 0) <= _SMALL or c.seconds <= _EXACT_IS_WORTH * fastest.seconds]
+    return min(worth, key=lambda c: c.seconds, default=fastest)
 
 
 def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None) -> Plan:
