@@ -107,6 +107,11 @@ class Damping(abc.ABC):
         del loss, gradient_norm
         return state
 
+    def trusts(self, state: Any) -> jax.Array:
+        """Whether the steps that led here are a guide for the next one, as momentum takes them to be; by default."""
+        del state
+        return jnp.asarray(True)
+
     def demands(self, state: Any, norm: jax.Array) -> jax.Array:
         """Whether a step of this length must be evaluated, although it is not due; never by default."""
         del state, norm

@@ -155,6 +155,9 @@ class TrustRegion(Damping):
         # Zero until a batch had a loss and a gradient to take it from: a step from where both are zero goes nowhere.
         return jnp.where(state.lam == 0, jnp.ones_like(state.lam), state.lam)
 
+    def trusts(self, state: TrustRegionState) -> jax.Array:
+        return state.fresh.kept(0.0, 0.0)
+
     def demands(self, state: TrustRegionState, norm: jax.Array) -> jax.Array:
         return ~(norm.astype(state.radius.dtype) <= state.radius)
 

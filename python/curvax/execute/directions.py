@@ -57,15 +57,20 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     return audited(solver.solve(system, task.gradient, state, task.lam), solver.tolerance)
 
 
-def restarted(solver: Solver, state: Any, accepted: jax.Array) -> Any:
-    """The solver's state after the step was accepted or not.
+def restarted(solver: Solver, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
+    """The solver's state after the step was accepted or not, and steps before it can be trusted as momentum or not.
 
     Momentum towards a direction that was rejected would propose it again however large the damping: SPRING's damping
-    pulls towards that direction, and a mean of gradients is full of those on the way there. So it starts anew.
+    pulls towards that direction, and a mean of gradients is full of those on the way there. So it starts anew; and
+    SPRING's does so too while fresh batches see their loss climb, for no lam makes its pull smaller.
     """
-    if not (isinstance(solver, Diagonal) or (isinstance(solver, RowSpace) and solver.momentum)):
+    if isinstance(solver, RowSpace) and solver.momentum:
+        goes_on = accepted & trusted
+    elif isinstance(solver, Diagonal):
+        goes_on = accepted
+    else:
         return state
-    return tree.where(accepted, state, jax.tree.map(jnp.zeros_like, state))
+    return tree.where(goes_on, state, jax.tree.map(jnp.zeros_like, state))
 
 
 def _parameter_system(task: Task) -> System:

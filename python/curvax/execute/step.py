@@ -86,6 +86,7 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
     seen = due & outcome.evaluated
     accepted = outcome.finite & (~seen | damping.accepts(outcome))
+    policy = damping.update(point.damping, outcome, due)
     # 4. If not: the old parameters, or those before a last step that led to where nothing is finite.
     undone = _undone(ctx, point)
     kept, back = _where_not_taken(ctx, undone)
@@ -96,8 +97,8 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         solution=solution,
         outcome=outcome,
         accepted=accepted,
-        damping=damping.update(point.damping, outcome, due),
-        solver=_solver_state(ctx, solution, jnp.isfinite(point.at.loss), accepted),
+        damping=policy,
+        solver=_solver_state(ctx, solution, jnp.isfinite(point.at.loss), (accepted, damping.trusts(policy))),
         transform=_keep_if(accepted, transform, state.transform),
         last=_last_step(ctx, undone, accepted & ~seen),
     )
@@ -229,9 +230,12 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
 
 
-def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, accepted: jax.Array) -> Any:
+def _solver_state(
+    ctx: StepContext, solution: Solution, finite: jax.Array, verdict: tuple[jax.Array, jax.Array]
+) -> Any:
+    """The next state; `verdict` is whether the step was accepted and whether momentum can be trusted."""
     plan, old = ctx.plan, ctx.state.solver
-    new = restarted(plan.solver, solution.state, accepted)
+    new = restarted(plan.solver, solution.state, *verdict)
     if plan.solver_index is not None:
         new = tuple(new if i == plan.solver_index else s for i, s in enumerate(old))
     return _keep_entries(finite, new, old)

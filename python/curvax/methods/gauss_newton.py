@@ -86,19 +86,21 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpringOptions(GaussNewtonOptions):
-    """Keywords of `spring`, with the momentum of its paper.
+    """Keywords of `spring`, with momentum and a trust region.
 
     Attributes:
       learning_rate: 1, the direction as it is. The paper has lam = 1e-3, decays a small rate and bounds the step
         (`clip_norm`); the trust region here, which replaces all three, needs none of them tuned.
-      momentum: how much of the previous direction the regularizer pulls towards; 0.99.
+      momentum: how much of the previous direction the regularizer pulls towards; 0.9. The paper's 0.99 goes with its
+        small rates: at full steps 0.9 went further on PDE residuals (3.6e-8 against 4.7e-7 after 150 steps), and small
+        batches that differ do not pile up.
       loss, fisher: as in `sgn`; `SquaredError(centered=True)` for variational Monte Carlo.
       max_bytes: bound on the memory of explicit rows.
     """
 
     loss: Loss = SquaredError()
     fisher: FisherType = GeneralizedGaussNewton()
-    momentum: float = 0.99
+    momentum: float = 0.9
     max_bytes: int = DEFAULT_MAX_BYTES
 
 

@@ -31,8 +31,8 @@ _RAVELED_LEAF = 2**20
 _SMALL = 256
 """Unknowns up to which a system is factorized whatever iterations would cost: a fraction of a millisecond."""
 _EXACT_IS_WORTH = 4.0
-"""Steps of a truncated solve that an exact one replaces. Twenty iterations of CG on a network's Gauss-Newton matrix leave
-residuals of 0.1 and more once lam is small, and such steps gain less than a quarter of what exact ones do."""
+"""Steps of a truncated solve that an exact one replaces. Twenty iterations of CG on a network's Gauss-Newton matrix
+leave residuals of 0.1 and more once lam is small, and such steps gain less than a quarter of what exact ones do."""
 
 
 def plan_method(assembly: Assembly) -> Plan:
