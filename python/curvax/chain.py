@@ -19,16 +19,18 @@ def build_transform(
     *,
     learning_rate: ScalarOrSchedule = 1.0,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
     weight_decay: float | None = None,
     weight_decay_mask: Any | None = None,
     direction_momentum: float | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """momentum, then clipping by global norm, then decoupled weight decay, then minus the learning rate.
+    """Momentum, then clipping by global norm and of entries, then decoupled weight decay, then minus the learning rate.
 
     Args:
       learning_rate: scalar or schedule; 1 takes the full direction.
       clip_norm: bound on the global norm of the direction.
+      clip_value: bound on each entry of the direction.
       weight_decay: coefficient of decoupled weight decay.
       weight_decay_mask: tree of booleans like the parameters, or a function to one.
       direction_momentum: decay of an `optax.trace` of directions.
@@ -41,12 +43,16 @@ def build_transform(
     if nesterov and direction_momentum is None:
         raise ValueError("nesterov needs direction_momentum.")
     if direction_momentum is None and clip_norm is None:
-        return EntrywiseUpdate(learning_rate, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask)
+        return EntrywiseUpdate(
+            learning_rate, clip_value=clip_value, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask
+        )
     parts: list[optax.GradientTransformation] = []
     if direction_momentum is not None:
         parts.append(optax.trace(decay=direction_momentum, nesterov=nesterov))
     if clip_norm is not None:
         parts.append(optax.clip_by_global_norm(clip_norm))
+    if clip_value is not None:
+        parts.append(optax.clip(clip_value))
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask=trainable_mask(weight_decay_mask)))
     return RatedUpdate(parts, learning_rate)

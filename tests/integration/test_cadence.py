@@ -81,7 +81,7 @@ def test_with_the_plan_off_the_same_work_runs_in_every_step():
 @pytest.mark.parametrize("name", ["sgn_ce", "egn_mse_cg", "newton_cg", "adahessian", "sophia_g"])
 def test_plain_step_evaluates_the_model_once(name):
     preset = presets.BY_NAME[name]
-    every = {} if preset.damped else {"eval_every_k": 1}
+    every = {"lam0": 1.0} if preset.damped else {"eval_every_k": 1}
     counts, _ = _counts(lambda predict, plan: preset.make(predict, plan=plan, **every), preset.kind, steps=3)
     assert counts == [1, 1, 1]
 
@@ -118,7 +118,7 @@ def test_preconditioner_of_a_solver_is_refreshed_at_its_cadence(every):
 
 def test_recorded_metrics_are_missing_when_not_due():
     def make(predict, plan):
-        return curvax.sgn_ce(predict_fn=predict, record_loss_every_k=4, record_rho_every_k=2, plan=plan)
+        return curvax.sgn_ce(predict_fn=predict, lam0=1.0, record_loss_every_k=4, record_rho_every_k=2, plan=plan)
 
     counts, infos = _counts(make, "ce", steps=6)
     assert [i for i, info in enumerate(infos) if np.isfinite(info["loss"])] == [0, 4]

@@ -87,6 +87,23 @@ def test_defaults_fall_on_a_stiff_problem_and_never_rise(name: str, share: float
     assert loss[-1] <= share * loss[0], loss[-1] / loss[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_adahessian_does_not_explode_at_first(seed: int) -> None:
+    """A ReLU network, whose diagonal has entries near zero: one probe cannot tell them from zero."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x, y = jax.random.normal(keys[0], (64, 40)), jax.random.randint(keys[1], (64,), 0, 6)
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        for w, b in params[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        return x @ params[-1][0] + params[-1][1]
+
+    method = curvax.adahessian(predict_fn=predict, loss=SoftmaxCrossEntropy())
+    _, _, infos = _run(method, _network(keys[2], 40, 30, 30, 6), _repeated({"x": x, "y": y}, 100), 100)
+    loss = np.asarray(infos["loss"])
+    assert loss.max() <= 1.5 * loss[0] and loss[-1] <= 0.1 * loss[0]
+
+
 @pytest.mark.parametrize("name", ["kfac", "gauss_newton", "spring"])
 def test_random_labels_in_minibatches_are_not_learnt_by_heart(name: str) -> None:
     """Nothing can be learnt but that all labels are as likely: the loss of fresh batches must not leave log 3."""

@@ -127,7 +127,6 @@ def test_weight_decay_masks_have_one_name_everywhere():
     ("name", "word", "instead"),
     [
         ("sophia_g", "clip_norm", "clip_value="),
-        ("sgn_ce", "clip_value", "clip_norm="),
         ("egn_ce", "mask", "weight_decay_mask"),
     ],
 )

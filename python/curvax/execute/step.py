@@ -230,9 +230,7 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
     return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
 
 
-def _solver_state(
-    ctx: StepContext, solution: Solution, finite: jax.Array, verdict: tuple[jax.Array, jax.Array]
-) -> Any:
+def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, verdict: tuple[jax.Array, jax.Array]) -> Any:
     """The next state; `verdict` is whether the step was accepted and whether momentum can be trusted."""
     plan, old = ctx.plan, ctx.state.solver
     new = restarted(plan.solver, solution.state, *verdict)

@@ -123,6 +123,8 @@ class AdaHessianOptions(LossRecordOptions, TransformOptions, HessianOptions):
       spatial_averaging: average the diagonal over blocks (`estimators.BlockAverage`).
       eval_every_k: steps between refreshes.
       learning_rate: 0.15 as in the authors' code.
+      clip_value: bound on each entry of the direction; 0.1, which the paper does not have. One probe leaves entries of
+        the diagonal near zero, and first steps without a bound multiplied losses by 2 to 18. `None` for the paper's.
     """
 
     beta1: float = 0.9
@@ -134,6 +136,7 @@ class AdaHessianOptions(LossRecordOptions, TransformOptions, HessianOptions):
     spatial_averaging: bool = True
     eval_every_k: int = 1
     learning_rate: ScalarOrSchedule = 0.15
+    clip_value: float | None = 0.1
 
 
 @preset("Sophia-G: diagonal Gauss-Newton from resampled labels, clipped.", SophiaGOptions)

@@ -205,6 +205,7 @@ class TransformOptions:
     Attributes:
       learning_rate: scalar or schedule.
       clip_norm: bound on the direction's global norm.
+      clip_value: bound on each of its entries.
       weight_decay, weight_decay_mask: decoupled weight decay and what it applies to.
       direction_momentum, nesterov: momentum on the direction.
       tx: an Optax chain in place of all of these, which turns the direction into the update, sign included: end it with
@@ -213,6 +214,7 @@ class TransformOptions:
 
     learning_rate: ScalarOrSchedule = 1.0
     clip_norm: float | None = None
+    clip_value: float | None = None
     weight_decay: float | None = None
     weight_decay_mask: Any | None = None
     direction_momentum: float | None = None
@@ -226,6 +228,7 @@ class TransformOptions:
         return build_transform(
             learning_rate=self.learning_rate,
             clip_norm=self.clip_norm,
+            clip_value=self.clip_value,
             weight_decay=self.weight_decay,
             weight_decay_mask=self.weight_decay_mask,
             direction_momentum=self.direction_momentum,
