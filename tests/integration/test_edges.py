@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "text as damping": (lambda: untyped.sgn_ce(predict_fn=mlp, lam0="1"), "must be a number"),
     "trust region from zero": (lambda: TrustRegion(0.0), "above 0"),
     "trust region options without one": (
-        lambda: untyped.sgn_ce(predict_fn=mlp, lam_kwargs={"min_lam": 1.0}),
+        lambda: untyped.sgn_ce(predict_fn=mlp, lam0=1.0, lam_kwargs={"min_lam": 1.0}),
         "trust_region",
     ),
     "schedule without one": (lambda: untyped.sgn_ce(predict_fn=mlp, lam_policy="schedule"), "schedule"),

@@ -233,7 +233,7 @@ SAME_MODEL = {
     "automatic": lambda **k: curvax.gauss_newton(predict_fn=MODEL.predict, loss=curvax.losses.SquaredError(), **k),
 }
 OTHER_OPTIONS = {
-    "damping": {"lam_policy": "trust_region"},
+    "damping": {"lam_policy": "const"},
     "momentum": {"direction_momentum": 0.9},
     "schedule": {"learning_rate": optax.constant_schedule(0.1)},
     "chain": {"tx": optax.adam(0.1)},

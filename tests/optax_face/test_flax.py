@@ -69,7 +69,8 @@ def inner(case: Case, predict: Any, make: Any = layerwise.full_gn, **keywords: A
 
 
 MAKERS: dict[str, Any] = {
-    "sgn": lambda c: whole(curvax.sgn_mse(predict_fn=c.predict)),
+    # The gradient is that of the network in training mode, and no descent for the trust region of the other mode.
+    "sgn": lambda c: whole(curvax.sgn_mse(predict_fn=c.predict, lam0=1.0)),
     "kfac": lambda c: whole(curvax.kfac(predict_fn=c.predict, loss=LOSS), batch=BATCH),
     "adahessian": lambda c: whole(curvax.adahessian(loss_fn=c.loss)),
     "sgn, BatchNorm": lambda c: whole(

@@ -50,7 +50,6 @@ _PRESETS: dict[str, tuple[Callable[..., AbstractMethod[Any, Any]], MethodInfo]] 
 
 _ELSEWHERE = {
     "clip_norm": "it clips every entry of the direction: write clip_value=, or tx= with optax.clip_by_global_norm.",
-    "clip_value": "write clip_norm= for a bound on the direction's norm, or tx= with optax.clip.",
     "mask": "what weight decay applies to is weight_decay_mask here.",
 }
 """Keywords that some presets have, and what to write for them with the others."""

@@ -141,10 +141,14 @@ def _best(candidates: tuple[Candidate, ...], work: StepWork) -> Candidate:
     if not fitting:
         return min(candidates, key=lambda c: c.cost.memory)
     fastest = min(fitting, key=lambda c: c.seconds)
-    sizes = {c.index: c.solver.matrix_size(work.parameters, lambda: work.rows) for c in fitting}
-    exact = [c for c in fitting if sizes[c.index] is not None]
-    worth = [c for c in exact if (sizes[c.index] or 0) <= _SMALL or c.seconds <= _EXACT_IS_WORTH * fastest.seconds]
-    return min(worth, key=lambda c: c.seconds, default=fastest)
+    if fastest.solver.exact:
+        return fastest
+
+    def worthwhile(c: Candidate) -> bool:
+        size = c.solver.matrix_size(work.parameters, lambda: work.rows)
+        return (size is not None and size <= _SMALL) or c.seconds <= _EXACT_IS_WORTH * fastest.seconds
+
+    return min((c for c in fitting if c.solver.exact and worthwhile(c)), key=lambda c: c.seconds, default=fastest)
 
 
 def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None) -> Plan:

@@ -187,6 +187,11 @@ class Solver(abc.ABC):
         return False
 
     @property
+    def exact(self) -> bool:
+        """Whether it solves to rounding whatever the system's condition, instead of to a tolerance; no by default."""
+        return False
+
+    @property
     def needs_own_gradient(self) -> bool:
         """Whether the right-hand side must be the gradient of the curvature's own batch."""
         return False

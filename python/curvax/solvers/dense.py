@@ -37,6 +37,10 @@ class Cholesky(Solver):
     """
 
     @property
+    def exact(self) -> bool:
+        return True
+
+    @property
     def name(self) -> str:
         return "Cholesky"
 

@@ -88,6 +88,10 @@ class RowSpace(Solver):
     def needs_own_gradient(self) -> bool:
         return self.solver.takes_any_space
 
+    @property
+    def exact(self) -> bool:
+        return self.solver.exact
+
     def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
         return None if self.solver.takes_any_space else rows()
 
