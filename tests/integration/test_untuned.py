@@ -218,7 +218,8 @@ def test_a_transform_sees_the_loss_and_its_gradient(x64: None) -> None:
         wrong = jnp.abs(value_fn(p) - value) + sum(matches)
         return jax.tree.map(lambda g: -1e-6 * g, grad), s + wrong
 
-    tx = optax.GradientTransformationExtraArgs(lambda p: jnp.zeros(()), update)
+    extra: Any = optax.GradientTransformationExtraArgs
+    tx = extra(lambda p: jnp.zeros(()), update)
     method = curvax.egn(predict_fn=_residuals, loss=SquaredError(), lam0=1.0, tx=tx)
     _, state, infos = _run(method, params, _repeated(batch, 3), 3)
     assert float(state.transform) < 1e-8 * float(infos["loss"][0])
