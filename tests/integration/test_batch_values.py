@@ -80,11 +80,11 @@ def test_ignored_labels_and_weights_of_positions(x64: None) -> None:
     np.testing.assert_allclose(dense.vector(exact), np.diag(truth.ggn), rtol=1e-8, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["kfac", "sophia_g", "newton_cg"])
-def test_methods_train_on_ignored_labels(name: str) -> None:
+@pytest.mark.parametrize(("name", "options"), [("kfac", {}), ("sophia_g", {}), ("newton_cg", {"lam0": 1.0})])
+def test_methods_train_on_ignored_labels(name: str, options: dict[str, Any]) -> None:
     with precision("float32"):
         params, batch = MODEL.params(jnp.float32), _labelled(jnp.float32, _1=-100)
-        method = getattr(curvax, name)(predict_fn=MODEL.predict, loss=IGNORING)
+        method = getattr(curvax, name)(predict_fn=MODEL.predict, loss=IGNORING, **options)
         state = method.init(params, batch=jax.eval_shape(lambda: batch))
         new, _, info = quick_jit(method.step)(params, batch, state, key())
         assert bool(info["accepted"]) and not same_bits(new, params)

@@ -52,6 +52,7 @@ START = np.array([0.4, -0.7, 1.1, 0.2, -0.3])
 def test_adahessian_step_by_step(power, every):
     b1, b2, rate, eps = 0.9, 0.95, 0.15, 1e-4
     method = curvax.adahessian(
+        clip_value=None,
         loss_fn=_separable,
         beta1=b1,
         beta2=b2,
@@ -123,11 +124,11 @@ def test_adahessian_averages_over_the_spatial_axes_of_a_convolution_kernel():
         outputs = jax.lax.conv_general_dilated(x, params, (1, 1), "VALID", dimension_numbers=dimensions)
         return 0.5 * jnp.sum(jnp.asarray(scale, params.dtype) * outputs.reshape(scale.shape) ** 2)
 
-    method = curvax.adahessian(loss_fn=loss_fn, eps=0.0, learning_rate=1.0, spatial_averaging=True)
+    method = curvax.adahessian(loss_fn=loss_fn, eps=0.0, learning_rate=1.0, clip_value=None, spatial_averaging=True)
     (got,) = _run(method, start, 1)
     averaged = scale.mean(axis=(0, 1), keepdims=True)
     np.testing.assert_allclose(start - got, scale * start / averaged, rtol=1e-9)
-    plain = curvax.adahessian(loss_fn=loss_fn, eps=0.0, learning_rate=1.0, spatial_averaging=False)
+    plain = curvax.adahessian(loss_fn=loss_fn, eps=0.0, learning_rate=1.0, clip_value=None, spatial_averaging=False)
     (got,) = _run(plain, start, 1)
     np.testing.assert_allclose(start - got, start, rtol=1e-9)
 
