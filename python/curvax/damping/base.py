@@ -108,7 +108,7 @@ class Damping(abc.ABC):
         return state
 
     def trusts(self, state: Any) -> jax.Array:
-        """Whether the steps that led here are a guide for the next one, as momentum takes them to be; by default."""
+        """Whether momentum may use the previous steps as a guide for the next one. True by default."""
         del state
         return jnp.asarray(True)
 

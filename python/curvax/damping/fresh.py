@@ -1,8 +1,8 @@
-"""Whether the decreases that steps promise are kept on the batches that follow.
+"""Checks whether the loss decreases that steps predict also appear on the batches that follow.
 
-A step is made for its own batch, and judged there it keeps its promise however little of it the next batch sees: a
-network with more parameters than a batch has examples learns one batch after another by heart. What the loss does from
-batch to batch tells, and costs nothing:
+A step is computed from one batch. On that batch its predicted decrease is usually reached, but the next batch may see
+little of it: a network with more parameters than a batch has examples can memorize one batch after another. The change
+of the loss from batch to batch shows this, and it costs no extra evaluation:
 
     batch              1      2      3      4
     loss before      2.00   1.98   2.01   1.99       decrease from batch to batch:  0.02, -0.03, 0.02
@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 
 _MEMORY = 0.9
-"""Decay of the running means: some ten steps, over which the spread between batches averages to a tenth."""
+"""Decay of the running means. They average over about ten steps, so the difference in loss between two batches enters
+with a weight of about 1/10.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +31,8 @@ class FreshBatches:
 
     Attributes:
       loss: loss before the last step, on its batch; NaN before any.
-      promise: decrease that the last step promised, as far as one knows: that of the last one which was evaluated; 0 if
-        it was not taken.
+      promise: predicted decrease of the last step. If that step was not evaluated, the prediction of the last step that
+        was. 0 if the step was not taken.
       decrease: running mean of the decrease from batch to batch.
       promised: running mean of what was promised for it.
     """

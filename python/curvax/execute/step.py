@@ -87,7 +87,7 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
     seen = due & outcome.evaluated
     accepted = outcome.finite & (~seen | damping.accepts(outcome))
     policy = damping.update(point.damping, outcome, due)
-    # 4. If not: the old parameters, or those before a last step that led to where nothing is finite.
+    # 4. If it is not taken: keep the old parameters, or go back one more step if the last step is to be undone.
     undone = _undone(ctx, point)
     kept, back = _where_not_taken(ctx, undone)
     return Attempt(
@@ -295,8 +295,9 @@ def _evaluate(
 def _undone(ctx: StepContext, point: Point) -> jax.Array | None:
     """Whether the last step is to be undone; `None` for methods that see all of their steps, or none.
 
-    A step that was taken unseen may have led to where the loss, or its gradient, is no finite number, and from there no
-    step leads away. It is undone if the same batch is fine at the parameters before it; else the batch is at fault.
+    A step that was taken without evaluating the loss after it may lead to a loss or gradient that is not finite. No
+    later step can repair this. The step is undone if the current batch has a finite loss at the parameters before it;
+    otherwise the batch itself is the cause, and the step is kept.
     """
     last = ctx.state.last
     if last is None:

@@ -8,10 +8,11 @@ At theta0, with outputs f0, loss gradient g0 and Hessian H in output space, one 
 
 with gradients J_b^T (g0 + H v_b) and J_b^T dL(f0 + v_b).
 
-Layerwise, L tangents and L cotangents pass through the model side by side, which is most of the work. Shares make it
-less: the examples of a minibatch are cut into S shares, the blocks into S sets, and the curvature of a set is taken on
-its own share, so that an example carries the tangents of L / S blocks. The gradient J^T g0, one cotangent for all
-blocks, stays on all examples. With w_s the part of the minibatch's weight that share s has, a block of its set has
+In the layerwise problem with L blocks, L tangents and L cotangents pass through the model in parallel. This is most of
+the work, and shares reduce it. The examples of a minibatch are divided into S shares and the blocks into S sets. The
+curvature of set s is computed on share s only, so each example carries the tangents of about L / S blocks (L = 12 and
+S = 3: 4 instead of 12). The gradient J^T g0 needs one cotangent for all blocks and is computed on all examples. Let w_s
+be the fraction of the minibatch's weight that is in share s. The gradient of the inner problem for a block of set s is
 
     J_b^T g0 + J_b^T (dL(f0 + v_b) - g0) / w_s    (second term: share s only)
 

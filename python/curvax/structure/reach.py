@@ -1,9 +1,10 @@
-"""Which outputs an entry of a value inside a model reaches: followed backward through the program, from shapes alone.
+"""Finds which outputs of a model each entry of an intermediate value can influence ("reaches").
 
-Outputs are numbered, and of the numbers that an entry reaches the first and the last are kept: a superset of them that
-says at once whether two entries share no output. So a model that acts on the positions of a sequence or the pixels of
-an image by themselves is known as such, however it reshapes, reverses or transposes them on the way, and one that
-attends or convolves is known not to.
+The program is followed backward, and only shapes are used. Outputs are numbered. For each entry, only the lowest and
+the highest number that it reaches are stored; it counts as reaching every number between them. If the ranges of two
+entries do not overlap, the entries share no output. This shows whether a model treats every position of a sequence, or
+every pixel of an image, separately, even if it reshapes, reverses or transposes them. Attention and most convolutions
+do not treat them separately.
 
 1. Every output reaches its own number.
 2. From the last step to the first, a rule per primitive says which entries of the output each entry of an operand goes
@@ -156,10 +157,10 @@ def _everywhere(step: Step, outputs: Sequence[Reach]) -> list[Reach]:
 
 
 def _scan(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> ProgramReach:
-    """From the last iteration to the first; equal questions have equal answers.
+    """Follows a scan from the last iteration to the first.
 
-    What an iteration is asked: the state by the iteration behind it, its slice of the stacked results by whoever reads
-    these. Where state and slices reach the same as one iteration later, so does everything inside.
+    The input for one iteration (`asked`) has two parts: what the carried state after it reaches, and what its slice of
+    the stacked results reaches. If both equal those of the previous iteration visited, its answer is used again.
     """
     consts, carried = scan_counts(step.eqn)
     length, state, stacked = step.eqn.params["length"], outputs[:carried], outputs[carried:]
@@ -235,7 +236,10 @@ def _reshape(step: Step, out: Reach) -> list[Reach]:
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """Shortest runs of axes of equal size in two shapes of equal size."""
+    """Splits two shapes of equal size into the shortest runs of axes whose sizes have equal products.
+
+    For example, (6, 4) and (2, 3, 4) give axis 0 with axes 0 and 1 (6 = 2 * 3), and axis 1 with axis 2 (4 = 4).
+    """
     groups, i, j = [], 0, 0
     while i < len(before) or j < len(after):
         start, other = i, j
