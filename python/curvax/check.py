@@ -61,11 +61,12 @@ def _cause(info: Mapping[str, Any]) -> str:
     fault = BatchFault(int(info.get(Metric.BATCH_FAULT, 0)))
     if fault is not BatchFault.NONE:
         return fault.describe()
-    if not math.isfinite(float(info.get(Metric.LOSS, 0.0))):
+    finite = bool(info[Metric.FINITE])
+    if not finite and not math.isfinite(float(info.get(Metric.LOSS, 0.0))):
         return "The loss is not finite: look at the batch and at the outputs of the model."
     code = int(info.get(Metric.RESULT, Result.CONVERGED))
     if code in _UNSOLVED:
         return Result(code).describe()
-    if not bool(info[Metric.FINITE]):
+    if not finite:
         return "The step is not finite: raise lam0, or use float64."
     return "Every step raised the loss: is `predict_fn` the same function at every call, and its gradient finite?"

@@ -34,7 +34,6 @@ from curvax.execute import (
 )
 from curvax.keys import check_key
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
-from curvax.preconditioners import BlockPreconditioner
 from curvax.telemetry import SOLVE_METRICS
 from curvax.tree import PyTree
 
@@ -274,7 +273,7 @@ class Method(AbstractMethod[MethodState, Plan]):
 
     @property
     def needs_batch(self) -> bool:
-        return isinstance(self.assembly.preconditioner, BlockPreconditioner)
+        return self.assembly.preconditioner.needs_factors
 
     def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
         preconditioner = jnp.zeros(()) if self.needs_batch else self.assembly.preconditioner.init(params)
@@ -304,7 +303,7 @@ class Method(AbstractMethod[MethodState, Plan]):
 
     def _first_preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
-        if not isinstance(preconditioner, BlockPreconditioner):
+        if not self.needs_batch:
             return preconditioner.init(upcast_shapes(trainable))
         if batch is None:
             raise ValueError(
@@ -314,7 +313,7 @@ class Method(AbstractMethod[MethodState, Plan]):
         evaluation = self.evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
         curvature.check(trainable, evaluation)
         evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
-        return preconditioner.init_blocks(curvature.blocks(trainable, evaluation))
+        return preconditioner.init_on(curvature, trainable, evaluation)
 
     def _propose(self, inputs: StepInputs[MethodState]) -> Proposal[MethodState]:
         trainable, state = inputs.trainable, inputs.state
@@ -342,14 +341,8 @@ class Method(AbstractMethod[MethodState, Plan]):
         check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
         check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
         check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
-        preconditioner = assembly.preconditioner
-        if not isinstance(preconditioner, BlockPreconditioner):
-            expected = jax.eval_shape(preconditioner.init, like)
-        elif hasattr(state.preconditioner, "blocks"):
-            expected = jax.eval_shape(lambda: preconditioner.init_blocks(state.preconditioner.blocks))
-        else:
-            expected = None
-        check_part("preconditioner", state.preconditioner, expected)
+        own = state.preconditioner
+        check_part("preconditioner", own, assembly.preconditioner.expected(own, like))
         if (state.last is not None) != self._takes_unseen_steps or (state.model_state is None) == (
             assembly.curvature.has_state
         ):

@@ -155,6 +155,21 @@ def test_a_first_batch_without_a_gradient_leaves_the_first_damping_to_the_next(x
     assert 0 < float(info["lam"]) < 1.0 and bool(info["accepted"])
 
 
+def test_bounds_hold_from_the_first_damping_on(x64: None) -> None:
+    """And are no first damping themselves, where the first batch has none to give."""
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    solved, unsolved = {"x": x, "y": jnp.zeros((6, 2))}, {"x": x, "y": jnp.ones((6, 2))}
+    start = [(jnp.zeros((3, 2)), jnp.zeros(2))]
+    for bounds, lam in (({"min_lam": 50.0}, 50.0), ({"max_lam": 1e-9}, 1e-9), ({"min_lam": 1e-9}, None)):
+        method = curvax.egn(predict_fn=_predict, loss=SquaredError(), lam_kwargs=bounds)
+        step = quick_jit(method.step)
+        params, state, _ = step(start, solved, method.init(start), jax.random.key(0))
+        _, _, info = step(params, unsolved, state, jax.random.key(0))
+        free = curvax.egn(predict_fn=_predict, loss=SquaredError())
+        _, _, other = quick_jit(free.step)(start, unsolved, free.init(start), jax.random.key(0))
+        assert float(info["lam"]) == pytest.approx(float(other["lam"]) if lam is None else lam, rel=1e-12)
+
+
 def test_a_number_as_lam0_is_constant_and_a_policy_takes_it_as_its_first() -> None:
     loss = SquaredError()
     assert curvax.egn(predict_fn=_predict, loss=loss, lam0=0.3).assembly.damping == curvax.damping.Constant(0.3)

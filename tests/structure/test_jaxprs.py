@@ -131,7 +131,7 @@ class Case:
 def _renamed(names: frozenset[str], wrap: Wrap, parameter: str, closed: bool) -> Iterator[Case]:
     """The installed JAX's primitive under the name that it has, and the others as they were."""
     (eqn,) = jax.make_jaxpr(lambda w, x: wrap(jnp.matmul, w, x))(jnp.ones((2, 2)), jnp.ones((2, 2))).jaxpr.eqns
-    assert eqn.primitive.name in names, f"a new name for curvax/jaxprs.py: {eqn.primitive.name}"
+    assert eqn.primitive.name in names, f"a new name for curvax/jaxprs/calls.py: {eqn.primitive.name}"
     for name in sorted(names):
         if name == eqn.primitive.name:
             yield Case(name, wrap)
@@ -225,7 +225,7 @@ def _everything(w: jax.Array, x: jax.Array) -> list[Any]:
 
 
 def test_every_primitive_that_contains_a_jaxpr_is_listed() -> None:
-    """A new or renamed one is red here, and is to be added to `curvax/jaxprs.py`."""
+    """A new or renamed one is red here, and is to be added to `curvax/jaxprs/calls.py`."""
     found = set(_primitives(jax.make_jaxpr(_everything)(W, X).jaxpr))
     containing = {name for name, inner in found if inner}
     assert containing <= LISTED | COMBINING, containing - LISTED - COMBINING

@@ -53,26 +53,41 @@ struct ConjugateGradients : DenseVectors<Isa, T> {
     qq = SumLanes(with_q);
   }
 
-  // r.r and r.z for z = inverse r, or r itself without one.
-  static CURVAX_INLINE void ResidualPass(const T* r, const T* inverse, int64_t padded, T& rr, T& rz) {
-    V vr, vw, with_r = {}, with_z = {};
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      Load(r + i, vr);
+  // Sums of r.r and r.z for z = inverse r, or r itself without one.
+  struct ResidualSums {
+    V with_r = {}, with_z = {};
+
+    CURVAX_INLINE void Add(const V& vr, const T* inverse, int64_t i) {
       AddProduct(vr, vr, with_r);
-      if (inverse == nullptr) continue;
+      if (inverse == nullptr) return;
+      V vw;
       Load(inverse + i, vw);
       vw = vw * vr;
       AddProduct(vw, vr, with_z);
     }
-    rr = SumLanes(with_r);
-    rz = inverse == nullptr ? rr : SumLanes(with_z);
+
+    CURVAX_INLINE void Write(const T* inverse, T& rr, T& rz) const {
+      rr = SumLanes(with_r);
+      rz = inverse == nullptr ? rr : SumLanes(with_z);
+    }
+  };
+
+  static CURVAX_INLINE void ResidualPass(const T* r, const T* inverse, int64_t padded, T& rr, T& rz) {
+    V vr;
+    ResidualSums sums;
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      Load(r + i, vr);
+      sums.Add(vr, inverse, i);
+    }
+    sums.Write(inverse, rr, rz);
   }
 
-  // y = y + alpha p, r = r - alpha q, and the sums of ResidualPass.
+  // y = y + alpha p, r = r - alpha q, and the sums of the new r.
   static CURVAX_INLINE void UpdatePass(T alpha, const T* p, const T* q, T* y, T* r, const T* inverse, int64_t padded,
                                        T& rr, T& rz) {
     const V plus = alpha - V{}, minus = -alpha - V{};
-    V vp, vq, vy, vr, vw, with_r = {}, with_z = {};
+    V vp, vq, vy, vr;
+    ResidualSums sums;
     for (int64_t i = 0; i < padded; i += kWidth) {
       Load(p + i, vp);
       Load(q + i, vq);
@@ -82,14 +97,9 @@ struct ConjugateGradients : DenseVectors<Isa, T> {
       AddScaled(minus, vq, vr);
       Store(vy, y + i);
       Store(vr, r + i);
-      AddProduct(vr, vr, with_r);
-      if (inverse == nullptr) continue;
-      Load(inverse + i, vw);
-      vw = vw * vr;
-      AddProduct(vw, vr, with_z);
+      sums.Add(vr, inverse, i);
     }
-    rr = SumLanes(with_r);
-    rz = inverse == nullptr ? rr : SumLanes(with_z);
+    sums.Write(inverse, rr, rz);
   }
 
   // p = z + beta p and scaled = first p; returns p.p.

@@ -114,8 +114,8 @@ class TrustRegion(Damping):
     def __post_init__(self) -> None:
         if self.lam0 is not None:
             _check_lam0(self.lam0)
-        if not (self.lam0 is None or isinstance(self.lam0, Tracer)) and float(self.lam0) == 0:
-            raise ValueError("a trust region multiplies its damping: give lam0 above 0.")
+            if not isinstance(self.lam0, Tracer) and float(self.lam0) == 0:
+                raise ValueError("a trust region multiplies its damping: give lam0 above 0.")
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}.")
         if not (self.inc > 1 > self.dec > 0):
@@ -148,7 +148,7 @@ class TrustRegion(Damping):
         least = jnp.square(gradient_norm().astype(dtype)) / (2 * jnp.abs(loss.astype(dtype)))
         # Where nothing can be learnt from the first batch, the next one says.
         usable = jnp.isfinite(least) & (least > 0)
-        first = jnp.where(usable, _FIRST * least, jnp.zeros_like(least))
+        first = jnp.where(usable, jnp.clip(_FIRST * least, self.min_lam, self.max_lam), jnp.zeros_like(least))
         return dataclasses.replace(state, lam=jnp.where(state.lam == 0, first, state.lam))
 
     def lam(self, state: TrustRegionState) -> jax.Array:
@@ -219,7 +219,8 @@ class TrustRegion(Damping):
         eps = float(jnp.finfo(outcome.loss.dtype).eps)
         low = jnp.minimum(eps * scale, before) if self.min_lam is None else scalar(self.min_lam).astype(lam.dtype)
         high = jnp.maximum(_MOST * scale, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
-        return jnp.clip(lam, low, high)
+        # Before a first damping there is nothing to keep within bounds.
+        return jnp.where(before == 0, before, jnp.clip(lam, low, high))
 
 
 def _promise(outcome: Outcome, seen: jax.Array, refused: jax.Array) -> jax.Array:

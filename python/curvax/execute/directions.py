@@ -13,7 +13,7 @@ from curvax import tree
 from curvax.curvature import JacobianRows, Linearization, OutputCurvature
 from curvax.kernels import Choice, Implementation
 from curvax.loops import for_loop_body
-from curvax.solvers import CG, Diagonal, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
+from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
 from curvax.solvers.base import audited, relative_residual
 from curvax.tree import PyTree
 
@@ -55,22 +55,6 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     if task.raveled:
         return audited(_solve_raveled(solver, system, task, state), solver.tolerance)
     return audited(solver.solve(system, task.gradient, state, task.lam), solver.tolerance)
-
-
-def restarted(solver: Solver, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
-    """The solver's state after the step was accepted or not, and steps before it can be trusted as momentum or not.
-
-    Momentum towards a direction that was rejected would propose it again however large the damping: SPRING's damping
-    pulls towards that direction, and a mean of gradients is full of those on the way there. So it starts anew; and
-    SPRING's does so too while fresh batches see their loss climb, for no lam makes its pull smaller.
-    """
-    if isinstance(solver, RowSpace) and solver.momentum:
-        goes_on = accepted & trusted
-    elif isinstance(solver, Diagonal):
-        goes_on = accepted
-    else:
-        return state
-    return tree.where(goes_on, state, jax.tree.map(jnp.zeros_like, state))
 
 
 def _parameter_system(task: Task) -> System:

@@ -28,14 +28,14 @@ from curvax.curvature import Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
 from curvax.execute.context import Attempt, Point, Proposal, StepContext
-from curvax.execute.directions import Task, restarted, solve
+from curvax.execute.directions import Task, solve
 from curvax.execute.entrywise import update_in_one_pass
 from curvax.execute.state import LastStep, MethodState
 from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
-from curvax.preconditioners import BlockPreconditioner, IdentityPreconditioner
+from curvax.preconditioners import BlockPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
 from curvax.solvers.base import solved, unsolved
 from curvax.telemetry import Metric
@@ -80,7 +80,7 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
     )  # fmt: skip
     after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, upcast, update)
     # 2. Loss and prediction there, at their cadence or where the damping wants to see this step.
-    demanded, norm = _demanded(ctx, update)
+    demanded, norm = _demanded(ctx, point, update)
     outcome = _evaluate(ctx, point, solution, after, demanded, norm)
     # 3. Taken, if it is finite and, where the damping looks, good enough.
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
@@ -217,7 +217,7 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
         own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
         lam=point.lam,
         precondition=None
-        if isinstance(preconditioner, IdentityPreconditioner)
+        if preconditioner.is_identity
         else lambda v: preconditioner.apply(point.preconditioner, point.lam, v),
         space=TreeSpace(
             choices.get(tree_cg.DOTS.name), choices.get(tree_cg.CG_UPDATE.name), choices.get(tree_cg.CG_DIRECTION.name)
@@ -233,18 +233,18 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
 def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, verdict: tuple[jax.Array, jax.Array]) -> Any:
     """The next state; `verdict` is whether the step was accepted and whether momentum can be trusted."""
     plan, old = ctx.plan, ctx.state.solver
-    new = restarted(plan.solver, solution.state, *verdict)
+    new = plan.solver.restarted(solution.state, *verdict)
     if plan.solver_index is not None:
         new = tuple(new if i == plan.solver_index else s for i, s in enumerate(old))
     return _keep_entries(finite, new, old)
 
 
-def _demanded(ctx: StepContext, update: PyTree) -> tuple[jax.Array, jax.Array]:
+def _demanded(ctx: StepContext, point: Point, update: PyTree) -> tuple[jax.Array, jax.Array]:
     """(whether the damping wants to see a step that is not due, the length of the update)."""
     if ctx.state.last is None:
         return jnp.asarray(False), jnp.zeros((), tree.scalar_dtype(ctx.params))
     norm = tree.norm(update)
-    return ctx.assembly.damping.demands(ctx.state.damping, norm), norm
+    return ctx.assembly.damping.demands(point.damping, norm), norm
 
 
 def _evaluate(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 
 from curvax.chain import ScalarOrSchedule
 from curvax.curvature import FisherType, GaussNewton, MonteCarloFisher
-from curvax.damping import Damping
 from curvax.losses import Loss
 from curvax.method import Method
-from curvax.methods.names import policy_name
 from curvax.methods.options import (
     AssemblyOptions,
     DampingOptions,
@@ -21,8 +20,6 @@ from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
 from curvax.structure.kronecker import WeightSharing
-
-_TRUST_REGION = {"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +56,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
     learning_rate: ScalarOrSchedule = 0.1
     record_cg_stats: bool = False
 
-    @property
-    def damping(self) -> Damping:
-        if not (isinstance(self.lam_policy, str) and policy_name(self.lam_policy) == "trust_region"):
-            return super().damping
-        fields = {**_TRUST_REGION, **(self.lam_kwargs or {})}
-        return DampingOptions(lam_policy="trust_region", lam0=self.lam0, lam_kwargs=fields).damping  # type: ignore[arg-type]
+    trust_region = MappingProxyType({"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import optax
 
@@ -132,6 +133,9 @@ class DampingOptions:
     lam0: ScalarLike | optax.Schedule | None = None
     lam_kwargs: Mapping[str, Any] | None = None
 
+    trust_region: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Fields of the preset's own trust region, for a policy by name."""
+
     @property
     def damping(self) -> Damping:
         if isinstance(self.lam_policy, Damping):
@@ -147,7 +151,7 @@ class DampingOptions:
         if policy == "schedule":
             raise TypeError("lam_policy='schedule' needs lam0 to be an Optax schedule.")
         if policy == "trust_region":
-            return build_damping(TrustRegion, {**(self.lam_kwargs or {}), "lam0": self.lam0})
+            return build_damping(TrustRegion, {**self.trust_region, **(self.lam_kwargs or {}), "lam0": self.lam0})
         if self.lam_kwargs:
             raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
         return Constant(1.0 if self.lam0 is None else self.lam0)

@@ -100,6 +100,11 @@ class Preconditioner(abc.ABC):
         del curvature, evaluation
         return self.init(jax.eval_shape(tree.upcast, params))
 
+    def expected(self, state: Any, params_like: PyTree) -> Any:
+        """The shapes of a state of this preconditioner; `None` if `state` is none that could be one."""
+        del state
+        return jax.eval_shape(self.init, params_like)
+
     def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
         """Lines for the plan that follow from a state's shapes; `names` are those of the parameter leaves."""
         del state, names
@@ -160,6 +165,11 @@ class BlockPreconditioner(Preconditioner):
     def init_on(self, curvature: Curvature, params: PyTree, evaluation: Evaluation) -> Any:
         """`init_blocks` on the blocks of the curvature."""
         return self.init_blocks(curvature.blocks(params, evaluation))
+
+    def expected(self, state: Any, params_like: PyTree) -> Any:
+        """Of the blocks that the state says it serves."""
+        del params_like
+        return jax.eval_shape(lambda: self.init_blocks(state.blocks)) if hasattr(state, "blocks") else None
 
     def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
         """A line per block."""

@@ -176,6 +176,19 @@ class Solver(abc.ABC):
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         """Solves for one right-hand side."""
 
+    def restarted(self, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
+        """The state behind a step, for solvers whose state pulls towards earlier directions; by default as it is.
+
+        Momentum towards a direction that was rejected would propose it again however large the damping.
+
+        Args:
+          state: from `solve`.
+          accepted: whether the step was taken.
+          trusted: whether the steps before are a guide for the next one (`Damping.trusts`).
+        """
+        del accepted, trusted
+        return state
+
     @property
     def takes_matrix(self) -> bool:
         """Whether it solves with the dense matrix, made from `parameters` products where nothing better is known."""

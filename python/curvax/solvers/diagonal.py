@@ -55,6 +55,13 @@ class Diagonal(Solver):
             return ()
         return DiagonalState(tree.zeros_like(like), jnp.zeros((), jnp.int32))
 
+    def restarted(
+        self, state: DiagonalState | tuple[()], accepted: jax.Array, trusted: jax.Array
+    ) -> DiagonalState | tuple[()]:
+        """A mean of nothing, where a step was rejected: it is full of the gradients on the way there."""
+        del trusted
+        return tree.where(accepted, state, jax.tree.map(jnp.zeros_like, state))
+
     def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
         """1 / (1 - beta1^count): the factor from a mean over `count` steps that started at 0 to the weighted mean."""
         return 1 / (1 - jnp.asarray(self.beta1, dtype) ** count.astype(dtype))

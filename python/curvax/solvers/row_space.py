@@ -92,6 +92,15 @@ class RowSpace(Solver):
     def exact(self) -> bool:
         return self.solver.exact
 
+    def restarted(self, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
+        """Without momentum, where a step was rejected or fresh batches see their loss climb.
+
+        SPRING's damping pulls towards the last direction, and no lam makes that pull smaller.
+        """
+        if not self.momentum:
+            return state
+        return tree.where(accepted & trusted, state, tree.zeros_like(state))
+
     def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
         return None if self.solver.takes_any_space else rows()
 

@@ -25,10 +25,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from curvax.jaxprs import LINEAR_SOLVE, ForwardFlow, Name, Program, Step, subjaxprs
+from curvax.jaxprs import LINEAR_SOLVE, Name, Program, Step, subjaxprs
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.batch_axis import (
     REARRANGING,
+    ExampleFlow,
     equation_signature,
     jaxpr_signature,
     probe_size,
@@ -285,7 +286,7 @@ _SUMMANDS = frozenset("add add_any sub concatenate select_n stack max min pad".s
 
 
 @dataclasses.dataclass(frozen=True)
-class _Adding(ForwardFlow[_Part]):
+class _Adding(ExampleFlow[_Part]):
     """Follows the examples of a program on `batch` of them to where they are summed up, and the sums from there."""
 
     batch: int
@@ -295,20 +296,8 @@ class _Adding(ForwardFlow[_Part]):
     opaque = frozenset({LINEAR_SOLVE})
 
     def value(self, where: Program | Step, place: Name, x: Any) -> _Part:
-        if isinstance(where, Program) and self.long(np.shape(x)):
-            raise Mixed("a constant as long as the batch tells examples apart")
+        self.check_constant(where, x)
         return self._number((id(where), place), x)
-
-    def join(self, one: _Part, other: _Part) -> _Part:
-        return one.join(other)
-
-    def unstack(self, known: _Part) -> _Part:
-        if known.axis == 0:
-            raise Mixed("scan runs over the examples")
-        return known.shifted(-1)
-
-    def stack(self, known: _Part) -> _Part:
-        return known.shifted(1)
 
     def decides(self, what: Either["branch", "length"], known: _Part) -> None:
         if known.kind is not _Kind.SHARED:
@@ -316,10 +305,6 @@ class _Adding(ForwardFlow[_Part]):
 
     def _number(self, key: _Key, value: Any) -> _Part:
         return _Part(degree=self.degrees.get(key, 0), zero=_scalar(value) == 0)
-
-    def long(self, shape: Sequence[int]) -> list[int]:
-        """Axes as long as the batch, or as a multiple of it."""
-        return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
 
     def equation(self, index: int, step: Step, known: list[_Part]) -> list[_Part]:
         kinds = {part.kind for part in known}

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 from typing import Literal as Either
 
 import jax
@@ -397,40 +397,64 @@ class _Seen:
         return self if self.axis is None else dataclasses.replace(self, axis=self.axis + by)
 
 
+class ExampleFact(Protocol):
+    """What is known of a value: among other things, which of its axes holds the examples."""
+
+    @property
+    def axis(self) -> Axis: ...
+
+    def join(self, other: Self) -> Self: ...
+
+    def shifted(self, by: int) -> Self: ...
+
+
+FactT = TypeVar("FactT", bound=ExampleFact)
+
+
+class ExampleFlow(ForwardFlow[FactT]):
+    """Follows the examples through a program traced with batch size `batch`, which no other axis has by chance."""
+
+    batch: int
+
+    def join(self, one: FactT, other: FactT) -> FactT:
+        return one.join(other)
+
+    def unstack(self, known: FactT) -> FactT:
+        if known.axis == 0:
+            raise Mixed("scan runs over the examples")
+        return known.shifted(-1)
+
+    def stack(self, known: FactT) -> FactT:
+        return known.shifted(1)
+
+    def long(self, shape: Sequence[int]) -> list[int]:
+        """Axes as long as the batch, or as a multiple of it."""
+        return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
+
+    def check_constant(self, where: Program | Step, x: Any) -> None:
+        """Raises Mixed for a constant of the program that has an entry for each example."""
+        if isinstance(where, Program) and self.long(np.shape(x)):
+            raise Mixed("a constant as long as the batch tells examples apart")
+
+
 @dataclasses.dataclass(frozen=True)
-class _Tracker(ForwardFlow[_Seen]):
-    """Follows the batch axis through a program traced with batch size `batch`; fills `drawn` with the draws' axes."""
+class _Tracker(ExampleFlow[_Seen]):
+    """Says of every value which axis holds the examples; fills `drawn` with the axes of random draws."""
 
     batch: int
     drawn: dict[Path, int]
     where: _Where = _Where()
 
     def value(self, where: Program | Step, place: Name, x: Any) -> _Seen:
-        if isinstance(where, Program) and self._long(np.shape(x)):
-            raise Mixed("a constant as long as the batch tells examples apart")
+        self.check_constant(where, x)
         return _Seen()
 
     def inside(self, index: int, step: Step) -> _Tracker:
         return dataclasses.replace(self, where=self.where.body(index, step))
 
-    def join(self, one: _Seen, other: _Seen) -> _Seen:
-        return one.join(other)
-
-    def unstack(self, known: _Seen) -> _Seen:
-        if known.axis == 0:
-            raise Mixed("scan runs over the examples")
-        return known.shifted(-1)
-
-    def stack(self, known: _Seen) -> _Seen:
-        return known.shifted(1)
-
     def decides(self, what: Either["branch", "length"], known: _Seen) -> None:
         if known.axis is not None or known.lost:
             raise Mixed(known.lost or DECIDES[what])
-
-    def _long(self, shape: Sequence[int]) -> list[int]:
-        """Axes as long as the batch, or as a multiple of it."""
-        return [i for i, d in enumerate(shape) if d and d % self.batch == 0]
 
     def equation(self, index: int, step: Step, known: list[_Seen]) -> list[_Seen]:
         free, lost = all(s.free for s in known), next((s.lost for s in known if s.lost), "")
@@ -448,7 +472,7 @@ class _Tracker(ForwardFlow[_Seen]):
         if name in REPEATING:
             return [REPEATING[name](self.batch, step.eqn, axes)]
         if all(axis is None for axis in axes):
-            if any(self._long(aval.shape) for aval in step.output_avals):
+            if any(self.long(aval.shape) for aval in step.output_avals):
                 raise Mixed(f"{name} makes a value for the whole batch")
             return [None] * len(step.outputs)
         if name in ELEMENTWISE:
@@ -459,7 +483,7 @@ class _Tracker(ForwardFlow[_Seen]):
 
     def _made(self, index: int, step: Step, reason: str) -> list[_Seen]:
         """Without the inputs, but not the same for all examples: what is drawn, each takes its part of."""
-        long, where = self._long(step.output_avals[0].shape), self.where
+        long, where = self.long(step.output_avals[0].shape), self.where
         known = step.primitive in RANDOM and len(step.outputs) == len(long) == 1 and not any(step.differentiated)
         if not known or where.path is None:
             return [_Seen(lost=reason)] * len(step.outputs)
