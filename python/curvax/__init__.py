@@ -14,6 +14,8 @@ from curvax import solvers as solvers
 from curvax import structure as structure
 from curvax import telemetry as telemetry
 from curvax import transforms as transforms
+from curvax.curvature import Term as Term
+from curvax.curvature import Terms as Terms
 from curvax.check import Check as Check
 from curvax.check import StepsRefused as StepsRefused
 from curvax.execute import MethodState as MethodState

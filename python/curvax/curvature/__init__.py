@@ -14,6 +14,10 @@ from curvax.curvature.microbatch import Microbatched as Microbatched
 from curvax.curvature.model import Extras as Extras
 from curvax.curvature.model import Model as Model
 from curvax.curvature.partition import TrainablePartition as TrainablePartition
+from curvax.curvature.sum_of_terms import SumOfTerms as SumOfTerms
+from curvax.curvature.sum_of_terms import in_pieces as in_pieces
+from curvax.curvature.terms import Term as Term
+from curvax.curvature.terms import Terms as Terms
 from curvax.output_space import FisherType as FisherType
 from curvax.output_space import GeneralizedGaussNewton as GeneralizedGaussNewton
 from curvax.output_space import MonteCarloFisher as MonteCarloFisher

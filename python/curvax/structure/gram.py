@@ -63,16 +63,21 @@ def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choic
         all, they are made in blocks, and made again for each block that they meet.
       implementation: of the op `gram_accumulate`.
     """
-    one = jax.eval_shape(rows.make, jax.ShapeDtypeStruct((), jnp.int32))
-    if not any(leaf.size for leaf in jax.tree.leaves(one)):
+    each = group_bytes(rows)
+    if not each:
         return jnp.zeros((rows.total, rows.total), rows.dtype)
-    group_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
-    group_bytes += sum(_formed_bytes(layer, rows) for layer in one)
-    if rows.groups * group_bytes <= max_bytes:
+    if rows.groups * each <= max_bytes:
         whole = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
         return gram_of_layers([(x.activations, x.cotangents) for x in whole], rows.dtype, implementation=implementation)
     # Two blocks are alive while they meet.
-    return _gram_by_blocks(rows, min(rows.groups, max(1, max_bytes // (2 * group_bytes))), implementation)
+    return _gram_by_blocks(rows, min(rows.groups, max(1, max_bytes // (2 * each))), implementation)
+
+
+def group_bytes(rows: RowGroups) -> int:
+    """Bytes of the parts of one group, and of the rows that the op forms from them."""
+    one = jax.eval_shape(rows.make, jax.ShapeDtypeStruct((), jnp.int32))
+    made = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
+    return made + sum(_formed_bytes(layer, rows) for layer in one)
 
 
 def _formed_bytes(layer: Layer, rows: RowGroups) -> int:
@@ -85,7 +90,7 @@ def _formed_bytes(layer: Layer, rows: RowGroups) -> int:
     return blocks * r * n * m * rows.dtype.itemsize if factors.formed_is_cheaper(many, many, triangle=True) else 0
 
 
-def _meet(
+def meet(
     gram: jax.Array, left: Sequence[Layer], right: Sequence[Layer], implementation: Implementation | Choice | None
 ) -> jax.Array:
     """`gram` plus the inner products of the rows of `left` with those of `right`."""
@@ -127,7 +132,7 @@ def _gram_by_blocks(rows: RowGroups, at_once: int, implementation: Implementatio
         left = rows.many(indices[i])  # 1.
 
         def block(j: jax.Array, gram: jax.Array) -> jax.Array:
-            tile = _meet(empty_tile, left, rows.many(indices[j]), implementation)  # 2. and 3.
+            tile = meet(empty_tile, left, rows.many(indices[j]), implementation)  # 2. and 3.
             return jax.lax.dynamic_update_slice(gram, tile, (i * side, j * side))
 
         return jax.lax.fori_loop(jnp.zeros_like(i), i + 1, block, gram)

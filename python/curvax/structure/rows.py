@@ -22,7 +22,7 @@ from curvax.kernels.gram_accumulate.whole import mirror
 from curvax.output_space import IdentityCurvature, OutputCurvature
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.capture import Capture, capture
+from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
@@ -104,7 +104,7 @@ def row_gram(
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     captured = source.captured()
     if captured is None:
-        rows = _joint_groups(source.params, source.output, source.vjp)
+        rows = joint_groups(source.params, source.output, source.vjp)
     elif source.output.couples_examples:
         return _coupled_gram(captured, source, max_bytes, implementation)
     else:
@@ -126,11 +126,20 @@ def row_diagonal(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> PyTre
 
 def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
     """One group per example, of a model whose examples do not interact."""
+    factors = example_factors(captured, params, inputs, output)
+    rows = math.prod(output.row_shape[1:])
+    return RowGroups(output.row_shape[0], rows, captured.dtype, lambda index: layers(captured, factors(index)))
+
+
+def example_factors(
+    captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature
+) -> Callable[[jax.Array], Factors]:
+    """Index of an example -> the factors of its rows; arguments as for `example_groups`."""
     rows = math.prod(output.row_shape[1:])
     leaves = jax.tree.leaves(params)
     own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
-    def make(index: jax.Array) -> list[Layer]:
+    def make(index: jax.Array) -> Factors:
         one = captured.one(own, index)
         local = output.example(index)
 
@@ -138,16 +147,16 @@ def example_groups(captured: Capture, params: PyTree, inputs: Any, output: Outpu
             basis = jnp.eye(rows, dtype=tree.accumulation_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
             return jax.vmap(local.factor)(basis)
 
-        return layers(captured, captured.example(leaves, one, cotangents))
+        return captured.example(leaves, one, cotangents)
 
-    return RowGroups(output.row_shape[0], rows, captured.dtype, make)
+    return make
 
 
 def _coupled_gram(
     captured: Capture, source: RowSource, max_bytes: int, implementation: Implementation | Choice | None
 ) -> jax.Array:
     """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
-    output, like = source.output, _outputs_like(source.output)
+    output, like = source.output, outputs_like(source.output)
     unit = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
     rows = example_groups(captured, source.params, source.inputs, unit)
 
@@ -158,10 +167,10 @@ def _coupled_gram(
     return mirror(each_row(each_row(gram(rows, max_bytes, implementation)).T))
 
 
-def _joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:
-    """One group per row, all parameters explicit."""
+def joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:
+    """One group per row of a model whose examples interact, with explicit rows of all leaves."""
     total = math.prod(output.row_shape)
-    dtype = jax.eval_shape(output.factor_transpose, _outputs_like(output)).dtype
+    dtype = jax.eval_shape(output.factor_transpose, outputs_like(output)).dtype
 
     def make(index: jax.Array) -> list[Layer]:
         basis = jnp.zeros((total,), dtype).at[index].set(1).reshape(output.row_shape)
@@ -170,6 +179,7 @@ def _joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Ar
     return RowGroups(total, 1, tree.scalar_dtype(params), make)
 
 
-def _outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
+def outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the outputs."""
     shape = jax.ShapeDtypeStruct(output.row_shape, jnp.float32)
     return jax.eval_shape(output.factor, shape)
