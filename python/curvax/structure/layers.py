@@ -49,18 +49,31 @@ def layers(capture: Capture, factors: Factors) -> list[Layer]:
 
 def _leaf(uses: Sequence[LayerUse], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
     disjoint_uses = all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2))
-    if not disjoint_uses and not _same_entries(uses):
-        biases = [flat(jnp.sum(d, axis=1)) for use, d in zip(uses, cotangents, strict=True) if use.bias is not None]
-        return [Layer(None, rows[None]) for rows in (flat(formed(uses, activations, cotangents)), *biases)]
-    scaled = [_scaled(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
+    alike = all(same_entries(use, uses[0]) for use in uses[1:])
+    if not disjoint_uses and not alike:
+        return [Layer(None, flat(formed(uses, activations, cotangents))[None]), *_biases(uses, cotangents)]
+    scaled = [scaled_activations(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
     if disjoint_uses:
-        return [_pairs_or_formed(*one) for one in zip(scaled, cotangents, strict=True)]
-    return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), jnp.concatenate(cotangents, axis=1))]
+        ones = [with_one(use, a) for use, a in zip(uses, scaled, strict=True)]
+        return [_pairs_or_formed(*one) for one in zip(ones, cotangents, strict=True)]
+    joined = jnp.concatenate(cotangents, axis=1)
+    if sum(use.bias is not None for use in uses) != 1:
+        return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), joined), *_biases(uses, cotangents)]
+    # One bias that several layer uses share the weights beside: its activation is zero where it is not added.
+    ones = [
+        with_one(use, a) if use.bias is not None else jnp.pad(a, ((0, 0), (0, 0), (0, 1)))
+        for use, a in zip(uses, scaled, strict=True)
+    ]
+    return [_pairs_or_formed(jnp.concatenate(ones, axis=0), joined)]
 
 
-def _scaled(use: LayerUse, activations: jax.Array, dtype: Any) -> jax.Array:
-    """`scaled_activations`, with a one for a bias, which is not scaled."""
-    return with_one(use, scaled_activations(use, activations, dtype))
+def _biases(uses: Sequence[LayerUse], cotangents: Sequence[jax.Array]) -> list[Layer]:
+    """The rows of the layer uses' biases."""
+    return [
+        Layer(None, flat(jnp.sum(d, axis=1))[None])
+        for use, d in zip(uses, cotangents, strict=True)
+        if use.bias is not None
+    ]
 
 
 def scaled_activations(use: LayerUse, activations: jax.Array, dtype: Any) -> jax.Array:
@@ -68,12 +81,6 @@ def scaled_activations(use: LayerUse, activations: jax.Array, dtype: Any) -> jax
     if isinstance(use, EmbeddingUse):
         activations = one_hot(use, activations, dtype)
     return activations if use.factor == 1 else activations * jnp.asarray(use.factor, dtype)
-
-
-def _same_entries(uses: Sequence[LayerUse]) -> bool:
-    """Whether a block (G, n, m) means the same entries of the leaf, in the same order, at all layer uses."""
-    alone = len(uses) == 1 or all(use.bias is None for use in uses)
-    return alone and all(same_entries(use, uses[0]) for use in uses[1:])
 
 
 def _pairs_or_formed(activations: jax.Array, cotangents: jax.Array) -> Layer:
