@@ -16,6 +16,7 @@ from curvax import telemetry as telemetry
 from curvax import transforms as transforms
 from curvax.curvature import Term as Term
 from curvax.curvature import Terms as Terms
+from curvax.curvature import balanced_weights as balanced_weights
 from curvax.check import Check as Check
 from curvax.check import StepsRefused as StepsRefused
 from curvax.execute import MethodState as MethodState

@@ -1,5 +1,10 @@
 """Curvature operators: Hessian, generalized Gauss-Newton, Fisher, empirical Fisher."""
 
+from curvax.curvature.balance import GradientNorm as GradientNorm
+from curvax.curvature.balance import TangentKernelTrace as TangentKernelTrace
+from curvax.curvature.balance import TermScale as TermScale
+from curvax.curvature.balance import balanced_weights as balanced_weights
+from curvax.curvature.balance import term_gradient_norms as term_gradient_norms
 from curvax.curvature.base import Curvature as Curvature
 from curvax.curvature.base import Evaluation as Evaluation
 from curvax.curvature.base import JacobianRows as JacobianRows

@@ -208,23 +208,31 @@ class SumOfTerms(Curvature):
 
     def prepare(self, params: PyTree, evaluation: Evaluation) -> Evaluation:
         """See `Curvature.prepare`; the terms' weights enter those of their examples."""
+        return self.prepare_by([term.curvature.prepare for term in self.terms], params, evaluation)
+
+    def prepare_by(
+        self, prepare: Sequence[Callable[[PyTree, Evaluation], Evaluation]], params: PyTree, evaluation: Evaluation
+    ) -> Evaluation:
+        """`prepare` with functions in the place of the terms' own."""
         if isinstance(evaluation.batch, TermBatches):
             return evaluation
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(evaluation.batch)):
             # Axes are static, so that shapes of what is prepared say all there is.
-            batch = jax.eval_shape(lambda p, e: self._prepared(p, e), params, evaluation)
+            batch = jax.eval_shape(lambda p, e: self._prepared(prepare, p, e), params, evaluation)
         else:
-            batch = self._prepared(params, evaluation)
+            batch = self._prepared(prepare, params, evaluation)
         return dataclasses.replace(evaluation, batch=batch)
 
-    def _prepared(self, params: PyTree, evaluation: Evaluation) -> TermBatches:
+    def _prepared(
+        self, prepare: Sequence[Callable[[PyTree, Evaluation], Evaluation]], params: PyTree, evaluation: Evaluation
+    ) -> TermBatches:
         parts, negative = [], jnp.asarray(False)
-        for index, term in enumerate(self.terms):
+        for index, (term, own_prepare) in enumerate(zip(self.terms, prepare, strict=True)):
             scale = term_weight(term.weight, term.name, evaluation.batch, tree.scalar_dtype(params))
             if isinstance(scale, jax.Array):
                 negative |= ~(scale >= 0)
             batch = _finite_if_idle(scale, evaluation.batch[term.key])
-            own = term.curvature.prepare(params, self._evaluation(index, evaluation, batch))
+            own = own_prepare(params, self._evaluation(index, evaluation, batch))
             weights = term.curvature.effective_weights(params, own)
             parts.append(TermBatch(own.batch, _times(scale, weights), own.axes))
         return TermBatches(tuple(parts), negative)
@@ -239,14 +247,17 @@ class SumOfTerms(Curvature):
             whole, batch=batch, model_key=fold(whole.model_key), sample_key=fold(whole.sample_key)
         )
 
+    def evaluations(self, params: PyTree, evaluation: Evaluation) -> list[Evaluation]:
+        """What each term is evaluated on, its weight among those of its examples."""
+        whole = self.prepare(params, evaluation)
+        return [
+            dataclasses.replace(self._evaluation(index, whole, own.batch), weights=own.weights, axes=own.axes)
+            for index, own in enumerate(whole.batch.terms)
+        ]
+
     def _each(self, params: PyTree, evaluation: Evaluation) -> list[tuple[Curvature, Evaluation]]:
         """The terms' curvatures, each with its prepared evaluation."""
-        whole = self.prepare(params, evaluation)
-        found = []
-        for index, (term, own) in enumerate(zip(self.terms, whole.batch.terms, strict=True)):
-            at = self._evaluation(index, whole, own.batch)
-            found.append((term.curvature, dataclasses.replace(at, weights=own.weights, axes=own.axes)))
-        return found
+        return list(zip(self._curvatures, self.evaluations(params, evaluation), strict=True))
 
     def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         whole = self.prepare(params, evaluation)
@@ -263,7 +274,12 @@ class SumOfTerms(Curvature):
         return _flat([own.weights for _, own in self._each(params, evaluation) if own.weights is not None])
 
     def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
-        return _total([curvature.value(params, own) for curvature, own in self._each(params, evaluation)])
+        return _total(list(self.values(params, evaluation).values()))
+
+    def values(self, params: PyTree, evaluation: Evaluation) -> dict[str, jax.Array]:
+        """What each term adds to the loss, by name."""
+        each = [curvature.value(params, own) for curvature, own in self._each(params, evaluation)]
+        return dict(zip([term.name for term in self.terms], each, strict=True))
 
     def forward(self, params: PyTree, evaluation: Evaluation) -> Any:
         return [curvature.forward(params, own) for curvature, own in self._each(params, evaluation)]

@@ -140,7 +140,7 @@ def _check_weights(weights: Any, names: Mapping[str, str]) -> None:
     for name, weight in weights.items():
         if name not in names:
             raise KeyError(f"the batch's '{WEIGHTS}' name '{name}', which is no term.{nearest(str(name), names)}")
-        dtype = getattr(weight, "dtype", np.asarray(weight).dtype)
+        dtype = jnp.result_type(weight)
         if np.shape(weight) != () or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
             raise ValueError(
                 f"the weight of the term '{name}' is of type {dtype} and shape {np.shape(weight)}: pass one real "
