@@ -18,7 +18,19 @@ from bench import schema
 from curvax.pipes import until_closed
 
 SUITES = (
-    *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness", "physics"),
+    *(
+        "steps",
+        "plan",
+        "structure",
+        "lanes",
+        "kernels",
+        "limits",
+        "layerwise",
+        "linalg",
+        "untuned",
+        "robustness",
+        "physics",
+    ),
     *("gpu_compile", "gpu_steps"),
 )
 

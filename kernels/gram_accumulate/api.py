@@ -52,7 +52,15 @@ import numpy as np
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
 from curvax.kernels._operands import arrays
 from curvax.kernels.gram_accumulate import native, reference, triton
-from curvax.kernels.gram_accumulate.factors import BlockRows, block_rows, check_alike, form, formed_is_cheaper, one_layout, rows
+from curvax.kernels.gram_accumulate.factors import (
+    BlockRows,
+    block_rows,
+    check_alike,
+    form,
+    formed_is_cheaper,
+    one_layout,
+    rows,
+)
 
 GRAM_ACCUMULATE = Op(
     "gram_accumulate",

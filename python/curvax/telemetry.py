@@ -1,8 +1,8 @@
 """The metric schema: which scalars a step reports, and when.
 
 Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due is NaN (floats),
--1 (integers) or False (booleans). A loss of several terms has "loss/name" beside "loss" for each of them: these add up. Metrics cost what the plan orders for them and nothing else; none of them waits for
-the device.
+-1 (integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for
+the device. A loss of several terms has "loss/name" beside "loss" for what each of them adds to it.
 """
 
 from __future__ import annotations

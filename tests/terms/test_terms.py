@@ -18,10 +18,10 @@ from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.solvers import CG
 from curvax.structure.kronecker import WeightSharing, factor_sums, projected_squares
 from tests.integration.harness import assert_close, moved
-from tests.oracle import dense
+from tests.oracle import dense, losses
 from tests.oracle.compiling import quick_jit
 from tests.structure.kronecker_models import block_diagonal, kronecker_matrix
-from tests.terms.problems import SCALES, attention, batch, convolution, normal, parameters, slopes, terms, total, truths
+from tests.terms.problems import SCALES, batch, convolution, normal, parameters, slopes, terms, total, truths
 
 LAM = 0.1
 EXACT = GeneralizedGaussNewton()
@@ -35,7 +35,7 @@ def stepped(method: Any, params: Any, data: Any) -> tuple[np.ndarray, dict[str, 
 
 
 def test_linearizations_are_the_dense_sum(x64: None) -> None:
-    """Loss, gradient, products, rows, Gram matrix with its blocks of two terms, diagonal: no leaf in a common layout."""
+    """Loss, gradient, products, rows, Gram matrix with its blocks of two terms, diagonal."""
     params, data = parameters(), batch()
     curvature = SumOfTerms.gauss_newton(terms(), EXACT)
     v = jax.tree.map(lambda x: normal(11, *x.shape), params)
@@ -166,24 +166,29 @@ def test_linear_models_of_several_terms_have_exact_factors(x64: None) -> None:
     np.testing.assert_allclose(diagonal[0], np.diag(ggn)[3:6], rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "sophia_g", "newton_cg", "layerwise_gn"])
+@pytest.mark.parametrize("name", ["ekfac", "sophia_g", "newton_cg", "layerwise_gn"])
 def test_other_presets_take_terms(x64: None, name: str) -> None:
-    """A batch in two terms is the batch: the same step where nothing is drawn, and one that is taken where it is."""
+    """A batch in two terms is the batch: steps that are known are the same, and others are taken."""
     params, data = parameters(), batch()["points"]
     split, parts = halves(params, data)
+    solver = CG(tol=1e-12, maxiter=200)
     options: dict[str, Any] = {
-        "kfac": {"fisher": EXACT, "lam0": 1.0, "lam_policy": "const"},
-        "ekfac": {"fisher": EXACT, "lam0": 1.0, "lam_policy": "const", "microbatch_size": 2},
+        "ekfac": {"microbatch_size": 2},
         "sophia_g": {},
-        "newton_cg": {"lam0": 10.0, "tol": 1e-12, "maxiter": 200},
-        "layerwise_gn": {"inner": ConjugateGradients(CG(tol=1e-12, maxiter=200), lam=1.0), "inner_steps": 1,
-                         "line_search": None, "microbatch_size": 2},
-    }[name]  # fmt: skip
-    joined, info = stepped(curvax.make(name, loss=split, **options), params, parts)
+        "newton_cg": {"lam0": 10.0, "tol": solver.tol, "maxiter": solver.maxiter},
+        "layerwise_gn": {"inner": ConjugateGradients(solver, lam=1.0), "inner_steps": 1, "line_search": None},
+    }[name]
+    direction, info = stepped(curvax.make(name, loss=split, **options), params, parts)
     assert info["accepted"]
-    if name != "sophia_g":
-        alone, _ = stepped(curvax.make(name, predict_fn=slopes, loss=SquaredError(), **options), params, data)
-        assert_close(joined, alone, 1e-7, name)
+    np.testing.assert_allclose(info["loss/first"] + info["loss/second"], info["loss"], rtol=1e-12)
+    if name == "newton_cg":
+        alone, _ = stepped(curvax.newton_cg(predict_fn=slopes, loss=SquaredError(), **options), params, data)
+        assert_close(direction, alone, 1e-7, name)
+    if name == "layerwise_gn":
+        truth = dense.truth(slopes, losses.squared_error, params, data["x"], data["y"])
+        block = np.concatenate([np.full(x.size, i) for i, x in enumerate(jax.tree.leaves(params))])
+        within = np.where(block[:, None] == block[None, :], truth.ggn, 0.0)
+        assert_close(direction, dense.damped_direction(within, truth.gradient, 1.0), 1e-7, name)
 
 
 def test_weights_may_be_traced_and_zero_contributes_nothing(x64: None) -> None:
@@ -208,13 +213,12 @@ def test_weights_may_be_traced_and_zero_contributes_nothing(x64: None) -> None:
 
 def test_float32_and_bfloat16_terms_run() -> None:
     """Outputs of different dtypes in one system."""
-    params, data = parameters(), batch()
     half = Terms(
-        labels=Term(lambda p, x: attention(p, x).astype(jnp.bfloat16), SoftmaxCrossEntropy()),
-        slopes=Term(slopes, key="points"),
+        narrow=Term(lambda p, x: jnp.tanh(x @ p["w"]).astype(jnp.bfloat16)[:, :3], SoftmaxCrossEntropy()),
+        slopes=Term(slopes),
     )
-    del data["images"]
-    _, info = stepped(curvax.egn(loss=half, lam0=LAM), params, data)
+    data = {"narrow": {"x": normal(0, 3, 4), "y": jnp.zeros(3, jnp.int32)}, "slopes": batch()["points"]}
+    _, info = stepped(curvax.egn(loss=half, lam0=LAM), parameters(), data)
     assert info["accepted"] and info["loss"].dtype == jnp.float32
 
 
@@ -242,10 +246,12 @@ def test_balanced_weights(x64: None, by: Any) -> None:
 
 
 def test_the_plan_lists_each_term() -> None:
-    method = curvax.egn(loss=terms())
-    assert "term slopes" in method.plan.explain()
-    text = method.plan_for(parameters(), batch()).explain()
-    for line in ("term labels", "weight 2.5", "batch['points']", "rows of ['w'] in slopes: dense"):
+    method = curvax.egn(loss=Terms(inside=Term(slopes, weight=2.5, key="points"), images=Term(convolution)))
+    assert "term inside" in method.plan.explain()
+    data = {key: x for key, x in batch().items() if key != "labels"}
+    data["images"]["y"] = normal(1, 6, 3)
+    text = method.plan_for(parameters(), data).explain()
+    for line in ("term images", "weight 2.5", "batch['points']", "rows of ['w'] in inside: dense"):
         assert line in text, text
 
 
@@ -259,12 +265,12 @@ def _without(key: str) -> dict[str, Any]:
         (lambda: _without("points"), KeyError, "no 'points' for the term 'slopes'"),
         (lambda: {**batch(), "image": 1}, KeyError, "no term reads the batch's 'image'.* 'images'"),
         (lambda: {**batch(), "weights": {"label": 1.0}}, KeyError, "'label', which is no term.* 'labels'"),
-        (lambda: {**batch(), "weights": {"labels": jnp.ones(4)}}, ValueError, "weight of the term 'labels'.*weight_key"),
+        (lambda: {**batch(), "weights": {"labels": jnp.ones(4)}}, ValueError, "weight of the term 'labels'"),
         (lambda: {**batch(), "weights": 2.0}, TypeError, "mapping from names of terms"),
         (lambda: 3, TypeError, "batch of several terms must be a mapping"),
         (lambda: {**batch(), "points": {"x": jnp.zeros((0, 4)), "y": jnp.zeros((0, 2))}}, ValueError,
          "term 'slopes': the batch is empty"),
-        (lambda: {**batch(), "points": {"x": jnp.zeros((3, 4)), "y": jnp.zeros((3, 1))}}, ValueError, "term 'slopes': "),
+        (lambda: {**batch(), "points": {"x": jnp.zeros((3, 4)), "y": jnp.zeros((3, 1))}}, ValueError, "term 'slopes'"),
         (lambda: {**batch(), "points": {"x": jnp.zeros((3, 4))}}, KeyError, "term 'slopes': the batch has no 'y'"),
     ],
 )  # fmt: skip
@@ -279,7 +285,7 @@ def test_terms_that_do_not_fit_are_refused() -> None:
         curvax.egn(predict_fn=convolution, loss=terms())
     with pytest.raises(TypeError, match="predict_fn is missing"):
         curvax.egn(loss=SquaredError())
-    with pytest.raises(TypeError, match="the term 'a' is a Loss|the term 'a' is a SquaredError"):
+    with pytest.raises(TypeError, match="the term 'a' is a SquaredError"):
         Terms(a=SquaredError())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no terms"):
         Terms()

@@ -1,12 +1,12 @@
 """Weights of a loss's terms that balance them, from what each term is at the present parameters.
 
-A term whose gradient, or whose rate of convergence under gradient descent, is a hundred times another's leaves the other
-untouched. Both rules give term k the weight
+Where the gradient of one term, or its rate of convergence under gradient descent, is a hundred times another's, the
+other is left as it is. Both rules give term k the weight
 
     w_k = sum_j s_j / s_k
 
-with s_k its scale at weight 1: the norm of its gradient, or the trace of its tangent kernel. Two terms with scales 3 and
-1 have the weights 4 / 3 and 4, and then both the scale 4.
+with s_k its scale at present: the norm of its gradient, or the trace of its tangent kernel. Two terms with scales 3
+and 1 have the weights 4 / 3 and 4, and then both the scale 4.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def balanced_weights(
 ) -> dict[str, jax.Array]:
     """Factors on the terms' weights that balance them, for `batch["weights"]`.
 
-    Jit it, call it every hundred steps or so, and no method compiles again. Weights that change in every step change the
-    loss under a trust region's feet.
+    Jit it, call it every hundred steps or so, and no method compiles again. A trust region compares losses of one step
+    with those of the next, so that weights which change in every step disturb it.
 
     Args:
       terms: the terms, whose models take and return nothing beside the plain signature.

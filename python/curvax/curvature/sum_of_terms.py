@@ -13,11 +13,12 @@ terms' one after another:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -60,6 +61,18 @@ class CurvatureTerm:
     key: str
 
 
+@contextlib.contextmanager
+def _naming(term: CurvatureTerm) -> Iterator[None]:
+    """Errors that something about the batch does not fit begin with the name of the term."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        # JAX's own errors, which are kinds of these, say where in the user's code they come from.
+        if type(error) not in (KeyError, TypeError, ValueError) or not error.args:
+            raise
+        raise type(error)(f"term '{term.name}': {error.args[0]}") from error
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TermBatch:
@@ -97,9 +110,7 @@ class SumOfTerms(Curvature):
     terms: tuple[CurvatureTerm, ...]
 
     @staticmethod
-    def of(
-        terms: Terms, extras: Extras, curvature: Callable[[Model, Loss], Curvature]
-    ) -> SumOfTerms:
+    def of(terms: Terms, extras: Extras, curvature: Callable[[Model, Loss], Curvature]) -> SumOfTerms:
         """The sum over the terms of a loss.
 
         Args:
@@ -113,7 +124,7 @@ class SumOfTerms(Curvature):
         ))  # fmt: skip
 
     @staticmethod
-    def gauss_newton(terms: Terms, fisher: FisherType, extras: Extras = Extras()) -> SumOfTerms:
+    def gauss_newton(terms: Terms, fisher: FisherType, extras: Extras) -> SumOfTerms:
         """The sum of the terms' Gauss-Newton matrices."""
         return SumOfTerms.of(terms, extras, lambda model, loss: GaussNewton(model, loss, fisher))
 
@@ -188,11 +199,8 @@ class SumOfTerms(Curvature):
         batch = evaluation.batch
         check_batch(batch, {term.name: term.key for term in self.terms})
         for index, term in enumerate(self.terms):
-            try:
+            with _naming(term):
                 term.curvature.check(params, self._evaluation(index, evaluation, batch[term.key]))
-            except (KeyError, TypeError, ValueError) as error:
-                text = error.args[0] if error.args else error
-                raise type(error)(f"term '{term.name}': {text}") from error
 
     def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
         whole: list[int | None] = [None] * len(jax.tree.leaves(evaluation.batch))
@@ -232,7 +240,8 @@ class SumOfTerms(Curvature):
             if isinstance(scale, jax.Array):
                 negative |= ~(scale >= 0)
             batch = _finite_if_idle(scale, evaluation.batch[term.key])
-            own = own_prepare(params, self._evaluation(index, evaluation, batch))
+            with _naming(term):
+                own = own_prepare(params, self._evaluation(index, evaluation, batch))
             weights = term.curvature.effective_weights(params, own)
             parts.append(TermBatch(own.batch, _times(scale, weights), own.axes))
         return TermBatches(tuple(parts), negative)

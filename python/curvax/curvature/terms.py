@@ -38,8 +38,8 @@ class Term:
     """One term of a loss.
 
     Attributes:
-      predict_fn: `predict_fn(params, inputs) -> outputs` (B, ...), acting on each example of the leading axis by itself:
-        residuals at points, say. It takes and returns state, random key and aux where the method's options say so.
+      predict_fn: `predict_fn(params, inputs) -> outputs` (B, ...), acting on each example of the leading axis by
+        itself: residuals at points, say. State, random key and aux are as the method's options say.
       loss: of the outputs; `SquaredError()` by default, the mean over the set's positions of half their squares.
       weight: what the term counts, a number that is not negative; 1 by default. Factors that change from step to step
         come with the batch (`Terms`).
@@ -79,9 +79,9 @@ class Term:
 class Terms:
     """The terms of a loss by name, in the place of `loss` and `predict_fn` of a method.
 
-    A batch is a mapping from the terms' names (or keys) to their batches, and may have `"weights"`: a mapping from names
-    of terms to scalars, which multiply the terms' own weights. They may be traced, so that schemes which change them from
-    step to step (`balanced_weights`) cost no other compilation.
+    A batch is a mapping from the terms' names (or keys) to their batches, and may have `"weights"`: a mapping from
+    names of terms to scalars, which multiply the terms' own weights. They may be traced, so that schemes which change
+    them (`balanced_weights`) cost no other compilation.
 
         terms = Terms(interior=Term(residual), boundary=Term(network))
         method = curvax.gauss_newton(loss=terms)

@@ -130,7 +130,9 @@ class ModelOptions(CommonOptions):
             raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
         return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
 
-    def gauss_newton(self, loss: Loss | Terms, fisher: FisherType = GeneralizedGaussNewton()) -> GaussNewton | SumOfTerms:
+    def gauss_newton(
+        self, loss: Loss | Terms, fisher: FisherType = GeneralizedGaussNewton()
+    ) -> GaussNewton | SumOfTerms:
         """The curvature of the model, or of all terms of a loss."""
         if not isinstance(loss, Terms):
             return GaussNewton(self.model, loss, fisher)

@@ -176,9 +176,7 @@ class _RowSet:
             like, coupling = outputs_like(output), output
             output = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
         make = example_factors(captured, params, source.filled_inputs(captured), output)
-        return _RowSet(
-            captured, output.row_shape[0], math.prod(output.row_shape[1:]), captured.dtype, make, coupling
-        )
+        return _RowSet(captured, output.row_shape[0], math.prod(output.row_shape[1:]), captured.dtype, make, coupling)
 
     @property
     def total(self) -> int:
@@ -293,7 +291,7 @@ def _parts_of(leaf: int, first: _RowSet, second: _RowSet) -> list[_Part]:
     both = [(a, b) for a in mine for b in theirs]
     if both and all(same_entries(a, b) or disjoint(a.views, b.views) for a, b in both):
         shared = [a for a, b in both if same_entries(a, b)]
-        return [functools.partial(_RowSet.pairs, leaf=leaf, like=a) for a in shared] 
+        return [functools.partial(_RowSet.pairs, leaf=leaf, like=a) for a in shared]
     return [functools.partial(_RowSet.leaf_rows, leaf=leaf)]
 
 

@@ -19,8 +19,8 @@ example or position counts in neither factor, and a linear layer with squared er
 
 A model that returns derivatives uses its weights several times: on values and on the tangents of a Taylor mode, which
 are positions like any others (Dangel, Mueller and Zeinhofer, "Kronecker-Factored Approximate Curvature for
-Physics-Informed Neural Networks", 2024), and, in reverse mode, transposed. There h = g W^T has the gradient sum_u c_u g_u^T
-of W with c the cotangent of h, so cotangents are on the side of A:
+Physics-Informed Neural Networks", 2024), and, in reverse mode, transposed. There h = g W^T has the gradient
+sum_u c_u g_u^T of W with c the cotangent of h, so cotangents are on the side of A:
 
     forward      A1 = mean a a^T      B1 = sum d d^T          C ~ A1 kron B1 + A2 kron B2
     transposed   A2 = sum c c^T       B2 = mean g g^T           ~ A kron B
