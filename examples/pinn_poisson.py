@@ -1,11 +1,11 @@
-"""A physics-informed network solves -u'' = f on (0, 1) with u(0) = u(1) = 0, to a relative error below 1e-6.
+"""A physics-informed network solves -u'' = f on (0, 1) with u(0) = u(1) = 0, to a relative error of about 1e-6.
 
     python examples/pinn_poisson.py
 
-The loss has two terms, each with its own set of points: the equation inside, and the values at both ends. With residuals
-as outputs and few points, the exact Gauss-Newton direction is a linear system of the size of the points, whatever the size
-of the network. `egn` takes it with a trust region, `spring` with momentum; Adam takes gradients of the same loss.
-Everything runs in float64, which such accuracy needs.
+The loss has two terms, each with its own set of points: the equation inside, and the values at both ends. With
+residuals as outputs and few points, the exact Gauss-Newton direction is a linear system of the size of the points,
+whatever the size of the network. `egn` takes it with a trust region, `spring` with momentum; Adam takes gradients of
+the same loss. Everything runs in float64, which such accuracy needs.
 """
 
 from __future__ import annotations
