@@ -100,4 +100,4 @@ def truths(params: PyTree, data: dict[str, Any]) -> dict[str, dense.Truth]:
 
 def total(found: dict[str, dense.Truth], of: str, scales: dict[str, float] = SCALES) -> np.ndarray:
     """The weighted sum of "ggn" or "gradient" over the terms."""
-    return sum(scales[name] * getattr(truth, of) for name, truth in found.items())
+    return np.sum([scales[name] * getattr(truth, of) for name, truth in found.items()], axis=0)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.base import Evaluation, Linearization, Needs
-from curvax.curvature.model import Extras
 from curvax.curvature.sum_of_terms import SumOfTerms
 from curvax.curvature.terms import WEIGHTS, Terms
 from curvax.output_space import GeneralizedGaussNewton
@@ -162,4 +161,4 @@ def term_gradient_norms(
 def _plain(terms: Terms, batch: Mapping[str, Any], own_weights: bool = False) -> tuple[SumOfTerms, Evaluation]:
     """The Gauss-Newton matrix of terms without state, keys or aux, and its evaluation."""
     kept = batch if own_weights else {key: x for key, x in batch.items() if key != WEIGHTS}
-    return SumOfTerms.gauss_newton(terms, GeneralizedGaussNewton(), Extras()), Evaluation(kept)
+    return SumOfTerms.gauss_newton(terms, GeneralizedGaussNewton()), Evaluation(kept)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -62,7 +62,7 @@ class CurvatureTerm:
 
 
 @contextlib.contextmanager
-def _naming(term: CurvatureTerm) -> Iterator[None]:
+def _naming(term: CurvatureTerm) -> Generator[None, None, None]:
     """Errors that something about the batch does not fit begin with the name of the term."""
     try:
         yield
@@ -124,9 +124,9 @@ class SumOfTerms(Curvature):
         ))  # fmt: skip
 
     @staticmethod
-    def gauss_newton(terms: Terms, fisher: FisherType, extras: Extras) -> SumOfTerms:
+    def gauss_newton(terms: Terms, fisher: FisherType, extras: Extras | None = None) -> SumOfTerms:
         """The sum of the terms' Gauss-Newton matrices."""
-        return SumOfTerms.of(terms, extras, lambda model, loss: GaussNewton(model, loss, fisher))
+        return SumOfTerms.of(terms, extras or Extras(), lambda model, loss: GaussNewton(model, loss, fisher))
 
     def in_pieces(self, size: int) -> SumOfTerms:
         """The same with each term's batch in pieces of so many examples."""

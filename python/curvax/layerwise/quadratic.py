@@ -305,7 +305,9 @@ class InnerProblem:
 
     def _coupled(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss | None:
         """One minibatch in pieces whose loss takes the outputs of all of them together; `None` for other losses."""
-        pieces = self._pieces(params, evaluation) if self.curvature.couples_examples else None
+        if isinstance(self.curvature, SumOfTerms) or not self.curvature.couples_examples:
+            return None
+        pieces = self._pieces(params, evaluation)
         if pieces is None:
             return None
         blocks, axis = self.blocks(params), 0 if self.partition is None else 1

@@ -188,10 +188,13 @@ class ExampleModel:
 
     def _joined_sets(self) -> str:
         """What to write if the outputs are as long as several sets of examples together; empty if they are not."""
-        sizes = {leaf.shape[0] for leaf in jax.tree.leaves(self.inputs) if leaf.shape}
+        sizes = sorted({leaf.shape[0] for leaf in jax.tree.leaves(self.inputs) if leaf.shape})
+        if len(sizes) == 1 and sizes[0] and self.count % sizes[0] == 0:
+            sizes *= self.count // sizes[0]
         if len(sizes) < 2 or sum(sizes) != self.count:
             return ""
-        return f", which is {' + '.join(map(str, sorted(sizes)))}: {SETS}"
+        shown = " + ".join(map(str, sizes)) if len(sizes) < 5 else f"{len(sizes)} times {sizes[0]}"
+        return f", which is {shown}: {SETS}"
 
     def refuted(self, axes: BatchAxes, sizes: Callable[[int], Sequence[int]]) -> str:
         """Why these axes do not hold the examples; empty if it is proved that they do."""

@@ -308,7 +308,7 @@ def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[Krone
     firsts = [uses[group[0]] for group in alike]
     if all(disjoint(a.views, b.views) for a, b in itertools.combinations(firsts, 2)):
         return [KroneckerBlock(use.leaf, tuple(g), use, None) for g, use in zip(alike, firsts, strict=True)]
-    if len(alike) == 2 and _swapped(*firsts, shape):
+    if len(alike) == 2 and _swapped(firsts[0], firsts[1], shape):
         return [KroneckerBlock(firsts[0].leaf, tuple(alike[0]), firsts[0], None, swapped=tuple(alike[1]))]
     return []
 

@@ -97,7 +97,8 @@ class Examples:
 
     def here(self, uses: Sequence[int]) -> list[int]:
         """Those of some layer uses that are this model's."""
-        return [i for i in uses if self.factors.cotangents[i] is not None]
+        places: Sequence[Any] = self.factors.cotangents
+        return [i for i in uses if places[i] is not None]
 
 
 @jax.tree_util.register_dataclass
@@ -366,9 +367,10 @@ def _reduced(x: jax.Array, axis: int) -> jax.Array:
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
     """Squared rows of a leaf; within one model it has explicit rows, or layer uses, or is a bias."""
     factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
-    for place in block.explicit:
-        if factors.explicit[place] is not None:
-            total = total + jnp.sum(jnp.square(factors.explicit[place]), axis=(0, 1)).astype(blocks.dtype)
+    places: Sequence[Any] = factors.explicit
+    for rows in (places[place] for place in block.explicit):
+        if rows is not None:
+            total = total + jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
     if uses := examples.here(block.uses):
         total = total + _formed_squares(blocks, block, examples, uses)
     for i in examples.here(block.bias_of):
