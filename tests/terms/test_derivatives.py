@@ -71,8 +71,7 @@ def by_jet(u: Scalar, z: jax.Array) -> jax.Array:
     def second(e: jax.Array) -> jax.Array:
         return jet.jet(u, (z,), ((e, jnp.zeros_like(e)),))[1][1]
 
-    parts = [second(e) for e in jnp.eye(DIMENSION, dtype=z.dtype)]
-    return sum(parts[1:], parts[0])[None]
+    return jnp.sum(jnp.stack([second(e) for e in jnp.eye(DIMENSION, dtype=z.dtype)]))[None]
 
 
 def by_folx(u: Scalar, z: jax.Array) -> jax.Array:

@@ -43,12 +43,11 @@ def test_linearizations_are_the_dense_sum(x64: None) -> None:
     def everything(p: Any, b: Any) -> Any:
         at = curvature.linearize(p, Evaluation(b), Needs(gradient=True, product=True, rows=True))
         assert at.rows is not None and at.product is not None and at.losses is not None
-        count = at.rows.output.row_shape[0]
-        columns = jax.vmap(lambda e: at.rows.vjp(at.rows.output.factor(e)))(jnp.eye(count))
+        rows = at.rows
+        columns = jax.vmap(lambda e: rows.vjp(rows.output.factor(e)))(jnp.eye(rows.output.row_shape[0]))
         # At once, and in blocks of a few examples.
-        grams = [at.rows.gram(1 << 31), at.rows.gram(9000)]
-        diagonal = at.rows.diagonal(1 << 31)
-        return at.loss, at.losses, at.gradient, at.product(v), at.rows.product(v), columns, grams, diagonal
+        grams = [rows.gram(1 << 31), rows.gram(9000)]
+        return at.loss, at.losses, at.gradient, at.product(v), rows.product(v), columns, grams, rows.diagonal(1 << 31)
 
     loss, by_name, gradient, product, by_rows, columns, grams, diagonal = quick_jit(everything)(params, data)
     found = truths(params, data)

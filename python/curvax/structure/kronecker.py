@@ -42,7 +42,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ class Examples:
 
     def here(self, uses: Sequence[int]) -> list[int]:
         """Those of some layer uses that are this model's."""
-        places: Sequence[Any] = self.factors.cotangents
+        places = cast("Sequence[Any]", self.factors.cotangents)
         return [i for i in uses if places[i] is not None]
 
 
@@ -367,7 +367,7 @@ def _reduced(x: jax.Array, axis: int) -> jax.Array:
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
     """Squared rows of a leaf; within one model it has explicit rows, or layer uses, or is a bias."""
     factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
-    places: Sequence[Any] = factors.explicit
+    places = cast("Sequence[Any]", factors.explicit)
     for rows in (places[place] for place in block.explicit):
         if rows is not None:
             total = total + jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
