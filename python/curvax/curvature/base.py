@@ -266,6 +266,11 @@ class Curvature(ReadsBatches):
         return self
 
     @property
+    def judges_steps(self) -> bool:
+        """Whether the loss of the batch at other parameters says how good a step was."""
+        return True
+
+    @property
     def couples_examples(self) -> bool:
         """Whether examples enter each other's terms of the loss, so that it takes the outputs of all of them."""
         return False

@@ -195,6 +195,10 @@ class Microbatched(Curvature):
         self.inner.check(params, evaluation)
 
     @property
+    def judges_steps(self) -> bool:
+        return self.inner.judges_steps
+
+    @property
     def couples_examples(self) -> bool:
         return self.inner.couples_examples
 

@@ -38,6 +38,11 @@ leave residuals of 0.1 and more once lam is small, and such steps gain less than
 def plan_method(assembly: Assembly) -> Plan:
     """The plan without shapes. Raises ValueError for modules that cannot work together."""
     solver = assembly.solver
+    if assembly.damping.evaluate_every is not None and not assembly.curvature.judges_steps:
+        raise ValueError(
+            f"a {assembly.damping.name} judges steps by the loss of the same batch, and the {assembly.curvature.name} "
+            "has none at other parameters: give lam_policy='const' with lam0=, or use curvax.vmc."
+        )
     return _plan(assembly, solver, None if solver.candidates else solver.lane, None)
 
 
