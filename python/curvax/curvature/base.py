@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -263,6 +263,10 @@ class Curvature(ReadsBatches):
     def with_kernels(self, choices: Mapping[str, Choice]) -> Curvature:
         """The same operator with the implementations of its ops chosen."""
         del choices
+        return self
+
+    def traced_once(self) -> Self:
+        """The same operator, which runs the user's functions once for each set of shapes (`curvax.traced_once`)."""
         return self
 
     @property

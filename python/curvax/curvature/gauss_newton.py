@@ -88,6 +88,9 @@ class GaussNewton(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> GaussNewton:
         return dataclasses.replace(self, loss=self.loss.with_kernels(choices))
 
+    def traced_once(self) -> GaussNewton:
+        return dataclasses.replace(self, model=self.model.traced_once())
+
     @property
     def couples_examples(self) -> bool:
         return self.loss.couples_examples

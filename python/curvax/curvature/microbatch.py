@@ -191,6 +191,9 @@ class Microbatched(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> Microbatched:
         return dataclasses.replace(self, inner=self.inner.with_kernels(choices))
 
+    def traced_once(self) -> Microbatched:
+        return dataclasses.replace(self, inner=self.inner.traced_once())
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         self.inner.check(params, evaluation)
 
