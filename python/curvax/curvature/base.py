@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, TypeAlias
 import jax
 import numpy as np
 
+from curvax import tree
 from curvax.curvature.differentiate import LinearModel
 from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
@@ -112,6 +113,11 @@ class JacobianRows:
         """C v."""
         return self.vjp(self.output.product(self.jvp(v)))
 
+    def quadratic(self, v: PyTree) -> jax.Array:
+        """v.Cv = (J v).Q(J v), without a pass back."""
+        tangents = self.jvp(v)
+        return tree.vdot(tangents, self.output.product(tangents))
+
 
 @dataclasses.dataclass(frozen=True)
 class Linearization:
@@ -123,6 +129,7 @@ class Linearization:
       gradient: its gradient, or `None` if not asked for.
       output_gradient: the gradient in output space, r with gradient = J^T r; `None` where there is no output space.
       product: v -> C v for the symmetric curvature C, or `None` if not asked for; may be vmapped.
+      quadratic: v -> v.Cv, if that is cheaper than the product; `None` if it is not, or not asked for.
       sampled_gradient: key -> sum_i sqrt(w_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
@@ -141,6 +148,7 @@ class Linearization:
     gradient: PyTree = None
     output_gradient: jax.Array | None = None
     product: Callable[[PyTree], PyTree] | None = None
+    quadratic: Callable[[PyTree], jax.Array] | None = None
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: JacobianRows | None = None
     layer_factors: LayerFactors | None = None
@@ -154,6 +162,14 @@ class Linearization:
     def has_sampling(self) -> bool:
         """Whether targets can be sampled from the model."""
         return self.sampled_gradient is not None
+
+    def bend(self, v: PyTree) -> jax.Array:
+        """v.Cv, of a linearization that was asked for products."""
+        if self.quadratic is not None:
+            return self.quadratic(v)
+        if self.product is None:
+            raise AssertionError("a linearization asked for products has them.")
+        return tree.vdot(v, self.product(v))
 
 
 class ReadsBatches(abc.ABC):

@@ -150,6 +150,7 @@ class GaussNewton(Curvature):
             gradient=at.vjp(residual) if needs.gradient else None,
             output_gradient=residual,
             product=rows.product if rows is not None else None,
+            quadratic=rows.quadratic if rows is not None else None,
             sampled_gradient=self._sampled_gradient(at, targets, weights) if needs.sampling else None,
             rows=rows if needs.rows else None,
             layer_factors=self._layer_factors(params, evaluation, at.outputs, weights) if needs.factors else None,

@@ -291,6 +291,7 @@ class Microbatched(Curvature):
             gradient=gradient,
             output_gradient=output_gradient,
             product=rows.product if rows is not None else product,
+            quadratic=self._quadratic(params, pieces) if needs.product or needs.rows else None,
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             layer_factors=self._layer_factors(params, pieces) if needs.factors else None,
@@ -331,6 +332,16 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return product
+
+    def _quadratic(self, params: PyTree, pieces: Pieces) -> Callable[[PyTree], jax.Array]:
+        def quadratic(v: PyTree) -> jax.Array:
+            def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+                at = self.inner.linearize(params, piece, Needs(product=True))
+                return at.bend(v), at.model_state, ()
+
+            return pieces.sum(visit)[0]
+
+        return quadratic
 
     def _rounding(self, params: PyTree, pieces: Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
