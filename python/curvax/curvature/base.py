@@ -18,6 +18,7 @@ from curvax.output_space import FisherType, OutputCurvature
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
+from curvax.structure.gram import RowGroups
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
@@ -101,6 +102,7 @@ class JacobianRows:
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
       diagonal: max_bytes -> the diagonal of C, an upcast tree.
+      groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
     """
 
     jvp: Callable[[PyTree], jax.Array]
@@ -108,6 +110,7 @@ class JacobianRows:
     output: OutputCurvature
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
+    groups: Callable[[int], RowGroups] | None = None
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""

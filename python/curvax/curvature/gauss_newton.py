@@ -24,7 +24,7 @@ from curvax.structure.blocks import KroneckerBlocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 
@@ -226,7 +226,7 @@ class GaussNewton(Curvature):
 
         source = RowSource(predict, params, inputs, output, vjp, axes)
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return JacobianRows(jvp, vjp, output, gram, diagonal)
+        return JacobianRows(jvp, vjp, output, gram, diagonal, functools.partial(row_groups, source))
 
     def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
         """`effective_weights` for outputs that are at hand."""

@@ -35,7 +35,7 @@ from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -430,4 +430,4 @@ class Microbatched(Curvature):
 
         source = RowSource(None, params, None, rows.output, rows.vjp)
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return dataclasses.replace(rows, gram=gram, diagonal=diagonal)
+        return dataclasses.replace(rows, gram=gram, diagonal=diagonal, groups=functools.partial(row_groups, source))

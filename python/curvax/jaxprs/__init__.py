@@ -1,6 +1,6 @@
 """The one walker: everything in curvax that reads or evaluates a jaxpr does it through this package.
 
-JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Three parts:
+JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Four parts:
 
 1. `calls.py`: which primitives contain a jaxpr, and which operands go into it. A new or renamed primitive of JAX is
    added there and nowhere else; `tests/structure/test_jaxprs` fails at one of the installed JAX that is not listed.
@@ -11,6 +11,8 @@ JAX writes a function as a jaxpr, a list of equations, some of which contain jax
 3. `walks.py`: `evaluate` computes, and asks a hook about every step. A `ForwardFlow` says what is known of each value
    from what is known of the arguments: is it zero, which of its axes holds the examples. `backward` goes from the
    results to the arguments: which values does anybody need, which outputs does an entry reach.
+
+4. `liveness.py`: how many bytes an evaluation holds at once.
 
     jaxpr                                          program
     { lambda ; a:f32[3,2] b:f32[5,3]. let          arguments 0 1
@@ -48,6 +50,7 @@ from curvax.jaxprs.calls import opened as opened
 from curvax.jaxprs.calls import scan_counts as scan_counts
 from curvax.jaxprs.calls import subjaxprs as subjaxprs
 from curvax.jaxprs.calls import uses_custom_vjp as uses_custom_vjp
+from curvax.jaxprs.liveness import peak_bytes as peak_bytes
 from curvax.jaxprs.programs import Atom as Atom
 from curvax.jaxprs.programs import Name as Name
 from curvax.jaxprs.programs import Path as Path
