@@ -140,7 +140,9 @@ def _rows_cost(rows: RowGroups, max_bytes: int) -> Cost:
     making = dataclasses.replace(making, launches=one.launches * pieces.blocks * pieces.times)
     # 2. All rows meet.
     stacked = [
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows.groups, *x.shape), x.dtype), (layer.activations, layer.cotangents))
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows.groups, *x.shape), x.dtype), (layer.activations, layer.cotangents)
+        )
         for layer in rows.one
     ]
     if not any(x.size for x in jax.tree.leaves(stacked)):
