@@ -1,7 +1,6 @@
 """What it takes to trace and compile a step of each preset at its defaults, over a step of AdamW on the same model.
 
-Each of some rounds traces, lowers and compiles all of them in random order, with JAX's caches empty, as a user's first
-step does. Processor time of all threads counts, so that others who use the machine do not; the models are those of
+All of them are traced, lowered and compiled once, in random order, with JAX's caches empty, as a user's first step is. Processor time of all threads counts, so that others who use the machine do not; the models are those of
 `python -m bench untuned`.
 """
 
@@ -15,9 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bench import run
 from bench.schema import Row
 from bench.suites.untuned.contenders import ADAMW, CONTENDERS, Contender
 from bench.suites.untuned.problems import PROBLEMS, Problem
@@ -49,27 +46,24 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
     """Rows, model by model.
 
     Args:
-      quick: one round of the smallest model.
+      quick: the smallest model alone.
       only: substring of the names of models to run.
     """
     known = {problem.name: problem for problem in PROBLEMS}
     for name in _MODELS[:1] if quick else _MODELS:
         if only in name:
             with jax.enable_x64(known[name].float64):
-                yield list(_compare(known[name], 1 if quick else 3))
+                yield list(_compare(known[name]))
 
 
-def _compare(problem: Problem, rounds: int) -> Iterator[Row]:
+def _compare(problem: Problem) -> Iterator[Row]:
     course = Course(problem)
     contenders = [c for c in CONTENDERS if c.runs_on(problem) and (c.name == ADAMW or c.kind != "tuned")]
     contenders = [c for c in contenders if _affordable(c, course)]
-    results: dict[str, list[Costs]] = {c.name: [] for c in contenders}
-    shuffle = random.Random(0)
-    for _ in range(rounds):
-        for contender in shuffle.sample(contenders, len(contenders)):
-            results[contender.name].append(_costs(contender, course))
-    for name, costs in results.items():
-        yield from _rows(problem, name, costs, results[ADAMW])
+    shuffled = random.Random(0).sample(contenders, len(contenders))
+    results = {contender.name: _costs(contender, course) for contender in shuffled}
+    for contender in contenders:
+        yield from _rows(problem, contender.name, results[contender.name], results[ADAMW])
 
 
 def _affordable(contender: Contender, course: Course) -> bool:
@@ -106,22 +100,14 @@ _METRICS: dict[str, Callable[[Costs], float]] = {
 }
 
 
-def _rows(problem: Problem, name: str, costs: list[Costs], base: list[Costs]) -> Iterator[Row]:
+def _rows(problem: Problem, name: str, costs: Costs, base: Costs) -> Iterator[Row]:
+    x = "full batch" if problem.full_batch else f"batch {problem.batch}"
+    first = name == ADAMW
     for metric, of in _METRICS.items():
-        mine, theirs = (np.asarray([of(c) for c in each]) for each in (costs, base))
-        x = "full batch" if problem.full_batch else f"batch {problem.batch}"
-        yield Row(
-            SUITE,
-            problem.name,
-            name,
-            metric,
-            x,
-            *run.percentiles(mine),
-            ratio=None if name == ADAMW else float(np.median(mine / theirs)),
-            baseline=None if name == ADAMW else ADAMW,
-            goal=_GOAL if metric == TOTAL and name != ADAMW else None,
-            rounds=len(costs),
-        )
+        ratio = None if first else of(costs) / of(base)
+        goal = _GOAL if metric == TOTAL and not first else None
+        baseline = None if first else ADAMW
+        yield Row(SUITE, problem.name, name, metric, x, *3 * [of(costs)], ratio=ratio, baseline=baseline, goal=goal)
 
 
 def table(rows: list[Row]) -> Iterator[str]:
