@@ -1,6 +1,7 @@
 """What it takes to trace and compile a step of each preset at its defaults, over a step of AdamW on the same model.
 
-All of them are traced, lowered and compiled once, in random order, with JAX's caches empty, as a user's first step is. Processor time of all threads counts, so that others who use the machine do not; the models are those of
+All of them are traced, lowered and compiled once, in random order, with JAX's caches empty, as a user's first step is.
+Processor time of all threads counts, so that others who use the machine do not; the models are those of
 `python -m bench untuned`.
 """
 

@@ -27,7 +27,7 @@ ends. An example, for the axis that holds the examples, is a scan over three lay
     1. the first iteration sees    h with the examples on axis 0, and w[i] without any
     2. the body gives              h with the examples on axis 0: nothing has changed, so it holds in every iteration
 
-Built on it: `curvax.live` (what outputs depend on), `curvax.loops` (convolutions in loops), `curvax.plan.cost` (what a
+Built on it: `curvax.live` (what outputs depend on), `curvax.loops` (what CPUs are slow at), `curvax.plan.cost` (what a
 program costs), `curvax.layerwise.block_maps` (tangents of blocks) and `curvax.structure` (layers, examples, positions).
 """
 
