@@ -19,6 +19,7 @@ from curvax.pipes import until_closed
 
 SUITES = (
     *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
+    "compile",
     *("gpu_compile", "gpu_steps"),
 )
 

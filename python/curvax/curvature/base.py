@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import jax
 import numpy as np
 
+from curvax import tree
 from curvax.curvature.differentiate import LinearModel
 from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
@@ -17,6 +18,7 @@ from curvax.output_space import FisherType, OutputCurvature
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
+from curvax.structure.gram import RowGroups
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
 from curvax.tree import PyTree
@@ -100,6 +102,7 @@ class JacobianRows:
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
       diagonal: max_bytes -> the diagonal of C, an upcast tree.
+      groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
     """
 
     jvp: Callable[[PyTree], jax.Array]
@@ -107,10 +110,16 @@ class JacobianRows:
     output: OutputCurvature
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
+    groups: Callable[[int], RowGroups] | None = None
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
         return self.vjp(self.output.product(self.jvp(v)))
+
+    def quadratic(self, v: PyTree) -> jax.Array:
+        """v.Cv = (J v).Q(J v), without a pass back."""
+        tangents = self.jvp(v)
+        return tree.vdot(tangents, self.output.product(tangents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Linearization:
       gradient: its gradient, or `None` if not asked for.
       output_gradient: the gradient in output space, r with gradient = J^T r; `None` where there is no output space.
       product: v -> C v for the symmetric curvature C, or `None` if not asked for; may be vmapped.
+      quadratic: v -> v.Cv, if that is cheaper than the product; `None` if it is not, or not asked for.
       sampled_gradient: key -> sum_i sqrt(w_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
@@ -141,6 +151,7 @@ class Linearization:
     gradient: PyTree = None
     output_gradient: jax.Array | None = None
     product: Callable[[PyTree], PyTree] | None = None
+    quadratic: Callable[[PyTree], jax.Array] | None = None
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: JacobianRows | None = None
     layer_factors: LayerFactors | None = None
@@ -154,6 +165,14 @@ class Linearization:
     def has_sampling(self) -> bool:
         """Whether targets can be sampled from the model."""
         return self.sampled_gradient is not None
+
+    def bend(self, v: PyTree) -> jax.Array:
+        """v.Cv, of a linearization that was asked for products."""
+        if self.quadratic is not None:
+            return self.quadratic(v)
+        if self.product is None:
+            raise AssertionError("a linearization asked for products has them.")
+        return tree.vdot(v, self.product(v))
 
 
 class ReadsBatches(abc.ABC):
@@ -263,6 +282,10 @@ class Curvature(ReadsBatches):
     def with_kernels(self, choices: Mapping[str, Choice]) -> Curvature:
         """The same operator with the implementations of its ops chosen."""
         del choices
+        return self
+
+    def traced_once(self) -> Self:
+        """The same operator, which runs the user's functions once for each set of shapes (`curvax.traced_once`)."""
         return self
 
     @property

@@ -24,7 +24,7 @@ from curvax.structure.blocks import KroneckerBlocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 
@@ -90,6 +90,9 @@ class GaussNewton(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> GaussNewton:
         return dataclasses.replace(self, loss=self.loss.with_kernels(choices))
 
+    def traced_once(self) -> GaussNewton:
+        return dataclasses.replace(self, model=self.model.traced_once())
+
     @property
     def judges_steps(self) -> bool:
         return self.loss.judges_steps
@@ -153,6 +156,7 @@ class GaussNewton(Curvature):
             gradient=at.vjp(residual) if needs.gradient else None,
             output_gradient=residual,
             product=rows.product if rows is not None else None,
+            quadratic=rows.quadratic if rows is not None else None,
             sampled_gradient=self._sampled_gradient(at, targets, weights) if needs.sampling else None,
             rows=rows if needs.rows else None,
             layer_factors=self._layer_factors(params, evaluation, at.outputs, weights) if needs.factors else None,
@@ -229,7 +233,7 @@ class GaussNewton(Curvature):
 
         source = RowSource(predict, params, inputs, output, vjp, axes)
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return JacobianRows(jvp, vjp, output, gram, diagonal)
+        return JacobianRows(jvp, vjp, output, gram, diagonal, functools.partial(row_groups, source))
 
     def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
         """`effective_weights` for outputs that are at hand."""

@@ -35,7 +35,7 @@ from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -191,6 +191,9 @@ class Microbatched(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> Microbatched:
         return dataclasses.replace(self, inner=self.inner.with_kernels(choices))
 
+    def traced_once(self) -> Microbatched:
+        return dataclasses.replace(self, inner=self.inner.traced_once())
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         self.inner.check(params, evaluation)
 
@@ -292,6 +295,7 @@ class Microbatched(Curvature):
             gradient=gradient,
             output_gradient=output_gradient,
             product=rows.product if rows is not None else product,
+            quadratic=self._quadratic(params, pieces) if needs.product or needs.rows else None,
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             layer_factors=self._layer_factors(params, pieces) if needs.factors else None,
@@ -332,6 +336,16 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return product
+
+    def _quadratic(self, params: PyTree, pieces: Pieces) -> Callable[[PyTree], jax.Array]:
+        def quadratic(v: PyTree) -> jax.Array:
+            def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+                at = self.inner.linearize(params, piece, Needs(product=True))
+                return at.bend(v), at.model_state, ()
+
+            return pieces.sum(visit)[0]
+
+        return quadratic
 
     def _rounding(self, params: PyTree, pieces: Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
@@ -420,4 +434,4 @@ class Microbatched(Curvature):
 
         source = RowSource(None, params, None, rows.output, rows.vjp)
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return dataclasses.replace(rows, gram=gram, diagonal=diagonal)
+        return dataclasses.replace(rows, gram=gram, diagonal=diagonal, groups=functools.partial(row_groups, source))

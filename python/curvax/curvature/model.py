@@ -20,6 +20,7 @@ from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expa
 from curvax.structure.batch_axis import ExampleModel
 from curvax.structure.outputs import check_outputs
 from curvax.structure.positions import LossWeights, fill_idle_leaves
+from curvax.traced_once import traced_once
 from curvax.tree import PyTree
 
 
@@ -108,6 +109,10 @@ class Model:
     extras: Extras = Extras()
     batch_axes: AxesPrefix | None = None
     complex_outputs: bool = False
+
+    def traced_once(self) -> Model:
+        """The same model, whose Python runs once for each set of shapes."""
+        return dataclasses.replace(self, predict_fn=traced_once(self.predict_fn))
 
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """Returns (outputs, (new model state, aux))."""
