@@ -18,19 +18,8 @@ from bench import schema
 from curvax.pipes import until_closed
 
 SUITES = (
-    *(
-        "steps",
-        "plan",
-        "structure",
-        "lanes",
-        "kernels",
-        "limits",
-        "layerwise",
-        "linalg",
-        "untuned",
-        "robustness",
-        "physics",
-    ),
+    *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
+    *("compile", "physics"),
     *("gpu_compile", "gpu_steps"),
 )
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from bench import schema, tables
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
+from bench.suites import compile as compilation
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
 from bench.suites.linalg.factorizations import ALONE, FREE
@@ -240,6 +241,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
     "kernels": tables.kernels,
     "kernels_spelt_out": tables.kernels,
     "gpu_compile": tables.programs,
+    "compile": compilation.table,
 }
 
 if __name__ == "__main__":

@@ -1,28 +1,40 @@
-"""Functions made fit for the body of a loop or branch.
+"""Functions made fit for XLA's compiler for CPUs, which is slow at two forms of what models and their derivatives do.
 
-XLA for CPUs brings convolutions into the one layout that its fast kernels take only in the outermost computation; in a
-`while` or `cond` the kernel gradient and the transposed convolution of reverse mode run 10 to 30 times slower. Here
-they are brought into that layout before XLA sees them.
+Convolutions: they come into the one layout that the fast kernels take only in the outermost computation; in a `while`
+or `cond` the kernel gradient and the transposed convolution of reverse mode run 10 to 30 times slower. Here they are
+brought into that layout before XLA sees them.
+
+Products that contract several axes, as the gradient of a weight over examples and positions: XLA transposes the left
+operand for them, and with it whatever elementwise work makes that operand, against the order of memory. With the axes
+merged it takes the operand as it is:
+
+    dW = sum_bt h_bt d_bt^T     dot_general (B, T, n) (B, T, m), axes 0 and 1      a transposed copy of h or d
+                                dot_general (B T, n) (B T, m), axis 0              none
+
+Twenty products with the Gauss-Newton matrix of a transformer of 42,000 parameters take half the time, its gradient two
+thirds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from curvax.jaxprs import CALLS, Step, bind, bodies, contains, equations_of, evaluate
+from curvax.jaxprs import CALLS, AnyJaxpr, Step, bind, bodies, equations_of, evaluate, opened, subjaxprs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def for_loop_body(function: F) -> F:
-    """`function` with every convolution in channels-last layout; the function itself where there is nothing to mend.
+    """`function` with every convolution and product in the form that runs fast, in the body of a loop or outside.
 
-    It must be pure and is traced once more, at its first call for each set of argument shapes.
+    The function itself where there is nothing to mend. It must be pure and is traced once, at its first call for each
+    set of argument shapes.
     """
     if jax.default_backend() != "cpu":
         return function
@@ -33,28 +45,62 @@ def for_loop_body(function: F) -> F:
         key = (structure, tuple((x.shape, jnp.result_type(x)) for x in leaves))
         if key not in traced:
             closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-            traced[key] = (closed, jax.tree.structure(shape)) if contains(closed, _CONVOLUTION) else None
-        convolving = traced[key]
-        if convolving is None:
+            traced[key] = (closed, jax.tree.structure(shape)) if _any_slow(closed) else None
+        slow = traced[key]
+        if slow is None:
             return function(*args)
-        closed, out = convolving
+        closed, out = slow
         return jax.tree.unflatten(out, evaluate(equations_of(closed), leaves, _step))
 
     return call  # type: ignore[return-value]
 
 
-_CONVOLUTION = frozenset({"conv_general_dilated"})
+def _any_slow(jaxpr: AnyJaxpr) -> bool:
+    return any(
+        _is_slow(eqn) or any(_any_slow(inner) for inner in subjaxprs(eqn.params)) for eqn in opened(jaxpr)[0].eqns
+    )
+
+
+def _is_slow(eqn: JaxprEqn) -> bool:
+    return eqn.primitive.name == "conv_general_dilated" or _contracts_neighbors(eqn)
+
+
+def _contracts_neighbors(eqn: JaxprEqn) -> bool:
+    """Whether it is a product that contracts several axes, side by side in both operands."""
+    if eqn.primitive.name != "dot_general" or eqn.params.get("out_sharding") is not None:
+        return False
+    (contracted, _) = eqn.params["dimension_numbers"]
+    return len(contracted[0]) > 1 and all(
+        tuple(axes) == tuple(range(axes[0], axes[0] + len(axes))) for axes in contracted
+    )
 
 
 def _step(index: int, step: Step, operands: list[Any]) -> list[Any]:
-    """A step with its convolutions in channels-last layout; calls without any stay calls."""
-    if step.primitive in _CONVOLUTION:
+    """A step in the form that runs fast; calls with nothing to mend stay calls."""
+    if step.primitive == "conv_general_dilated":
         return [_channels_last(step.eqn, *operands)]
+    if _contracts_neighbors(step.eqn):
+        return [_one_contraction(step.eqn, *operands)]
     if step.primitive in CALLS:
         (called,) = bodies(step.eqn)
-        if contains(called.jaxpr, _CONVOLUTION):
+        if _any_slow(called.jaxpr):
             return evaluate(equations_of(called.jaxpr), operands, _step)
     return bind(step.eqn, operands)
+
+
+def _one_contraction(eqn: JaxprEqn, left: jax.Array, right: jax.Array) -> jax.Array:
+    p = eqn.params
+    contracted, batch = p["dimension_numbers"]
+    operands, merged, kept = [], [], []
+    for x, axes, others in zip((left, right), contracted, batch, strict=True):
+        first, last = axes[0], axes[0] + len(axes)
+        operands.append(x.reshape(*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:]))
+        merged.append((first,))
+        kept.append(tuple(i if i < first else i - len(axes) + 1 for i in others))
+    numbers = (tuple(merged), tuple(kept))
+    return jax.lax.dot_general(
+        *operands, numbers, precision=p["precision"], preferred_element_type=p["preferred_element_type"]
+    )
 
 
 def _channels_last(eqn: Any, image: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, final
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,10 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
         return self.curvature.partition
 
     @abc.abstractmethod
+    def _traced_once(self) -> Self:
+        """The same method, which runs the user's functions once for each set of shapes (`curvax.traced_once`)."""
+
+    @abc.abstractmethod
     def _first_state(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> StateT:
         """The state before the first step of these parameters; `batch` as for `init`."""
 
@@ -149,7 +153,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
-        return self._first_state(trainable, frozen, batch, model_state)
+        return self._traced_once()._first_state(trainable, frozen, batch, model_state)
 
     @final
     def step(
@@ -209,7 +213,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
         if gradient is not None and not self.takes_gradient:
             raise ValueError("this method takes its gradients itself: drop gradient.")
         inputs = StepInputs(trainable, frozen, batch, state, rng, curvature_batch, gradient)
-        return self._propose(self._checked(inputs))
+        return self._traced_once()._propose(self._checked(inputs))
 
     @final
     def _checked(self, inputs: StepInputs[StateT]) -> StepInputs[StateT]:
@@ -234,7 +238,8 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
           model_state: as for `init`.
         """
         trainable, frozen = self.partition.split(params)
-        return self._plan_for(trainable, self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan()))
+        evaluation = self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan())
+        return self._traced_once()._plan_for(trainable, evaluation)
 
     @final
     def evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: StepKeys) -> Evaluation:
@@ -274,6 +279,9 @@ class Method(AbstractMethod[MethodState, Plan]):
     @property
     def needs_batch(self) -> bool:
         return self.assembly.preconditioner.needs_factors
+
+    def _traced_once(self) -> Method:
+        return dataclasses.replace(self, assembly=self.assembly.traced_once())
 
     def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> MethodState:
         preconditioner = jnp.zeros(()) if self.needs_batch else self.assembly.preconditioner.init(params)

@@ -111,18 +111,32 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """
     dtype = scalar_dtype((a, b))
     total = jnp.zeros((), dtype)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        total = total + jnp.vdot(x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    for x, y in zip(_parts(a, dtype), _parts(b, dtype), strict=True):
+        total = total + jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST)
     return total
+
+
+_SMALL_LEAF = 2**14
+
+
+def _parts(tree: PyTree, dtype: np.dtype) -> list[jax.Array]:
+    """The leaves to reduce one by one: large ones as they are, all small ones as one vector.
+
+    Each reduction is some loops that XLA compiles and starts by themselves. Of biases, gains and small matrices that
+    takes longer than a copy of them.
+    """
+    leaves = [x.astype(dtype) for x in jax.tree.leaves(tree) if x.size]
+    small = [x.ravel() for x in leaves if x.size <= _SMALL_LEAF]
+    large = [x for x in leaves if x.size > _SMALL_LEAF]
+    return [*large, *([jnp.concatenate(small)] if len(small) > 1 else small)]
 
 
 def max_abs(tree: PyTree) -> jax.Array:
     """Largest magnitude over all leaves; 0 for an empty tree. NaN entries may go unnoticed: backends differ there."""
     dtype = scalar_dtype(tree)
     largest = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(tree):
-        if leaf.size:
-            largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf)).astype(dtype))
+    for part in _parts(tree, dtype):
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(part)))
     return largest
 
 
@@ -142,19 +156,25 @@ def divisor(largest: jax.Array) -> jax.Array:
 
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm, safe against overflow and underflow of the squares."""
-    scale = max_abs(tree)
-    safe = divisor(scale)
-    unit = jax.tree.map(lambda x: x.astype(scale.dtype) / safe, tree)
-    return jnp.where(jnp.isfinite(scale), safe * jnp.sqrt(vdot(unit, unit)), scale)
+    safe, unit = _scaled_norm(tree)
+    return safe * unit
 
 
 def relative_norm(part: PyTree, whole: PyTree) -> jax.Array:
     """|part| / |whole|, where neither norm need fit its dtype; 0 if `whole` is zero."""
-    scale = max_abs(whole)
+    (scale, above), (other, below) = _scaled_norm(part), _scaled_norm(whole)
+    some = below > 0
+    ratio = above / jnp.where(some, below, jnp.ones_like(below)) * (scale / other)
+    return jnp.where(some, ratio, jnp.zeros_like(ratio))
+
+
+def _scaled_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
+    """(a scale, the norm of the tree divided by it); what is not finite has the scale 1."""
+    scale = max_abs(tree)
     safe = divisor(scale)
-    above, below = (norm(jax.tree.map(lambda x: x.astype(scale.dtype) / safe, v)) for v in (part, whole))
-    ratio = above / jnp.where(below > 0, below, jnp.ones_like(below))
-    return jnp.where(below > 0, ratio, jnp.zeros_like(ratio))
+    parts = [x / safe for x in _parts(tree, scale.dtype)]
+    unit = jnp.sqrt(vdot(parts, parts))
+    return safe, jnp.where(jnp.isfinite(scale), unit, scale)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
@@ -163,10 +183,14 @@ def all_finite(tree: PyTree) -> jax.Array:
     0 x is 0 for finite x and NaN otherwise, so one sum tells; XLA's sums on CPUs take half the time of its
     conjunctions.
     """
-    finite = jnp.asarray(True)
+    by_dtype: dict[Any, list[jax.Array]] = {}
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite = finite & (jnp.sum(leaf * jnp.zeros((), leaf.dtype)) == 0)
+            by_dtype.setdefault(leaf.dtype, []).append(leaf)
+    finite = jnp.asarray(True)
+    for dtype, leaves in by_dtype.items():
+        for part in _parts(leaves, dtype):
+            finite = finite & (jnp.sum(part * jnp.zeros((), dtype)) == 0)
     return finite
 
 

@@ -136,7 +136,9 @@ class StepWork:
       gradient: forward and reverse pass of a gradient; of targets sampled from the model it costs the same.
       product: a product with the curvature.
       residuals: bytes that reverse mode keeps.
-      count_gram, count_refresh: count `gram` and `refresh`, for who asks for them.
+      gram: max_bytes -> work of the Gram matrix of the rows, whose `memory` is alive beside it; with whatever structure
+        the model has, and made in pieces where so much memory does not hold all rows.
+      count_refresh: counts `refresh`, for who asks for it.
     """
 
     parameters: int
@@ -147,13 +149,8 @@ class StepWork:
     gradient: Cost
     product: Cost
     residuals: int
-    count_gram: Callable[[], Cost] = Cost
+    gram: Callable[[int], Cost] = lambda max_bytes: Cost()
     count_refresh: Callable[[], Cost] = Cost
-
-    @functools.cached_property
-    def gram(self) -> Cost:
-        """The Gram matrix of the rows, with whatever structure the model has."""
-        return self.count_gram()
 
     @functools.cached_property
     def refresh(self) -> Cost:

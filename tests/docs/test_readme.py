@@ -60,6 +60,16 @@ def test_the_page_on_physics_runs(x64: None) -> None:
     assert scope["error"] < 1e-3 and bool(scope["info"]["accepted"])
 
 
+@jax.numpy_dtype_promotion("standard")
+def test_the_page_on_variational_monte_carlo_runs(x64: None) -> None:
+    page = README.parent / "docs" / "vmc.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope = {"__name__": "vmc"}
+    exec(compile(block.replace('jax.config.update("jax_enable_x64", True)', ""), str(page), "exec"), scope)
+    assert bool(scope["info"]["accepted"])  # type: ignore[index]
+    assert scope["params"]["w"].dtype == complex  # type: ignore[index]
+
+
 @jax.numpy_dtype_promotion("standard")  # Optax's schedules and Flax rely on promotion
 def test_the_optax_page_runs() -> None:
     page = README.parent / "docs" / "optax.md"

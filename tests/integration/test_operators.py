@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from curvax import curvature, losses
+from curvax import curvature, losses, tree
 from tests.integration.harness import TOLERANCE, assert_close, batch_of, key, precision, standard_truth, truth_of
 from tests.oracle import dense, models
 from tests.oracle.compiling import quick_jit
@@ -39,11 +39,14 @@ def _materialize(operator, params, batch, *, rows=False, shared=True):
         needs = curvature.Needs(gradient=True, product=True, rows=rows, shared=shared)
         at = operator.linearize(p, evaluation, needs)
         gram = at.rows.gram(GRAM_BYTES) if rows else None
-        return at.loss, at.gradient, jax.vmap(at.product)(units), gram
+        return at.loss, at.gradient, jax.vmap(at.product)(units), gram, at.bend(tree.upcast(p))
 
-    loss, gradient, columns, gram = run(trainable, batch)
+    loss, gradient, columns, gram, bend = run(trainable, batch)
     n = dense.vector(params).size
     matrix = np.concatenate([np.asarray(c, np.float64).reshape(n, -1) for c in jax.tree.leaves(columns)], axis=1)
+    v = dense.vector(params)
+    rtol = 1e-10 if np.asarray(bend).dtype == np.float64 else 1e-3
+    np.testing.assert_allclose(bend, v @ matrix @ v, rtol=rtol, atol=rtol * np.abs(matrix).max() * (v @ v))
     return float(loss), dense.vector(gradient), matrix, None if gram is None else np.asarray(gram, np.float64)
 
 

@@ -135,14 +135,15 @@ def test_products_and_rows_of_a_coupled_loss_in_pieces(name: str, kind: str, x64
         at = operator.linearize(p, Evaluation(batch), needs)
         assert at.product is not None
         rows = () if at.rows is None else (at.rows.gram(1 << 30), at.rows.diagonal(1 << 30))
-        return at.loss, operator.value(p, Evaluation(batch)), at.gradient, at.product(v), rows
+        return at.loss, operator.value(p, Evaluation(batch)), at.gradient, (at.product(v), at.bend(v)), rows
 
     v = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(9).standard_normal(p.shape)), params)
-    one, other, slope, product, rows = found(params, v)
+    one, other, slope, (product, bend), rows = found(params, v)
     assert float(one) == pytest.approx(value, rel=1e-12) and float(other) == pytest.approx(value, rel=1e-12)
     np.testing.assert_allclose(dense.vector(slope), gradient, rtol=1e-9, atol=1e-12)
     curved = matrix if kind == "Gauss-Newton" else hessian
     np.testing.assert_allclose(dense.vector(product), curved @ dense.vector(v), rtol=1e-8, atol=1e-10)
+    assert float(bend) == pytest.approx(dense.vector(v) @ curved @ dense.vector(v), rel=1e-8)
     if rows:
         values = np.linalg.eigvalsh(np.asarray(rows[0]))[::-1][: len(matrix)]
         np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix)[::-1][: len(values)], rtol=1e-8, atol=1e-10)

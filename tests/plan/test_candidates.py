@@ -159,7 +159,7 @@ def _work(rows: int) -> StepWork:
     piece = Cost(flops=1e6, bytes=1e6, launches=10)
     return StepWork(
         parameters=1000, leaves=4, itemsize=4, rows=rows, linearize=piece, gradient=piece, product=piece,
-        residuals=1000, count_gram=lambda: piece,
+        residuals=1000, gram=lambda _: piece,
     )  # fmt: skip
 
 

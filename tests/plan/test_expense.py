@@ -84,6 +84,15 @@ def test_half_of_the_memory_is_too_much(monkeypatch):
     assert _said(method, params, batch) == []
 
 
+def test_more_than_all_of_the_memory_is_refused(monkeypatch):
+    params, batch = _shapes(64, 32)
+    method = curvax.egn(predict_fn=_predict, loss=curvax.losses.SquaredError())
+    needed = method.plan_for(params, batch).cost.memory
+    monkeypatch.setattr(machine, "memory", lambda: int(0.9 * needed))
+    with pytest.raises(ValueError, match=r"2048 unknowns .* MB of the .* there are.* take gauss_newton"):
+        _said(method, params, batch)
+
+
 def test_an_automatic_choice_fits_into_memory(monkeypatch):
     """What is fastest on paper is not taken where it does not fit."""
     params, batch = _shapes(64, 8, width=512)

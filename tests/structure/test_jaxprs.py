@@ -299,6 +299,18 @@ class TestEveryCall:
             text = str(jax.make_jaxpr(fit)(k, x))
             assert text.count("conv_general_dilated") == 1 and "lhs_spec=(0, 2, 1)" in text
 
+    def test_products_inside_contract_one_axis(self, case: Case) -> None:
+        def contract(d: jax.Array, h: jax.Array) -> jax.Array:
+            return lax.dot_general(d, h, (((2, 3), (1, 2)), ((0,), (0,))))
+
+        rng = np.random.default_rng(0)
+        d, h = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 3, 4), (2, 3, 4, 6)))
+        fit = for_loop_body(lambda d, h: case.wrap(contract, d, h))
+        if case.name in CALLS:
+            text = str(jax.make_jaxpr(fit)(d, h))
+            assert text.count("dot_general") == 1 and "(([2], [1]), ([0], [0]))" in text
+            np.testing.assert_allclose(fit(d, h), jnp.einsum("bmtu,btun->bmn", d, h), rtol=1e-5, atol=1e-5)
+
     def test_tangents_arrive_block_by_block(self, case: Case) -> None:
         if case.name not in CALLS:
             pytest.skip("a linear map contains plain calls only.")

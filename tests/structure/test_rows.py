@@ -76,6 +76,55 @@ def test_the_memory_bound_holds_for_rows_that_are_formed() -> None:
     np.testing.assert_allclose(bounded, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+def _convolution(params: Any, x: jax.Array) -> jax.Array:
+    y = jax.lax.conv_general_dilated(x, params["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.tanh(y).reshape(len(x), -1) @ params["v"]
+
+
+def _attention(params: Any, x: jax.Array) -> jax.Array:
+    h = x @ params["v"]
+    h = h + jax.nn.softmax((h @ params["w"]) @ jnp.swapaxes(h, -1, -2)) @ h
+    return h @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("predict", "shapes"),
+    [
+        (_convolution, {"w": (3, 3, 2, 16), "v": (4 * 4 * 16, 12), "x": (24, 8, 8, 2)}),
+        (_attention, {"w": (9, 9), "v": (6, 9), "x": (6, 10, 6)}),
+    ],
+    ids=["convolution", "attention"],
+)
+def test_the_plan_knows_the_memory_that_rows_take(predict: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Planned bytes against those of the compiled program, with room for all rows, for some, and for less than one
+    example's."""
+    rng = np.random.default_rng(0)
+    params = {k: array(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    x = params.pop("x")
+    batch = {"x": x, "y": jnp.zeros(jax.eval_shape(predict, params, x).shape)}
+
+    def groups(max_bytes: int) -> Any:
+        found: list[Any] = []
+        jax.eval_shape(lambda p: found.append(_rows(predict, p, batch).groups(max_bytes)), params)
+        return found[0]
+
+    whole = groups(1 << 40)
+    everything, size = whole.groups * whole.bytes, whole.total**2 * 4
+    results = []
+    for bound in (everything, everything // 3, whole.bytes // 2):
+        rows = groups(bound)
+        planned = rows.pieces(bound).bytes
+        compiled = jax.jit(lambda p, b=bound: _rows(predict, p, batch).gram(b)).lower(params).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None and planned <= bound
+        # Beside the rows there are two Gram matrices, one of them mirrored.
+        assert memory.temp_size_in_bytes <= planned + 2.5 * size
+        results.append((rows.rows, np.asarray(compiled(params))))
+    assert results[0][0] == whole.rows > results[2][0], "only what does not fit comes in parts of an example"
+    for _, gram in results[1:]:
+        np.testing.assert_allclose(gram, results[0][1], rtol=1e-4, atol=1e-5 * np.abs(gram).max())
+
+
 @pytest.mark.parametrize("metric", [MonteCarloFisher(3), ObservedFisher()], ids=str)
 def test_gram_and_product_are_one_operator(metric: Any) -> None:
     with jax.enable_x64(True):

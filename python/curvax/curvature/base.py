@@ -6,11 +6,12 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import jax
 import numpy as np
 
+from curvax import tree
 from curvax.curvature.differentiate import LinearModel
 from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Implementation, Op, Request
@@ -18,9 +19,10 @@ from curvax.output_space import FisherType, OutputCurvature
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
+from curvax.structure.gram import RowGroups
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 
@@ -103,6 +105,7 @@ class JacobianRows:
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
       diagonal: max_bytes -> the diagonal of C, an upcast tree.
       source: what the rows are made from, which lets them meet other rows; `None` for whoever cannot say.
+      groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
     """
 
     jvp: Callable[[PyTree], jax.Array]
@@ -110,17 +113,24 @@ class JacobianRows:
     output: OutputCurvature
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
+    groups: Callable[[int], RowGroups] | None = None
     source: RowSource | None = None
 
     @staticmethod
     def of(source: RowSource, jvp: Callable[[PyTree], jax.Array]) -> JacobianRows:
         """The rows that a source makes."""
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return JacobianRows(jvp, source.vjp, source.output, gram, diagonal, source)
+        groups = functools.partial(row_groups, source)
+        return JacobianRows(jvp, source.vjp, source.output, gram, diagonal, groups, source)
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
         return self.vjp(self.output.product(self.jvp(v)))
+
+    def quadratic(self, v: PyTree) -> jax.Array:
+        """v.Cv = (J v).Q(J v), without a pass back."""
+        tangents = self.jvp(v)
+        return tree.vdot(tangents, self.output.product(tangents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +143,7 @@ class Linearization:
       gradient: its gradient, or `None` if not asked for.
       output_gradient: the gradient in output space, r with gradient = J^T r; `None` where there is no output space.
       product: v -> C v for the symmetric curvature C, or `None` if not asked for; may be vmapped.
+      quadratic: v -> v.Cv, if that is cheaper than the product; `None` if it is not, or not asked for.
       sampled_gradient: key -> sum_i sqrt(w_i) J_i^T grad l_i(f_i, sampled target), whose elementwise square has
         the expectation diag(GGN) for losses that are log-likelihoods; `None` if there is nothing to sample from.
       rows: the factors of C, or `None`.
@@ -152,6 +163,7 @@ class Linearization:
     gradient: PyTree = None
     output_gradient: jax.Array | None = None
     product: Callable[[PyTree], PyTree] | None = None
+    quadratic: Callable[[PyTree], jax.Array] | None = None
     sampled_gradient: Callable[[jax.Array], PyTree] | None = None
     rows: JacobianRows | None = None
     layer_factors: LayerFactors | None = None
@@ -166,6 +178,14 @@ class Linearization:
     def has_sampling(self) -> bool:
         """Whether targets can be sampled from the model."""
         return self.sampled_gradient is not None
+
+    def bend(self, v: PyTree) -> jax.Array:
+        """v.Cv, of a linearization that was asked for products."""
+        if self.quadratic is not None:
+            return self.quadratic(v)
+        if self.product is None:
+            raise AssertionError("a linearization asked for products has them.")
+        return tree.vdot(v, self.product(v))
 
 
 class ReadsBatches(abc.ABC):
@@ -281,6 +301,15 @@ class Curvature(ReadsBatches):
         """The same operator with the implementations of its ops chosen."""
         del choices
         return self
+
+    def traced_once(self) -> Self:
+        """The same operator, which runs the user's functions once for each set of shapes (`curvax.traced_once`)."""
+        return self
+
+    @property
+    def judges_steps(self) -> bool:
+        """Whether the loss of the batch at other parameters says how good a step was."""
+        return True
 
     @property
     def couples_examples(self) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.jaxprs import uses_custom_vjp
+from curvax.loops import for_loop_body
 from curvax.tree import PyTree
 
 
@@ -59,10 +60,12 @@ def linear_model(
 
 
 def _upcast_vjp(vjp: Callable[[PyTree], PyTree], outputs: PyTree) -> Callable[[PyTree], PyTree]:
+    vjp = for_loop_body(vjp)
     return lambda u: tree.upcast(vjp(tree.cast_like(u, outputs)))
 
 
 def _upcast_jvp(jvp: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
+    jvp = for_loop_body(jvp)
     return lambda v: tree.upcast(jvp(tree.cast_like(v, params)))
 
 
@@ -143,4 +146,5 @@ def second_order(
 
 
 def _wide_hvp(product: Callable[[PyTree], PyTree], params: PyTree) -> Callable[[PyTree], PyTree]:
+    product = for_loop_body(product)
     return lambda v: tree.upcast(product(tree.cast_like(v, params)))

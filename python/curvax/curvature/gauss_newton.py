@@ -43,6 +43,8 @@ class GaussNewton(Curvature):
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        # What the model may return is the loss's word.
+        object.__setattr__(self, "model", dataclasses.replace(self.model, complex_outputs=self.loss.takes_complex))
 
     @property
     def name(self) -> str:
@@ -86,6 +88,13 @@ class GaussNewton(Curvature):
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> GaussNewton:
         return dataclasses.replace(self, loss=self.loss.with_kernels(choices))
+
+    def traced_once(self) -> GaussNewton:
+        return dataclasses.replace(self, model=self.model.traced_once())
+
+    @property
+    def judges_steps(self) -> bool:
+        return self.loss.judges_steps
 
     @property
     def couples_examples(self) -> bool:
@@ -146,6 +155,7 @@ class GaussNewton(Curvature):
             gradient=at.vjp(residual) if needs.gradient else None,
             output_gradient=residual,
             product=rows.product if rows is not None else None,
+            quadratic=rows.quadratic if rows is not None else None,
             sampled_gradient=self._sampled_gradient(at, targets, weights) if needs.sampling else None,
             rows=rows if needs.rows else None,
             layer_factors=self._layer_factors(params, evaluation, at.outputs, weights) if needs.factors else None,
@@ -164,15 +174,15 @@ class GaussNewton(Curvature):
         return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
-        capture = self._capture(params, evaluation)
+        capture = self._by_example._capture(params, evaluation)
         return find_blocks(capture.structure, [leaf.shape for leaf in jax.tree.leaves(params)], capture.dtype)
 
+    @property
+    def _by_example(self) -> GaussNewton:
+        """The operator that Kronecker factors approximate; raises ValueError if there is none."""
+        return dataclasses.replace(self, loss=self.loss.by_example)
+
     def _capture(self, params: PyTree, evaluation: Evaluation) -> Capture:
-        if self.loss.couples_examples:
-            raise ValueError(
-                f"Kronecker factors are taken example by example, and {self.loss} couples examples: "
-                "use a loss without coupling, or another preconditioner."
-            )
         inputs = self.model.inputs(evaluation.batch)
 
         def predict(p: PyTree, x: Any) -> jax.Array:
@@ -191,7 +201,8 @@ class GaussNewton(Curvature):
     ) -> LayerFactors:
         def layer_factors(fisher: FisherType, key: jax.Array) -> Callable[[Measure], PyTree]:
             targets, signs = jax.random.split(key)
-            output = fisher.bind(self.loss, outputs, self.model.targets(evaluation.batch), weights, targets)
+            loss = self.loss.by_example
+            output = fisher.bind(loss, outputs, self.model.targets(evaluation.batch), weights, targets)
             captured, inputs = self._capture(params, evaluation), self.model.inputs(evaluation.batch)
             counted = self.model.loss_weights(self.loss, weights, outputs, evaluation.batch)
             factors = captured.batch(jax.tree.leaves(params), jax.tree.leaves(inputs), output.cotangents(signs))

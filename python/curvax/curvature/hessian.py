@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from curvax.structure.additive import additive_axes
 from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.report import LeafStructure
+from curvax.traced_once import traced_once
 from curvax.tree import PyTree
 
 _NO_ROWS = "the Hessian has no row factors: use a parameter-space solver, or the Gauss-Newton matrix."
@@ -40,6 +41,10 @@ class Objective(ReadsBatches):
     @abc.abstractmethod
     def sampler(self) -> tuple[Model, Loss] | None:
         """The model and loss to sample targets from, if there are any."""
+
+    @abc.abstractmethod
+    def traced_once(self) -> Self:
+        """See `Curvature.traced_once`."""
 
     @abc.abstractmethod
     def effective_weights(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
@@ -80,6 +85,9 @@ class LossFunction(Objective):
     @property
     def sampler(self) -> tuple[Model, Loss] | None:
         return None
+
+    def traced_once(self) -> LossFunction:
+        return dataclasses.replace(self, loss_fn=traced_once(self.loss_fn))
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         for key in self.keys:
@@ -181,6 +189,9 @@ class ModelLoss(Objective):
     def sampler(self) -> tuple[Model, Loss] | None:
         return self.model, self.loss
 
+    def traced_once(self) -> ModelLoss:
+        return dataclasses.replace(self, model=self.model.traced_once())
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         outputs = jax.eval_shape(lambda p, e: self.model.outputs(p, e)[0], params, evaluation)
         self.model.check(self.loss, outputs, evaluation.batch, signed=True)
@@ -250,6 +261,9 @@ class Hessian(Curvature):
     @property
     def needs_model_key(self) -> bool:
         return self.objective.extras.has_rng
+
+    def traced_once(self) -> Hessian:
+        return dataclasses.replace(self, objective=self.objective.traced_once())
 
     def forward(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
         return self.objective(params, evaluation)[0]

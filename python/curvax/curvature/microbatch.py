@@ -190,8 +190,15 @@ class Microbatched(Curvature):
     def with_kernels(self, choices: Mapping[str, Choice]) -> Microbatched:
         return dataclasses.replace(self, inner=self.inner.with_kernels(choices))
 
+    def traced_once(self) -> Microbatched:
+        return dataclasses.replace(self, inner=self.inner.traced_once())
+
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         self.inner.check(params, evaluation)
+
+    @property
+    def judges_steps(self) -> bool:
+        return self.inner.judges_steps
 
     @property
     def couples_examples(self) -> bool:
@@ -287,6 +294,7 @@ class Microbatched(Curvature):
             gradient=gradient,
             output_gradient=output_gradient,
             product=rows.product if rows is not None else product,
+            quadratic=self._quadratic(params, pieces) if needs.product or needs.rows else None,
             sampled_gradient=self._sampled_gradient(params, pieces) if needs.sampling else None,
             rows=rows,
             layer_factors=self._layer_factors(params, pieces) if needs.factors else None,
@@ -327,6 +335,16 @@ class Microbatched(Curvature):
             return pieces.sum(visit)[0]
 
         return product
+
+    def _quadratic(self, params: PyTree, pieces: Pieces) -> Callable[[PyTree], jax.Array]:
+        def quadratic(v: PyTree) -> jax.Array:
+            def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+                at = self.inner.linearize(params, piece, Needs(product=True))
+                return at.bend(v), at.model_state, ()
+
+            return pieces.sum(visit)[0]
+
+        return quadratic
 
     def _rounding(self, params: PyTree, pieces: Pieces) -> jax.Array:
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:

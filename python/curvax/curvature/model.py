@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.complex_parts import is_complex, real_view
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import TrainablePartition
 from curvax.losses.base import Loss, Shaped
@@ -19,6 +20,7 @@ from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expa
 from curvax.structure.batch_axis import ExampleModel
 from curvax.structure.outputs import check_outputs
 from curvax.structure.positions import LossWeights, fill_idle_leaves
+from curvax.traced_once import traced_once
 from curvax.tree import PyTree
 
 
@@ -96,6 +98,8 @@ class Model:
         prefix of the batch, as `in_axes` of `jax.vmap` is one of its arguments. By default, `None`, the first axis of
         targets, weights, and those inputs that the model turns out to treat so (`curvax.structure`). The outputs have
         their examples where the targets have theirs.
+      complex_outputs: whether the model may return complex numbers; outputs are then `real_view`s of them. By default
+        not: a `GaussNewton` sets it to what its loss takes.
     """
 
     predict_fn: Callable[..., Any]
@@ -104,6 +108,11 @@ class Model:
     weight_key: str | None = None
     extras: Extras = Extras()
     batch_axes: AxesPrefix | None = None
+    complex_outputs: bool = False
+
+    def traced_once(self) -> Model:
+        """The same model, whose Python runs once for each set of shapes."""
+        return dataclasses.replace(self, predict_fn=traced_once(self.predict_fn))
 
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """Returns (outputs, (new model state, aux))."""
@@ -115,6 +124,8 @@ class Model:
         if axes is not None:
             inputs = axes.from_front(inputs)
         outputs, rest = self.extras.call(self.predict_fn, params, inputs, evaluation)
+        if self.complex_outputs and is_complex(outputs):
+            return real_view(jnp.moveaxis(outputs, axis, 0)), rest
         outputs = check_outputs(outputs, "; for what it returns beside them set has_aux=True or has_state=True")
         return (jnp.moveaxis(outputs, axis, 0) if axis else outputs), rest
 
@@ -123,8 +134,9 @@ class Model:
         return self._front(batch, self.x_key)
 
     def targets(self, batch: Any) -> Any:
-        """The targets in a batch."""
-        return self._front(batch, self.y_key)
+        """The targets in a batch; complex ones, which are for complex outputs, as their `real_view`."""
+        targets = self._front(batch, self.y_key)
+        return jax.tree.map(_real_targets, targets) if self.complex_outputs else targets
 
     def weights(self, batch: Any) -> jax.Array | None:
         """The weights in a batch, or `None`."""
@@ -270,6 +282,11 @@ class Model:
                 f"the batch has no '{key}' (it has {sorted(map(str, batch))}): add it or set {self._keys[key]}."
             )
         return batch[key]
+
+
+def _real_targets(x: Any) -> Any:
+    shapes = isinstance(x, jax.ShapeDtypeStruct)
+    return (jax.eval_shape(real_view, x) if shapes else real_view(x)) if is_complex(x) else x
 
 
 def _leading(entry: Any) -> BatchAxes:

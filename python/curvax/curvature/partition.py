@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from curvax.complex_parts import is_parts, join_complex, split_complex
 from curvax.tree import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -36,10 +37,12 @@ def _flag(mask: Any) -> bool:
 class TrainablePartition:
     """Splits parameters into a trainable and a frozen tree, each with `None` where the other has the leaf.
 
+    A complex leaf trains as its two real parts (`curvax.complex_parts`); `merge` makes it complex again.
+
     Attributes:
       frozen: tree of booleans like the parameters (a prefix will do), or a function from the parameters to one; True
-        keeps a leaf as it is. Leaves that are not floating point (counters, keys) are always frozen: nothing can be
-        differentiated there.
+        keeps a leaf as it is. Leaves that are neither floating point nor complex (counters, keys) are always frozen:
+        nothing can be differentiated there.
     """
 
     frozen: Mask | None = None
@@ -48,15 +51,17 @@ class TrainablePartition:
         """Returns (trainable, frozen)."""
         self._check(params)
         mask = self._mask(params)
-        trainable = jax.tree.map(lambda p, m: None if m else p, params, mask)
+        trainable = split_complex(jax.tree.map(lambda p, m: None if m else p, params, mask))
         frozen = jax.tree.map(lambda p, m: p if m else None, params, mask)
         return trainable, frozen
 
     def merge(self, trainable: PyTree, frozen: PyTree) -> PyTree:
         """Inverse of `split`; fills the gaps of `trainable` from `frozen`."""
-        if frozen is None:
-            return trainable
-        return jax.tree.map(lambda t, f: f if _is_gap(t) else t, trainable, frozen, is_leaf=_is_gap)
+        if frozen is not None:
+            trainable = jax.tree.map(
+                lambda t, f: f if _is_gap(t) else t, trainable, frozen, is_leaf=lambda x: _is_gap(x) or is_parts(x)
+            )
+        return join_complex(trainable)
 
     def _mask(self, params: PyTree) -> PyTree:
         chosen = self.frozen(params) if is_function(self.frozen) else self.frozen
@@ -68,7 +73,7 @@ class TrainablePartition:
             raise ValueError(
                 "`frozen` must be a tree of booleans with the structure of the parameters, or a prefix of it."
             ) from error
-        return jax.tree.map(lambda m, p: m or not jnp.issubdtype(p.dtype, jnp.floating), full, params)
+        return jax.tree.map(lambda m, p: m or not jnp.issubdtype(p.dtype, jnp.inexact), full, params)
 
     def _check(self, params: PyTree) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -78,6 +83,3 @@ class TrainablePartition:
                     f"{name} is a {type(leaf).__name__}, not an array: keep static parts out of the parameters "
                     "(nnx.split or equinox.partition separate them) or wrap numbers with jnp.asarray."
                 )
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                name = jax.tree_util.keystr(path) or "the parameters"
-                raise TypeError(f"{name} is complex: give its real and imaginary part as two real leaves.")

@@ -168,6 +168,13 @@ class SumOfTerms(Curvature):
         return all(curvature.has_factors for curvature in self._curvatures)
 
     @property
+    def judges_steps(self) -> bool:
+        return all(curvature.judges_steps for curvature in self._curvatures)
+
+    def traced_once(self) -> SumOfTerms:
+        return self._mapped(lambda curvature: curvature.traced_once())
+
+    @property
     def is_random(self) -> bool:
         return any(curvature.is_random for curvature in self._curvatures)
 
@@ -309,6 +316,7 @@ class SumOfTerms(Curvature):
             gradient=functools.reduce(tree.add, [at.gradient for at in ats]) if needs.gradient else None,
             output_gradient=_flat([_given(at.output_gradient) for at in ats]) if needs.rows else None,
             product=(lambda v: functools.reduce(tree.add, [_given(at.product)(v) for at in ats])) if curved else None,
+            quadratic=(lambda v: _total([at.bend(v) for at in ats])) if curved else None,
             sampled_gradient=_sampled(ats) if needs.sampling and self.has_sampling else None,
             rows=rows,
             layer_factors=self._layer_factors(params, whole, ats) if needs.factors else None,

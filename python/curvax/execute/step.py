@@ -255,15 +255,13 @@ def _evaluate(
 
     def predicted() -> tuple[jax.Array, jax.Array, jax.Array]:
         """(decrease predicted for what is really added to the parameters, curvature along it, rounding of the loss)."""
-        product = point.curved.product
-        if plan.predict_apart or product is None:
+        curved = point.curved
+        if plan.predict_apart or curved.product is None:
             needs = Needs(product=True, shared=plan.needs.shared)
-            product = ctx.assembly.curvature.linearize(ctx.params, ctx.problem.curvature_batch, needs).product
-        if product is None:
-            raise AssertionError("a linearization asked for products has them.")
+            curved = ctx.assembly.curvature.linearize(ctx.params, ctx.problem.curvature_batch, needs)
         change = jax.tree.map(jnp.subtract, tree.upcast(after), tree.upcast(ctx.params))
         change = jax.tree.map(lambda c, g: c.astype(g.dtype), change, point.gradient)
-        slope, bend = tree.vdot(point.gradient, change), tree.vdot(change, product(change))
+        slope, bend = tree.vdot(point.gradient, change), curved.bend(change)
         squared = tree.vdot(change, change)
         own_rounding = None if ctx.assembly.damping.evaluate_every is None else point.at.rounding
         rounding = loss_rounding(loss) if own_rounding is None else own_rounding()

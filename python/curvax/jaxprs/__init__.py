@@ -1,6 +1,6 @@
 """The one walker: everything in curvax that reads or evaluates a jaxpr does it through this package.
 
-JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Four parts:
+JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Five parts:
 
 1. `calls.py`: which primitives contain a jaxpr, and which operands go into it. A new or renamed primitive of JAX is
    added there and nowhere else; `tests/structure/test_jaxprs` fails at one of the installed JAX that is not listed.
@@ -12,6 +12,7 @@ JAX writes a function as a jaxpr, a list of equations, some of which contain jax
 4. `walks.py`: `evaluate` computes, and asks a hook about every step. A `ForwardFlow` says what is known of each value
    from what is known of the arguments: is it zero, which of its axes holds the examples. `backward` goes from the
    results to the arguments: which values does anybody need, which outputs does an entry reach.
+5. `liveness.py`: how many bytes an evaluation holds at once.
 
     jaxpr                                          program
     { lambda ; a:f32[3,2] b:f32[5,3]. let          arguments 0 1
@@ -26,7 +27,7 @@ ends. An example, for the axis that holds the examples, is a scan over three lay
     1. the first iteration sees    h with the examples on axis 0, and w[i] without any
     2. the body gives              h with the examples on axis 0: nothing has changed, so it holds in every iteration
 
-Built on it: `curvax.live` (what outputs depend on), `curvax.loops` (convolutions in loops), `curvax.plan.cost` (what a
+Built on it: `curvax.live` (what outputs depend on), `curvax.loops` (what CPUs are slow at), `curvax.plan.cost` (what a
 program costs), `curvax.layerwise.block_maps` (tangents of blocks) and `curvax.structure` (layers, examples, positions).
 """
 
@@ -49,6 +50,7 @@ from curvax.jaxprs.calls import opened as opened
 from curvax.jaxprs.calls import scan_counts as scan_counts
 from curvax.jaxprs.calls import subjaxprs as subjaxprs
 from curvax.jaxprs.calls import uses_custom_vjp as uses_custom_vjp
+from curvax.jaxprs.liveness import peak_bytes as peak_bytes
 from curvax.jaxprs.programs import Atom as Atom
 from curvax.jaxprs.programs import Name as Name
 from curvax.jaxprs.programs import Path as Path

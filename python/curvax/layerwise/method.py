@@ -98,6 +98,9 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         """Into how many equal parts `step` cuts its batch."""
         return self.inner_steps + (0 if self.search is None else self.search.minibatches)
 
+    def _traced_once(self) -> InnerLoopMethod:
+        return dataclasses.replace(self, problem=self.problem.traced_once())
+
     def init_empty(self, params: PyTree, *, model_state: PyTree = None) -> OuterState:
         return self._state(params, model_state)
 
@@ -150,7 +153,8 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         Donating takes the parameters and the state that `start` got with it. The schedule counts on `inner_steps`
         minibatches: nothing refuses fewer or more, and those beyond get its last factor, 0 of the cosine.
         """
-        return dataclasses.replace(carry, progress=self._advance(carry, carry.progress, minibatch))
+        progress = self._traced_once()._advance(carry, carry.progress, minibatch)
+        return dataclasses.replace(carry, progress=progress)
 
     def finish(self, carry: Carry, search_batch: Any = None) -> tuple[PyTree, OuterState, Info]:
         """Ends a step in the streaming form: line search, acceptance, next state.
@@ -169,7 +173,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
                 if search_batch is None
                 else "there is no line search to use search_batch: pass None, or set line_search."
             )
-        proposal = self._end(carry, search_batch)
+        proposal = self._traced_once()._end(carry, search_batch)
         return self.partition.merge(proposal.params, carry.frozen), proposal.state, proposal.info
 
     def _begin(self, inputs: StepInputs[OuterState]) -> Carry:

@@ -138,6 +138,10 @@ class InnerProblem:
         head = None if self.head is None else self.head.with_kernels(choices)
         return dataclasses.replace(self, curvature=self.curvature.with_kernels(choices), head=head)
 
+    def traced_once(self) -> InnerProblem:
+        """The same problem, which runs the model's Python once for each set of shapes."""
+        return dataclasses.replace(self, curvature=self.curvature.traced_once())
+
     def blocks(self, params: PyTree) -> ParameterBlocks:
         """The blocks; a single one for the full problem."""
         if self.partition is None:

@@ -10,6 +10,7 @@ from curvax.losses.cross_entropy import SoftmaxCrossEntropy as SoftmaxCrossEntro
 from curvax.losses.custom import CustomLoss as CustomLoss
 from curvax.losses.poisson import Poisson as Poisson
 from curvax.losses.squared_error import SquaredError as SquaredError
+from curvax.losses.variational_energy import VariationalEnergy as VariationalEnergy
 
 __all__ = [
     "BatchFault",
@@ -20,4 +21,5 @@ __all__ = [
     "SigmoidBinaryCrossEntropy",
     "SoftmaxCrossEntropy",
     "SquaredError",
+    "VariationalEnergy",
 ]

@@ -59,6 +59,11 @@ class Loss(abc.ABC):
 
     reduction: Reduction = dataclasses.field(default="mean", kw_only=True)
 
+    # Whether outputs may be complex: the loss then sees their real and imaginary parts, side by side on the last axis.
+    takes_complex: ClassVar[bool] = False
+    # Whether the batch's loss at other parameters is `value`: what a trust region or a search needs to judge a step.
+    judges_steps: ClassVar[bool] = True
+
     # Whether a weight may differ between the outputs of one position (sums of scalar losses can say what that means).
     _weights_each_output: ClassVar[bool] = False
 
@@ -70,6 +75,20 @@ class Loss(abc.ABC):
     def couples_examples(self) -> bool:
         """True if examples enter each other's terms; microbatches then take it of the outputs of all pieces."""
         return False
+
+    @property
+    def by_example(self) -> Loss:
+        """The loss whose curvature Kronecker factors take, example by example: itself if it couples none.
+
+        Raises:
+          ValueError: it couples examples, and says of no part that it does not.
+        """
+        if not self.couples_examples:
+            return self
+        raise ValueError(
+            f"Kronecker factors are taken example by example, and {self} couples examples: "
+            "use a loss without coupling, or another preconditioner."
+        )
 
     def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
         """The weights w of the terms, normalizer included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,26 @@ from curvax.losses.elementwise import ElementwiseLoss
 class SquaredError(ElementwiseLoss):
     """l(f, y) = 1/2 sum_k (f_k - y_k)^2, the negative log-likelihood of a Gaussian of variance one.
 
-    The Hessian is the identity: Q = w, S = sqrt(w), t = sqrt(w) (f - y).
+    The Hessian is the identity: Q = w, S = sqrt(w), t = sqrt(w) (f - y). Of complex f and y the loss is
+    1/2 sum_k |f_k - y_k|^2.
 
     Attributes:
       centered: takes the mean over the leading axis, weighted as the loss is, out of the residual (default False). This
         is the residual of variational Monte Carlo, where B rows of centered log-derivatives form the quantum Fisher
         matrix. With s = sqrt(w) and P = I - s s^T / s^T s over that axis, L = 1/2 |P s (f - y)|^2, S = s P and
         Q = s P s, as P^2 = P; a weight of zero is an example that is not there. Examples are then coupled: microbatches
-        make the outputs of all of them first.
+        make the outputs of all of them first. Kronecker factors are those without it, as is usual for wave functions.
       reduction: see `Loss`.
     """
 
     centered: bool = False
+
+    takes_complex: ClassVar[bool] = True
+
+    @property
+    def by_example(self) -> SquaredError:
+        """Without centering."""
+        return dataclasses.replace(self, centered=False)
 
     @property
     def couples_examples(self) -> bool:

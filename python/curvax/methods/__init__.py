@@ -23,3 +23,4 @@ from curvax.methods.registry import MethodInfo as MethodInfo
 from curvax.methods.registry import describe as describe
 from curvax.methods.registry import list_methods as list_methods
 from curvax.methods.registry import make as make
+from curvax.methods.variational import vmc as vmc

@@ -48,6 +48,10 @@ class Assembly:
                 "or pass learning_rate= in place of tx."
             )
 
+    def traced_once(self) -> Assembly:
+        """The same modules on a curvature that runs the user's functions once for each set of shapes."""
+        return dataclasses.replace(self, curvature=self.curvature.traced_once())
+
     @property
     def reported(self) -> Telemetry:
         """The telemetry that was asked for, and what a method with such modules reports in any case."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from curvax.jaxprs import COND, SCAN, Program, subjaxprs
 from curvax.live import live_part
@@ -39,7 +39,12 @@ def nbytes(tree: Any) -> int:
 
 def trace(function: Callable[..., Any], *args: Any) -> Cost:
     """Flops and bytes of `function` on arguments given as arrays or shapes, without what its results do not need."""
-    return _program_cost(live_part(jax.make_jaxpr(function)(*args), [False] * len(jax.tree.leaves(args))))
+    return of_program(jax.make_jaxpr(function)(*args))
+
+
+def of_program(jaxpr: ClosedJaxpr) -> Cost:
+    """Flops and bytes of a program, without what its results do not need."""
+    return _program_cost(live_part(jaxpr, [False] * len(jaxpr.in_avals)))
 
 
 def residual_bytes(function: Callable[..., Any], params: Any, *args: Any) -> int:

@@ -1,4 +1,4 @@
-"""Dense solves that a step cannot afford: told before they are compiled, with figures."""
+"""Dense solves that a step cannot afford: told, or refused, before they are compiled, with figures."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def warn_of_expense(assembly: Assembly, plan: Plan, params: PyTree, evaluation: 
 
     From shapes alone. The prediction is that of `Method.plan_for`; only systems of 1,024 unknowns and more are tried.
 
+    Raises:
+      ValueError: it is predicted to take more memory than there is; in the words of the warning.
+
     Warns:
       UserWarning: with time and memory, those of the fastest other lane, and what to do instead.
     """
@@ -42,14 +45,15 @@ def warn_of_expense(assembly: Assembly, plan: Plan, params: PyTree, evaluation: 
     slow = own.seconds >= SECONDS and own.seconds >= RATIO * other.seconds
     if not (large or slow):
         return
-    # Python shows a warning with the same words once.
-    warnings.warn(
+    said = (
         f"{solver.name} of {size} unknowns is predicted to take {time_text(own.seconds)} a step and "
         f"{bytes_text(own.cost.memory)}{'' if there is None else f' of the {bytes_text(there)} there are'}, where "
-        f"{other.solver.name} takes {time_text(other.seconds)} and {bytes_text(other.cost.memory)}: {_instead(solver)}",
-        UserWarning,
-        stacklevel=caller_level(),
+        f"{other.solver.name} takes {time_text(other.seconds)} and {bytes_text(other.cost.memory)}: {_instead(solver)}"
     )
+    if there is not None and own.cost.memory > there:
+        raise ValueError(said)
+    # Python shows a warning with the same words once.
+    warnings.warn(said, UserWarning, stacklevel=caller_level())
 
 
 def _others(assembly: Assembly, solver: Solver) -> tuple[Solver, ...]:

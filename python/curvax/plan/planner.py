@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 
@@ -23,7 +24,7 @@ from curvax.plan.predict import candidate, count_rows, preconditioner_state, ref
 from curvax.requirements import EVERY_STEP, Cadence, Part, Requirement
 from curvax.solvers import Lane, Solver
 from curvax.tree import PyTree
-from curvax.work import StepWork
+from curvax.work import Cost, StepWork
 
 # Mean elements per leaf up to which `flat_vectors` ravels.
 _RAVELED_LEAF = 2**20
@@ -38,6 +39,11 @@ leave residuals of 0.1 and more once lam is small, and such steps gain less than
 def plan_method(assembly: Assembly) -> Plan:
     """The plan without shapes. Raises ValueError for modules that cannot work together."""
     solver = assembly.solver
+    if assembly.damping.evaluate_every is not None and not assembly.curvature.judges_steps:
+        raise ValueError(
+            f"a {assembly.damping.name} judges steps by the loss of the same batch, and the {assembly.curvature.name} "
+            "has none at other parameters: give lam_policy='const' with lam0=, or use curvax.vmc."
+        )
     return _plan(assembly, solver, None if solver.candidates else solver.lane, None)
 
 
@@ -126,8 +132,24 @@ def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *,
 def _candidates(solver: Solver, work: StepWork, own_gradient: bool) -> tuple[Candidate, ...]:
     """The solvers that can serve, with their predicted cost; all of them if none can, so that one says why."""
     known = list(enumerate(solver.candidates))
-    able = [(i, c) for i, c in known if own_gradient or not c.needs_own_gradient]
-    return tuple(candidate(i, c, work, machines.machine()) for i, c in able or known)
+    able = [(i, c) for i, c in known if own_gradient or not c.needs_own_gradient] or known
+    machine, there = machines.machine(), machines.memory()
+    # A Gram matrix is counted on a trace of the rows, which takes as long as to trace the step: not where the
+    # factorization alone is more than an exact solve is worth.
+    without = dataclasses.replace(work, gram=lambda _: Cost())
+    least = {i: candidate(i, c, without, machine) for i, c in able}
+    sizes = {i: c.matrix_size(work.parameters, lambda: work.rows) for i, c in able}
+    iterative = [c.seconds for i, c in least.items() if sizes[i] is None and _fits(c, there)]
+    bound = _EXACT_IS_WORTH * min(iterative, default=math.inf)
+
+    def hopeless(i: int) -> bool:
+        return (sizes[i] or 0) > _SMALL and least[i].seconds > bound
+
+    return tuple(least[i] if hopeless(i) else candidate(i, c, work, machine) for i, c in able)
+
+
+def _fits(candidate: Candidate, memory: int | None) -> bool:
+    return memory is None or candidate.cost.memory <= MEMORY_SHARE * memory
 
 
 def _best(candidates: tuple[Candidate, ...], work: StepWork) -> Candidate:
@@ -137,7 +159,7 @@ def _best(candidates: tuple[Candidate, ...], work: StepWork) -> Candidate:
     crawl.
     """
     there = machines.memory()
-    fitting = [c for c in candidates if there is None or c.cost.memory <= MEMORY_SHARE * there]
+    fitting = [c for c in candidates if _fits(c, there)]
     if not fitting:
         return min(candidates, key=lambda c: c.cost.memory)
     fastest = min(fitting, key=lambda c: c.seconds)

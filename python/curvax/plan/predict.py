@@ -24,6 +24,7 @@ from curvax.plan.machine import Machine
 from curvax.plan.plan import Candidate
 from curvax.preconditioners import Preconditioner
 from curvax.solvers import Solver
+from curvax.structure.gram import RowGroups
 from curvax.tree import PyTree
 from curvax.work import LEAF_LAUNCHES, Cost, StepWork
 
@@ -57,7 +58,7 @@ def step_work(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Ste
         gradient=costing.trace(gradient, shapes, evaluation),
         product=whole if curvature.repeats_forward else whole - forward,
         residuals=costing.residual_bytes(curvature.forward, shapes, evaluation),
-        count_gram=functools.partial(_gram_cost, curvature, shapes, evaluation),
+        gram=functools.cache(functools.partial(_gram_cost, curvature, shapes, evaluation)),
         count_refresh=functools.partial(_refresh_cost, assembly.preconditioner, curvature, shapes, evaluation),
     )
 
@@ -111,17 +112,45 @@ def _forward_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) 
     return costing.trace(lambda p, e: curvature.linearize(p, e, Needs()).loss, shapes, evaluation)
 
 
-def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> Cost:
-    """Work of the Gram matrix, counted on its own trace, so with whatever structure the model turns out to have."""
+def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation, max_bytes: int) -> Cost:
+    """Work of the Gram matrix: of one group of its rows as its trace counts it, and of all of them as they meet."""
     if not curvature.has_rows:
         return Cost()
+    counted: list[Cost] = []
 
-    def gram(p: PyTree, e: Evaluation) -> Any:
+    def count(p: PyTree, e: Evaluation) -> None:
+        rows = curvature.linearize(p, e, Needs(rows=True)).rows
+        if rows is not None and rows.groups is not None:
+            counted.append(_rows_cost(rows.groups(max_bytes), max_bytes))
+
+    def whole(p: PyTree, e: Evaluation) -> Any:
         rows = curvature.linearize(p, e, Needs(rows=True)).rows
         # Without a memory bound there are no blocks, whose loops have no countable length.
         return rows.gram(1 << 62, _COUNTED) if rows is not None else 0
 
-    return costing.trace(gram, shapes, evaluation)
+    jax.eval_shape(count, shapes, evaluation)
+    return counted[0] if counted else costing.trace(whole, shapes, evaluation)
+
+
+def _rows_cost(rows: RowGroups, max_bytes: int) -> Cost:
+    pieces = rows.pieces(max_bytes)
+    # 1. Each group is made as often as its block is. A block is one vmapped program, launched once.
+    one = costing.of_program(rows.program)
+    making = one.times(rows.groups * pieces.times)
+    making = dataclasses.replace(making, launches=one.launches * pieces.blocks * pieces.times)
+    # 2. All rows meet.
+    stacked = [
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows.groups, *x.shape), x.dtype), (layer.activations, layer.cotangents)
+        )
+        for layer in rows.one
+    ]
+    if not any(x.size for x in jax.tree.leaves(stacked)):
+        return Cost()
+    meeting = costing.trace(
+        lambda layers: gram_accumulate.gram_of_layers(layers, rows.dtype, implementation=_COUNTED), stacked
+    )
+    return dataclasses.replace(making + meeting, memory=float(pieces.bytes))
 
 
 def _refresh_cost(preconditioner: Preconditioner, curvature: Curvature, shapes: PyTree, evaluation: Evaluation) -> Cost:

@@ -123,7 +123,8 @@ class RowSpace(Solver):
         vector = work.itemsize * work.rows
 
         def gram() -> Cost:
-            return dataclasses.replace(work.gram, memory=work.residuals + min(work.gram.memory, self.max_bytes))
+            cost = work.gram(self.max_bytes)
+            return dataclasses.replace(cost, memory=work.residuals + cost.memory)
 
         return SystemWork(
             unknowns=work.rows,

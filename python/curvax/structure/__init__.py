@@ -19,8 +19,8 @@ d. The layers are found in the jaxpr of the model, whoever wrote it:
 The files in reading order; each imports from those above it only (`tests/docs/import_contract.toml`):
 
 1. A model as a program.
-   `replay.py` traces a model and evaluates it with perturbations and recordings; `views.py` says what may happen to a
-   leaf on its way to where it is used.
+   `real_arithmetic.py` writes complex arithmetic out in real numbers; `replay.py` traces a model and evaluates it with
+   perturbations and recordings; `views.py` says what may happen to a leaf on its way to where it is used.
 2. Do examples interact?
    `batch_axes.py` says which leaves hold examples; `batch_rules.py` has a rule per primitive for where the axis of
    examples goes; `batch_axis.py` proves that a model treats examples one by one, and `additive.py` that a loss adds up

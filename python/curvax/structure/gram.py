@@ -15,13 +15,16 @@ With n blocks every group is made about n / 2 times more often, and two blocks a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from curvax.jaxprs import peak_bytes
 from curvax.kernels import Choice, Implementation
 from curvax.kernels.gram_accumulate import factors, gram_accumulate, gram_of_layers
 from curvax.kernels.gram_accumulate.whole import mirror
@@ -49,9 +52,58 @@ class RowGroups:
         """Number of rows."""
         return self.groups * self.rows
 
+    @functools.cached_property
+    def _traced(self) -> tuple[ClosedJaxpr, list[Layer]]:
+        """The program that makes a group, and the shapes of its parts."""
+        return jax.make_jaxpr(self.make, return_shape=True)(jax.ShapeDtypeStruct((), jnp.int32))
+
+    @property
+    def program(self) -> ClosedJaxpr:
+        """What makes a group, from its index."""
+        return self._traced[0]
+
+    @property
+    def one(self) -> list[Layer]:
+        """Shapes of the parts of a group."""
+        return self._traced[1]
+
     def many(self, indices: jax.Array) -> list[Layer]:
         """The parts of several groups, stacked."""
-        return jax.vmap(self.make)(indices)
+        program, structure = jaxpr_as_fun(self.program), jax.tree.structure(self.one)
+        return jax.tree.unflatten(structure, jax.vmap(program)(indices))
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Bytes alive while a group is made and met, the rows that the op forms of it included."""
+        return peak_bytes(self.program) + sum(_formed_bytes(layer, self) for layer in self.one)
+
+    def pieces(self, max_bytes: int) -> Pieces:
+        """How many groups are made at once in so much memory; at least one."""
+        if self.groups * self.bytes <= max_bytes:
+            return Pieces(self.groups, 1, self.groups * self.bytes)
+        # Two blocks are alive while they meet.
+        at_once = min(self.groups, max(1, max_bytes // (2 * max(self.bytes, 1))))
+        return Pieces(at_once, -(-self.groups // at_once), 2 * at_once * self.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How rows are made.
+
+    Attributes:
+      at_once: groups of a block.
+      blocks: number of blocks.
+      bytes: alive beside the matrix.
+    """
+
+    at_once: int
+    blocks: int
+    bytes: int
+
+    @property
+    def times(self) -> float:
+        """How often each group is made: once, or as the left side and for every block up to its own."""
+        return 1.0 if self.blocks == 1 else 1.0 + (self.blocks + 1) / 2
 
 
 def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choice | None = None) -> jax.Array:
@@ -59,25 +111,17 @@ def gram(rows: RowGroups, max_bytes: int, implementation: Implementation | Choic
 
     Args:
       rows: the rows.
-      max_bytes: bound on the memory of factors, and of the rows that the op forms from them. If it is too small for
-        all, they are made in blocks, and made again for each block that they meet.
+      max_bytes: bound on the memory of factors, of what it takes to make them, and of the rows that the op forms from
+        them. If it is too small for all, they are made in blocks, and made again for each block that they meet.
       implementation: of the op `gram_accumulate`.
     """
-    each = group_bytes(rows)
-    if not each:
+    if not any(leaf.size for leaf in jax.tree.leaves(rows.one)):
         return jnp.zeros((rows.total, rows.total), rows.dtype)
-    if rows.groups * each <= max_bytes:
-        whole = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
-        return gram_of_layers([(x.activations, x.cotangents) for x in whole], rows.dtype, implementation=implementation)
-    # Two blocks are alive while they meet.
-    return _gram_by_blocks(rows, min(rows.groups, max(1, max_bytes // (2 * each))), implementation)
-
-
-def group_bytes(rows: RowGroups) -> int:
-    """Bytes of the parts of one group, and of the rows that the op forms from them."""
-    one = jax.eval_shape(rows.make, jax.ShapeDtypeStruct((), jnp.int32))
-    made = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
-    return made + sum(_formed_bytes(layer, rows) for layer in one)
+    pieces = rows.pieces(max_bytes)
+    if pieces.blocks > 1:
+        return _gram_by_blocks(rows, pieces.at_once, implementation)
+    whole = rows.many(jnp.arange(rows.groups, dtype=jnp.int32))
+    return gram_of_layers([(x.activations, x.cotangents) for x in whole], rows.dtype, implementation=implementation)
 
 
 def _formed_bytes(layer: Layer, rows: RowGroups) -> int:

@@ -36,7 +36,7 @@ from curvax.kernels.gram_accumulate.whole import mirror
 from curvax.output_space import IdentityCurvature, OutputCurvature
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import formed, uses_by_leaf
-from curvax.structure.gram import RowGroups, gram, group_bytes, meet
+from curvax.structure.gram import RowGroups, gram, meet
 from curvax.structure.layers import Layer, flat, layers, scaled_activations
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.rows import RowSource, example_factors, joint_groups, outputs_like
@@ -66,7 +66,7 @@ def joint_gram(
     if not jax.tree.leaves(sources[0].params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     sets = [_RowSet.of(source) for source in sources]
-    fits = sum(rows.count * group_bytes(rows.groups) for rows in sets) <= max_bytes
+    fits = sum(rows.count * rows.groups.bytes for rows in sets) <= max_bytes
     own, across = _at_once(sets, implementation) if fits else _by_blocks(sets, max_bytes, implementation)
     ends = list(itertools.accumulate((rows.total for rows in sets), initial=0))
     lower = jnp.zeros((ends[-1], ends[-1]), sets[0].dtype)
@@ -114,7 +114,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 def _tiles(pair: _Pair, max_bytes: int, implementation: Implementation | Choice | None) -> jax.Array:
     """One model's rows with another's, tile by tile."""
     (left, n), (right, m) = (
-        (rows, max(1, min(rows.count, max_bytes // (2 * max(1, group_bytes(rows.groups))))))
+        (rows, max(1, min(rows.count, max_bytes // (2 * max(1, rows.groups.bytes)))))
         for rows in (pair.first, pair.second)
     )
     many, others = -(-left.count // n), -(-right.count // m)
@@ -183,7 +183,7 @@ class _RowSet:
         """Number of rows."""
         return self.count * self.rows
 
-    @property
+    @functools.cached_property
     def groups(self) -> RowGroups:
         """The rows as `structure.gram` takes them."""
         return RowGroups(self.count, self.rows, self.dtype, lambda index: self.parts(self.make(index)))

@@ -20,13 +20,20 @@ import jax
 
 from curvax.jaxprs import SCAN, Path, Program, Step, bind, evaluate, scan_counts
 from curvax.live import live_part
+from curvax.structure.real_arithmetic import in_real_arithmetic, is_complex_program
 from curvax.tree import PyTree
 
 
 def traced_program(predict: Callable[[PyTree, Any], PyTree], params: PyTree, inputs: Any) -> Program:
-    """`predict` on arrays or shapes, differentiated by the parameters; the arguments are the leaves of both."""
+    """`predict` on arrays or shapes, differentiated by the parameters; the arguments are the leaves of both.
+
+    Where it goes through complex numbers they are in real arithmetic.
+    """
     varying = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(inputs))
-    return live_part(jax.make_jaxpr(predict)(params, inputs), varying)
+    jaxpr = jax.make_jaxpr(predict)(params, inputs)
+    if is_complex_program(jaxpr):
+        jaxpr = jax.make_jaxpr(in_real_arithmetic(jaxpr))(*jax.tree.leaves((params, inputs)))
+    return live_part(jaxpr, varying)
 
 
 Place: TypeAlias = tuple[Path, int]

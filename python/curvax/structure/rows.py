@@ -100,16 +100,56 @@ def row_gram(
     Warns:
       UserWarning: the model's examples interact.
     """
+    rows, coupled = _row_groups(source, max_bytes)
+    matrix = gram(rows, max_bytes, implementation)
+    return _coupled(matrix, source.output) if coupled else matrix
+
+
+def row_groups(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> RowGroups:
+    """The rows that `row_gram` makes its matrix of; arguments, errors and warnings as there.
+
+    Where S couples the examples these are the rows of J, example by example.
+    """
+    return _row_groups(source, max_bytes)[0]
+
+
+def _row_groups(source: RowSource, max_bytes: int) -> tuple[RowGroups, bool]:
+    """(rows, whether S is still to come)."""
     if not jax.tree.leaves(source.params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     captured = source.captured()
     if captured is None:
-        rows = joint_groups(source.params, source.output, source.vjp)
-    elif source.output.couples_examples:
-        return _coupled_gram(captured, source, max_bytes, implementation)
+        return joint_groups(source.params, source.output, source.vjp), False
+    coupled = source.output.couples_examples
+    if coupled:
+        like = outputs_like(source.output)
+        output: OutputCurvature = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
+        inputs = jax.tree.leaves(source.inputs)
     else:
-        rows = example_groups(captured, source.params, source.filled_inputs(captured), source.output)
-    return gram(rows, max_bytes, implementation)
+        output, inputs = source.output, source.filled_inputs(captured)
+
+    def groups(parts: int) -> RowGroups:
+        return example_groups(captured, source.params, inputs, output, parts)
+
+    return _fitting(groups, max_bytes), coupled
+
+
+def _fitting(groups: Callable[[int], RowGroups], max_bytes: int) -> RowGroups:
+    """Groups of which two fit into memory, if any do: those of all rows of an example, or of an equal part of them.
+
+    Args:
+      groups: parts of an example -> groups.
+      max_bytes: bound.
+    """
+    whole = groups(1)
+    if whole.rows < 2 or whole.pieces(max_bytes).bytes <= max_bytes:
+        return whole
+    least = groups(whole.rows)
+    each = (whole.bytes - least.bytes) / (whole.rows - 1)
+    for parts in range(2, whole.rows):
+        if whole.rows % parts == 0 and 2 * (least.bytes + (whole.rows // parts - 1) * each) <= max_bytes:
+            return groups(parts)
+    return least
 
 
 def row_diagonal(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> PyTree:
@@ -124,47 +164,49 @@ def row_diagonal(source: RowSource, max_bytes: int = DEFAULT_MAX_BYTES) -> PyTre
     return example_diagonal(captured, source.params, source.filled_inputs(captured), source.output, max_bytes)
 
 
-def example_groups(captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature) -> RowGroups:
-    """One group per example, of a model whose examples do not interact."""
-    factors = example_factors(captured, params, inputs, output)
-    rows = math.prod(output.row_shape[1:])
-    return RowGroups(output.row_shape[0], rows, captured.dtype, lambda index: layers(captured, factors(index)))
+def example_groups(
+    captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature, parts: int = 1
+) -> RowGroups:
+    """One group per example, of a model whose examples do not interact; or several, with equal parts of its rows."""
+    factors = example_factors(captured, params, inputs, output, parts)
+    rows = math.prod(output.row_shape[1:]) // parts
+    return RowGroups(output.row_shape[0] * parts, rows, captured.dtype, lambda index: layers(captured, factors(index)))
 
 
 def example_factors(
-    captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature
+    captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature, parts: int = 1
 ) -> Callable[[jax.Array], Factors]:
-    """Index of an example -> the factors of its rows; arguments as for `example_groups`."""
-    rows = math.prod(output.row_shape[1:])
+    """Index of a group of `example_groups` -> the factors of its rows; arguments as there."""
+    total = math.prod(output.row_shape[1:])
+    rows = total // parts
     leaves = jax.tree.leaves(params)
     own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
     def make(index: jax.Array) -> Factors:
-        one = captured.one(own, index)
-        local = output.example(index)
+        example, part = (index, jnp.zeros_like(index)) if parts == 1 else (index // parts, index % parts)
+        one = captured.one(own, example)
+        local = output.example(example)
 
         def cotangents(outputs: jax.Array) -> jax.Array:
-            basis = jnp.eye(rows, dtype=tree.accumulation_dtype(outputs.dtype)).reshape(rows, 1, *output.row_shape[1:])
-            return jax.vmap(local.factor)(basis)
+            basis = jnp.eye(rows, total, dtype=tree.accumulation_dtype(outputs.dtype))
+            if parts > 1:
+                basis = jnp.roll(basis, part * rows, axis=1)
+            return jax.vmap(local.factor)(basis.reshape(rows, 1, *output.row_shape[1:]))
 
         return captured.example(leaves, one, cotangents)
 
     return make
 
 
-def _coupled_gram(
-    captured: Capture, source: RowSource, max_bytes: int, implementation: Implementation | Choice | None
-) -> jax.Array:
+def _coupled(matrix: jax.Array, output: OutputCurvature) -> jax.Array:
     """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
-    output, like = source.output, outputs_like(source.output)
-    unit = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
-    rows = example_groups(captured, source.params, source.inputs, unit)
+    like = outputs_like(output)
 
     def each_row(matrix: jax.Array) -> jax.Array:
         """S^T times every row of a matrix."""
         return jax.vmap(lambda row: output.factor_transpose(row.reshape(like.shape)).reshape(-1))(matrix)
 
-    return mirror(each_row(each_row(gram(rows, max_bytes, implementation)).T))
+    return mirror(each_row(each_row(matrix).T))
 
 
 def joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvax import tree
+from curvax.complex_parts import is_parts, join_complex, split_complex
 from curvax.method import AbstractMethod
 from curvax.tree import PyTree
 
@@ -75,7 +77,9 @@ def as_gradient_transformation(
         trainable, frozen = _split(method, params, full_params)
         gradient = None
         if method.takes_gradient:
-            gradient = jax.tree.map(lambda t, u: None if t is None else u, trainable, updates, is_leaf=_is_none)
+            gradient = jax.tree.map(
+                lambda t, u: None if t is None else split_complex(u), trainable, updates, is_leaf=_is_leaf
+            )
         proposal = method.propose(
             trainable, frozen, batch, state, rng, curvature_batch=curvature_batch, gradient=gradient
         )
@@ -85,8 +89,9 @@ def as_gradient_transformation(
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
+def _is_leaf(x: Any) -> bool:
+    """A frozen parameter or a complex one."""
+    return x is None or is_parts(x)
 
 
 def _is_hole(x: Any) -> bool:
@@ -125,6 +130,6 @@ def _fill(update: PyTree, trainable: PyTree, updates: PyTree, narrow: bool) -> P
     def one(t: Any, s: Any, g: Any) -> Any:
         if t is None:
             return jnp.zeros_like(g)
-        return s.astype(t.dtype) if narrow else s
+        return join_complex(tree.cast_like(s, t) if narrow else s)
 
-    return jax.tree.map(one, trainable, update, updates, is_leaf=_is_none)
+    return jax.tree.map(one, trainable, update, updates, is_leaf=_is_leaf)
