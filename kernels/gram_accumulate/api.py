@@ -52,7 +52,15 @@ import numpy as np
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request, Variant, select
 from curvax.kernels._operands import arrays
 from curvax.kernels.gram_accumulate import native, reference, triton
-from curvax.kernels.gram_accumulate.factors import BlockRows, block_rows, check_alike, form, formed_is_cheaper, rows
+from curvax.kernels.gram_accumulate.factors import (
+    BlockRows,
+    block_rows,
+    check_alike,
+    form,
+    formed_is_cheaper,
+    one_layout,
+    rows,
+)
 
 GRAM_ACCUMULATE = Op(
     "gram_accumulate",
@@ -83,7 +91,8 @@ def gram_accumulate(
       cotangents: (groups, rows, out) or (groups, rows, positions, out); explicit rows are (groups, rows, width).
         Activations and cotangents may be bfloat16, float16, float32 or, if `gram` is, float64.
       against: activations and cotangents of other groups: the columns of `gram`. None, the default, means the same
-        groups, and then symmetry halves the work.
+        groups, and then symmetry halves the work. Rows that differ in rows per group or positions meet in plain JAX,
+        whatever the implementation.
       implementation: None for the best supported one.
 
     Returns:
@@ -105,6 +114,8 @@ def gram_accumulate(
         return gram
     if formed_is_cheaper(left, columns, triangle=right is None):
         left, right = form(left, gram.dtype), None if right is None else form(right, gram.dtype)
+    if right is not None and not one_layout(left, right):
+        return reference.accumulate(gram, left, right)
     request = Request.of(gram, left, right)
     match select(GRAM_ACCUMULATE, implementation, request).implementation:
         case "triton":

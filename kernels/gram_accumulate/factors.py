@@ -148,13 +148,16 @@ def rows(name: str, activations: jax.Array | None, cotangents: jax.Array) -> Row
 def check_alike(left: Rows, right: Rows) -> None:
     """Raises ValueError unless rows of both can meet."""
     for what, a, b in (
-        ("rows per group", left.per_group, right.per_group),
-        ("positions", left.positions, right.positions),
         ("entries per activation", left.width_in, right.width_in),
         ("entries per cotangent", left.width_out, right.width_out),
     ):
         if a != b:
             raise ValueError(f"gram_accumulate: the rows have {a} {what} and those they meet {b}: they must be equal")
+
+
+def one_layout(left: Rows, right: Rows) -> bool:
+    """Whether groups of both have as many rows and positions."""
+    return left.per_group == right.per_group and left.positions == right.positions
 
 
 # What scaling and adding one entry costs, in multiplications and additions of a matrix product: measured on 2 CPU cores
@@ -171,13 +174,14 @@ def formed_is_cheaper(left: Rows, right: Rows, triangle: bool) -> bool:
     forming wins where positions^2 exceeds about `in`. What is kept also scales and adds up every pair of rows for
     every pair of positions, entry by entry.
     """
-    if left.activations is None or left.positions == 1:
+    squared = left.positions * right.positions
+    if left.activations is None or squared == 1:
         return False
     half = 0.5 if triangle else 1.0
-    entries, squared = left.width_in * left.width_out, left.positions**2
+    entries = left.width_in * left.width_out
     pairs, group_pairs = half * left.total * right.total, half * left.groups * right.groups
-    members = left.total if triangle else left.total + right.total
-    formed = members * left.positions * entries + pairs * entries
+    products = left.total * left.positions + (0 if triangle else right.total * right.positions)
+    formed = products * entries + pairs * entries
     return formed < squared * (pairs * (left.width_out + _ENTRYWISE) + group_pairs * left.width_in)
 
 

@@ -58,16 +58,17 @@ def _meet(left: Rows, right: Rows, like: jax.Array) -> jax.Array:
 
     <a_i d_r^T, a_j d_s^T> = (a_i . a_j) (d_r . d_s): one small product per pair of groups scales one per pair of rows.
     """
-    positions = left.positions
-    if positions == 1:
+    positions = right.positions
+    pairs = left.positions * positions
+    if pairs == 1:
         return _meet_at(left, right, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), like)
 
     def add(pair: jax.Array, total: jax.Array) -> jax.Array:
         return total + _meet_at(left, right, pair // positions, pair % positions, like)
 
-    # One pair of positions at a time: all at once would take positions^2 times the memory.
+    # One pair of positions at a time: all at once would take as many times the memory.
     first = _meet_at(left, right, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), like)
-    return jax.lax.fori_loop(1, positions**2, add, first)
+    return jax.lax.fori_loop(1, pairs, add, first)
 
 
 def _meet_at(left: Rows, right: Rows, t: jax.Array, u: jax.Array, like: jax.Array) -> jax.Array:

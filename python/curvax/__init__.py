@@ -16,6 +16,9 @@ from curvax import telemetry as telemetry
 from curvax import transforms as transforms
 from curvax.check import Check as Check
 from curvax.check import StepsRefused as StepsRefused
+from curvax.curvature import Term as Term
+from curvax.curvature import Terms as Terms
+from curvax.curvature import balanced_weights as balanced_weights
 from curvax.execute import MethodState as MethodState
 from curvax.kernels import Unsupported as Unsupported
 from curvax.kernels import clear_report as clear_report

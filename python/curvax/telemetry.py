@@ -2,7 +2,7 @@
 
 Info is a dictionary with the same keys in every step, chosen at assembly. A metric that is not due is NaN (floats),
 -1 (integers) or False (booleans). Metrics cost what the plan orders for them and nothing else; none of them waits for
-the device.
+the device. A loss of several terms has "loss/name" beside "loss" for what each of them adds to it.
 """
 
 from __future__ import annotations
@@ -162,10 +162,22 @@ class Telemetry:
         for record in self.records:
             missing = record.metric.missing()
             value = values[record.metric].astype(missing.dtype)
-            info[record.metric.value] = (
-                value if record.every == 1 else jnp.where(step % record.every == 0, value, missing)
-            )
+            info[record.metric.value] = _when_due(step, record.every, value, missing)
         return info
+
+    def collect_losses(self, step: jax.Array, losses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """What each term adds to the loss, as "loss/name" where and when the loss itself is reported."""
+        missing = Metric.LOSS.missing()
+        return {
+            f"{Metric.LOSS.value}/{name}": _when_due(step, record.every, loss.astype(missing.dtype), missing)
+            for record in self.records
+            if record.metric is Metric.LOSS
+            for name, loss in losses.items()
+        }
+
+
+def _when_due(step: jax.Array, every: int, value: jax.Array, missing: jax.Array) -> jax.Array:
+    return value if every == 1 else jnp.where(step % every == 0, value, missing)
 
 
 def _by_period(part: Part, records: list[MetricRecord]) -> list[Requirement]:

@@ -52,6 +52,14 @@ def test_the_page_on_batches_runs() -> None:
     assert bool(scope["info"]["accepted"])  # type: ignore[index]
 
 
+def test_the_page_on_physics_runs(x64: None) -> None:
+    page = README.parent / "docs" / "physics.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "physics"}
+    exec(compile(block.replace('jax.config.update("jax_enable_x64", True)', ""), str(page), "exec"), scope)
+    assert scope["error"] < 1e-3 and bool(scope["info"]["accepted"])
+
+
 @jax.numpy_dtype_promotion("standard")
 def test_the_page_on_variational_monte_carlo_runs(x64: None) -> None:
     page = README.parent / "docs" / "vmc.md"

@@ -1,5 +1,10 @@
 """Curvature operators: Hessian, generalized Gauss-Newton, Fisher, empirical Fisher."""
 
+from curvax.curvature.balance import GradientNorm as GradientNorm
+from curvax.curvature.balance import TangentKernelTrace as TangentKernelTrace
+from curvax.curvature.balance import TermScale as TermScale
+from curvax.curvature.balance import balanced_weights as balanced_weights
+from curvax.curvature.balance import term_gradient_norms as term_gradient_norms
 from curvax.curvature.base import Curvature as Curvature
 from curvax.curvature.base import Evaluation as Evaluation
 from curvax.curvature.base import JacobianRows as JacobianRows
@@ -14,6 +19,10 @@ from curvax.curvature.microbatch import Microbatched as Microbatched
 from curvax.curvature.model import Extras as Extras
 from curvax.curvature.model import Model as Model
 from curvax.curvature.partition import TrainablePartition as TrainablePartition
+from curvax.curvature.sum_of_terms import SumOfTerms as SumOfTerms
+from curvax.curvature.sum_of_terms import in_pieces as in_pieces
+from curvax.curvature.terms import Term as Term
+from curvax.curvature.terms import Terms as Terms
 from curvax.output_space import FisherType as FisherType
 from curvax.output_space import GeneralizedGaussNewton as GeneralizedGaussNewton
 from curvax.output_space import MonteCarloFisher as MonteCarloFisher

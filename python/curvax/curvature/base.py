@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -21,6 +22,7 @@ from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.gram import RowGroups
 from curvax.structure.kronecker import Examples
 from curvax.structure.report import LeafStructure
+from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
 from curvax.tree import PyTree
 
 
@@ -102,6 +104,7 @@ class JacobianRows:
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
       diagonal: max_bytes -> the diagonal of C, an upcast tree.
+      source: what the rows are made from, which lets them meet other rows; `None` for whoever cannot say.
       groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
     """
 
@@ -111,6 +114,14 @@ class JacobianRows:
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
     groups: Callable[[int], RowGroups] | None = None
+    source: RowSource | None = None
+
+    @staticmethod
+    def of(source: RowSource, jvp: Callable[[PyTree], jax.Array]) -> JacobianRows:
+        """The rows that a source makes."""
+        gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
+        groups = functools.partial(row_groups, source)
+        return JacobianRows(jvp, source.vjp, source.output, gram, diagonal, groups, source)
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
@@ -144,6 +155,7 @@ class Linearization:
       aux: what the model returned beside its outputs.
       batch_fault: what is wrong with the values of the batch, a `curvax.losses.BatchFault` as an int32 scalar; `None`
         where nobody looks.
+      losses: of a loss of several terms what each adds to it, by name; `None` for others.
     """
 
     params_like: PyTree
@@ -160,6 +172,7 @@ class Linearization:
     model_state: PyTree = None
     aux: Any = None
     batch_fault: jax.Array | None = None
+    losses: Mapping[str, jax.Array] | None = None
 
     @property
     def has_sampling(self) -> bool:
@@ -233,6 +246,11 @@ class Curvature(ReadsBatches):
     @abc.abstractmethod
     def name(self) -> str:
         """The operator's name in the plan."""
+
+    @property
+    def term_names(self) -> tuple[tuple[str, str], ...]:
+        """Of a loss of several terms, the name of each and what it is, for the plan."""
+        return ()
 
     @property
     @abc.abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from curvax.structure.blocks import KroneckerBlocks, find_blocks
 from curvax.structure.capture import Capture, capture
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
-from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
+from curvax.structure.rows import RowSource
 from curvax.tree import PyTree
 
 
@@ -231,9 +230,7 @@ class GaussNewton(Curvature):
         def predict(p: PyTree, x: Any) -> jax.Array:
             return self._predict(p, x, evaluation)
 
-        source = RowSource(predict, params, inputs, output, vjp, axes)
-        gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return JacobianRows(jvp, vjp, output, gram, diagonal, functools.partial(row_groups, source))
+        return JacobianRows.of(RowSource(predict, params, inputs, output, vjp, axes), jvp)
 
     def weights_of(self, outputs: Shaped, evaluation: Evaluation) -> jax.Array:
         """`effective_weights` for outputs that are at hand."""

@@ -16,7 +16,6 @@ from piece to piece; a random key is folded with the piece's index.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
-from curvax.structure.rows import RowSource, row_diagonal, row_gram, row_groups
+from curvax.structure.rows import RowSource
 from curvax.tree import PyTree
 
 _Visit = Callable[[Evaluation, jax.Array, Any], tuple[PyTree, PyTree, PyTree]]
@@ -432,6 +431,4 @@ class Microbatched(Curvature):
         if not (self.needs_model_key or self.has_state):
             return rows
 
-        source = RowSource(None, params, None, rows.output, rows.vjp)
-        gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
-        return dataclasses.replace(rows, gram=gram, diagonal=diagonal, groups=functools.partial(row_groups, source))
+        return JacobianRows.of(RowSource(None, params, None, rows.output, rows.vjp), rows.jvp)

@@ -349,6 +349,8 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
     if update is not None:
         values |= {Metric.DIRECTION_NORM: tree.norm(solution.value), Metric.UPDATE_NORM: optax.tree.norm(update)}
     info: dict[str, Any] = dict(ctx.assembly.reported.collect(ctx.state.step, values))
+    if point.at.losses is not None:
+        info |= ctx.assembly.reported.collect_losses(ctx.state.step, point.at.losses)
     if point.at.aux is not None:
         info["aux"] = point.at.aux
     return info

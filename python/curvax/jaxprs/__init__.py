@@ -1,6 +1,6 @@
 """The one walker: everything in curvax that reads or evaluates a jaxpr does it through this package.
 
-JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Four parts:
+JAX writes a function as a jaxpr, a list of equations, some of which contain jaxprs themselves. Five parts:
 
 1. `calls.py`: which primitives contain a jaxpr, and which operands go into it. A new or renamed primitive of JAX is
    added there and nowhere else; `tests/structure/test_jaxprs` fails at one of the installed JAX that is not listed.
@@ -8,10 +8,11 @@ JAX writes a function as a jaxpr, a list of equations, some of which contain jax
    must not be in the way, so its equations stand in its place. The bodies of loops, branches and rematerialized calls
    stay programs of their own, to be evaluated as what they are; so do those of `custom_jvp` and `custom_vjp`, whose
    derivative rules would be lost.
-3. `walks.py`: `evaluate` computes, and asks a hook about every step. A `ForwardFlow` says what is known of each value
+3. `repeats.py`: a program in which nothing is computed twice.
+4. `walks.py`: `evaluate` computes, and asks a hook about every step. A `ForwardFlow` says what is known of each value
    from what is known of the arguments: is it zero, which of its axes holds the examples. `backward` goes from the
    results to the arguments: which values does anybody need, which outputs does an entry reach.
-4. `liveness.py`: how many bytes an evaluation holds at once.
+5. `liveness.py`: how many bytes an evaluation holds at once.
 
     jaxpr                                          program
     { lambda ; a:f32[3,2] b:f32[5,3]. let          arguments 0 1
@@ -58,6 +59,7 @@ from curvax.jaxprs.programs import Step as Step
 from curvax.jaxprs.programs import Wanted as Wanted
 from curvax.jaxprs.programs import equations_of as equations_of
 from curvax.jaxprs.programs import program_of as program_of
+from curvax.jaxprs.repeats import without_repeats as without_repeats
 from curvax.jaxprs.walks import BARRIER as BARRIER
 from curvax.jaxprs.walks import ForwardFlow as ForwardFlow
 from curvax.jaxprs.walks import backward as backward

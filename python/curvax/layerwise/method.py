@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, GaussNewton
+from curvax.curvature import Evaluation, GaussNewton, SumOfTerms
 from curvax.execute import Layout, Proposal, StepInputs
 from curvax.kernels._dispatch import Backend, Choice, check_backend, resolve
 from curvax.layerwise.inner import InnerSolver
@@ -90,7 +90,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         object.__setattr__(self, "plan", plan)
 
     @property
-    def curvature(self) -> GaussNewton:
+    def curvature(self) -> GaussNewton | SumOfTerms:
         return self.problem.curvature
 
     @property
@@ -191,6 +191,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             iterations=jnp.zeros((), jnp.int32),
             residual=jnp.zeros((), dtype),
             batch_fault=jnp.zeros((), jnp.int32),
+            losses={name: jnp.zeros((), dtype) for name in self.problem.outputs.names},
         )
         key = None if inputs.rng is None else jax.random.fold_in(inputs.rng, state.step)
         return Carry(trainable, inputs.frozen, state, key, progress)
@@ -211,6 +212,10 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             iterations=new.iterations,
             residual=new.residual.astype(progress.residual.dtype),
             batch_fault=jnp.maximum(progress.batch_fault, self.problem.outputs.batch_fault(trainable, evaluation)),
+            losses={
+                name: progress.losses[name] + loss.astype(progress.loss.dtype)
+                for name, loss in problem.outputs.losses(trainable, evaluation).items()
+            },
         )
 
     def _end(self, carry: Carry, search_batch: Any) -> Proposal[OuterState]:
@@ -254,6 +259,8 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             **losses,
         }
         info = self.reported.collect(before.step, values)
+        count = jnp.maximum(progress.index, 1).astype(progress.loss.dtype)
+        info |= self.reported.collect_losses(before.step, {n: loss / count for n, loss in progress.losses.items()})
         return Proposal(after, jax.tree.map(_difference, after, theta0), state, info)
 
     @property
@@ -284,17 +291,17 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
 
     def _cut(self, batch: Any, axes: BatchAxes) -> tuple[Parts, Any]:
         """(inner minibatches, search batch or `None`)."""
-        examples = axes.count(batch)
-        if examples == 0 or examples % self.parts:
-            search = "" if self.search is None else f" and {self.search.minibatches} of the line search"
-            raise ValueError(
-                f"the batch has {examples} examples: give it a multiple of {self.parts} ({self.inner_steps} inner "
-                f"minibatches{search})."
-            )
-        each = examples // self.parts
-        inside = each * self.inner_steps
-        search_batch = None if self.search is None else axes.slice(batch, inside, examples)
-        return axes.parts(batch, each, self.inner_steps), search_batch
+        # Each term of a loss has a set of its own, which is cut by itself.
+        for examples in axes.sizes(batch) if self.curvature.term_names else (axes.count(batch),):
+            if examples == 0 or examples % self.parts:
+                search = "" if self.search is None else f" and {self.search.minibatches} of the line search"
+                raise ValueError(
+                    f"the batch has {examples} examples: give it a multiple of {self.parts} ({self.inner_steps} inner "
+                    f"minibatches{search})."
+                )
+        search_batch = None if self.search is None else axes.share(batch, self.inner_steps, self.parts, self.parts)
+        inside = axes.share(batch, 0, self.inner_steps, self.parts)
+        return axes.parts(inside, None, self.inner_steps), search_batch
 
     @staticmethod
     def _minibatch(minibatches: Parts, search_batch: Any) -> Any:

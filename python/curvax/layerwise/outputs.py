@@ -9,7 +9,7 @@ from typing import Any, final
 
 import jax
 
-from curvax.curvature import Evaluation, GaussNewton
+from curvax.curvature import Evaluation, GaussNewton, SumOfTerms
 from curvax.curvature.differentiate import linear_model
 from curvax.kernels import Choice, Op, Request
 from curvax.layerwise.block_maps import Tangents
@@ -71,6 +71,16 @@ class LinearizedOutputs:
 
 class Outputs(abc.ABC):
     """How the outputs of `curvature`'s model are made and how its loss is taken of them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms of the loss; none of a loss without terms."""
+        return ()
+
+    def losses(self, params: PyTree, evaluation: Evaluation) -> dict[str, jax.Array]:
+        """What each term adds to the loss, by name."""
+        del params, evaluation
+        return {}
 
     @abc.abstractmethod
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
@@ -144,6 +154,45 @@ class ArrayOutputs(Outputs):
         targets = self.curvature.model.targets(evaluation.batch)
         weights = self.curvature.weights_of(outputs, evaluation)
         return ArrayLoss(self.curvature.loss, outputs, targets, weights, prox_linear, scale)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class TermOutputs(Outputs):
+    """Several models, each with a loss of its own.
+
+    Attributes:
+      curvature: the terms.
+    """
+
+    curvature: SumOfTerms
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(term.name for term in self.curvature.terms)
+
+    def losses(self, params: PyTree, evaluation: Evaluation) -> dict[str, jax.Array]:
+        return self.curvature.values(params, evaluation)
+
+    def check(self, params: PyTree, evaluation: Evaluation) -> None:
+        self.curvature.check(params, evaluation)
+
+    def batch_fault(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        return self.curvature.batch_fault(params, evaluation)
+
+    def kernels(self, params: PyTree, evaluation: Evaluation) -> tuple[tuple[Op, Request], ...]:
+        return self.curvature.kernels(params, evaluation)
+
+    def value(self, params: PyTree, evaluation: Evaluation) -> jax.Array:
+        return self.curvature.value(params, evaluation)
+
+    def gradient(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, PyTree]:
+        return jax.value_and_grad(self.value)(params, evaluation)
+
+    def linearize(
+        self, params: PyTree, evaluation: Evaluation, prox_linear: bool, scale: jax.Array | None
+    ) -> LinearizedOutputs:
+        raise AssertionError("the terms of a loss are linearized one by one (InnerProblem).")
 
 
 @final

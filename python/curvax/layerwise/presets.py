@@ -9,7 +9,7 @@ from typing import TypeAlias
 import jax
 import optax
 
-from curvax.curvature import GaussNewton
+from curvax.curvature import Terms
 from curvax.layerwise.blocks import BlockPartition, ByGroup
 from curvax.layerwise.head import SoftmaxHead
 from curvax.layerwise.inner import ConjugateGradients, InnerSolver, Optimizer
@@ -30,7 +30,7 @@ class FullGNOptions(LossRecordOptions, ModelOptions):
     """Keywords of `full_gn`. Every minibatch is a mean of its own; what `has_aux` returns is dropped.
 
     Attributes:
-      loss: loss in output space.
+      loss: loss in output space, or the `Terms` of one, each with minibatches of its own set.
       inner: an Optax optimizer (`curvax.optimizers.muon_adamw`, the paper's; `optax.adamw`; ...), whose state is kept
         from step to step; or `ConjugateGradients`, which solves one minibatch's quadratic (`inner_steps=1`).
       inner_steps: minibatches in a step, N.
@@ -50,7 +50,7 @@ class FullGNOptions(LossRecordOptions, ModelOptions):
       microbatch_size: examples per accumulated piece of a minibatch; `None` takes each minibatch at once.
     """
 
-    loss: Loss
+    loss: Loss | Terms
     inner: optax.GradientTransformation | ConjugateGradients
     inner_steps: int
     head: Callable[[PyTree], Head] | None = None
@@ -62,12 +62,11 @@ class FullGNOptions(LossRecordOptions, ModelOptions):
 
     def build(self, partition: BlockPartition | None = None, shares: int = 1) -> InnerLoopMethod:
         """The method with curvature within those blocks, or within all parameters."""
-        model = self.model
         self._check()
         if shares < 1:
             raise ValueError(f"shares must be at least 1, not {shares}.")
-        curvature = GaussNewton(model, self.loss)
-        if shares > 1 and self.loss.couples_examples:
+        curvature = self.gauss_newton(self.loss)
+        if shares > 1 and not isinstance(self.loss, Terms) and self.loss.couples_examples:
             raise ValueError(
                 f"shares={shares} takes curvature on parts of the examples, and {self.loss} couples them: set "
                 "shares=1, or use a loss without coupling."

@@ -25,22 +25,24 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Curvature, Evaluation, GaussNewton, Microbatched
+from curvax.curvature import Curvature, Evaluation, GaussNewton, Microbatched, SumOfTerms
 from curvax.curvature.microbatch import Pieces
 from curvax.kernels import Choice
 from curvax.layerwise.block_maps import block_jvp
 from curvax.layerwise.blocks import BlockPartition, ParameterBlocks
 from curvax.layerwise.head import HeadOutputs, SoftmaxHead
-from curvax.layerwise.outputs import ArrayOutputs, Outputs
+from curvax.layerwise.outputs import ArrayOutputs, Outputs, TermOutputs
 from curvax.layerwise.shares import Shares, share_bounds
 from curvax.structure.batch_axes import BatchAxes
 from curvax.tree import PyTree
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class InnerProblem:
     """What is minimized inside a step.
 
     Attributes:
-      curvature: model and loss.
+      curvature: model and loss, or the terms of one, whose inner problems add up.
       partition: blocks, each solved by itself; `None` for the full problem.
       prox_linear: the loss itself on linearized outputs instead of its quadratic model.
       shares: of a minibatch, each with the curvature of a set of blocks; 1 takes all curvature on all examples.
@@ -85,7 +87,7 @@ class InnerProblem:
       head: what makes logits of the model's outputs, or `None` if the outputs are what the loss takes.
     """
 
-    curvature: GaussNewton
+    curvature: GaussNewton | SumOfTerms
     partition: BlockPartition | None = None
     prox_linear: bool = False
     shares: int = 1
@@ -95,7 +97,41 @@ class InnerProblem:
     @property
     def outputs(self) -> Outputs:
         """What is between parameters and loss."""
+        if isinstance(self.curvature, SumOfTerms):
+            return TermOutputs(self.curvature)
         return ArrayOutputs(self.curvature) if self.head is None else HeadOutputs(self.curvature, self.head)
+
+    @property
+    def _terms(self) -> list[InnerProblem]:
+        """The inner problem of each term; none of a loss without terms."""
+        if not isinstance(self.curvature, SumOfTerms):
+            return []
+        return [dataclasses.replace(self, curvature=term.curvature) for term in self.curvature.terms]
+
+    def _each(
+        self,
+        params: PyTree,
+        evaluation: Evaluation,
+        visit: Callable[[InnerProblem, Evaluation], tuple[_T, PyTree]],
+    ) -> tuple[list[_T], PyTree]:
+        """(what `visit` makes of the inner problem of each term, last model state); the state passes through them."""
+        if not isinstance(self.curvature, SumOfTerms):
+            raise AssertionError("a loss without terms is one problem.")
+        own = self.curvature.evaluations(params, self.prepare(params, evaluation))
+        made, state = [], evaluation.model_state
+        for problem, one in zip(self._terms, own, strict=True):
+            result, state = visit(problem, dataclasses.replace(one, model_state=state))
+            made.append(result)
+        return made, state
+
+    def _sum_of_terms(
+        self, params: PyTree, evaluation: Evaluation, linearize: Callable[[InnerProblem, Evaluation], LinearizedLoss]
+    ) -> LinearizedLoss:
+        def visit(problem: InnerProblem, own: Evaluation) -> tuple[LinearizedLoss, PyTree]:
+            at = linearize(problem, own)
+            return at, at.model_state
+
+        return _summed(self._each(params, evaluation, visit)[0])
 
     def with_kernels(self, choices: Mapping[str, Choice]) -> InnerProblem:
         """The same problem with the implementations of its ops chosen."""
@@ -130,6 +166,8 @@ class InnerProblem:
         Raises:
           ValueError: the minibatch cannot be cut into microbatches or shares.
         """
+        if isinstance(self.curvature, SumOfTerms):
+            return self.curvature.prepare_by([problem.prepare for problem in self._terms], params, evaluation)
         if evaluation.axes is not None:
             return evaluation
         if self.microbatch_size is not None:
@@ -153,6 +191,8 @@ class InnerProblem:
         Raises:
           ValueError: there are fewer examples than shares.
         """
+        if self._terms:
+            return self._sum_of_terms(params, evaluation, lambda problem, own: problem.linearize(params, own))
         blocks = self.blocks(params)
         if self.partition is None or self.shares == 1:
             return self._linearize(params, evaluation, blocks, tuple(range(blocks.count)))
@@ -208,14 +248,29 @@ class InnerProblem:
             at = self.linearize(params, piece)
             return at.slope(delta), at.model_state, ()
 
+        if self._terms:
+            return self._gradient_of_terms(params, delta, evaluation)
         coupled = self._coupled(params, evaluation)
         if coupled is not None:
             return *coupled.slope(delta), coupled.model_state
         (loss, gradient), model_state = self._sum(params, evaluation, visit)
         return loss, gradient, model_state
 
+    def _gradient_of_terms(
+        self, params: PyTree, delta: PyTree, evaluation: Evaluation
+    ) -> tuple[jax.Array, PyTree, PyTree]:
+        def term(problem: InnerProblem, own: Evaluation) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+            loss, gradient, state = problem.gradient(params, delta, own)
+            return (loss, gradient), state
+
+        parts, state = self._each(params, evaluation, term)
+        loss, gradient = functools.reduce(tree.add, parts)
+        return loss, gradient, state
+
     def system(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss:
         """One minibatch for a solver of the quadratic: linearized once, or once a product where there are pieces."""
+        if self._terms:
+            return self._sum_of_terms(params, evaluation, lambda problem, own: problem.system(params, own))
         if self.microbatch_size is None:
             return self.linearize(params, evaluation)
         coupled = self._coupled(params, evaluation)
@@ -254,7 +309,9 @@ class InnerProblem:
 
     def _coupled(self, params: PyTree, evaluation: Evaluation) -> LinearizedLoss | None:
         """One minibatch in pieces whose loss takes the outputs of all of them together; `None` for other losses."""
-        pieces = self._pieces(params, evaluation) if self.curvature.couples_examples else None
+        if isinstance(self.curvature, SumOfTerms) or not self.curvature.couples_examples:
+            return None
+        pieces = self._pieces(params, evaluation)
         if pieces is None:
             return None
         blocks, axis = self.blocks(params), 0 if self.partition is None else 1

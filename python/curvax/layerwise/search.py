@@ -51,13 +51,13 @@ class LineSearch:
 
     def parts(self, batch: Any, axes: BatchAxes) -> Parts:
         """The search batch in minibatches."""
-        examples = axes.count(batch)
-        if examples == 0 or examples % self.minibatches:
-            raise ValueError(
-                f"the search batch has {examples} examples: give it a multiple of the line search's {self.minibatches} "
-                "minibatches."
-            )
-        return axes.parts(batch, examples // self.minibatches, self.minibatches)
+        for examples in axes.sizes(batch):
+            if examples == 0 or examples % self.minibatches:
+                raise ValueError(
+                    f"the search batch has {examples} examples: give it a multiple of the line search's "
+                    f"{self.minibatches} minibatches."
+                )
+        return axes.parts(batch, None, self.minibatches)
 
     def losses(
         self,

@@ -49,6 +49,7 @@ class Progress:
       model_state: the model's state.
       result, iterations, residual: of the last linear solve.
       batch_fault: the worst of the batches, a `curvax.losses.BatchFault`.
+      losses: of a loss of several terms the sum of each, by name.
     """
 
     delta: PyTree
@@ -60,6 +61,7 @@ class Progress:
     iterations: jax.Array
     residual: jax.Array
     batch_fault: jax.Array
+    losses: dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ import dataclasses
 import optax
 
 from curvax.chain import build_transform
-from curvax.curvature import Curvature, Microbatched
+from curvax.curvature import Curvature, in_pieces
 from curvax.damping import Constant, Damping
 from curvax.kernels._dispatch import Backend
 from curvax.keywords import spread
@@ -54,7 +54,7 @@ def assemble(modules: Modules) -> Method:
     """
     curvature = modules.curvature
     if modules.microbatch_size is not None:
-        curvature = Microbatched(curvature, modules.microbatch_size)
+        curvature = in_pieces(curvature, modules.microbatch_size)
     transform = build_transform() if modules.tx is None else optax.with_extra_args_support(modules.tx)
     return Method(
         Assembly(

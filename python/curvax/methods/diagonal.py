@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from curvax.chain import EntrywiseUpdate, ScalarOrSchedule
-from curvax.curvature import GaussNewton, Hessian
+from curvax.curvature import Terms
 from curvax.estimators import BlockAverage, DiagonalEstimator, GaussNewtonBartlett, Hutchinson
 from curvax.losses import Loss, SoftmaxCrossEntropy
 from curvax.method import Method
@@ -92,7 +92,7 @@ class SophiaGOptions(SophiaOptions, ModelOptions, AssemblyOptions):
     """
 
     n_samples: int = 1
-    loss: Loss = SoftmaxCrossEntropy()
+    loss: Loss | Terms = SoftmaxCrossEntropy()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class AdaHessianOptions(LossRecordOptions, TransformOptions, HessianOptions):
 def sophia_g(options: SophiaGOptions) -> Method:
     """Sophia with the Gauss-Newton-Bartlett estimator; labels are sampled from the model at each refresh."""
     return options.build(
-        GaussNewton(options.model, options.loss),
+        options.gauss_newton(options.loss),
         Diagonal(options.beta1),
         preconditioner=options.preconditioner(GaussNewtonBartlett(options.n_samples)),
         transform=options.transform,
@@ -155,7 +155,7 @@ def sophia_g(options: SophiaGOptions) -> Method:
 def sophia_h(options: SophiaHOptions) -> Method:
     """Sophia with Hutchinson's estimator of the Hessian's diagonal."""
     return options.build(
-        Hessian(options.objective),
+        options.hessian,
         Diagonal(options.beta1),
         preconditioner=options.preconditioner(Hutchinson(options.n_probes, options.use_abs)),
         transform=options.transform,
@@ -170,7 +170,7 @@ def adahessian(options: AdaHessianOptions) -> Method:
     denominator = AdaHessianPower(options.hessian_power, options.eps)
     estimator = Hutchinson(options.n_probes, options.use_abs, average)
     return options.build(
-        Hessian(options.objective),
+        options.hessian,
         Diagonal(options.beta1),
         preconditioner=EmaDiagonal(estimator, beta2=options.beta2, every=options.eval_every_k, denominator=denominator),
         transform=options.transform,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from curvax.curvature import FisherType, GaussNewton, GeneralizedGaussNewton
+from curvax.curvature import FisherType, GeneralizedGaussNewton, Terms
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.method import Method
 from curvax.methods.options import (
@@ -36,11 +36,11 @@ class SGNOptions(SGNFixedOptions):
     """Keywords of `sgn`.
 
     Attributes:
-      loss: loss in output space.
+      loss: loss in output space, or the `Terms` of one.
       fisher: which member of the Gauss-Newton family: GGN, Monte Carlo Fisher, empirical Fisher.
     """
 
-    loss: Loss
+    loss: Loss | Terms
     fisher: FisherType = GeneralizedGaussNewton()
 
 
@@ -59,7 +59,7 @@ class EGNFixedOptions(GaussNewtonOptions):
 class EGNOptions(EGNFixedOptions):
     """Keywords of `egn`; `loss` and `fisher` as in `sgn`."""
 
-    loss: Loss
+    loss: Loss | Terms
     fisher: FisherType = GeneralizedGaussNewton()
 
 
@@ -78,7 +78,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
       loss, fisher: as in `sgn`.
     """
 
-    loss: Loss
+    loss: Loss | Terms
     fisher: FisherType = GeneralizedGaussNewton()
     lam_policy: object = "trust_region"
     max_bytes: int = DEFAULT_MAX_BYTES
@@ -98,17 +98,17 @@ class SpringOptions(GaussNewtonOptions):
       max_bytes: bound on the memory of explicit rows.
     """
 
-    loss: Loss = SquaredError()
+    loss: Loss | Terms = SquaredError()
     fisher: FisherType = GeneralizedGaussNewton()
     momentum: float = 0.9
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
 def _build(
-    options: GaussNewtonOptions, loss: Loss, solver: Solver, fisher: FisherType = GeneralizedGaussNewton()
+    options: GaussNewtonOptions, loss: Loss | Terms, solver: Solver, fisher: FisherType = GeneralizedGaussNewton()
 ) -> Method:
     return options.build(
-        GaussNewton(options.model, loss, fisher),
+        options.gauss_newton(loss, fisher),
         solver,
         damping=options.damping,
         preconditioner=options.preconditioner if isinstance(options, PrecondOptions) else None,

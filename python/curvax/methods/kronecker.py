@@ -6,7 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from curvax.chain import ScalarOrSchedule
-from curvax.curvature import FisherType, GaussNewton, MonteCarloFisher
+from curvax.curvature import FisherType, MonteCarloFisher, Terms
 from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.options import (
@@ -27,7 +27,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
     """Keywords that `kfac` and `ekfac` share.
 
     Attributes:
-      loss: loss in output space.
+      loss: loss in output space, or the `Terms` of one.
       fisher: whose rows the cotangents are: sampled targets (one per position by default), `ObservedFisher()`, or
         `GeneralizedGaussNewton()` for all columns of the loss Hessian's root.
       sharing: `WeightSharing.EXPAND` (default) takes positions with shared weights as examples, `REDUCE` as one.
@@ -44,7 +44,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
       record_cg_stats: False: there is no iteration to report.
     """
 
-    loss: Loss
+    loss: Loss | Terms
     fisher: FisherType = MonteCarloFisher()
     sharing: WeightSharing = WeightSharing.EXPAND
     factor_decay: float = 0.95
@@ -117,7 +117,7 @@ def ekfac(options: EKFACOptions) -> Method:
 
 def _build(options: KroneckerOptions, preconditioner: KFAC | EKFAC) -> Method:
     return options.build(
-        GaussNewton(options.model, options.loss),
+        options.gauss_newton(options.loss),
         Diagonal(options.beta1),
         damping=options.damping,
         preconditioner=preconditioner,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from curvax.curvature import Hessian, LossFunction, Model, ModelLoss, Objective
+from curvax.curvature import Curvature, Hessian, LossFunction, Model, ModelLoss, Objective, SumOfTerms, Terms
 from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.options import (
@@ -16,6 +16,7 @@ from curvax.methods.options import (
     PrecondOptions,
     SolveRecordOptions,
     TransformOptions,
+    refuse_beside_terms,
 )
 from curvax.methods.registry import preset
 from curvax.solvers import Cholesky
@@ -28,29 +29,38 @@ class HessianOptions(AssemblyOptions):
     Attributes:
       loss_fn: `loss_fn(params, batch) -> scalar`, or `-> (total, weight)` with the loss total / weight, which is what
         microbatches need of a loss with a normalizer of its own (`curvature.LossFunction`).
-      predict_fn, loss: in place of `loss_fn`: a model and a loss in output space.
+      predict_fn, loss: in place of `loss_fn`: a model and a loss in output space, or `loss=Terms(...)` alone.
       x_key, y_key, weight_key: keys of the batch; `loss_fn` reads the batch itself and ignores them.
       reduction: how `loss_fn` combines examples, for microbatching.
     """
 
     loss_fn: Callable[..., Any] | None = None
     predict_fn: Callable[..., Any] | None = None
-    loss: Loss | None = None
+    loss: Loss | Terms | None = None
     x_key: str = "x"
     y_key: str = "y"
     weight_key: str | None = None
     reduction: Literal["mean", "sum"] = "mean"
 
     @property
-    def objective(self) -> Objective:
+    def hessian(self) -> Curvature:
+        """The Hessian of the loss function, of the model's loss, or of all terms of a loss."""
+        if not isinstance(self.loss, Terms):
+            return Hessian(self._objective(self.loss))
         if self.loss_fn is not None:
-            if self.predict_fn is not None or self.loss is not None:
+            raise ValueError("give loss_fn, or loss=Terms(...), not both.")
+        refuse_beside_terms(self)
+        return SumOfTerms.of(self.loss, self.extras, lambda model, loss: Hessian(ModelLoss(model, loss)))
+
+    def _objective(self, loss: Loss | None) -> Objective:
+        if self.loss_fn is not None:
+            if self.predict_fn is not None or loss is not None:
                 raise ValueError("give loss_fn, or predict_fn and loss, not both.")
             return LossFunction(self.loss_fn, self.extras, self.reduction, batch_axes=self.batch_axes)
-        if self.predict_fn is None or self.loss is None:
+        if self.predict_fn is None or loss is None:
             raise TypeError("loss_fn is missing: pass loss_fn(params, batch) -> scalar, or predict_fn and loss.")
         model = Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
-        return ModelLoss(model, self.loss)
+        return ModelLoss(model, loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +77,7 @@ class NewtonDirectOptions(SolveRecordOptions, TransformOptions, DampingOptions, 
 def newton_cg(options: NewtonCGOptions) -> Method:
     """Truncated Newton (Martens 2010): CG on the damped Hessian, ended by negative curvature."""
     return options.build(
-        Hessian(options.objective),
+        options.hessian,
         options.cg,
         damping=options.damping,
         preconditioner=options.preconditioner,
@@ -80,7 +90,7 @@ def newton_cg(options: NewtonCGOptions) -> Method:
 def newton_direct(options: NewtonDirectOptions) -> Method:
     """The dense damped Hessian, factorized; where indefinite, by the magnitudes of its eigenvalues."""
     return options.build(
-        Hessian(options.objective),
+        options.hessian,
         Cholesky(),
         damping=options.damping,
         transform=options.transform,

@@ -14,12 +14,24 @@ from typing import Any, ClassVar, Literal
 import optax
 
 from curvax.chain import ScalarOrSchedule, build_transform
-from curvax.curvature import Curvature, Extras, Microbatched, Model, TrainablePartition
+from curvax.curvature import (
+    Curvature,
+    Extras,
+    FisherType,
+    GaussNewton,
+    GeneralizedGaussNewton,
+    Model,
+    SumOfTerms,
+    Terms,
+    TrainablePartition,
+    in_pieces,
+)
 from curvax.curvature.partition import Mask
 from curvax.damping import Constant, Damping, Scheduled, TrustRegion
 from curvax.damping.base import ScalarLike
 from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
+from curvax.losses import Loss
 from curvax.method import Method
 from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
 from curvax.plan import Assembly, PlanMode
@@ -79,7 +91,7 @@ class AssemblyOptions(CommonOptions):
         if self.plan not in ("shared", "off"):
             raise ValueError(f'plan must be "shared" or "off", not {self.plan!r}.')
         if self.microbatch_size is not None:
-            curvature = Microbatched(curvature, self.microbatch_size)
+            curvature = in_pieces(curvature, self.microbatch_size)
         return Method(
             Assembly(
                 curvature=curvature,
@@ -99,21 +111,41 @@ class ModelOptions(CommonOptions):
     """Keywords of presets on a model with outputs.
 
     Attributes:
-      predict_fn: `predict_fn(params, inputs) -> outputs`, acting on each example of the leading axis by itself.
+      predict_fn: `predict_fn(params, inputs) -> outputs`, acting on each example of the leading axis by itself. With
+        `loss=Terms(...)` each term has its own, its own keys and batch axes.
       x_key, y_key: keys of inputs and targets in the batch.
       weight_key: key of per-example weights or a mask; `None` for none.
     """
 
-    predict_fn: Callable[..., Any]
+    predict_fn: Callable[..., Any] | None = None
     x_key: str = "x"
     y_key: str = "y"
     weight_key: str | None = None
 
     @property
     def model(self) -> Model:
+        if self.predict_fn is None:
+            raise TypeError("predict_fn is missing: pass predict_fn=..., a function (params, inputs) -> outputs.")
         if not callable(self.predict_fn):
             raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
         return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
+
+    def gauss_newton(
+        self, loss: Loss | Terms, fisher: FisherType = GeneralizedGaussNewton()
+    ) -> GaussNewton | SumOfTerms:
+        """The curvature of the model, or of all terms of a loss."""
+        if not isinstance(loss, Terms):
+            return GaussNewton(self.model, loss, fisher)
+        refuse_beside_terms(self)
+        return SumOfTerms.gauss_newton(loss, fisher, self.extras)
+
+
+def refuse_beside_terms(options: Any) -> None:
+    """Raises TypeError for keywords that each term has its own of."""
+    defaults = {"predict_fn": None, "x_key": "x", "y_key": "y", "weight_key": None, "batch_axes": None}
+    given = [name for name, default in defaults.items() if getattr(options, name) != default]
+    if given:
+        raise TypeError(f"with loss=Terms(...) each term has its own {', '.join(given)}: write it into Term(...).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
     records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.reported.records)
     return (
         ("curvature", assembly.curvature.name),
+        *assembly.curvature.term_names,
         ("solver", assembly.solver.name),
         ("preconditioner", preconditioner),
         ("damping", assembly.damping.name),

@@ -78,7 +78,7 @@ class FactorAverages:
     def with_batch(self, sums: FactorSums, decay: float) -> FactorAverages:
         """The averages with the factors of one more batch."""
         mine = (self.inputs, self.outputs, self.diagonal)
-        averaged = averages(mine, (sums.means(), sums.outputs, sums.diagonal), decay)
+        averaged = averages(mine, (*sums.factors(), sums.diagonal), decay)
         return FactorAverages(averaged[0], averaged[1], averaged[2], self.count + 1)
 
     def corrected(self, decay: float) -> FactorAverages:

@@ -35,8 +35,9 @@ The files in reading order; each imports from those above it only (`tests/docs/i
    `layers.py` takes the cheapest form of each layer; `gram.py` has all inner products; `squares.py` and `diagonal.py`
    have sums of squares; `blocks.py` and `kronecker.py` have Kronecker factors.
 6. For callers.
-   `memory.py` and `outputs.py` have defaults and checks; `rows.py` serves the row lane, `exact.py` people who want the
-   quantities by themselves, and `report.py` people who want to know what was recognized.
+   `memory.py` and `outputs.py` have defaults and checks; `rows.py` serves the row lane and `joint.py` that of several
+   models with the same parameters, `exact.py` people who want the quantities by themselves, and `report.py` people who
+   want to know what was recognized.
 """
 
 from curvax.structure.batch_axis import examples_independent as examples_independent

@@ -72,6 +72,11 @@ class BatchAxes:
             )
         return sizes.pop()
 
+    def sizes(self, batch: PyTree) -> tuple[int, ...]:
+        """The distinct numbers of examples of a batch that may have several sets of them."""
+        leaves = zip(jax.tree.leaves(batch), self.axes, strict=True)
+        return tuple(sorted({np.shape(leaf)[axis] for leaf, axis in leaves if axis is not None}))
+
     def resized(self, batch: PyTree, size: int) -> PyTree:
         """The shapes of a batch (given by shapes) with another number of examples."""
         return self._map(
@@ -93,6 +98,15 @@ class BatchAxes:
         """The examples from `start` to `stop`."""
         return self._map(lambda x, axis: jax.lax.slice_in_dim(x, start, stop, axis=axis), batch)
 
+    def share(self, batch: PyTree, first: int, last: int, pieces: int) -> PyTree:
+        """The pieces from `first` to `last` of each set of examples, cut into equal `pieces`."""
+
+        def some(x: jax.Array, axis: int) -> jax.Array:
+            each = x.shape[axis] // pieces
+            return jax.lax.slice_in_dim(x, first * each, last * each, axis=axis)
+
+        return self._map(some, batch)
+
     def to_front(self, batch: PyTree) -> PyTree:
         """The batch with its examples on the first axis."""
         return self._map(lambda x, axis: _move(x, axis, 0), batch)
@@ -101,12 +115,13 @@ class BatchAxes:
         """The inverse of `to_front`."""
         return self._map(lambda x, axis: _move(x, 0, axis), batch)
 
-    def parts(self, batch: PyTree, size: int, count: int) -> Parts:
-        """The first `count` parts of `size` examples each."""
+    def parts(self, batch: PyTree, size: int | None, count: int) -> Parts:
+        """The first `count` parts of `size` examples each; without a size, of all examples of each set."""
         leaves, structure = jax.tree.flatten(self.to_front(batch))
 
         def stacked(x: jax.Array) -> jax.Array:
-            return x[: count * size].reshape(count, size, *x.shape[1:])
+            each = x.shape[0] // count if size is None else size
+            return x[: count * each].reshape(count, each, *x.shape[1:])
 
         held = [stacked(x) for x, axis in zip(leaves, self.axes, strict=True) if axis is not None]
         shared = [jnp.asarray(x) for x, axis in zip(leaves, self.axes, strict=True) if axis is None]

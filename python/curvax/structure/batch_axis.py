@@ -35,7 +35,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from curvax.jaxprs import SCAN, ForwardFlow, Name, Path, Program, Step, subjaxprs
 from curvax.structure.batch_axes import BatchAxes
-from curvax.structure.batch_rules import DECIDES, ELEMENTWISE, RANDOM, REPEATING, RULES, Axis, Mixed, common
+from curvax.structure.batch_rules import DECIDES, ELEMENTWISE, RANDOM, REPEATING, RULES, SETS, Axis, Mixed, common
 from curvax.structure.replay import traced_program
 from curvax.tree import PyTree
 
@@ -177,7 +177,7 @@ class ExampleModel:
         alike = BatchAxes(tuple(0 if leaf.shape[:1] == (self.count,) else None for leaf in leaves))
         first = alike if axes is None else axes
         if not first.any:
-            return first, f"no leaf of the inputs is as long as the outputs, {self.count}"
+            return first, f"no leaf of the inputs is as long as the outputs, {self.count}{self._joined_sets()}"
         reason = self.refuted(first, sizes)
         if not reason or axes is not None:
             return first, reason
@@ -185,6 +185,16 @@ class ExampleModel:
             if not self.refuted(guess, sizes):
                 return guess, ""
         return alike, reason
+
+    def _joined_sets(self) -> str:
+        """What to write if the outputs are as long as several sets of examples together; empty if they are not."""
+        sizes = sorted({leaf.shape[0] for leaf in jax.tree.leaves(self.inputs) if leaf.shape})
+        if len(sizes) == 1 and sizes[0] and self.count % sizes[0] == 0:
+            sizes *= self.count // sizes[0]
+        if len(sizes) < 2 or sum(sizes) != self.count:
+            return ""
+        shown = " + ".join(map(str, sizes)) if len(sizes) < 5 else f"{len(sizes)} times {sizes[0]}"
+        return f", which is {shown}: {SETS}"
 
     def refuted(self, axes: BatchAxes, sizes: Callable[[int], Sequence[int]]) -> str:
         """Why these axes do not hold the examples; empty if it is proved that they do."""

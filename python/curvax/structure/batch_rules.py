@@ -46,6 +46,10 @@ _SCATTERS = frozenset("scatter scatter-add scatter-mul scatter-min scatter-max s
 _MATRICES = frozenset("cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal".split())
 
 
+SETS = "give each set a term of its own, loss=curvax.Terms(name=Term(predict_fn, loss), ...)"
+"""What to write in the place of a model of several sets of examples."""
+
+
 def keep(condition: bool, name: str, axis: int) -> int:
     """`axis`, if the condition holds."""
     if not condition:
@@ -127,7 +131,9 @@ def _convolution(_: int, eqn: Any, axes: Sequence[Axis]) -> int:
 
 def _concatenate(batch: int, eqn: Any, axes: Sequence[Axis]) -> int:
     axis = common("concatenate", axes)
-    return keep(axis != eqn.params["dimension"], "concatenate", axis)
+    if axis == eqn.params["dimension"]:
+        raise Mixed(f"concatenate joins sets of examples: {SETS}")
+    return axis
 
 
 def _pad(_: int, eqn: Any, axes: Sequence[Axis]) -> int:

@@ -15,15 +15,15 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognize import NONE, Structure
-from curvax.structure.uses import Bias, EmbeddingUse, LayerUse
-from curvax.structure.views import disjoint
+from curvax.structure.recognize import Structure
+from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
+from curvax.structure.views import disjoint, through, unscaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,19 @@ class KroneckerBlock:
 
     Attributes:
       leaf: index of the leaf.
-      uses: indices of the layer uses that see these entries, all in the order of the first one.
+      uses: indices of the layer uses that see these entries in the order of the first one.
       use: the first one, which says how the leaf is laid out.
       bias: the leaf that makes the last row of the block, or `None`.
+      biased: those of `uses` to whose outputs the bias is added.
+      swapped: indices of further layer uses, whose inputs are the block's outputs and whose outputs its inputs.
     """
 
     leaf: int
     uses: tuple[int, ...]
     use: LayerUse
     bias: Bias | None
+    biased: tuple[int, ...] = ()
+    swapped: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,7 +108,7 @@ class DiagonalBlock:
       shape: its shape.
       uses: the layer uses at which it is used, if it is a leaf of layer uses.
       bias_of: the layer uses whose bias it is.
-      explicit: its place among the leaves with explicit rows, or `None`.
+      explicit: its places among the leaves with explicit rows: one at most in each model.
       reason: why it has no Kronecker factors.
     """
 
@@ -112,7 +116,7 @@ class DiagonalBlock:
     shape: tuple[int, ...]
     uses: tuple[int, ...] = ()
     bias_of: tuple[int, ...] = ()
-    explicit: int | None = None
+    explicit: tuple[int, ...] = ()
     reason: str = ""
 
 
@@ -150,6 +154,12 @@ class KroneckerBlocks:
     def __hash__(self) -> int:
         return vars(self)["_hash"]
 
+    @property
+    def explicit_leaves(self) -> list[tuple[int, str]]:
+        """The leaves with explicit rows, by their places, and why they have these."""
+        placed = {place: (block.leaf, block.reason) for block in self.diagonal for place in block.explicit}
+        return [placed[place] for place in sorted(placed)]
+
     def partial(self) -> frozenset[int]:
         """Leaves with entries that belong to no block: those of slices that are not used."""
         covered: dict[int, int] = collections.defaultdict(int)
@@ -168,13 +178,14 @@ class KroneckerBlocks:
         diagonal = list(self.diagonal)
         for leaf, width in wide.items():
             reason = f"a factor would have {width} rows, and max_width is {max_width}"
-            indices = tuple(i for block in self.kronecker if block.leaf == leaf for i in block.uses)
+            blocks = [block for block in self.kronecker if block.leaf == leaf]
+            indices = tuple(i for block in blocks for i in (*block.uses, *block.swapped))
             diagonal.append(DiagonalBlock(leaf, self.shapes[leaf], uses=indices, reason=reason))
         for block in self.kronecker:
             if block.leaf in wide and block.bias is not None:
                 reason = "it is the bias of weights without factors"
                 bias = block.bias
-                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.uses, reason=reason))
+                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.biased, reason=reason))
         kept = tuple(block for block in self.kronecker if block.leaf not in wide)
         return dataclasses.replace(self, kronecker=kept, diagonal=tuple(diagonal))
 
@@ -184,7 +195,9 @@ class KroneckerBlocks:
         for block in self.kronecker:
             groups, n, m = block.shape
             many = f"{groups} x " if groups > 1 else ""
-            shared = f", joined over {len(block.uses)} uses" if len(block.uses) > 1 else ""
+            several = len(block.uses) + len(block.swapped)
+            shared = f", joined over {several} uses" if several > 1 else ""
+            shared += f", {len(block.swapped)} of them transposed" if block.swapped else ""
             factors = f"diagonal {n} and {m} x {m}" if block.embedding else f"{n} x {n} and {m} x {m}"
             lines[block.leaf].append(f"Kronecker factors {many}{factors} ({block.use.rule}{shared})")
             if block.bias is not None:
@@ -202,32 +215,77 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
       shapes: of the parameter leaves.
       dtype: of factors.
     """
+    explicit = [(leaf, _why(structure, leaf)) for leaf in structure.explicit]
+    return _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), np.dtype(dtype))
+
+
+def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
+    """The blocks of several models of the same parameters together.
+
+    Layer uses and leaves with explicit rows are numbered model by model (`kronecker.Examples.placed`).
+    """
+    uses = tuple(use for part in parts for use in part.uses)
+    explicit = [entry for part in parts for entry in part.explicit_leaves]
+    return _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
+
+
+def _blocks(
+    uses: tuple[LayerUse, ...],
+    explicit: Sequence[tuple[int, str]],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: np.dtype,
+) -> KroneckerBlocks:
+    """The blocks of layer uses and of leaves with explicit rows, each with the reason for these."""
     by_leaf: dict[int, list[int]] = collections.defaultdict(list)
-    for index, use in enumerate(structure.uses):
+    bias_of: dict[int, list[int]] = collections.defaultdict(list)
+    places: dict[int, list[int]] = collections.defaultdict(list)
+    reasons: dict[int, str] = {}
+    for index, use in enumerate(uses):
         by_leaf[use.leaf].append(index)
+        if use.bias is not None:
+            bias_of[use.bias.leaf].append(index)
+    for place, (leaf, reason) in enumerate(explicit):
+        places[leaf].append(place)
+        reasons.setdefault(leaf, reason)
+    # 1. Leaves that are weights and nothing else.
     kronecker: list[KroneckerBlock] = []
-    diagonal = [
-        DiagonalBlock(leaf, tuple(shapes[leaf]), explicit=place, reason=_why(structure, leaf))
-        for place, leaf in enumerate(structure.explicit)
-    ]
     for leaf, indices in by_leaf.items():
-        uses = [structure.uses[i] for i in indices]
-        own = _of_leaf(leaf, indices, uses)
-        kronecker += own
-        if not own:
-            reason = "it is used in several orders of its entries"
-            diagonal.append(DiagonalBlock(leaf, tuple(shapes[leaf]), uses=tuple(indices), reason=reason))
-        joined = {block.bias.leaf for block in own if block.bias is not None}
-        for index, use in zip(indices, uses, strict=True):
-            if use.bias is not None and use.bias.leaf not in joined:
-                reason = "it is the bias of weights that are used several times"
-                bias = use.bias
-                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=(index,), reason=reason))
-    idle = [i for i, finding in enumerate(structure.findings) if finding.rule == NONE]
-    diagonal += [DiagonalBlock(i, tuple(shapes[i]), reason="the outputs do not depend on it") for i in idle]
-    return KroneckerBlocks(
-        tuple(kronecker), tuple(diagonal), structure.uses, tuple(map(tuple, shapes)), np.dtype(dtype)
-    )
+        if leaf not in places and leaf not in bias_of:
+            kronecker += _of_leaf(shapes[leaf], {i: uses[i] for i in indices})
+        reasons.setdefault(leaf, "it is used in several orders of its entries")
+    # 2. Biases that all belong to one block.
+    alone = {leaf: of for leaf, of in bias_of.items() if leaf not in places and leaf not in by_leaf}
+    kronecker = [_with_bias(block, uses, alone) for block in kronecker]
+    served = {block.leaf for block in kronecker} | {b.bias.leaf for b in kronecker if b.bias is not None}
+    # 3. All others.
+    diagonal = [
+        DiagonalBlock(
+            leaf,
+            shape,
+            tuple(by_leaf.get(leaf, ())),
+            tuple(bias_of.get(leaf, ())),
+            tuple(places.get(leaf, ())),
+            reasons.get(leaf, _SEVERAL if leaf in bias_of else _IDLE),
+        )
+        for leaf, shape in enumerate(shapes)
+        if leaf not in served
+    ]
+    return KroneckerBlocks(tuple(kronecker), tuple(diagonal), uses, shapes, dtype)
+
+
+_IDLE = "the outputs do not depend on it"
+_SEVERAL = "it is the bias of weights that are used several times"
+
+
+def _with_bias(block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[int, Sequence[int]]) -> KroneckerBlock:
+    """The block with the bias of its outputs, if that is added to no others and everywhere in one order."""
+    biases = {i: bias for i in block.uses if (bias := uses[i].bias) is not None}
+    for bias in biases.values():
+        same = all(b.leaf == bias.leaf and np.array_equal(b.order, bias.order) for b in biases.values())
+        if same and bias.leaf in alone and set(alone[bias.leaf]) == set(biases):
+            return dataclasses.replace(block, bias=bias, biased=tuple(biases))
+        break
+    return block
 
 
 def _why(structure: Structure, leaf: int) -> str:
@@ -235,17 +293,39 @@ def _why(structure: Structure, leaf: int) -> str:
     return f"it enters as {finding.rule}" + (f" ({finding.reason})" if finding.reason else "")
 
 
-def _of_leaf(leaf: int, indices: Sequence[int], uses: Sequence[LayerUse]) -> list[KroneckerBlock]:
-    if any(use.factor == 0 for use in uses):
+def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[KroneckerBlock]:
+    """The blocks of a leaf of that shape, of its layer uses by their indices; none if these disagree."""
+    if any(use.factor == 0 for use in uses.values()):
         return []
-    first = uses[0]
-    if len(uses) == 1:
-        return [KroneckerBlock(leaf, tuple(indices), first, first.bias)]
-    if all(type(s) is type(first) and s.views == first.views and s.same_layout(first) for s in uses[1:]):
-        return [KroneckerBlock(leaf, tuple(indices), first, None)]
-    if all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2)):
-        return [KroneckerBlock(leaf, (i,), s, s.bias) for i, s in zip(indices, uses, strict=True)]
+    # Layer uses that see the same entries in the same order.
+    alike: list[list[int]] = []
+    for i, use in uses.items():
+        group = next((g for g in alike if same_entries(uses[g[0]], use)), None)
+        if group is None:
+            alike.append([i])
+        else:
+            group.append(i)
+    firsts = [uses[group[0]] for group in alike]
+    if all(disjoint(a.views, b.views) for a, b in itertools.combinations(firsts, 2)):
+        return [KroneckerBlock(use.leaf, tuple(g), use, None) for g, use in zip(alike, firsts, strict=True)]
+    if len(alike) == 2 and _swapped(firsts[0], firsts[1], shape):
+        return [KroneckerBlock(firsts[0].leaf, tuple(alike[0]), firsts[0], None, swapped=tuple(alike[1]))]
     return []
+
+
+# Numbering the entries of a leaf costs time and memory at planning.
+_MOST_ENTRIES = 1 << 24
+
+
+def _swapped(a: LayerUse, b: LayerUse, shape: tuple[int, ...]) -> bool:
+    """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other, of a leaf's shape."""
+    groups, n, m = a.block
+    dense = isinstance(a, DenseUse) and isinstance(b, DenseUse)
+    if not dense or b.block != (groups, m, n) or a.factor != b.factor or groups * n * m > _MOST_ENTRIES:
+        return False
+    numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+    mine, theirs = (np.asarray(use.from_operand(through(unscaled(use.views), numbers))) for use in (a, b))
+    return np.array_equal(mine, np.swapaxes(theirs, 1, 2))
 
 
 def _unscaled(x: jax.Array, scale: float) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
-from curvax.jaxprs import Path
+from curvax.jaxprs import Path, without_repeats
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
 from curvax.structure.recognize import Structure, recognize
@@ -161,5 +161,8 @@ def capture(
       Mixed: the examples interact.
     """
     model = by_example(predict, params, inputs, axes)
+    if not model.draws:
+        # Draws have places in the program as it was traced.
+        model = dataclasses.replace(model, program=without_repeats(model.program))
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
     return Capture(model, recognize(model.program, shapes), tree.scalar_dtype(params))

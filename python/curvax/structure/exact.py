@@ -203,6 +203,18 @@ def per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 
+def gradient_norms(source: RowSource, residual: jax.Array, max_bytes: int = DEFAULT_MAX_BYTES) -> jax.Array:
+    """(B,) norms of J_i^T r_i for the residuals r of all examples, in output space.
+
+    Raises:
+      ValueError: the examples interact.
+    """
+    captured = None if source.output.couples_examples else source.captured()
+    if captured is None:
+        raise ValueError("examples have no gradients of their own: use a model and loss that do not mix them.")
+    return _norms(captured, source.params, source.filled_inputs(captured), residual, max_bytes)
+
+
 def _norms(
     captured: Capture, params: PyTree, inputs: list[jax.Array], residual: jax.Array, max_bytes: int
 ) -> jax.Array:

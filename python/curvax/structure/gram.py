@@ -134,7 +134,7 @@ def _formed_bytes(layer: Layer, rows: RowGroups) -> int:
     return blocks * r * n * m * rows.dtype.itemsize if factors.formed_is_cheaper(many, many, triangle=True) else 0
 
 
-def _meet(
+def meet(
     gram: jax.Array, left: Sequence[Layer], right: Sequence[Layer], implementation: Implementation | Choice | None
 ) -> jax.Array:
     """`gram` plus the inner products of the rows of `left` with those of `right`."""
@@ -176,7 +176,7 @@ def _gram_by_blocks(rows: RowGroups, at_once: int, implementation: Implementatio
         left = rows.many(indices[i])  # 1.
 
         def block(j: jax.Array, gram: jax.Array) -> jax.Array:
-            tile = _meet(empty_tile, left, rows.many(indices[j]), implementation)  # 2. and 3.
+            tile = meet(empty_tile, left, rows.many(indices[j]), implementation)  # 2. and 3.
             return jax.lax.dynamic_update_slice(gram, tile, (i * side, j * side))
 
         return jax.lax.fori_loop(jnp.zeros_like(i), i + 1, block, gram)

@@ -17,6 +17,18 @@ factored approximate Fisher matrix for convolution layers" (2016), whose factor 
 All means are weighted with what positions weigh in the loss (`curvax.structure.positions`), as cotangents are: a masked
 example or position counts in neither factor, and a linear layer with squared error stays exact whatever the weights.
 
+A model that returns derivatives uses its weights several times: on values and on the tangents of a Taylor mode, which
+are positions like any others (Dangel, Mueller and Zeinhofer, "Kronecker-Factored Approximate Curvature for
+Physics-Informed Neural Networks", 2024), and, in reverse mode, transposed. There h = g W^T has the gradient
+sum_u c_u g_u^T of W with c the cotangent of h, so cotangents are on the side of A:
+
+    forward      A1 = mean a a^T      B1 = sum d d^T          C ~ A1 kron B1 + A2 kron B2
+    transposed   A2 = sum c c^T       B2 = mean g g^T           ~ A kron B
+    A = (s1 A1 + s2 (tr A1 / tr A2) A2) / (s1 + s2)             s_i = tr A_i tr B_i
+    B = B1 + (tr A2 / tr A1) B2
+
+Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps.
+
 George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018), keep the
 eigenvectors U of A and V of B and measure the diagonal of C in their basis, sum_br (U^T (sum_t a d^T) V)^2 entrywise,
 which is the closest of all matrices with these eigenvectors.
@@ -26,12 +38,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks
 from curvax.structure.capture import Capture, Factors
@@ -61,12 +76,29 @@ class Examples:
     """Factors of the rows of some examples.
 
     Attributes:
-      factors: with a leading example axis B.
+      factors: with a leading example axis B; `None` in the places of another model's layer uses and leaves.
       weights: per layer use (B, T), what its positions weigh in the loss.
     """
 
     factors: Factors
     weights: list[jax.Array]
+
+    def placed(self, uses: tuple[int, int], explicit: tuple[int, int]) -> Examples:
+        """The same among several models' (`blocks.join_blocks`): how many layer uses, and leaves with explicit rows,
+        the models before and behind this one have.
+        """
+
+        def padded(own: list[Any], around: tuple[int, int]) -> list[Any]:
+            return [*[None] * around[0], *own, *[None] * around[1]]
+
+        own = self.factors
+        factors = Factors(padded(own.activations, uses), padded(own.cotangents, uses), padded(own.explicit, explicit))
+        return Examples(factors, padded(self.weights, uses))
+
+    def here(self, uses: Sequence[int]) -> list[int]:
+        """Those of some layer uses that are this model's."""
+        places = cast("Sequence[Any]", self.factors.cotangents)
+        return [i for i in uses if places[i] is not None]
 
 
 @jax.tree_util.register_dataclass
@@ -79,16 +111,56 @@ class FactorSums:
       outputs: per Kronecker block the sum of d d^T, (G, m, m).
       diagonal: per diagonal block the sum of the squared rows, leaf-shaped.
       weights: per Kronecker block the sum of the weights, by which `inputs` become means.
+      swapped: per Kronecker block with transposed layer uses their sums, else `None`.
     """
 
     inputs: list[jax.Array]
     outputs: list[jax.Array]
     diagonal: list[jax.Array]
     weights: list[jax.Array]
+    swapped: list[SwappedSums | None]
 
     def means(self) -> list[jax.Array]:
-        """A per Kronecker block; zero if there is no weight at all."""
+        """A1 per Kronecker block; zero if there is no weight at all."""
         return [_quotient(x, weight) for x, weight in zip(self.inputs, self.weights, strict=True)]
+
+    def factors(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """A and B per Kronecker block."""
+        pairs = zip(self.means(), self.outputs, self.swapped, strict=True)
+        joined = [(a, b) if other is None else other.joined(a, b) for a, b, other in pairs]
+        return [a for a, _ in joined], [b for _, b in joined]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SwappedSums:
+    """Sums over examples at transposed layer uses.
+
+    Attributes:
+      inputs: sum of c c^T, (G, n, n), zero in the row of a bias.
+      outputs: weighted sum of g g^T, (G, m, m).
+      weights: the sum of the weights, by which `outputs` become means.
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
+    weights: jax.Array
+
+    def joined(self, a1: jax.Array, b1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A and B from A1 and B1, as in the module's docstring."""
+        a2, b2 = self.inputs, _quotient(self.outputs, self.weights)
+        t1, t2 = _traces(a1), _traces(a2)
+        s1, s2 = t1 * _traces(b1), t2 * _traces(b2)
+        a = _quotient(s1 * a1 + s2 * _quotient(t1, t2) * a2, s1 + s2)
+        b = b1 + _quotient(t2, t1) * b2
+        # Without anything forwards there is nothing to be normalized to.
+        none = t1 == 0
+        return jnp.where(none, a2, a), jnp.where(none, b2, b)
+
+
+def _traces(x: jax.Array) -> jax.Array:
+    """(G, 1, 1)."""
+    return jnp.trace(x, axis1=-2, axis2=-1)[:, None, None]
 
 
 def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -119,15 +191,22 @@ def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Exa
 
 def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightSharing) -> FactorSums:
     """The sums that make all Kronecker factors and diagonals."""
-    inputs, outputs, weights = [], [], []
+    inputs, outputs, weights, swapped = [], [], [], []
     for block in blocks.kronecker:
-        w = _weights(block, examples)
-        make = _embedding_input_sum if block.embedding else _input_sum
-        inputs.append(make(block, examples, w, sharing))
-        outputs.append(_output_sum(block, examples, sharing))
-        weights.append(jnp.sum(w))
+        uses, dtype = examples.here(block.uses), blocks.dtype
+        if not uses:
+            inputs.append(jnp.zeros(block.input_shape, dtype))
+            outputs.append(jnp.zeros(block.output_shape, dtype))
+            weights.append(jnp.zeros((), dtype))
+        else:
+            w = _weights(uses, examples)
+            make = _embedding_input_sum if block.embedding else _input_sum
+            inputs.append(make(block, examples, w, sharing))
+            outputs.append(_output_sum(_cotangents(uses, examples), sharing))
+            weights.append(jnp.sum(w))
+        swapped.append(_swapped_sums(block, examples, sharing, dtype) if block.swapped else None)
     diagonal = [_diagonal_sum(blocks, block, examples) for block in blocks.diagonal]
-    return FactorSums(inputs, outputs, diagonal, weights)
+    return FactorSums(inputs, outputs, diagonal, weights, swapped)
 
 
 def projected_squares(
@@ -171,22 +250,37 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, T, G, n), with the ones of a bias; positions of all layer uses one after another."""
-    joined = jnp.concatenate([examples.factors.activations[i] for i in block.uses], axis=1)
+    uses = examples.here(block.uses)
+    parts = [examples.factors.activations[i] for i in uses]
     if block.scale != 1:
-        joined = joined * jnp.asarray(block.scale, joined.dtype)
-    if block.bias is None:
-        return joined
-    return jnp.concatenate([joined, jnp.ones_like(joined[..., :1])], axis=-1)
+        parts = [x * jnp.asarray(block.scale, x.dtype) for x in parts]
+    if block.bias is not None:
+        ones = [jnp.full_like(x[..., :1], float(i in block.biased)) for i, x in zip(uses, parts, strict=True)]
+        parts = [jnp.concatenate(pair, axis=-1) for pair in zip(parts, ones, strict=True)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _swapped_cotangents(block: KroneckerBlock, examples: Examples, uses: Sequence[int]) -> jax.Array:
+    """(B, R, T, G, n) at transposed layer uses, scaled as the block's own activations, with the zeros of a bias."""
+    c = _cotangents(uses, examples)
+    if block.scale != 1:
+        c = c * jnp.asarray(block.scale, c.dtype)
+    return c if block.bias is None else jnp.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, 1)])
+
+
+def _swapped_activations(examples: Examples, uses: Sequence[int]) -> jax.Array:
+    """(B, T, G, m) at transposed layer uses."""
+    return jnp.concatenate([examples.factors.activations[i] for i in uses], axis=1)
 
 
 def _indices(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, T) of an embedding."""
-    return jnp.concatenate([examples.factors.activations[i] for i in block.uses], axis=1)
+    return jnp.concatenate([examples.factors.activations[i] for i in examples.here(block.uses)], axis=1)
 
 
-def _cotangents(block: KroneckerBlock, examples: Examples) -> jax.Array:
+def _cotangents(uses: Sequence[int], examples: Examples) -> jax.Array:
     """(B, R, T, G, m)."""
-    return jnp.concatenate([examples.factors.cotangents[i] for i in block.uses], axis=2)
+    return jnp.concatenate([examples.factors.cotangents[i] for i in uses], axis=2)
 
 
 def _rows_by_group(x: jax.Array) -> jax.Array:
@@ -194,19 +288,37 @@ def _rows_by_group(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(-1, *x.shape[-2:]), 1, 0)
 
 
-def _weights(block: KroneckerBlock, examples: Examples) -> jax.Array:
+def _weights(uses: Sequence[int], examples: Examples) -> jax.Array:
     """(B, T); several layer uses share the weight of an example by their positions."""
-    parts = [examples.weights[i] for i in block.uses]
+    parts = [examples.weights[i] for i in uses]
     positions = sum(w.shape[1] for w in parts)
     return jnp.concatenate([w * (w.shape[1] / positions) for w in parts], axis=1)
 
 
 def _input_sum(block: KroneckerBlock, examples: Examples, weights: jax.Array, sharing: WeightSharing) -> jax.Array:
-    a, w = _activations(block, examples), weights[:, :, None, None]
+    return _weighted_sum(_activations(block, examples), weights, sharing)
+
+
+def _weighted_sum(a: jax.Array, weights: jax.Array, sharing: WeightSharing) -> jax.Array:
+    """The sum of w a a^T of activations (B, T, G, n) and weights (B, T)."""
+    w = weights[:, :, None, None]
     if sharing is WeightSharing.REDUCE:
         total = jnp.sum(w, axis=1, keepdims=True)
         a, w = _reduced(a * _quotient(w, total), 1)[:, None], total
     return second_moment(_rows_by_group(a * jnp.sqrt(w)))
+
+
+def _swapped_sums(block: KroneckerBlock, examples: Examples, sharing: WeightSharing, dtype: np.dtype) -> SwappedSums:
+    uses = examples.here(block.swapped)
+    if not uses:
+        zero = jnp.zeros((), dtype)
+        return SwappedSums(jnp.zeros(block.input_shape, dtype), jnp.zeros(block.output_shape, dtype), zero)
+    weights = _weights(uses, examples)
+    return SwappedSums(
+        _output_sum(_swapped_cotangents(block, examples, uses), sharing),
+        _weighted_sum(_swapped_activations(examples, uses), weights, sharing),
+        jnp.sum(weights),
+    )
 
 
 def _embedding_input_sum(
@@ -233,8 +345,8 @@ def _occurrences(indices: jax.Array) -> jax.Array:
     return jnp.sum(indices[:, :, None] == indices[:, None, :], axis=-1)
 
 
-def _output_sum(block: KroneckerBlock, examples: Examples, sharing: WeightSharing) -> jax.Array:
-    d = _cotangents(block, examples)
+def _output_sum(d: jax.Array, sharing: WeightSharing) -> jax.Array:
+    """The sum of d d^T of cotangents (B, R, T, G, m)."""
     if sharing is WeightSharing.REDUCE:
         d = _reduced(d, 2)
     return second_moment(_rows_by_group(d))
@@ -253,25 +365,28 @@ def _reduced(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
-    factors = examples.factors
-    if block.explicit is not None:
-        rows = factors.explicit[block.explicit]
-        return jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
-    if block.uses:
-        return _formed_squares(blocks, block, examples)
-    total = jnp.zeros(block.shape, blocks.dtype)
-    for i in block.bias_of:
+    """Squared rows of a leaf; within one model it has explicit rows, or layer uses, or is a bias."""
+    factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
+    places = cast("Sequence[Any]", factors.explicit)
+    for rows in (places[place] for place in block.explicit):
+        if rows is not None:
+            total = total + jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
+    if uses := examples.here(block.uses):
+        total = total + _formed_squares(blocks, block, examples, uses)
+    for i in examples.here(block.bias_of):
         bias = blocks.uses[i].bias
         if bias is not None:
             total = total + bias.to_leaf(jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)))
     return total
 
 
-def _formed_squares(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
+def _formed_squares(
+    blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples, indices: Sequence[int]
+) -> jax.Array:
     """Squared rows of a leaf whose layer uses disagree about the order of its entries: formed, some examples at a
     time.
     """
-    uses = [blocks.uses[i] for i in block.uses]
+    uses = [blocks.uses[i] for i in indices]
 
     def rows(a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
         total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
@@ -284,29 +399,47 @@ def _formed_squares(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Exa
     def some(part: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         return jnp.sum(jnp.square(jax.vmap(rows)(*part)), axis=(0, 1))
 
-    activations = [examples.factors.activations[i] for i in block.uses]
-    cotangents = [examples.factors.cotangents[i] for i in block.uses]
+    activations = [examples.factors.activations[i] for i in indices]
+    cotangents = [examples.factors.cotangents[i] for i in indices]
     entries = cotangents[0].shape[1] * max(1, math.prod(block.shape))
     return _over_examples(some, (activations, cotangents), entries)
 
 
 def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array, v: jax.Array) -> jax.Array:
-    a = jnp.einsum("btgn,gnk->btgk", _activations(block, examples), u, precision="highest")
-    d = jnp.einsum("brtgm,gml->brtgl", _cotangents(block, examples), v, precision="highest")
-    if a.shape[1] == 1:
+    total, uses = jnp.zeros(block.shape, v.dtype), examples.here(block.uses)
+    parts: list[tuple[str, jax.Array, jax.Array]] = []
+    if uses:
+        a = jnp.einsum("btgn,gnk->btgk", _activations(block, examples), u, precision="highest")
+        d = jnp.einsum("brtgm,gml->brtgl", _cotangents(uses, examples), v, precision="highest")
+        parts.append(("btgk,brtgl->brgkl", a, d))
+    swapped = examples.here(block.swapped)
+    if swapped:
+        c = jnp.einsum("brtgn,gnk->brtgk", _swapped_cotangents(block, examples, swapped), u, precision="highest")
+        g = jnp.einsum("btgm,gml->btgl", _swapped_activations(examples, swapped), v, precision="highest")
+        parts.append(("brtgk,btgl->brgkl", c, g))
+    if not parts:
+        return total
+    if uses and not swapped and parts[0][1].shape[1] == 1:
         # One position: the square of a product is the product of squares.
+        _, a, d = parts[0]
         return jnp.einsum("bgk,bgl->gkl", jnp.square(a[:, 0]), jnp.sum(jnp.square(d[:, :, 0]), 1), precision="highest")
+    forms, arrays = [form for form, _, _ in parts], [(x, y) for _, x, y in parts]
 
-    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jnp.sum(jnp.square(jnp.einsum("btgk,brtgl->brgkl", *part, precision="highest")), axis=(0, 1))
+    def some(part: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        rows = [jnp.einsum(form, *pair, precision="highest") for form, pair in zip(forms, part, strict=True)]
+        return jnp.sum(jnp.square(functools.reduce(jnp.add, rows)), axis=(0, 1))
 
-    return _over_examples(some, (a, d), d.shape[1] * block.size)
+    count = examples.factors.cotangents[[*uses, *swapped][0]].shape[1]
+    return _over_examples(some, arrays, count * block.size)
 
 
 def _embedding_squares(block: KroneckerBlock, examples: Examples, v: jax.Array) -> jax.Array:
     """Positions of one example that look up the same row add up before they are squared."""
-    indices, (_, rows, m) = _indices(block, examples), block.shape
-    d = jnp.einsum("brtm,ml->brtl", _cotangents(block, examples)[..., 0, :], v[0], precision="highest")
+    uses, (_, rows, m) = examples.here(block.uses), block.shape
+    if not uses:
+        return jnp.zeros(block.shape, v.dtype)
+    indices = _indices(block, examples)
+    d = jnp.einsum("brtm,ml->brtl", _cotangents(uses, examples)[..., 0, :], v[0], precision="highest")
     if block.scale != 1:
         d = d * jnp.asarray(block.scale, d.dtype)
     same = (indices[:, :, None] == indices[:, None, :]).astype(d.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import formed, one_hot, uses_by_leaf, with_one
-from curvax.structure.uses import EmbeddingUse, LayerUse
+from curvax.structure.uses import EmbeddingUse, LayerUse, same_entries
 from curvax.structure.views import disjoint
 
 
@@ -40,7 +40,7 @@ class Layer:
 
 def layers(capture: Capture, factors: Factors) -> list[Layer]:
     """All parts of the rows of one example."""
-    parts = [Layer(None, _flat(rows)[None]) for rows in factors.explicit]
+    parts = [Layer(None, flat(rows)[None]) for rows in factors.explicit]
     for indices in uses_by_leaf(capture).values():
         uses = [capture.structure.uses[i] for i in indices]
         parts += _leaf(uses, [factors.activations[i] for i in indices], [factors.cotangents[i] for i in indices])
@@ -49,35 +49,38 @@ def layers(capture: Capture, factors: Factors) -> list[Layer]:
 
 def _leaf(uses: Sequence[LayerUse], activations: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> list[Layer]:
     disjoint_uses = all(disjoint(a.views, b.views) for a, b in itertools.combinations(uses, 2))
-    if not disjoint_uses and not _same_entries(uses):
-        biases = [_flat(jnp.sum(d, axis=1)) for use, d in zip(uses, cotangents, strict=True) if use.bias is not None]
-        return [Layer(None, rows[None]) for rows in (_flat(formed(uses, activations, cotangents)), *biases)]
-    scaled = [_scaled(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
+    alike = all(same_entries(use, uses[0]) for use in uses[1:])
+    if not disjoint_uses and not alike:
+        return [Layer(None, flat(formed(uses, activations, cotangents))[None]), *_biases(uses, cotangents)]
+    scaled = [scaled_activations(use, a, d.dtype) for use, a, d in zip(uses, activations, cotangents, strict=True)]
     if disjoint_uses:
-        return [_pairs_or_formed(*one) for one in zip(scaled, cotangents, strict=True)]
-    return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), jnp.concatenate(cotangents, axis=1))]
+        ones = [with_one(use, a) for use, a in zip(uses, scaled, strict=True)]
+        return [_pairs_or_formed(*one) for one in zip(ones, cotangents, strict=True)]
+    joined = jnp.concatenate(cotangents, axis=1)
+    if sum(use.bias is not None for use in uses) != 1:
+        return [_pairs_or_formed(jnp.concatenate(scaled, axis=0), joined), *_biases(uses, cotangents)]
+    # One bias that several layer uses share the weights beside: its activation is zero where it is not added.
+    ones = [
+        with_one(use, a) if use.bias is not None else jnp.pad(a, ((0, 0), (0, 0), (0, 1)))
+        for use, a in zip(uses, scaled, strict=True)
+    ]
+    return [_pairs_or_formed(jnp.concatenate(ones, axis=0), joined)]
 
 
-def _scaled(use: LayerUse, activations: jax.Array, dtype: Any) -> jax.Array:
-    """As the leaf's gradient has them: scaled as the leaf is on its way, then with a one for a bias, which is not."""
+def _biases(uses: Sequence[LayerUse], cotangents: Sequence[jax.Array]) -> list[Layer]:
+    """The rows of the layer uses' biases."""
+    return [
+        Layer(None, flat(jnp.sum(d, axis=1))[None])
+        for use, d in zip(uses, cotangents, strict=True)
+        if use.bias is not None
+    ]
+
+
+def scaled_activations(use: LayerUse, activations: jax.Array, dtype: Any) -> jax.Array:
+    """(T, G, n) as the leaf's gradient has them: scaled as the leaf is on its way."""
     if isinstance(use, EmbeddingUse):
         activations = one_hot(use, activations, dtype)
-    if use.factor != 1:
-        activations = activations * jnp.asarray(use.factor, dtype)
-    return with_one(use, activations)
-
-
-def _same_entries(uses: Sequence[LayerUse]) -> bool:
-    """Whether a block (G, n, m) means the same entries of the leaf, in the same order, at all layer uses."""
-    first = uses[0]
-    return all(
-        type(use) is type(first)
-        and use.same_layout(first)
-        and use.views == first.views
-        and use.bias is None
-        and first.bias is None
-        for use in uses[1:]
-    )
+    return activations if use.factor == 1 else activations * jnp.asarray(use.factor, dtype)
 
 
 def _pairs_or_formed(activations: jax.Array, cotangents: jax.Array) -> Layer:
@@ -87,9 +90,10 @@ def _pairs_or_formed(activations: jax.Array, cotangents: jax.Array) -> Layer:
     # Per pair of examples and group: a square of positions against the width of the formed rows.
     if g > 1 and t * t * (n + r * r * m) > r * r * n * m:
         rows = jnp.einsum("tgn,rtgm->rgmn", activations, cotangents, precision=jax.lax.Precision.HIGHEST)
-        return Layer(None, _flat(rows)[None])
+        return Layer(None, flat(rows)[None])
     return Layer(activations.transpose(1, 0, 2), cotangents.transpose(2, 0, 1, 3))
 
 
-def _flat(rows: jax.Array) -> jax.Array:
+def flat(rows: jax.Array) -> jax.Array:
+    """(R, entries)."""
     return rows.reshape(rows.shape[0], -1)

@@ -22,7 +22,7 @@ from curvax.kernels.gram_accumulate.whole import mirror
 from curvax.output_space import IdentityCurvature, OutputCurvature
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.capture import Capture, capture
+from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.diagonal import example_diagonal, joint_diagonal
 from curvax.structure.gram import RowGroups, gram
 from curvax.structure.layers import Layer, layers
@@ -119,10 +119,10 @@ def _row_groups(source: RowSource, max_bytes: int) -> tuple[RowGroups, bool]:
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     captured = source.captured()
     if captured is None:
-        return _joint_groups(source.params, source.output, source.vjp), False
+        return joint_groups(source.params, source.output, source.vjp), False
     coupled = source.output.couples_examples
     if coupled:
-        like = _outputs_like(source.output)
+        like = outputs_like(source.output)
         output: OutputCurvature = IdentityCurvature(jnp.zeros(like.shape, like.dtype))
         inputs = jax.tree.leaves(source.inputs)
     else:
@@ -168,12 +168,21 @@ def example_groups(
     captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature, parts: int = 1
 ) -> RowGroups:
     """One group per example, of a model whose examples do not interact; or several, with equal parts of its rows."""
+    factors = example_factors(captured, params, inputs, output, parts)
+    rows = math.prod(output.row_shape[1:]) // parts
+    return RowGroups(output.row_shape[0] * parts, rows, captured.dtype, lambda index: layers(captured, factors(index)))
+
+
+def example_factors(
+    captured: Capture, params: PyTree, inputs: Any, output: OutputCurvature, parts: int = 1
+) -> Callable[[jax.Array], Factors]:
+    """Index of a group of `example_groups` -> the factors of its rows; arguments as there."""
     total = math.prod(output.row_shape[1:])
     rows = total // parts
     leaves = jax.tree.leaves(params)
     own = captured.inputs(leaves, jax.tree.leaves(inputs))
 
-    def make(index: jax.Array) -> list[Layer]:
+    def make(index: jax.Array) -> Factors:
         example, part = (index, jnp.zeros_like(index)) if parts == 1 else (index // parts, index % parts)
         one = captured.one(own, example)
         local = output.example(example)
@@ -184,14 +193,14 @@ def example_groups(
                 basis = jnp.roll(basis, part * rows, axis=1)
             return jax.vmap(local.factor)(basis.reshape(rows, 1, *output.row_shape[1:]))
 
-        return layers(captured, captured.example(leaves, one, cotangents))
+        return captured.example(leaves, one, cotangents)
 
-    return RowGroups(output.row_shape[0] * parts, rows, captured.dtype, make)
+    return make
 
 
 def _coupled(matrix: jax.Array, output: OutputCurvature) -> jax.Array:
     """S^T K S where S couples the examples and the model does not: K = J J^T is made example by example as ever."""
-    like = _outputs_like(output)
+    like = outputs_like(output)
 
     def each_row(matrix: jax.Array) -> jax.Array:
         """S^T times every row of a matrix."""
@@ -200,10 +209,10 @@ def _coupled(matrix: jax.Array, output: OutputCurvature) -> jax.Array:
     return mirror(each_row(each_row(matrix).T))
 
 
-def _joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:
-    """One group per row, all parameters explicit."""
+def joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Array], PyTree]) -> RowGroups:
+    """One group per row of a model whose examples interact, with explicit rows of all leaves."""
     total = math.prod(output.row_shape)
-    dtype = jax.eval_shape(output.factor_transpose, _outputs_like(output)).dtype
+    dtype = jax.eval_shape(output.factor_transpose, outputs_like(output)).dtype
 
     def make(index: jax.Array) -> list[Layer]:
         basis = jnp.zeros((total,), dtype).at[index].set(1).reshape(output.row_shape)
@@ -212,6 +221,7 @@ def _joint_groups(params: PyTree, output: OutputCurvature, vjp: Callable[[jax.Ar
     return RowGroups(total, 1, tree.scalar_dtype(params), make)
 
 
-def _outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
+def outputs_like(output: OutputCurvature) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the outputs."""
     shape = jax.ShapeDtypeStruct(output.row_shape, jnp.float32)
     return jax.eval_shape(output.factor, shape)

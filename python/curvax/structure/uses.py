@@ -419,3 +419,8 @@ class EmbeddingUse(LayerUse):
 
     def from_operand(self, operand: jax.Array) -> jax.Array:
         return operand.reshape(self.block)
+
+
+def same_entries(a: LayerUse, b: LayerUse) -> bool:
+    """Whether a block (G, n, m) means the same entries of a leaf, in the same order, at two layer uses of it."""
+    return type(a) is type(b) and a.views == b.views and a.same_layout(b)

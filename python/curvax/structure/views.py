@@ -213,6 +213,15 @@ def _factor(view: View) -> float:
     return view.factor if isinstance(view, Scale) else 1.0
 
 
+def unscaled(views: Sequence[View]) -> tuple[View, ...]:
+    """The views without scales, which leave entries where they are."""
+    return tuple(view for view in views if not _is_scale(view))
+
+
+def _is_scale(view: View) -> bool:
+    return _is_scale(view.view) if isinstance(view, Stacked) else isinstance(view, Scale)
+
+
 def disjoint(first: Sequence[View], second: Sequence[View]) -> bool:
     """Whether two chains of views surely see different entries of one array: they start with slices that do not meet.
 
