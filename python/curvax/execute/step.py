@@ -37,7 +37,7 @@ from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
 from curvax.preconditioners import BlockPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
-from curvax.solvers.base import solved, unsolved
+from curvax.solvers.base import bounded, solved, unsolved
 from curvax.telemetry import Metric
 from curvax.tree import PyTree
 
@@ -216,6 +216,7 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
         gradient=point.gradient,
         own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
         lam=point.lam,
+        radius=ctx.assembly.damping.radius(point.damping),
         precondition=None
         if preconditioner.is_identity
         else lambda v: preconditioner.apply(point.preconditioner, point.lam, v),
@@ -287,6 +288,7 @@ def _evaluate(
         curvature=curvature,
         norm=norm,
         solved=solved(solution.result),
+        at_boundary=bounded(solution.result),
     )
 
 
@@ -327,10 +329,12 @@ def _where_not_taken(ctx: StepContext, undone: jax.Array | None) -> tuple[PyTree
 def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array) -> dict[str, Any]:
     """The chosen metrics."""
     solution, outcome, update = attempt.solution, attempt.outcome, attempt.proposed
+    radius = ctx.assembly.damping.radius(point.damping)
     values = {
         Metric.STEP: ctx.state.step,
         Metric.LOSS: point.at.loss,
         Metric.LAM: point.lam,
+        Metric.RADIUS: Metric.RADIUS.missing() if radius is None else radius,
         Metric.ACCEPTED: attempt.accepted,
         Metric.FINITE: outcome.finite,
         Metric.REJECTED: rejected,

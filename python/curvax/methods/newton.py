@@ -18,7 +18,9 @@ from curvax.methods.options import (
     TransformOptions,
 )
 from curvax.methods.registry import preset
-from curvax.solvers import Cholesky
+from curvax.solvers import CR, MINRES, Automatic, Cholesky, Solver
+
+SolverName = Literal["auto", "cg", "cr", "minres", "cholesky"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,34 @@ class HessianOptions(AssemblyOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewtonCGOptions(PrecondOptions, CGOptions, SolveRecordOptions, TransformOptions, DampingOptions, HessianOptions):
-    """Keywords of `newton_cg`."""
+    """Keywords of `newton_cg`.
+
+    Attributes:
+      solver: a `Solver`, or the name of one that takes `tol` and `maxiter`: "cg", "cr" (conjugate residuals), "minres";
+        "cholesky", exact, negative curvature included; "auto", where the planner takes Cholesky for small models and
+        CG for others. By default, `None`, "auto", and "cg" for whoever gives a constant or scheduled `lam0` alone or a
+        preconditioner, as in python-somax.
+    """
+
+    solver: Solver | SolverName | None = None
+
+    @property
+    def chosen_solver(self) -> Solver:
+        """The solver that `solver` names."""
+        if isinstance(self.solver, Solver):
+            return self.solver
+        plain = (self.lam0 is not None and self.lam_policy is None) or not self.preconditioner.is_identity
+        name = self.solver or ("cg" if plain else "auto")
+        known: dict[str, Callable[[], Solver]] = {
+            "auto": lambda: Automatic((self.cg, Cholesky())),
+            "cg": lambda: self.cg,
+            "cr": lambda: CR(self.tol, self.maxiter),
+            "minres": lambda: MINRES(self.tol, self.maxiter),
+            "cholesky": Cholesky,
+        }
+        if name not in known:
+            raise ValueError(f"solver must be a Solver or one of {', '.join(known)}, not {name!r}.")
+        return known[name]()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +97,7 @@ def newton_cg(options: NewtonCGOptions) -> Method:
     """Truncated Newton (Martens 2010): CG on the damped Hessian, ended by negative curvature."""
     return options.build(
         Hessian(options.objective),
-        options.cg,
+        options.chosen_solver,
         damping=options.damping,
         preconditioner=options.preconditioner,
         transform=options.transform,
