@@ -13,7 +13,19 @@ import pytest
 import curvax
 from curvax.damping import Outcome, Radius
 from curvax.losses import SquaredError
-from curvax.solvers import CG, CR, MINRES, Automatic, Cholesky, PseudoInverse, Result, RowSpace, Solution, Solver, System
+from curvax.solvers import (
+    CG,
+    CR,
+    MINRES,
+    Automatic,
+    Cholesky,
+    PseudoInverse,
+    Result,
+    RowSpace,
+    Solution,
+    Solver,
+    System,
+)
 from curvax.telemetry import Metric, MetricRecord, Telemetry
 from tests.integration.harness import batch_of, precision, truth_of
 from tests.oracle import dense, models
@@ -329,7 +341,7 @@ def test_the_planner_factorizes_small_models_and_iterates_on_others() -> None:
 
     method = curvax.newton_cg(loss_fn=loss)
     assert isinstance(method.assembly.solver, Automatic)
-    for width, name in ((20, "Cholesky"), (4000, "CG")):
+    for width, name in ((20, "Cholesky"), (4000, "conjugate residuals")):
         params, batch = {"w": jnp.ones((width, 1))}, {"x": jnp.ones((8, width))}
         plan = method.plan_for(params, batch)
         assert plan.solver.name.startswith(name)

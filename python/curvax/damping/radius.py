@@ -1,8 +1,8 @@
 """A trust region whose radius follows rho, for solvers that keep the direction within it.
 
-`TrustRegion` shortens a step by adding lam I to the curvature; on an indefinite Hessian that works once lam is beyond the
-lowest eigenvalue. Here the quadratic model stays as it is and is minimized in a ball (Conn, Gould and Toint 2000), so
-negative curvature is used where it is:
+`TrustRegion` shortens a step by adding lam I to the curvature; on an indefinite Hessian that works once lam is beyond
+the lowest eigenvalue. Here the quadratic model stays as it is and is minimized in a ball (Conn, Gould and Toint 2000),
+so negative curvature is used where it is:
 
     rho      -inf ....... accept ......... lower ............... upper ....... 1 .......
     radius   / inc^k     |    / inc      |     unchanged       |    / dec, if the step ended on the boundary
@@ -39,14 +39,16 @@ class Radius(Damping):
     a loss of squares lets expect anything of. It follows the units of the parameters and of the loss.
 
     The state is a `TrustRegionState` whose `lam` is 1 / radius, and whose `curvature` is the largest such lam of a step
-    that was taken (the first one before any), slowly forgotten. Both bound it: radius stays between 1e-6 and 1 / eps times what was last of use.
+    that was taken (the first one before any), slowly forgotten. Both bound it: radius stays between 1e-6 and 1 / eps
+    times what was last of use.
 
     Attributes:
       radius0: first radius, in units of the parameters, above 0; `None` takes it from loss and gradient.
       lam0: added to the curvature in every step; 0, as the radius alone bounds steps.
       lower, upper: bounds on rho between which the radius stays; 1/4 and 3/4 (Conn, Gould and Toint 2000).
       inc, dec: factors for 1 / radius: a quarter after a bad step and twice after a good one. On the 41 classic
-        problems of Moré, Garbow and Hillstrom and 17 others that took fewer steps (1,333) than a third and three times (1,625).
+        problems of Moré, Garbow and Hillstrom and 17 others that took fewer steps (1,333) than a third and three times
+        (1,625).
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
       accept: least rho of a step that is taken.
     """

@@ -1,4 +1,4 @@
-"""Linear solvers: conjugate gradients, MINRES, conjugate residuals, dense, pseudo-inverse, diagonal, row space, lineax, and the planner's choice.
+"""Linear solvers: conjugate gradients, least residuals, dense, diagonal, row space, lineax, and the planner's choice.
 
 Beside them, for many independent systems at once: `batched_cg` and `batched_cholesky_solve`.
 """

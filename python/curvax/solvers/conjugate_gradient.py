@@ -82,10 +82,10 @@ class CG(Solver):
     to rounding. A preconditioner that makes r.P^-1 r zero, negative or not finite ends it with BAD_PRECONDITIONER and
     the iterate before.
 
-    Under a radius (`system.radius`, which a `damping.Radius` owns) it is the method of Steihaug and Toint: it starts from
-    zero, whatever `warm_start` says, and ends where the iterates leave the region (BOUNDARY), or on the boundary along
-    a direction of negative curvature (NEGATIVE_CURVATURE). The region is a ball in the parameters with a preconditioner
-    too, since a refresh of it should not change what a radius means; the step is then the first exit.
+    Under a radius (`system.radius`, which a `damping.Radius` owns) it is the method of Steihaug and Toint: it starts
+    from zero, whatever `warm_start` says, and ends where the iterates leave the region (BOUNDARY), or on the boundary
+    along a direction of negative curvature (NEGATIVE_CURVATURE). The region is a ball in the parameters with a
+    preconditioner too, since a refresh of it should not change what a radius means; the step is then the first exit.
 
     The residual of the solution is recomputed from its definition, one more product, unless the iteration limit came
     while it was above the square root of the rounding unit: there recurrence and definition agree.
@@ -306,7 +306,7 @@ class CG(Solver):
 
 
 def _to_boundary(xx: jax.Array, xp: jax.Array, pp: jax.Array, radius: jax.Array) -> jax.Array:
-    """The t >= 0 with |x + t p| = radius, for |x| <= radius: of two forms of the root the one that subtracts nothing."""
+    """The t >= 0 with |x + t p| = radius, for |x| <= radius, by the form of the root that subtracts nothing."""
     pp = jnp.where(pp > 0, pp, jnp.ones_like(pp))
     room = jnp.maximum(jnp.square(radius) - xx, jnp.zeros_like(xx))
     root = jnp.sqrt(jnp.square(xp) + pp * room)

@@ -10,8 +10,8 @@ The method of Stiefel (1955) for A s = b, A = C + lam I, with the numbers of the
       4.  w = A z                                                          the one product of an iteration
       5.  beta = <z, w> / <z, w of before>,  p = z + beta p,  q = w + beta q
 
-On A = diag(1, 4) and b = (1, 1): w = q = (1, 4), alpha = 5/17 leads to x = (5/17, 5/17), r = (12/17, -3/17), and the second
-iteration to x = (1, 1/4).
+On A = diag(1, 4) and b = (1, 1): w = q = (1, 4), alpha = 5/17 leads to x = (5/17, 5/17), r = (12/17, -3/17), and the
+second iteration to x = (1, 1/4).
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class CR(Solver):
 
     def _looked(self, system: System, at: _Iteration) -> _Iteration:
         """With the curvature along z, and what follows from it and from the residual."""
-        zw, zz, ww, rr, rz = system.space.dots(
-            ((at.z, at.w), (at.z, at.z), (at.w, at.w), (at.r, at.r), (at.r, at.z))
-        )
+        zw, zz, ww, rr, rz = system.space.dots(((at.z, at.w), (at.z, at.z), (at.w, at.w), (at.r, at.r), (at.r, at.z)))
         length, image = jnp.sqrt(zz), jnp.sqrt(ww)
         largest = jnp.maximum(at.largest, over(image, length))
         result = verdict(over(zw, zz), over(image, length), largest)

@@ -189,9 +189,11 @@ def rounding_floor(values: jax.Array) -> jax.Array:
 
 def apply_function(pairs: Eigenpairs, values: jax.Array, b: jax.Array) -> jax.Array:
     """V diag(values) V^T b for b (n,) or (n, k)."""
-    return jnp.einsum("ij,j,kj,k...->i...", pairs.vectors, values, pairs.vectors, b, precision=jax.lax.Precision.HIGHEST)
+    v = pairs.vectors
+    return jnp.einsum("ij,j,kj,k...->i...", v, values, v, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def dense_residual(c: jax.Array, b: jax.Array, x: jax.Array, lam: jax.Array) -> jax.Array:
+    """|b - (c + lam I) x| / |b|."""
     rest = b - jnp.matmul(c, x, precision=jax.lax.Precision.HIGHEST) - lam.astype(x.dtype) * x
     return tree.relative_norm(rest, b)

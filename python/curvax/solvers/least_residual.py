@@ -1,9 +1,9 @@
 """How solvers of least residual end: what they check, and what they make of the curvature that they found.
 
-MINRES and conjugate residuals make the same iterates, s_k of least |g - A s_k| in the Krylov space, A = C + lam I. Their
-residual r_k carries the news of the curvature (Liu and Roosta 2022): while r.A r > 0 the Krylov space has positive
-curvature and every s_k points downhill; the first r with r.A r <= 0 is itself a direction of nonpositive curvature, and
-downhill too, since r.g = |r|^2.
+MINRES and conjugate residuals make the same iterates, s_k of least |g - A s_k| in the Krylov space, A = C + lam I.
+Their residual r_k carries the news of the curvature (Liu and Roosta 2022): while r.A r > 0 the Krylov space has
+positive curvature and every s_k points downhill; the first r with r.A r <= 0 is itself a direction of nonpositive
+curvature, and downhill too, since r.g = |r|^2.
 
     r.A r / |r|^2          beyond rounding, positive                 go on
                            negative                                  s_k + t r, NEGATIVE_CURVATURE
@@ -11,8 +11,8 @@ downhill too, since r.g = |r|^2.
                                                                      least-squares solution, SINGULAR, r taken out of it
     t = |r| / |A r|, the inverse of the size of A along r: the step that this size would give as a positive curvature.
 
-An example: A = diag(1, -1) and g = (2, 1). r_0 = g has curvature 3 / 5; s_1 = 3 / 5 g leaves r_1 = (4 / 5, 8 / 5), whose curvature is
--3 / 5. So s = s_1 + r_1 = (2, 2.2): downhill, where A^-1 g = (2, -1) is the saddle point.
+An example: A = diag(1, -1) and g = (2, 1). r_0 = g has curvature 3 / 5; s_1 = 3 / 5 g leaves r_1 = (4 / 5, 8 / 5),
+whose curvature is -3 / 5. So s = s_1 + r_1 = (2, 2.2): downhill, where A^-1 g = (2, -1) is the saddle point.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_fields(tol: float, maxiter: int) -> None:
     """Raises ValueError for what bounds no iteration."""
     if maxiter < 1:
         raise ValueError(f"maxiter must be at least 1, not {maxiter}.")
-    if not tol >= 0:
+    if isinstance(tol, int | float) and not tol >= 0:
         raise ValueError(f"tol must be at least 0, not {tol}.")
 
 

@@ -1,8 +1,8 @@
 """MINRES: least residuals on symmetric systems, indefinite and singular ones included.
 
-The method of Paige and Saunders (1975) for A s = b, A = C + lam I. Lanczos' process makes A tridiagonal, T_k, in the basis
-v_1, ..., v_k; Givens rotations make T_k triangular as it grows, one column an iteration. The numbers are those of the
-comments in `MINRES._advance`; c and s are the last rotation, phi = |r|.
+The method of Paige and Saunders (1975) for A s = b, A = C + lam I. Lanczos' process makes A tridiagonal, T_k, in the
+basis v_1, ..., v_k; Givens rotations make T_k triangular as it grows, one column an iteration. The numbers are those of
+the comments in `MINRES._advance`; c and s are the last rotation, phi = |r|.
 
       1.  v = y / beta,  y = A v                       the one product of an iteration
       2.  alpha = <v, y>,  y = y - alpha v - beta v'   the next basis vector, times the next beta
@@ -11,8 +11,8 @@ comments in `MINRES._advance`; c and s are the last rotation, phi = |r|.
       5.  a new rotation makes (gbar, beta) into (gamma, 0);  w = (v - epsilon w'' - delta w') / gamma
       6.  x = x + c phi w,  r = s^2 r - c (s phi) v_next,  phi = s phi
 
-On A = diag(1, -1) and b = (2, 1) the curvature along b is gbar = 3/5, and x = 3/5 b leaves phi = 4/5 |b|. The curvature of that
-residual is -3/5: here `CR` ends. Going on, x = (2, -1), the saddle point.
+On A = diag(1, -1) and b = (2, 1) the curvature along b is gbar = 3/5, and x = 3/5 b leaves phi = 4/5 |b|. The curvature
+of that residual is -3/5: here `CR` ends. Going on, x = (2, -1), the saddle point.
 """
 
 from __future__ import annotations

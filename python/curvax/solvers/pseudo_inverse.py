@@ -1,7 +1,7 @@
 """The pseudo-inverse of a small dense system, with a smooth cut-off of small eigenvalues.
 
-An inverse that drops eigenvalues below a threshold jumps where one passes it, and a small perturbation of the data makes
-another step. The smooth one has no such place:
+An inverse that drops eigenvalues below a threshold jumps where one passes it, and a small perturbation of the data
+makes another step. The smooth one has no such place:
 
     1 / (l (1 + (rcond l_max / l)^6))      times l
                                              1 |            .------      eigenvalues well above rcond l_max: inverted
@@ -41,9 +41,10 @@ class PseudoInverse(Solver):
     For singular systems at little or no lam: variational Monte Carlo, fits with more parameters than data (NetKet's
     `pinv_smooth`; Medvidović and Sels 2022). In row space it is `RowSpace(PseudoInverse())`.
 
-    The result says what became of the spectrum: CONVERGED where nothing was cut, SINGULAR where an inverse lost more than
-    a hundredth (below 2.2 times the threshold) or was rounding and left out whole, INDEFINITE where C + lam I has a negative eigenvalue
-    beyond rounding, whose magnitude was used. It costs a decomposition by eigenvalues, some 20 Cholesky factorizations.
+    The result says what became of the spectrum: CONVERGED where nothing was cut, SINGULAR where an inverse lost more
+    than a hundredth (below 2.2 times the threshold) or was rounding and left out whole, INDEFINITE where C + lam I has
+    a negative eigenvalue beyond rounding, whose magnitude was used. It costs a decomposition by eigenvalues, some 20
+    Cholesky factorizations.
 
     Attributes:
       rcond: threshold, relative to the largest d; 0 for none but rounding. `None` for the root of the rounding unit,
