@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
-from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, over, verdict
+from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
 from curvax.tree import PyTree
 
 
@@ -124,7 +124,7 @@ class CR(Solver):
         length, image = jnp.sqrt(zz), jnp.sqrt(ww)
         largest = jnp.maximum(at.largest, over(image, length))
         result = verdict(over(zw, zz), over(image, length), largest)
-        result = jnp.where((rr > 0) & ~(rz > 0), code(Result.BAD_PRECONDITIONER), result)
+        result = jnp.where(is_bad(rr, rz), code(Result.BAD_PRECONDITIONER), result)
         result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), result)
         result = jnp.where(jnp.isfinite(rr), result, code(Result.NON_FINITE))
         return dataclasses.replace(at, zw=zw, size=(length, image), largest=largest, result=result)

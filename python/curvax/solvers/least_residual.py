@@ -78,6 +78,11 @@ def verdict(curvature: jax.Array, image: jax.Array, largest: jax.Array) -> jax.A
     return jnp.where(jnp.isfinite(curvature) & jnp.isfinite(image), result, code(Result.NON_FINITE))
 
 
+def is_bad(squared: jax.Array, inner: jax.Array) -> jax.Array:
+    """Whether P^-1, which makes v.P^-1 v = `inner` of a vector v with v.v = `squared`, is no inverse of a positive P."""
+    return jnp.isfinite(squared) & (squared > 0) & ~((inner > 0) & jnp.isfinite(inner))
+
+
 def finish(system: System, lam: jax.Array, scaled: UnitVector, end: Ending, tol: float) -> Solution:
     """The solution behind the last iterate: its curvature used, its residual recomputed from its definition."""
     result = jnp.where(end.result == RUNNING, code(Result.MAX_ITERATIONS), end.result)
@@ -86,7 +91,7 @@ def finish(system: System, lam: jax.Array, scaled: UnitVector, end: Ending, tol:
     nothing = jnp.zeros_like(own)
     t = jnp.where(result == int(Result.NEGATIVE_CURVATURE), over(end.length, end.image), nothing)
     t = jnp.where(result == int(Result.SINGULAR), -over(along, own), t)
-    x = tree.axpy(t, end.z, end.x)
+    x = tree.where(t != 0, tree.axpy(t, end.z, end.x), end.x)
     residual = relative_residual(system, lam, scaled.unit, x)
     residual = jnp.where(jnp.isfinite(scaled.size), residual, scaled.size)
     return audited(Solution(scaled.multiply(x), result, end.i, residual, ()), tol)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
-from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, over, verdict
+from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
 from curvax.tree import PyTree
 
 
@@ -129,7 +129,7 @@ class MINRES(Solver):
         bb, bz = system.space.dots(((b, b), (b, z)))
         nothing, beta = jnp.zeros_like(bz), jnp.sqrt(jnp.maximum(bz, jnp.zeros_like(bz)))
         rotations = _Rotations(dbar=nothing, epsilon=nothing, c=-jnp.ones_like(bz), s=nothing)
-        result = self._result(bb, bz, jnp.asarray(RUNNING, jnp.int32))
+        result = jnp.where(is_bad(bb, bz), code(Result.BAD_PRECONDITIONER), self._result(bb))
         lanczos = _Lanczos(zero, b, z, nothing, beta)
         return _Iteration(
             zero, b, z, (zero, zero), lanczos, rotations, beta, nothing, nothing, jnp.zeros((), jnp.int32), result
@@ -144,7 +144,7 @@ class MINRES(Solver):
         (alpha,) = system.space.dots(((v, y),))
         following = tree.axpy(-over(alpha, old.beta), old.next, y)
         y = following if system.precondition is None else system.precondition(following)
-        (squared,) = system.space.dots(((following, y),))
+        own, squared = system.space.dots(((following, following), (following, y)))
         beta = jnp.sqrt(jnp.maximum(squared, jnp.zeros_like(squared)))
         # 3.
         delta, gbar = last.c * last.dbar + last.s * alpha, last.s * last.dbar - last.c * alpha
@@ -155,6 +155,7 @@ class MINRES(Solver):
         seen = verdict(-last.c * gbar, image, largest)
         if not self.detect:
             seen = jnp.where(seen == int(Result.NEGATIVE_CURVATURE), jnp.asarray(RUNNING, jnp.int32), seen)
+        seen = jnp.where(is_bad(own, squared), code(Result.BAD_PRECONDITIONER), seen)
         # 5.
         gamma = jnp.hypot(gbar, beta)
         rotations = _Rotations(dbar, epsilon, over(gbar, gamma), over(beta, gamma))
@@ -168,14 +169,11 @@ class MINRES(Solver):
         r = z if system.precondition is None else tree.axpy(new, following, tree.scale(kept, at.r))
         (rr,) = system.space.dots(((r, r),))
         lanczos = _Lanczos(old.next, following, y, old.beta, beta)
-        further = _Iteration(
-            x, r, z, (at.w[1], w), lanczos, rotations, phi, image, largest, at.i + 1, self._result(rr, squared, seen)
-        )
+        further = _Iteration(x, r, z, (at.w[1], w), lanczos, rotations, phi, image, largest, at.i + 1, self._result(rr))
         stopped = dataclasses.replace(at, image=image, result=seen)
         return jax.tree.map(lambda a, b: jnp.where(seen == RUNNING, a, b), further, stopped)
 
-    def _result(self, rr: jax.Array, squared: jax.Array, otherwise: jax.Array) -> jax.Array:
-        """The result of a residual with the square `rr`, where P^-1 gave a vector that square."""
-        result = jnp.where(squared < 0, code(Result.BAD_PRECONDITIONER), otherwise)
-        result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), result)
-        return jnp.where(jnp.isfinite(rr) & jnp.isfinite(squared), result, code(Result.NON_FINITE))
+    def _result(self, rr: jax.Array) -> jax.Array:
+        """The result behind a residual with the square `rr`."""
+        result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(RUNNING, jnp.int32))
+        return jnp.where(jnp.isfinite(rr), result, code(Result.NON_FINITE))
