@@ -254,8 +254,8 @@ def _evaluate(
     plan, loss = ctx.plan, point.at.loss
     missing = jnp.full_like(loss, jnp.nan)
 
-    def predicted() -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(decrease predicted for what is really added to the parameters, curvature along it, rounding of the loss)."""
+    def predicted() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(decrease predicted for what is really added to the parameters, curvature along it, its square, rounding)."""
         curved = point.curved
         if plan.predict_apart or curved.product is None:
             needs = Needs(product=True, shared=plan.needs.shared)
@@ -269,6 +269,7 @@ def _evaluate(
         return (
             -(slope + bend / 2).astype(missing.dtype),
             (jnp.abs(bend) / squared).astype(missing.dtype),
+            squared.astype(missing.dtype),
             rounding.astype(missing.dtype),
         )
 
@@ -276,13 +277,15 @@ def _evaluate(
         return ctx.assembly.curvature.value(after, ctx.problem.evaluation).astype(missing.dtype)
 
     step, mode = ctx.state.step, plan.mode
-    unknown = missing, missing, missing
-    decrease, curvature, rounding = when(plan.predict, step, mode, predicted, lambda: unknown, demanded)
+    unknown = missing, missing, missing, missing
+    decrease, curvature, squared, rounding = when(plan.predict, step, mode, predicted, lambda: unknown, demanded)
+    behind = when(plan.evaluate, step, mode, loss_after, lambda: missing, demanded)
     return Outcome(
         finite=tree.all_finite(after) & jnp.isfinite(loss),
         evaluated=(plan.evaluate.due(step) & plan.predict.due(step)) | demanded,
         loss=loss,
-        loss_after=when(plan.evaluate, step, mode, loss_after, lambda: missing, demanded),
+        # Where no parameter changes, neither does the loss, whatever two programs make of it.
+        loss_after=jnp.where(squared == 0, loss, behind),
         predicted=decrease,
         rounding=rounding,
         curvature=curvature,

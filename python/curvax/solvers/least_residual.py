@@ -79,7 +79,7 @@ def verdict(curvature: jax.Array, image: jax.Array, largest: jax.Array) -> jax.A
 
 
 def is_bad(squared: jax.Array, inner: jax.Array) -> jax.Array:
-    """Whether P^-1, which makes v.P^-1 v = `inner` of a vector v with v.v = `squared`, is no inverse of a positive P."""
+    """Whether P^-1 is that of no positive P: it makes v.P^-1 v = `inner` of a vector with v.v = `squared`."""
     return jnp.isfinite(squared) & (squared > 0) & ~((inner > 0) & jnp.isfinite(inner))
 
 
