@@ -369,7 +369,7 @@ def test_a_loss_of_minus_infinity_is_no_success():
 
 
 def test_cancellation_inside_a_model_is_no_refusal(x64: None) -> None:
-    """Gulf research's residuals end at the rounding of what they are a difference of, which their size does not tell."""
+    """Gulf research's residuals end at the rounding of what they are a difference of, unseen from their size."""
     level = jnp.arange(1.0, 41.0) / 100
     place = 25 + (-50 * jnp.log(level)) ** (2 / 3)
 

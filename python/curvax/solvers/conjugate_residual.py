@@ -17,12 +17,14 @@ second iteration to x = (1, 1/4).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.kernels import Op, Request, tree_cg
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
 from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
 from curvax.tree import PyTree
@@ -83,6 +85,9 @@ class CR(Solver):
     def products(self) -> int:
         # One before the first iteration, one for the true residual.
         return self.maxiter + 2
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        return ((tree_cg.DOTS, Request.of(like)),)
 
     def init(self, like: PyTree) -> tuple[()]:
         return ()

@@ -18,12 +18,14 @@ of that residual is -3/5: here `CR` ends. Going on, x = (2, -1), the saddle poin
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.kernels import Op, Request, tree_cg
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
 from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
 from curvax.tree import PyTree
@@ -109,6 +111,9 @@ class MINRES(Solver):
     @property
     def products(self) -> int:
         return self.maxiter + 1  # one for the true residual
+
+    def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
+        return ((tree_cg.DOTS, Request.of(like)),)
 
     def init(self, like: PyTree) -> tuple[()]:
         return ()
