@@ -270,7 +270,7 @@ def test_a_radius_needs_a_solver_that_keeps_to_it() -> None:
         with pytest.raises(ValueError, match="keeps to none"):
             curvax.newton_cg(loss_fn=_saddle, solver=solver, lam_policy="radius")
     with pytest.raises(ValueError, match="solver must be a Solver or one of"):
-        curvax.newton_cg(loss_fn=_saddle, solver="lu")
+        curvax.make("newton_cg", loss_fn=_saddle, solver="lu")
 
 
 def _saddle(x: jax.Array, batch: Any) -> jax.Array:
