@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from curvax.losses.batch_fault import BatchFault
-from curvax.result import Result
+from curvax.result import SOLVED, Result
 from curvax.telemetry import Metric
 
 _MAX_SKIPS = 20
 """A trust region that was off by twenty orders of magnitude finds its damping in fewer refusals."""
 
 
-_UNSOLVED = frozenset(Result) - {Result.CONVERGED, Result.MAX_ITERATIONS, Result.STOPPED_EARLY}
+_UNSOLVED = frozenset(Result) - SOLVED
 
 
 class StepsRefused(RuntimeError):

@@ -98,8 +98,9 @@ def _one_contraction(eqn: JaxprEqn, left: jax.Array, right: jax.Array) -> jax.Ar
         merged.append((first,))
         kept.append(tuple(i if i < first else i - len(axes) + 1 for i in others))
     numbers = (tuple(merged), tuple(kept))
+    left, right = operands
     return jax.lax.dot_general(
-        *operands, numbers, precision=p["precision"], preferred_element_type=p["preferred_element_type"]
+        left, right, numbers, precision=p["precision"], preferred_element_type=p["preferred_element_type"]
     )
 
 

@@ -24,6 +24,7 @@ class Metric(enum.StrEnum):
     STEP = "step"
     LOSS = "loss"
     LAM = "lam"
+    RADIUS = "radius"
     ACCEPTED = "accepted"
     FINITE = "finite"
     REJECTED = "rejected"
@@ -81,6 +82,7 @@ _MEANING = {
     Metric.STEP: "number of steps before this one",
     Metric.LOSS: "loss before the step, on the step's batch; of an inner loop the mean over its minibatches",
     Metric.LAM: "damping used",
+    Metric.RADIUS: "bound on the norm of the direction, of a damping that has one; NaN of others",
     Metric.ACCEPTED: "the step was taken",
     Metric.FINITE: "the step is made of finite numbers",
     Metric.REJECTED: "steps not taken so far, this one included",

@@ -366,3 +366,20 @@ def test_a_loss_of_minus_infinity_is_no_success():
         assert float(info["loss_after"]) == -np.inf, "the step was to end there"
         assert not bool(info["accepted"]) and same_bits(params, same)
         assert float(method.assembly.damping.lam(state.damping)) > 2.0
+
+
+def test_cancellation_inside_a_model_is_no_refusal(x64: None) -> None:
+    """Gulf research's residuals end at the rounding of what they are a difference of, unseen from their size."""
+    level = jnp.arange(1.0, 41.0) / 100
+    place = 25 + (-50 * jnp.log(level)) ** (2 / 3)
+
+    def residuals(params: jax.Array, index: jax.Array) -> jax.Array:
+        a, b, c = params
+        return (jnp.exp(-(jnp.abs(place - b) ** c) / a) - level)[index]
+
+    method = curvax.gauss_newton(predict_fn=residuals, loss=SquaredError(reduction="sum"))
+    params = jnp.asarray([5.0, 2.5, 0.15])
+    batch = {"x": jnp.arange(40), "y": jnp.zeros(40)}
+    end = _run(method, params, method.init(params), batch, 250)
+    assert end.loss[-1] < 1e-28
+    assert 1 - end.accepted[100:].mean() <= ALLOWED and end.lam[-1] < 1e6

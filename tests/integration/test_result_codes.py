@@ -15,7 +15,20 @@ import pytest
 import curvax
 from curvax.preconditioners import Preconditioner
 from curvax.preconditioners.nystrom import NystromState
-from curvax.solvers import CG, Cholesky, Lineax, Result, Solution, Solver, System, batched_cg, batched_cholesky_solve
+from curvax.solvers import (
+    CG,
+    CR,
+    MINRES,
+    Cholesky,
+    Lineax,
+    PseudoInverse,
+    Result,
+    Solution,
+    Solver,
+    System,
+    batched_cg,
+    batched_cholesky_solve,
+)
 from curvax.solvers.base import Lane, audited, relative_residual
 from curvax.telemetry import Metric, MetricRecord, Telemetry
 from tests.integration import presets
@@ -28,6 +41,9 @@ SOLVERS = {
     "cg": CG(tol=1e-6, maxiter=200, warm_start=False),
     "cg, Martens": CG(tol=0.0, maxiter=200, warm_start=False, stop=curvax.solvers.MartensStop()),
     "cholesky": Cholesky(),
+    "cr": CR(tol=1e-6, maxiter=200),
+    "minres": MINRES(tol=1e-6, maxiter=200),
+    "pseudo-inverse": PseudoInverse(),
     "lineax": Lineax(lineax.CG(rtol=1e-6, atol=0.0, max_steps=200)),
 }
 USABLE = (Result.CONVERGED, Result.STOPPED_EARLY)
@@ -62,7 +78,7 @@ PRECONDITIONERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["cg", "lineax"])
+@pytest.mark.parametrize("name", ["cg", "lineax", "cr", "minres"])
 @pytest.mark.parametrize("kind", list(PRECONDITIONERS))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_preconditioner_that_is_none_is_told(name, kind, dtype):

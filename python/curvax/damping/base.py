@@ -31,6 +31,7 @@ class Outcome:
       curvature: |d.Cd| / d.d, the curvature along the update; NaN unless evaluated.
       norm: |d|.
       solved: the linear system behind the step was solved, as far as the solver can tell.
+      at_boundary: the direction ends where the policy's radius stopped it.
     """
 
     finite: jax.Array
@@ -42,6 +43,7 @@ class Outcome:
     curvature: ScalarLike = float("nan")
     norm: ScalarLike = 0.0
     solved: bool | jax.Array = True
+    at_boundary: bool | jax.Array = False
 
     @property
     def actual(self) -> jax.Array:
@@ -101,6 +103,16 @@ class Damping(abc.ABC):
     @abc.abstractmethod
     def lam(self, state: Any) -> jax.Array:
         """The damping of this step."""
+
+    @property
+    def has_radius(self) -> bool:
+        """Whether it bounds the norm of the direction, which the solver must then keep to; no by default."""
+        return False
+
+    def radius(self, state: Any) -> jax.Array | None:
+        """The bound on the norm of this step's direction; `None` for none."""
+        del state
+        return None
 
     def start(self, state: Any, loss: jax.Array, gradient_norm: Callable[[], jax.Array]) -> Any:
         """The state once loss and gradient of a step are known, from which a first damping can be taken."""

@@ -97,7 +97,8 @@ class TrustRegion(Damping):
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
       min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature
         along a step so far (times the first damping before any), so that they follow the scale of the loss. A damping
-        below the first is lost in the sum C + lam I.
+        below the first is lost in the sum C + lam I; the second stops what follows from losses that are no numbers,
+        not what follows from a loss that was seen to rise.
       accept: least rho of a step that is taken.
     """
 
@@ -219,6 +220,10 @@ class TrustRegion(Damping):
         eps = float(jnp.finfo(outcome.loss.dtype).eps)
         low = jnp.minimum(eps * scale, before) if self.min_lam is None else scalar(self.min_lam).astype(lam.dtype)
         high = jnp.maximum(_MOST * scale, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
+        if self.max_lam is None:
+            # A loss that was seen to rise is evidence: where the curvature fades away, no multiple of it holds a step.
+            risen = outcome.evaluated & jnp.isfinite(outcome.loss_after) & (outcome.actual < -outcome.rounding)
+            high = jnp.where(risen, jnp.full_like(high, jnp.finfo(lam.dtype).max), high)
         # Before a first damping there is nothing to keep within bounds.
         return jnp.where(before == 0, before, jnp.clip(lam, low, high))
 

@@ -32,6 +32,7 @@ class Task:
       raveled: solve on one raveled vector in place of the tree.
       gram: implementation of `gram_accumulate` in the row lane; `None` takes the best supported one.
       factorize: the same of `batched_cholesky_solve`, for solvers of a dense matrix.
+      radius: bound on |s|, of a damping that has one.
     """
 
     at: Linearization
@@ -43,6 +44,7 @@ class Task:
     raveled: bool = False
     gram: Implementation | Choice | None = None
     factorize: Implementation | Choice | None = None
+    radius: jax.Array | None = None
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
@@ -62,7 +64,7 @@ def _parameter_system(task: Task) -> System:
         raise ValueError("the diagonal lane has no curvature products.")
 
     product = for_loop_body(task.at.product or no_product)
-    return System(product, task.space, task.precondition, factorize=task.factorize)
+    return System(product, task.space, task.precondition, factorize=task.factorize, radius=task.radius)
 
 
 def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:

@@ -37,7 +37,7 @@ from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
 from curvax.preconditioners import BlockPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
-from curvax.solvers.base import solved, unsolved
+from curvax.solvers.base import bounded, solved, unsolved
 from curvax.telemetry import Metric
 from curvax.tree import PyTree
 
@@ -216,6 +216,7 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
         gradient=point.gradient,
         own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
         lam=point.lam,
+        radius=ctx.assembly.damping.radius(point.damping),
         precondition=None
         if preconditioner.is_identity
         else lambda v: preconditioner.apply(point.preconditioner, point.lam, v),
@@ -253,8 +254,8 @@ def _evaluate(
     plan, loss = ctx.plan, point.at.loss
     missing = jnp.full_like(loss, jnp.nan)
 
-    def predicted() -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(decrease predicted for what is really added to the parameters, curvature along it, rounding of the loss)."""
+    def predicted() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(decrease predicted for what is really added to the parameters, curvature along it, its square, rounding)."""
         curved = point.curved
         if plan.predict_apart or curved.product is None:
             needs = Needs(product=True, shared=plan.needs.shared)
@@ -268,6 +269,7 @@ def _evaluate(
         return (
             -(slope + bend / 2).astype(missing.dtype),
             (jnp.abs(bend) / squared).astype(missing.dtype),
+            squared.astype(missing.dtype),
             rounding.astype(missing.dtype),
         )
 
@@ -275,18 +277,21 @@ def _evaluate(
         return ctx.assembly.curvature.value(after, ctx.problem.evaluation).astype(missing.dtype)
 
     step, mode = ctx.state.step, plan.mode
-    unknown = missing, missing, missing
-    decrease, curvature, rounding = when(plan.predict, step, mode, predicted, lambda: unknown, demanded)
+    unknown = missing, missing, missing, missing
+    decrease, curvature, squared, rounding = when(plan.predict, step, mode, predicted, lambda: unknown, demanded)
+    behind = when(plan.evaluate, step, mode, loss_after, lambda: missing, demanded)
     return Outcome(
         finite=tree.all_finite(after) & jnp.isfinite(loss),
         evaluated=(plan.evaluate.due(step) & plan.predict.due(step)) | demanded,
         loss=loss,
-        loss_after=when(plan.evaluate, step, mode, loss_after, lambda: missing, demanded),
+        # Where no parameter changes, neither does the loss, whatever two programs make of it.
+        loss_after=jnp.where(squared == 0, loss, behind),
         predicted=decrease,
         rounding=rounding,
         curvature=curvature,
         norm=norm,
         solved=solved(solution.result),
+        at_boundary=bounded(solution.result),
     )
 
 
@@ -327,10 +332,12 @@ def _where_not_taken(ctx: StepContext, undone: jax.Array | None) -> tuple[PyTree
 def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array) -> dict[str, Any]:
     """The chosen metrics."""
     solution, outcome, update = attempt.solution, attempt.outcome, attempt.proposed
+    radius = ctx.assembly.damping.radius(point.damping)
     values = {
         Metric.STEP: ctx.state.step,
         Metric.LOSS: point.at.loss,
         Metric.LAM: point.lam,
+        Metric.RADIUS: Metric.RADIUS.missing() if radius is None else radius,
         Metric.ACCEPTED: attempt.accepted,
         Metric.FINITE: outcome.finite,
         Metric.REJECTED: rejected,

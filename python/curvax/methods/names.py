@@ -28,6 +28,7 @@ _POLICIES = {
     "const": ("const", "constant", "fixed"),
     "schedule": ("schedule",),
     "trust_region": ("trust_region", "tr", "lm", "levenberg_marquardt"),
+    "radius": ("radius", "steihaug"),
 }
 _POLICY_OF = {name: policy for policy, names in _POLICIES.items() for name in names}
 _ESTIMATORS: dict[str, type[DiagonalEstimator]] = {
@@ -73,7 +74,7 @@ def policy_name(policy: str) -> str:
     known = _POLICY_OF.get(policy.lower())
     if known is None:
         raise ValueError(
-            'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule) or "trust_region", '
+            'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule), "trust_region" or "radius", '
             f"not {policy!r}."
         )
     return known

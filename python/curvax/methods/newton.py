@@ -19,7 +19,9 @@ from curvax.methods.options import (
     refuse_beside_terms,
 )
 from curvax.methods.registry import preset
-from curvax.solvers import Cholesky
+from curvax.solvers import CG, CR, MINRES, Automatic, Cholesky, Solver
+
+SolverName = Literal["auto", "cg", "cr", "minres", "cholesky"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,40 @@ class HessianOptions(AssemblyOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewtonCGOptions(PrecondOptions, CGOptions, SolveRecordOptions, TransformOptions, DampingOptions, HessianOptions):
-    """Keywords of `newton_cg`."""
+    """Keywords of `newton_cg`.
+
+    Attributes:
+      solver: a `Solver`, or the name of one: "cg", "cr" (conjugate residuals) and "minres", which take `tol` and
+        `maxiter`; "cholesky", exact; "auto", of which the planner takes Cholesky for small models and for others
+        conjugate residuals, or CG under a radius. By default, `None`, "auto", and "cg" for whoever gives a constant or
+        scheduled `lam0` alone, as in python-somax, a preconditioner, or another keyword of CG. Conjugate residuals use
+        negative curvature that CG stops short of: after 60 steps they were ahead on all four networks tried
+        (docs/indefinite.md).
+    """
+
+    solver: Solver | SolverName | None = None
+
+    @property
+    def chosen_solver(self) -> Solver:
+        """The solver that `solver` names."""
+        if isinstance(self.solver, Solver):
+            return self.solver
+        somax = self.lam0 is not None and self.lam_policy is None
+        of_cg = self.cg != CG(self.tol, self.maxiter)
+        name = self.solver or ("cg" if somax or of_cg or not self.preconditioner.is_identity else "auto")
+        residuals = CR(self.tol, self.maxiter)
+        known: dict[str, Solver] = {
+            "auto": Automatic((self.cg if self.damping.has_radius else residuals, Cholesky())),
+            "cg": self.cg,
+            "cr": residuals,
+            "minres": MINRES(self.tol, self.maxiter),
+            "cholesky": Cholesky(),
+        }
+        if name not in known:
+            raise ValueError(f"solver must be a Solver or one of {', '.join(known)}, not {name!r}.")
+        if of_cg and self.cg not in (known[name], *known[name].candidates):
+            raise ValueError(f"warm_start, stabilize_every and stop are CG's: drop them, or solver={name!r}.")
+        return known[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +108,18 @@ class NewtonDirectOptions(SolveRecordOptions, TransformOptions, DampingOptions, 
     """Keywords of `newton_direct`."""
 
 
-@preset("Newton-CG: the Hessian of a loss function by CG, negative curvature reported.", NewtonCGOptions)
+@preset(
+    "Truncated Newton: the Hessian of a loss function, exactly or by iterations, negative curvature used.",
+    NewtonCGOptions,
+)
 def newton_cg(options: NewtonCGOptions) -> Method:
-    """Truncated Newton (Martens 2010): CG on the damped Hessian, ended by negative curvature."""
+    """Truncated Newton (Martens 2010; Liu and Roosta 2022) on the damped Hessian, whose negative curvature is used.
+
+    Small models are solved exactly, with lam added to the magnitudes of the eigenvalues; others iterate.
+    """
     return options.build(
         options.hessian,
-        options.cg,
+        options.chosen_solver,
         damping=options.damping,
         preconditioner=options.preconditioner,
         transform=options.transform,

@@ -27,7 +27,7 @@ from curvax.curvature import (
     in_pieces,
 )
 from curvax.curvature.partition import Mask
-from curvax.damping import Constant, Damping, Scheduled, TrustRegion
+from curvax.damping import Constant, Damping, Radius, Scheduled, TrustRegion
 from curvax.damping.base import ScalarLike
 from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
@@ -153,12 +153,12 @@ class DampingOptions:
     """Keywords of presets that solve a damped system.
 
     Attributes:
-      lam_policy: a `Damping`, or "const", "schedule" or "trust_region" to build one from `lam0` and `lam_kwargs`;
-        Somax's other names for them will do. By default a trust region that needs no `lam0`, and the constant `lam0`
-        (or schedule) for whoever gives one.
+      lam_policy: a `Damping`, or "const", "schedule", "trust_region" or "radius" to build one from `lam0` and
+        `lam_kwargs`; Somax's other names for them will do. By default a trust region that needs no `lam0`, and the
+        constant `lam0` (or schedule) for whoever gives one. "radius" (`damping.Radius`) is for CG and Cholesky.
       lam0: damping (first damping of a trust region), in units of the curvature; a schedule with "schedule". `None`
         (default) is 1 for a constant damping; a trust region takes it from the first batch.
-      lam_kwargs: further fields of the policy, checked by name.
+      lam_kwargs: further fields of the policy, checked by name; those of `Radius` with "radius".
     """
 
     lam_policy: Damping | str | None = None
@@ -184,6 +184,8 @@ class DampingOptions:
             raise TypeError("lam_policy='schedule' needs lam0 to be an Optax schedule.")
         if policy == "trust_region":
             return build_damping(TrustRegion, {**self.trust_region, **(self.lam_kwargs or {}), "lam0": self.lam0})
+        if policy == "radius":
+            return build_damping(Radius, {"lam0": 0.0 if self.lam0 is None else self.lam0, **(self.lam_kwargs or {})})
         if self.lam_kwargs:
             raise ValueError("lam_kwargs are fields of a trust region: set lam_policy='trust_region', or drop them.")
         return Constant(1.0 if self.lam0 is None else self.lam0)

@@ -220,6 +220,9 @@ def _check(assembly: Assembly, solver: Solver) -> None:
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
         if each.lane is Lane.DIAGONAL and preconditioner.is_identity:
             raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
+        if assembly.damping.has_radius and not each.takes_radius:
+            raise ValueError(f"the damping bounds the direction by a radius, and {each.name} keeps to none: use CG or "
+                             "Cholesky in parameter space, or a TrustRegion in place of the Radius.")  # fmt: skip
     if preconditioner.needs_rows and not curvature.has_rows:
         raise ValueError(
             f"this estimator reads the factors of a Gauss-Newton matrix, and the {curvature.name} has none: "

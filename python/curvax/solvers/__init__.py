@@ -1,4 +1,4 @@
-"""Linear solvers: conjugate gradients, dense, diagonal, row space, lineax, and the planner's choice.
+"""Linear solvers: conjugate gradients, least residuals, dense, diagonal, row space, lineax, and the planner's choice.
 
 Beside them, for many independent systems at once: `batched_cg` and `batched_cholesky_solve`.
 """
@@ -17,8 +17,11 @@ from curvax.solvers.batched import batched_cg as batched_cg
 from curvax.solvers.batched import batched_cholesky_solve as batched_cholesky_solve
 from curvax.solvers.conjugate_gradient import CG as CG
 from curvax.solvers.conjugate_gradient import MartensStop as MartensStop
+from curvax.solvers.conjugate_residual import CR as CR
 from curvax.solvers.dense import Cholesky as Cholesky
 from curvax.solvers.diagonal import Diagonal as Diagonal
 from curvax.solvers.diagonal import DiagonalState as DiagonalState
 from curvax.solvers.lineax_adapter import Lineax as Lineax
+from curvax.solvers.minres import MINRES as MINRES
+from curvax.solvers.pseudo_inverse import PseudoInverse as PseudoInverse
 from curvax.solvers.row_space import RowSpace as RowSpace

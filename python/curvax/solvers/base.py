@@ -17,6 +17,7 @@ from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.numbers import Number
 from curvax.requirements import EVERY_STEP, Part, Requirement
 from curvax.result import Result as Result
+from curvax.result import bounded as bounded
 from curvax.result import code as code
 from curvax.result import solved as solved
 from curvax.tree import PyTree
@@ -88,6 +89,7 @@ class System:
       matrix: () -> C as a dense matrix over raveled vectors, or `None` to build it from products.
       factorize: implementation of `batched_cholesky_solve` for solvers of the dense matrix; `None` takes the best
         supported one.
+      radius: bound on |s|, for solvers that say `takes_radius`; `None` for none.
     """
 
     product: Callable[[PyTree], PyTree]
@@ -95,6 +97,7 @@ class System:
     precondition: Callable[[PyTree], PyTree] | None = None
     matrix: Callable[[], jax.Array] | None = None
     factorize: Implementation | Choice | None = None
+    radius: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -202,6 +205,11 @@ class Solver(abc.ABC):
     @property
     def exact(self) -> bool:
         """Whether it solves to rounding whatever the system's condition, instead of to a tolerance; no by default."""
+        return False
+
+    @property
+    def takes_radius(self) -> bool:
+        """Whether it keeps |s| within `system.radius`, which a damping that owns a radius asks for; no by default."""
         return False
 
     @property
@@ -322,6 +330,11 @@ class UnitVector:
         """v / (scale size), for a vector that goes with this one; v / scale where this one is zero."""
         size = jnp.where(self.size > 0, self.size, jnp.ones_like(self.size))
         return jax.tree.map(lambda x: x / self.scale.astype(x.dtype) / size.astype(x.dtype), v)
+
+    def divide_length(self, length: jax.Array) -> jax.Array:
+        """length / (scale size), cut to what a square of it can bear."""
+        most = float(jnp.finfo(self.size.dtype).max) ** 0.5 / 4
+        return jnp.minimum(self.divide(length.astype(self.size.dtype)), jnp.asarray(most, self.size.dtype))
 
     def multiply(self, v: PyTree) -> PyTree:
         """v scale size: not finite where this vector is not."""

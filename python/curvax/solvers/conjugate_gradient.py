@@ -13,8 +13,16 @@ The method of Hestenes and Stiefel (1952) for A x = b, A = C + lam I, with the n
       7.  p = z + beta p,  beta = <r, z> / <r, z of before>
       8.  stop?
 
+Under a radius (Steihaug 1983, Toint 1981) steps 3 and 4 know two more ends:
+
+      3.  not positive: go along p to the radius, downhill all the way, and stop
+      4.  alpha p leads out of the region: go along p to its boundary and stop
+
+          x0 ---- x1 --- x2 ----|---> p2       |x| grows from iterate to iterate, so nothing that lies
+                                radius         behind the boundary leads back into the region
+
 On A = diag(1, 4) and b = (1, 1): alpha = 2/5 leads to x = (2/5, 2/5), r = (3/5, -3/5); beta = 9/25 and alpha = 5/8 lead
-to x = (1, 1/4). Two distinct eigenvalues, two iterations.
+to x = (1, 1/4). Two distinct eigenvalues, two iterations. With a radius of 1/2 the first is cut to (0.354, 0.354).
 """
 
 from __future__ import annotations
@@ -74,6 +82,11 @@ class CG(Solver):
     to rounding. A preconditioner that makes r.P^-1 r zero, negative or not finite ends it with BAD_PRECONDITIONER and
     the iterate before.
 
+    Under a radius (`system.radius`, which a `damping.Radius` owns) it is the method of Steihaug and Toint: it starts
+    from zero, whatever `warm_start` says, and ends where the iterates leave the region (BOUNDARY), or on the boundary
+    along a direction of negative curvature (NEGATIVE_CURVATURE). The region is a ball in the parameters with a
+    preconditioner too, since a refresh of it should not change what a radius means; the step is then the first exit.
+
     The residual of the solution is recomputed from its definition, one more product, unless the iteration limit came
     while it was above the square root of the rounding unit: there recurrence and definition agree.
 
@@ -120,6 +133,10 @@ class CG(Solver):
     def takes_any_space(self) -> bool:
         return True
 
+    @property
+    def takes_radius(self) -> bool:
+        return True
+
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         return tuple((op, Request.of(like)) for op in tree_cg.OPS)
 
@@ -147,7 +164,9 @@ class CG(Solver):
         scaled = UnitVector.of(space, rhs)
         size, b = scaled.size, scaled.unit
         zero = jax.tree.map(jnp.zeros_like, b)
-        if start is None:
+        if system.radius is not None:
+            system = dataclasses.replace(system, radius=scaled.divide_length(system.radius))
+        if start is None or system.radius is not None:
             x, r, from_zero = zero, b, jnp.asarray(True)
         else:
             x, r, from_zero = self._warm(system, b, scaled.divide(start), apply)
@@ -235,6 +254,12 @@ class CG(Solver):
         escape = negative & (at.i == 0) & finite & from_zero
         alpha = jnp.where(proceed, at.rz / jnp.where(proceed, pq, jnp.ones_like(pq)), jnp.zeros_like(pq))
         alpha = jnp.where(escape, at.rz / jnp.where(escape, jnp.sqrt(pp * qq), jnp.ones_like(pq)), alpha)
+        leaves = jnp.asarray(False)
+        if system.radius is not None:
+            (xx, xp) = space.dots(((at.x, at.x), (at.x, at.p)))
+            most = _to_boundary(xx, xp, pp, system.radius.astype(pp.dtype))
+            leaves = finite & (~proceed | (alpha >= most))
+            alpha = jnp.where(leaves, most, alpha)
         # 5.
         x, r, rr = space.update(alpha, lam, at.x, at.p, at.r, q)
         r, rr = self._refresh_residual(system, b, lam, at.i + 1, x, r, rr)
@@ -249,6 +274,7 @@ class CG(Solver):
         result = jnp.where((result == _RUNNING) & stalled, code(Result.STOPPED_EARLY), result)
         # A direction of length zero, from a residual that is not.
         result = jnp.where(flat, code(Result.BREAKDOWN), result)
+        result = jnp.where(leaves, code(Result.BOUNDARY), result)
         result = jnp.where(negative, code(Result.NEGATIVE_CURVATURE), result)
         result = jnp.where(finite, result, code(Result.NON_FINITE))
         return _Iteration(x, r, p, rz, rr, largest, history, at.i + 1, result)
@@ -277,6 +303,15 @@ class CG(Solver):
         history = at.history.at[i % length].set(phi)
         bound = k.astype(phi.dtype) * self.stop.epsilon
         return history, (i > k) & (phi < 0) & (phi - before > phi * bound)
+
+
+def _to_boundary(xx: jax.Array, xp: jax.Array, pp: jax.Array, radius: jax.Array) -> jax.Array:
+    """The t >= 0 with |x + t p| = radius, for |x| <= radius, by the form of the root that subtracts nothing."""
+    pp = jnp.where(pp > 0, pp, jnp.ones_like(pp))
+    room = jnp.maximum(jnp.square(radius) - xx, jnp.zeros_like(xx))
+    root = jnp.sqrt(jnp.square(xp) + pp * room)
+    ahead = xp > 0
+    return jnp.where(ahead, room / jnp.where(ahead, xp + root, jnp.ones_like(root)), (root - xp) / pp)
 
 
 def _norm_from_dot(squared: jax.Array) -> jax.Array:

@@ -1,4 +1,17 @@
-"""Direct solution of a small dense system."""
+"""Direct solution of a small dense system, definite or not, under a radius or not.
+
+With eigenvalues l_i of C and the parts g_i of g along its eigenvectors, the solution is s_i = g_i / d_i:
+
+    C + lam I is    d_i                  result
+    definite        l_i + lam            CONVERGED, by a Cholesky factorization
+    indefinite      |l_i| + lam          INDEFINITE: downhill along every eigenvector (Dauphin et al. 2014)
+    singular        the same, where it   SINGULAR: what is zero to rounding is left out
+                    is not rounding
+    any, |s| > r    l_i + lam + t        BOUNDARY: |s| = r, the least of the quadratic in the ball (ball.py)
+
+An example: C = diag(1, -2), lam = 1 and g = (2, 3) make s = (2 / 2, 3 / 3). C + lam I = diag(2, -1) itself would go up
+along the second, and its magnitudes would take no notice of a larger lam until that is beyond 2.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +26,12 @@ from curvax import tree
 from curvax.kernels import Choice, Implementation, Op, Request, select
 from curvax.kernels.batched_cholesky_solve import BATCHED_CHOLESKY_SOLVE, batched_cholesky_solve
 from curvax.kernels.dense_linalg import Eigenpairs, eigh
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
+from curvax.solvers.ball import least_in_ball
+from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code
 from curvax.tree import PyTree
 
 
-def _assemble(system: System, like: PyTree) -> jax.Array:
+def assemble(system: System, like: PyTree) -> jax.Array:
     """C as a dense matrix, column by column from products."""
     flat, unravel = tree.ravel(like)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
@@ -30,8 +44,12 @@ class Cholesky(Solver):
     """Cholesky factorization of C + lam I, with one step of iterative refinement.
 
     Where the factorization fails, or its pivots say that the matrix is singular to rounding, the eigenvalue
-    decomposition takes over: eigenvalues below rounding are left out (the minimum-norm solution, SINGULAR) and negative
-    ones enter by their magnitude (a descent direction, INDEFINITE; Dauphin et al. 2014).
+    decomposition takes over: eigenvalues below rounding are left out (the minimum-norm solution, SINGULAR), and where
+    one of C + lam I is negative, those of C enter by their magnitude (a descent direction, INDEFINITE; Dauphin et al.
+    2014). A larger lam then makes the step shorter along every one of them, negative or not.
+
+    Under a radius (`system.radius`, which a `damping.Radius` owns) it returns the least of the quadratic in that ball,
+    negative curvature and a gradient of zero at a saddle included (Moré and Sorensen 1983; BOUNDARY).
 
     Memory is the square of the system's size, time its cube: for small parameter counts, or the row lane.
     """
@@ -56,6 +74,10 @@ class Cholesky(Solver):
     def takes_matrix(self) -> bool:
         return True
 
+    @property
+    def takes_radius(self) -> bool:
+        return True
+
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         size, dtype = tree.size(like), tree.scalar_dtype(like)
         matrix, rhs = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
@@ -66,8 +88,11 @@ class Cholesky(Solver):
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         b, unravel = tree.ravel(rhs)
-        c = system.matrix() if system.matrix is not None else _assemble(system, rhs)
-        value, result, residual = solve_dense(c.astype(b.dtype), b, lam, system.factorize)
+        c = system.matrix() if system.matrix is not None else assemble(system, rhs)
+        if system.radius is None:
+            value, result, residual = solve_dense(c.astype(b.dtype), b, lam, system.factorize)
+        else:
+            value, result, residual = _solve_in_ball(c.astype(b.dtype), b, lam, system)
         return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
 
 
@@ -96,34 +121,79 @@ def solve_dense(
 
     def solved() -> _Solved:
         x = solution.value.T
-        return x, code(Result.CONVERGED), solution.residual if b.ndim == 1 else _residual(c, b, x, lam)
+        return x, code(Result.CONVERGED), solution.residual if b.ndim == 1 else dense_residual(c, b, x, lam)
 
     def by_eigenvalues() -> _Solved:
-        a = c + lam.astype(c.dtype) * jnp.eye(c.shape[0], dtype=c.dtype)
-        pairs = eigh(a, implementation="reference" if choice.implementation == "reference" else None)
-        x, result = _solve_by_eigenvalues(pairs, b)
-        return x, result, _residual(c, b, x, lam)
+        x, result = _by_magnitude(_eigenpairs(c, choice), b, lam)
+        return x, result, dense_residual(c, b, x, lam)
+
+    return _switch(converged, finite, (solved, by_eigenvalues), b)
+
+
+def _solve_in_ball(c: jax.Array, b: jax.Array, lam: jax.Array, system: System) -> _Solved:
+    """The least of x.(c + lam I) x / 2 - b.x in the ball of the system's radius."""
+    choice = select(BATCHED_CHOLESKY_SOLVE, system.factorize, Request.of(c, b))
+    scaled = UnitVector.of(system.space, b)
+    unit, radius = scaled.unit, scaled.divide_length(jnp.asarray(system.radius))
+    plain = batched_cholesky_solve(c, unit, damping=lam, implementation=choice)
+    inside = (plain.result == int(Result.CONVERGED)) & (jnp.linalg.norm(plain.value) <= radius)
+    finite = (plain.result != int(Result.NON_FINITE)) & jnp.isfinite(scaled.size)
+    # A right-hand side of zero has no size: steps from a saddle are in units of the radius.
+    size = jnp.where(scaled.size > 0, scaled.size, jnp.ones_like(scaled.size)) * scaled.scale
+
+    def solved() -> _Solved:
+        return size * plain.value, code(Result.CONVERGED), plain.residual
+
+    def by_eigenvalues() -> _Solved:
+        pairs = _eigenpairs(c, choice)
+        along = jnp.matmul(unit, pairs.vectors, precision=jax.lax.Precision.HIGHEST)
+        least, at_boundary = least_in_ball(pairs.values + lam.astype(c.dtype), along, radius)
+        x = jnp.matmul(pairs.vectors, least, precision=jax.lax.Precision.HIGHEST)
+        result = jnp.where(at_boundary, code(Result.BOUNDARY), code(Result.SINGULAR))
+        return size * x, result, dense_residual(c, unit, x, lam)
+
+    return _switch(inside, finite, (solved, by_eigenvalues), b)
+
+
+def _switch(first: jax.Array, finite: jax.Array, ways: tuple[Callable[[], _Solved], ...], b: jax.Array) -> _Solved:
+    """The first way or the second; NaN where the system is not finite."""
 
     def not_finite() -> _Solved:
         return jnp.full_like(b, jnp.nan), code(Result.NON_FINITE), jnp.full((), jnp.nan, b.dtype)
 
-    branch = jnp.where(finite, jnp.where(converged, 0, 1), 2)
-    return jax.lax.switch(branch, [solved, by_eigenvalues, not_finite])
+    return jax.lax.switch(jnp.where(finite, jnp.where(first, 0, 1), 2), [*ways, not_finite])
 
 
-def _solve_by_eigenvalues(pairs: Eigenpairs, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values, vectors = pairs.values, pairs.vectors
-    rounding = jnp.asarray(values.size * jnp.finfo(values.dtype).eps, values.dtype)
-    floor = rounding * jnp.max(jnp.abs(values))
-    significant = jnp.abs(values) > floor
-    inverse = jnp.where(
-        significant, 1 / jnp.where(significant, jnp.abs(values), jnp.ones_like(values)), jnp.zeros_like(values)
-    )
-    x = jnp.einsum("ij,j,kj,k...->i...", vectors, inverse, vectors, b, precision=jax.lax.Precision.HIGHEST)
+def _eigenpairs(c: jax.Array, choice: Choice) -> Eigenpairs:
+    return eigh(c, implementation="reference" if choice.implementation == "reference" else None)
+
+
+def _by_magnitude(pairs: Eigenpairs, b: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(solution, result): with eigenvalues l + lam if all are positive, otherwise with |l| + lam."""
+    mu = lam.astype(pairs.values.dtype)
+    values = pairs.values + mu
+    floor = rounding_floor(values)
+    definite = jnp.all(values > floor)
+    magnitudes = jnp.where(definite, values, jnp.abs(pairs.values) + mu)
+    significant = magnitudes > floor
+    inverse = jnp.where(significant, 1 / jnp.where(significant, magnitudes, jnp.ones_like(values)), 0 * values)
     result = jnp.where(jnp.any(values < -floor), code(Result.INDEFINITE), code(Result.SINGULAR))
-    return x, jnp.where(jnp.all(significant & (values > 0)), code(Result.CONVERGED), result)
+    return apply_function(pairs, inverse, b), jnp.where(definite, code(Result.CONVERGED), result)
 
 
-def _residual(c: jax.Array, b: jax.Array, x: jax.Array, lam: jax.Array) -> jax.Array:
+def rounding_floor(values: jax.Array) -> jax.Array:
+    """Magnitude up to which eigenvalues may be rounding of the largest."""
+    rounding = jnp.asarray(values.size * jnp.finfo(values.dtype).eps, values.dtype)
+    return rounding * jnp.max(jnp.abs(values))
+
+
+def apply_function(pairs: Eigenpairs, values: jax.Array, b: jax.Array) -> jax.Array:
+    """V diag(values) V^T b for b (n,) or (n, k)."""
+    v = pairs.vectors
+    return jnp.einsum("ij,j,kj,k...->i...", v, values, v, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def dense_residual(c: jax.Array, b: jax.Array, x: jax.Array, lam: jax.Array) -> jax.Array:
+    """|b - (c + lam I) x| / |b|."""
     rest = b - jnp.matmul(c, x, precision=jax.lax.Precision.HIGHEST) - lam.astype(x.dtype) * x
     return tree.relative_norm(rest, b)
