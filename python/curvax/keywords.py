@@ -43,7 +43,8 @@ def spread(
     """Makes of `function(options(...))` a function of the fields of the dataclass `options`.
 
     Args:
-      options: a dataclass; fields that are not keyword-only may be given by position.
+      options: a dataclass; fields that are not keyword-only may be given by position. Its static function `needed`, if
+        it has one, says which keywords with a default must be there beside those that are given.
       spellings: other names of keywords -> the fields' names.
       instead: keywords that other functions have -> what to write here.
 
@@ -57,6 +58,7 @@ def spread(
     known = signature.parameters
     positional = [p.name for p in known.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     required = [p.name for p in known.values() if p.default is p.empty]
+    needed: Callable[[Mapping[str, Any]], tuple[str, ...]] = getattr(options, "needed", lambda given: ())
 
     def decorate(function: Callable[[OptionsT], ResultT]) -> Callable[P, ResultT]:
         name = function.__name__
@@ -71,7 +73,7 @@ def spread(
             for word in given.keys() & by_keyword.keys():
                 raise TypeError(f"{name}: {word} is given by position and by keyword: give it once.")
             given |= by_keyword
-            missing = [word for word in required if word not in given]
+            missing = [word for word in (*needed(given), *required) if word not in given]
             if missing:
                 raise TypeError(f"{name} needs {', '.join(missing)}: pass {missing[0]}=...")
             return function(options(**given))  # type: ignore[call-arg]

@@ -282,7 +282,7 @@ def test_batches_that_do_not_fit_are_named_in_a_sentence(change: Any, error: typ
 def test_terms_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TypeError, match="each term has its own predict_fn"):
         curvax.egn(predict_fn=convolution, loss=terms())
-    with pytest.raises(TypeError, match="predict_fn is missing"):
+    with pytest.raises(TypeError, match="egn needs predict_fn"):
         curvax.egn(loss=SquaredError())
     with pytest.raises(TypeError, match="the term 'a' is a SquaredError"):
         Terms(a=SquaredError())  # type: ignore[arg-type]

@@ -122,11 +122,14 @@ class ModelOptions(CommonOptions):
     y_key: str = "y"
     weight_key: str | None = None
 
+    @staticmethod
+    def needed(given: Mapping[str, Any]) -> tuple[str, ...]:
+        """A model, where no terms have theirs."""
+        return () if isinstance(given.get("loss"), Terms) else ("predict_fn",)
+
     @property
     def model(self) -> Model:
-        if self.predict_fn is None:
-            raise TypeError("predict_fn is missing: pass predict_fn=..., a function (params, inputs) -> outputs.")
-        if not callable(self.predict_fn):
+        if self.predict_fn is None or not callable(self.predict_fn):
             raise TypeError("predict_fn must be a function predict_fn(params, inputs) -> outputs.")
         return Model(self.predict_fn, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
 
