@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +112,7 @@ def _rows(problem: Problem, name: str, costs: Costs, base: Costs) -> Iterator[Ro
         yield Row(SUITE, problem.name, name, metric, x, *3 * [of(costs)], ratio=ratio, baseline=baseline, goal=goal)
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row]) -> Iterator[str]:
     """One line per model and preset: counts, seconds, and how often AdamW's that is."""
     yield f"| model | preset | {CALLS} | {TRACE} | {COMPILE} | {SIZE} | {TOTAL} over {ADAMW}'s |"
     yield "|---|---|---|---|---|---|---|"

@@ -300,10 +300,14 @@ class Method(AbstractMethod[MethodState, Plan]):
             preconditioner=preconditioner,
             solver=self.assembly.solver.init(upcast_shapes(trainable)),
             transform=self.assembly.transform.init(tree.upcast(trainable)),
+            scaling=self._first_scaling(upcast_shapes(trainable)),
             model_state=tree.fixed(model_state),
             last=first if self._takes_unseen_steps else None,
             layout=Layout.of(trainable),
         )
+
+    def _first_scaling(self, like: PyTree) -> Any:
+        return () if self.assembly.scaling is None else self.assembly.scaling.init(like)
 
     @property
     def _takes_unseen_steps(self) -> bool:
@@ -348,6 +352,7 @@ class Method(AbstractMethod[MethodState, Plan]):
         assembly, like = self.assembly, upcast_shapes(trainable)
         check_part("damping", state.damping, jax.eval_shape(assembly.damping.init))
         check_part("solver", state.solver, jax.eval_shape(assembly.solver.init, like))
+        check_part("scaling", state.scaling, jax.eval_shape(self._first_scaling, like))
         check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
         own = state.preconditioner
         check_part("preconditioner", own, assembly.preconditioner.expected(own, like))

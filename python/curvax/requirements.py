@@ -76,9 +76,11 @@ class Part(enum.Enum):
     GRADIENT = "gradient"
     PRODUCT = "curvature products"
     ROWS = "row factors"
+    SCALING = "scale of damping"
     REFRESH = "refresh"
     INVERSES = "inverses"
     SOLVE = "solve"
+    SELECT = "loss for each lam"
     LOSS_AFTER = "loss after the step"
     PREDICTED = "predicted decrease"
 

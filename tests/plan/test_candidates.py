@@ -16,7 +16,7 @@ from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.plan import Cost, Plan, choose_solver
 from curvax.plan import cost as costing
 from curvax.plan.machine import CPU, GPU, machine
-from curvax.solvers import CG, Cholesky, RowSpace, Solver
+from curvax.solvers import CG, QR, Cholesky, RowSpace, Solver
 from curvax.work import StepWork
 
 pytestmark = pytest.mark.fast
@@ -49,6 +49,10 @@ def is_row_cholesky(solver: Solver) -> bool:
     return isinstance(solver, RowSpace) and isinstance(solver.solver, Cholesky)
 
 
+def is_row_qr(solver: Solver) -> bool:
+    return isinstance(solver, RowSpace) and isinstance(solver.solver, QR)
+
+
 def predicted(found: Plan) -> dict[str, float]:
     kinds = {"param CG": lambda s: isinstance(s, CG), "row CG": is_row_cg, "row Cholesky": is_row_cholesky,
              "param Cholesky": lambda s: isinstance(s, Cholesky)}  # fmt: skip
@@ -63,8 +67,10 @@ def test_known_extremes_choose_the_obvious_lane() -> None:
     assert isinstance(many.solver, CG) or is_row_cg(many.solver)
     # A million parameters that few examples of many outputs see: vectors of row space are the shorter ones.
     assert is_row_cg(plan((64, 1024, 1024, 1000), 16).solver)
-    # Four parameters.
-    assert isinstance(plan((2, 2), 512, maxiter=500, tol=0.0).solver, Cholesky)
+    # Four parameters: an exact solve, and one that loses no digits.
+    assert is_row_qr(plan((2, 2), 64, maxiter=500, tol=0.0).solver)
+    # More than a small fit has.
+    assert not is_row_qr(plan((64, 4, 3), 4).solver)
 
 
 def test_more_rows_parameters_and_iterations_cost_more() -> None:

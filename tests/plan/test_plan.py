@@ -17,6 +17,7 @@ from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.plan import Cadence, Part
 from curvax.plan import cost as costing
 from curvax.solvers import CG, Cholesky, RowSpace
+from tests.oracle.compiling import quick_jit
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
@@ -77,12 +78,11 @@ def test_automatic_step_equals_the_candidate_it_chose() -> None:
     key = jax.random.key(0)
     params = [jax.random.normal(jax.random.fold_in(key, i), s.shape) for i, s in enumerate(shapes(4, 6, 3))]
     data = {"x": jax.random.normal(key, (5, 4)), "y": jnp.arange(5) % 3}
-    chosen = automatic().plan_for(params, data).solver
-    fixed = curvax.assemble(
-        curvature=automatic().assembly.curvature, solver=chosen, damping=curvax.damping.TrustRegion()
-    )
-    ours, _, _ = automatic().step(params, data, automatic().init(params))
-    theirs, _, _ = fixed.step(params, data, fixed.init(params))
+    plan = automatic().plan_for(params, data)
+    damping = curvax.damping.TrustRegion(factors=plan.factors)
+    fixed = curvax.assemble(curvature=automatic().assembly.curvature, solver=plan.solver, damping=damping)
+    ours, _, _ = quick_jit(automatic().step)(params, data, automatic().init(params))
+    theirs, _, _ = quick_jit(fixed.step)(params, data, fixed.init(params))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 

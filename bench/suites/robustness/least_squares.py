@@ -15,6 +15,7 @@ import scipy.optimize
 
 import curvax
 from bench.suites.robustness.classic import Classic, Residuals
+from curvax.damping import Marquardt, Scaling
 from curvax.losses import SquaredError
 
 Values: TypeAlias = Iterator[float]
@@ -51,7 +52,7 @@ def solve(solver: Callable[[Classic], Values], problem: Classic) -> Found:
     return Found(True, value, math.inf)
 
 
-def _curvax(name: str) -> Callable[[Classic], Values]:
+def _curvax(name: str, scaling: Scaling | None = None) -> Callable[[Classic], Values]:
     def values(problem: Classic) -> Values:
         def half(params: jax.Array, batch: Any) -> jax.Array:
             del batch
@@ -61,7 +62,8 @@ def _curvax(name: str) -> Callable[[Classic], Values]:
             method = curvax.make(name, loss_fn=half)
         else:
             # An example is the index of a residual.
-            method = curvax.make(name, predict_fn=_indexed(problem.residuals), loss=SquaredError(reduction="sum"))
+            loss = SquaredError(reduction="sum")
+            method = curvax.make(name, predict_fn=_indexed(problem.residuals), loss=loss, scaling=scaling)
         count = problem.residuals(jnp.asarray(problem.start)).size
         batch = {"x": jnp.arange(count), "y": jnp.zeros(count)}
 
@@ -133,6 +135,7 @@ def _scipy(problem: Classic) -> Values:
 
 SOLVERS: dict[str, Callable[[Classic], Values]] = {
     "gauss_newton": _curvax("gauss_newton"),
+    "gauss_newton, Marquardt": _curvax("gauss_newton", Marquardt()),
     "newton_cg": _curvax("newton_cg"),
     "optimistix LM": _optimistix,
     "scipy least_squares, lm": _scipy,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
@@ -104,6 +105,7 @@ class JacobianRows:
       output: Q, its factor S and their shapes.
       gram: (max_bytes, implementation) -> S^T J J^T S as a dense matrix.
       diagonal: max_bytes -> the diagonal of C, an upcast tree.
+      scaled: d -> the rows of J diag(d), for an upcast tree d.
       source: what the rows are made from, which lets them meet other rows; `None` for whoever cannot say.
       groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
     """
@@ -113,6 +115,7 @@ class JacobianRows:
     output: OutputCurvature
     gram: GramProduct
     diagonal: Callable[[int], PyTree]
+    scaled: Callable[[PyTree], JacobianRows]
     groups: Callable[[int], RowGroups] | None = None
     source: RowSource | None = None
 
@@ -121,7 +124,8 @@ class JacobianRows:
         """The rows that a source makes."""
         gram, diagonal = functools.partial(row_gram, source), functools.partial(row_diagonal, source)
         groups = functools.partial(row_groups, source)
-        return JacobianRows(jvp, source.vjp, source.output, gram, diagonal, groups, source)
+        scaled = functools.partial(_scaled_rows, source, jvp)
+        return JacobianRows(jvp, source.vjp, source.output, gram, diagonal, scaled, groups, source)
 
     def product(self, v: PyTree) -> PyTree:
         """C v."""
@@ -131,6 +135,24 @@ class JacobianRows:
         """v.Cv = (J v).Q(J v), without a pass back."""
         tangents = self.jvp(v)
         return tree.vdot(tangents, self.output.product(tangents))
+
+
+def _scaled_rows(source: RowSource, jvp: Callable[[PyTree], jax.Array], by: PyTree) -> JacobianRows:
+    """The rows of q -> f(p + by q) at q = 0, which are the same point to the last bit."""
+
+    def predict(q: PyTree, inputs: Any) -> jax.Array:
+        moved = jax.tree.map(lambda p, d, x: p + (d * x).astype(p.dtype), source.params, by, q)
+        if source.predict is None:
+            raise AssertionError("without a model of the examples nobody calls it.")
+        return source.predict(moved, inputs)
+
+    apart = dataclasses.replace(
+        source,
+        predict=None if source.predict is None else predict,
+        params=tree.zeros_like(source.params),
+        vjp=lambda u: jax.tree.map(jnp.multiply, by, source.vjp(u)),
+    )
+    return JacobianRows.of(apart, lambda v: jvp(jax.tree.map(jnp.multiply, by, v)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -458,7 +458,10 @@ def _joint_rows(each: Sequence[JacobianRows], params: PyTree) -> JacobianRows:
     def diagonal(max_bytes: int) -> PyTree:
         return functools.reduce(tree.add, [rows.diagonal(max_bytes) for rows in each])
 
-    return JacobianRows(jvp, vjp, output, gram, diagonal)
+    def scaled(by: PyTree) -> JacobianRows:
+        return _joint_rows([rows.scaled(by) for rows in each], tree.zeros_like(params))
+
+    return JacobianRows(jvp, vjp, output, gram, diagonal, scaled)
 
 
 def _sampled(ats: Sequence[Linearization]) -> Callable[[jax.Array], PyTree]:

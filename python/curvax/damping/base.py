@@ -77,7 +77,13 @@ class Damping(abc.ABC):
     An implementor is a frozen dataclass. It must say `name` and `evaluate_every`, and write `init`, `lam`, `accepts`
     and `update`, pure functions of a state of fixed shapes. `requirements` follows from `evaluate_every`: a policy that
     looks at outcomes costs a forward pass and a curvature product at the steps at which it looks.
+
+    Attributes:
+      factors: multiples of lam of which a step takes the one with the lowest loss behind it; lam alone by default.
+        `None` leaves it to the plan, which tries several where the planner chose a solver to which they cost little.
     """
+
+    factors: tuple[float, ...] | None = (1.0,)
 
     @property
     @abc.abstractmethod
@@ -113,6 +119,16 @@ class Damping(abc.ABC):
         """The bound on the norm of this step's direction; `None` for none."""
         del state
         return None
+
+    def lams(self, state: Any, factors: tuple[float, ...]) -> jax.Array:
+        """The dampings that this step tries, (k,); by default all multiples of lam."""
+        lam = self.lam(state)
+        return lam * jnp.asarray(factors, lam.dtype)
+
+    def chosen(self, state: Any, lam: jax.Array) -> Any:
+        """The state of a step that took this one of the multiples of lam; by default as it is."""
+        del lam
+        return state
 
     def start(self, state: Any, loss: jax.Array, gradient_norm: Callable[[], jax.Array]) -> Any:
         """The state once loss and gradient of a step are known, from which a first damping can be taken."""

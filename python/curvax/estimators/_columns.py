@@ -1,37 +1,16 @@
-"""Dense column blocks for the estimators that need orthogonalization."""
+"""What the estimators of traces share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
 from curvax.estimators.base import Product, TraceEstimate
-from curvax.kernels.dense_linalg import qr
+from curvax.sketches import columns_product
 from curvax.tree import PyTree
-
-
-def columns_product(product: Product, like: PyTree) -> Callable[[jax.Array], jax.Array]:
-    """`product` on matrices: (n, m) -> (n, m), column by column, as one batched product."""
-    _, unravel = tree.ravel(tree.zeros_like(like))
-
-    def on_vector(v: jax.Array) -> jax.Array:
-        return tree.ravel(product(unravel(v)))[0].astype(v.dtype)
-
-    return jax.vmap(on_vector, in_axes=1, out_axes=1)
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product in the full precision of the inputs: no TF32 or bfloat16 passes on accelerators."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def orthonormal(columns: jax.Array) -> jax.Array:
-    """Orthonormal (n, m) basis Q whose span holds the columns (n, m), n >= m, also where they depend on each other."""
-    return qr(columns).q
 
 
 def exact_trace(product: Product, like: PyTree) -> TraceEstimate:

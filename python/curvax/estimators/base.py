@@ -13,6 +13,7 @@ from curvax.curvature import Linearization
 from curvax.kernels._dispatch import Choice, Op, Request
 from curvax.kernels.diagonal_update import DiagonalEstimate
 from curvax.numbers import is_known, whole
+from curvax.sketches import LowRank as LowRank
 from curvax.tree import PyTree
 from curvax.work import Cost, StepWork
 
@@ -96,20 +97,6 @@ class TraceEstimator(abc.ABC):
           like: arrays or `jax.ShapeDtypeStruct`s.
           key: the only source of randomness.
         """
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """U diag(values) U^T on flattened parameters (`curvax.tree.ravel`), positive semidefinite.
-
-    Attributes:
-      basis: U, (n, rank), orthonormal columns, in the widest dtype of the parameters and at least float32.
-      values: (rank,), non-negative, descending; same dtype.
-    """
-
-    basis: jax.Array
-    values: jax.Array
 
 
 class LowRankEstimator(abc.ABC):

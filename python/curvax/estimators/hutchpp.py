@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.estimators._columns import columns_product, exact_trace, matmul, mean_and_error, orthonormal
+from curvax.estimators._columns import exact_trace, mean_and_error
 from curvax.estimators.base import Product, TraceEstimate, TraceEstimator, check_count
+from curvax.sketches import columns_product, matmul, orthonormal
 from curvax.tree import PyTree
 
 

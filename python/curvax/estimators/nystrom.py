@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.estimators._columns import columns_product, matmul, orthonormal
-from curvax.estimators.base import LowRank, LowRankEstimator, Product, check_count
-from curvax.kernels.dense_linalg import eigh, qr
+from curvax.estimators.base import LowRankEstimator, Product, check_count
+from curvax.kernels.dense_linalg import eigh
+from curvax.sketches import LowRank, columns_product, matmul, nystrom, orthonormal
 from curvax.tree import PyTree
 
 
@@ -51,40 +50,7 @@ class RandomizedNystrom(LowRankEstimator):
         multiply = columns_product(product, like)
         test = orthonormal(jax.random.normal(key, (n, rank), dtype))
         image = multiply(test)
-        return _rayleigh_ritz(multiply, image) if self.indefinite else _nystrom(test, image)
-
-
-def _nystrom(test: jax.Array, image: jax.Array) -> LowRank:
-    """The approximation from W and Y = C W, for any scale of C.
-
-    With W^T Y = V D V^T and B = (Y + nu W) V (D + nu)^(-1/2), the approximation of C + nu I is B B^T. The eigenvalues
-    D take the place of a Cholesky factor because they also tell how negative rounding (or C) has made W^T Y.
-    """
-    size = tree.norm(image)
-    image = image / jnp.where(size == 0, jnp.ones_like(size), size)
-    core = matmul(test.T, image)
-    pairs = eigh((core + core.T) / 2)
-    values, vectors = pairs.values, pairs.vectors
-    shift = _shift(values, test.shape[0])
-    halves = matmul(image + shift * test, vectors) / jnp.sqrt(jnp.maximum(values + shift, shift / 2))
-    # The left singular vectors of B = Q R, and its squared singular values to rounding of the largest, which nu is.
-    factors = qr(halves)
-    pairs = eigh(matmul(factors.r, factors.r.T))
-    values = jnp.maximum(pairs.values - shift, jnp.zeros_like(shift))
-    return LowRank(matmul(factors.q, pairs.vectors)[:, ::-1], size * values[::-1])
-
-
-def _shift(core_values: jax.Array, n: int) -> jax.Array:
-    """nu for a problem scaled to |Y| = 1 (Frobenius).
-
-    Rounding puts an error of about sqrt(n) eps into W^T Y. Twice its most negative eigenvalue is enough to make the
-    shifted core positive definite; one beyond 100 times rounding is not rounding.
-    """
-    eps = float(jnp.finfo(core_values.dtype).eps)
-    rounding = jnp.asarray(math.sqrt(n) * eps, core_values.dtype)
-    negative = jnp.maximum(-core_values[0], jnp.zeros_like(rounding))
-    shift = jnp.maximum(rounding, negative + negative)
-    return jnp.where(negative > 100 * rounding, jnp.full_like(shift, 2), shift)
+        return _rayleigh_ritz(multiply, image) if self.indefinite else nystrom(test, image)
 
 
 def _rayleigh_ritz(multiply: Callable[[jax.Array], jax.Array], image: jax.Array) -> LowRank:

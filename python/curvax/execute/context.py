@@ -134,6 +134,8 @@ class Point:
       gradient: upcast.
       lam: damping.
       damping: state of its policy, begun if this is the first step.
+      scaling: state of its scaling, refreshed where that was due.
+      root: D^(1/2) of the damping lam D; `None` for the identity.
       preconditioner: its state, refreshed where that was due.
     """
 
@@ -142,6 +144,8 @@ class Point:
     gradient: PyTree
     lam: jax.Array
     damping: Any
+    scaling: Any
+    root: PyTree | None
     preconditioner: Any
 
 
@@ -154,6 +158,7 @@ class Attempt:
       applied: what was added to the parameters, upcast.
       proposed: what the transform made of the direction, taken or not; `None` where the step ran in one pass, which
         shows neither direction nor update.
+      lam: the damping of the step.
       solution: how the linear solve went.
       outcome: what the damping gets to see.
       accepted: whether the step is taken.
@@ -163,6 +168,7 @@ class Attempt:
     params: PyTree
     applied: PyTree
     proposed: PyTree | None
+    lam: jax.Array
     solution: Solution
     outcome: Outcome
     accepted: jax.Array

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,23 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature import JacobianRows, Linearization, OutputCurvature
-from curvax.kernels import Choice, Implementation
+from curvax.kernels import Choice
+from curvax.kernels.batched_cholesky_solve import BATCHED_CHOLESKY_SOLVE
+from curvax.kernels.dense_linalg import QR
+from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE
 from curvax.loops import for_loop_body
-from curvax.solvers import CG, Lane, RowSpace, Solution, Solver, Space, System, TreeSpace
+from curvax.solvers import (
+    CG,
+    Lane,
+    LeastSquares,
+    LeastSquaresSolver,
+    RowSpace,
+    Solution,
+    Solver,
+    Space,
+    System,
+    TreeSpace,
+)
 from curvax.solvers.base import audited, relative_residual
 from curvax.tree import PyTree
 
@@ -26,13 +41,12 @@ class Task:
       at: the linearization that offers the curvature.
       gradient: g.
       own_gradient: g is the gradient of `at`'s own batch, so that it lies in the range of J^T.
-      lam: damping.
+      lam: damping, or several, (k,), for a solver of several; then the solution's fields have that axis in front.
       precondition: v -> P^-1 v, or `None`.
       space: vector arithmetic of parameter space.
       raveled: solve on one raveled vector in place of the tree.
-      gram: implementation of `gram_accumulate` in the row lane; `None` takes the best supported one.
-      factorize: the same of `batched_cholesky_solve`, for solvers of a dense matrix.
       radius: bound on |s|, of a damping that has one.
+      choices: implementation of each op, by name; an op that is missing takes the best supported one.
     """
 
     at: Linearization
@@ -42,15 +56,19 @@ class Task:
     precondition: Callable[[PyTree], PyTree] | None
     space: TreeSpace
     raveled: bool = False
-    gram: Implementation | Choice | None = None
-    factorize: Implementation | Choice | None = None
     radius: jax.Array | None = None
+    choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
-    """Solves in the plan's lane. Whatever a solver says of its solution must be borne out by the residual."""
+    """Solves in the plan's lane. Whatever a solver says of its solution must be borne out by the residual.
+
+    Of several solutions nobody has looked at the residuals: `with_residual` does of the one that is taken.
+    """
+    if task.lam.ndim:
+        return _solve_several(solver, task, state)
     if lane is Lane.ROW and isinstance(solver, RowSpace):
-        return audited(_solve_rows(solver, task, state), solver.tolerance)
+        return _solve_rows(solver, task, state)
     system = _parameter_system(task)
     if lane is Lane.DIAGONAL:
         return solver.solve(system, task.gradient, state, task.lam)
@@ -59,12 +77,79 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     return audited(solver.solve(system, task.gradient, state, task.lam), solver.tolerance)
 
 
+def _solve_several(solver: Solver, task: Task, state: Any) -> Solution:
+    if not isinstance(solver, RowSpace):
+        several = solver.solve_several(_parameter_system(task), task.gradient, task.lam)
+    else:
+        rows = _rows_of(task)
+        t = rows.output.gradient_in_rows() if task.own_gradient else None
+        several = _solve_several_rows(solver, rows, task, t)
+    return dataclasses.replace(several, state=state)
+
+
+def _solve_several_rows(solver: RowSpace, rows: JacobianRows, task: Task, t: jax.Array | None) -> Solution:
+    inner = solver.solver
+    if isinstance(inner, LeastSquaresSolver):
+        problem, gradient = _least_squares(rows, task), task.gradient
+        if t is None:
+            return jax.vmap(lambda lam: inner.least_squares(problem, None, gradient, lam))(task.lam)
+        t = t.astype(tree.scalar_dtype(gradient)).reshape(-1)
+        return inner.several_least_squares(problem, t, gradient, task.lam)
+    if t is None:
+        raise ValueError(
+            "several lam in row space need the exact gradient of their own batch: take QR(), or Eigen() or "
+            "MultiShiftCG() in parameter space."
+        )
+    t = t.astype(tree.scalar_dtype(task.gradient))
+    several = inner.solve_several(_row_system(solver, rows, task), t, task.lam)
+    return dataclasses.replace(several, value=jax.vmap(lambda z: rows.vjp(rows.output.factor(z)))(several.value))
+
+
+def with_residual(solver: Solver, task: Task, solution: Solution, root: PyTree | None) -> Solution:
+    """The solution with its residual |g - (C + lam D) s| / |g| at the lam of the task, and a result that agrees."""
+    if isinstance(solver, RowSpace) and isinstance(solver.solver, LeastSquaresSolver):
+        return solution  # judged where A was at hand
+    s, product = solution.value, task.at.product
+    if product is None:
+        raise AssertionError("a lane that solves a system linearizes with products.")
+    metric = s if root is None else jax.tree.map(lambda x, d: x * jnp.square(d), s, root)
+    rest = jax.tree.map(jnp.subtract, task.gradient, tree.axpy(task.lam, metric, product(s)))
+    residual = tree.relative_norm(rest, task.gradient)
+    return audited(dataclasses.replace(solution, residual=residual), solver.tolerance)
+
+
+def over(root: PyTree | None, v: PyTree) -> PyTree:
+    """D^(-1/2) v."""
+    return v if root is None else jax.tree.map(jnp.divide, v, root)
+
+
+def solve_scaled(root: PyTree, solve: Callable[[Task], Solution], task: Task) -> Solution:
+    """(C + lam D) s = g in the coordinates D^(1/2) s (`curvax.damping.scaling`); the solver's state stays in these."""
+    inverse = jax.tree.map(lambda d: 1 / d, root)
+    product, precondition, rows = task.at.product, task.precondition, task.at.rows
+
+    def both_sides(function: Callable[[PyTree], PyTree], by: PyTree) -> Callable[[PyTree], PyTree]:
+        return lambda v: jax.tree.map(jnp.multiply, by, function(jax.tree.map(jnp.multiply, by, v)))
+
+    at = dataclasses.replace(
+        task.at,
+        product=None if product is None else both_sides(product, inverse),
+        quadratic=None,
+        rows=None if rows is None else rows.scaled(inverse),
+    )
+    precondition = None if precondition is None else both_sides(precondition, root)
+    gradient = jax.tree.map(jnp.multiply, inverse, task.gradient)
+    solution = solve(dataclasses.replace(task, at=at, gradient=gradient, precondition=precondition))
+    return dataclasses.replace(solution, value=jax.tree.map(jnp.multiply, inverse, solution.value))
+
+
 def _parameter_system(task: Task) -> System:
     def no_product(v: PyTree) -> PyTree:
         raise ValueError("the diagonal lane has no curvature products.")
 
     product = for_loop_body(task.at.product or no_product)
-    return System(product, task.space, task.precondition, factorize=task.factorize, radius=task.radius)
+    factorize = task.choices.get(BATCHED_CHOLESKY_SOLVE.name)
+    return System(product, task.space, task.precondition, factorize=factorize, radius=task.radius)
 
 
 def _solve_raveled(solver: Solver, system: System, task: Task, state: PyTree) -> Solution:
@@ -106,17 +191,37 @@ class _PairSpace(Space):
         return tree.axpy(beta, p, z)
 
 
-def _solve_rows(solver: RowSpace, task: Task, state: PyTree) -> Solution:
-    rows = task.at.rows
-    if rows is None:
+def _rows_of(task: Task) -> JacobianRows:
+    if task.at.rows is None:
         raise AssertionError("the row lane linearizes with rows.")
+    return task.at.rows
+
+
+def _row_system(solver: RowSpace, rows: JacobianRows, task: Task) -> System:
+    """The system of G = S^T J J^T S, whose matrix is made for solvers that take it."""
+
+    def product(w: jax.Array) -> jax.Array:
+        return rows.output.factor_transpose(rows.jvp(rows.vjp(rows.output.factor(w))))
+
+    factorize = task.choices.get(BATCHED_CHOLESKY_SOLVE.name)
+    if not solver.solver.takes_matrix:
+        return System(for_loop_body(product), factorize=factorize)
+    gram = rows.gram(solver.max_bytes, task.choices.get(GRAM_ACCUMULATE.name))
+    return System(product, matrix=lambda: gram, factorize=factorize)
+
+
+def _solve_rows(solver: RowSpace, task: Task, state: PyTree) -> Solution:
+    rows = _rows_of(task)
+    if isinstance(solver.solver, LeastSquaresSolver):
+        solution = _row_least_squares(solver, solver.solver, rows, task, state)
+        return dataclasses.replace(solution, state=solution.value if solver.keeps_direction else ())
     if isinstance(solver.solver, CG):
         solution = _row_iteration(solver, solver.solver, rows, task, state)
     else:
         solution = _row_matrix(solver, rows, task, state)
     residual = relative_residual(System(rows.product), task.lam, _right_hand_side(solver, task, state), solution.value)
-    state = solution.value if solver.keeps_direction else ()
-    return dataclasses.replace(solution, residual=residual, state=state)
+    state = solution.value if solver.keeps_direction else solution.state
+    return audited(dataclasses.replace(solution, residual=residual, state=state), solver.tolerance)
 
 
 def _right_hand_side(solver: RowSpace, task: Task, state: PyTree) -> PyTree:
@@ -142,15 +247,10 @@ def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree)
     shift = _shift(solver, state)
     t = rows.output.gradient_in_rows() if task.own_gradient else None
     like = jax.eval_shape(rows.output.factor_transpose, jax.eval_shape(rows.jvp, task.gradient))
-
-    def product(w: jax.Array) -> jax.Array:
-        return rows.output.factor_transpose(rows.jvp(rows.vjp(rows.output.factor(w))))
-
-    gram = rows.gram(solver.max_bytes, task.gram)
-    system = System(product, matrix=lambda: gram, factorize=task.factorize)
+    system = _row_system(solver, rows, task)
 
     def solve_rows(rhs: jax.Array) -> Solution:
-        return solver.solve(system, rhs, (), task.lam)
+        return solver.solve(system, rhs, () if solver.keeps_direction else state, task.lam)
 
     if t is not None:
         rhs = t.astype(like.dtype)
@@ -165,6 +265,30 @@ def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree)
         solution, correction = _woodbury(rows, solve_rows, rest, task.lam)
     value = correction if shift is None else tree.add(shift, correction)
     return dataclasses.replace(solution, value=value)
+
+
+def _least_squares(rows: JacobianRows, task: Task) -> LeastSquares:
+    output, shape = rows.output, rows.output.row_shape
+    return LeastSquares(
+        multiply=lambda v: output.factor_transpose(rows.jvp(v)).reshape(-1),
+        transpose=lambda w: rows.vjp(output.factor(w.reshape(shape))),
+        rows=math.prod(shape),
+        factorize=task.choices.get(QR.name),
+    )
+
+
+def _row_least_squares(
+    solver: RowSpace, inner: LeastSquaresSolver, rows: JacobianRows, task: Task, state: PyTree
+) -> Solution:
+    """Solves min |A d - t|^2 + lam |d|^2 with A = S^T J, where d = s - mu s' and t has lost A mu s'."""
+    problem, shift = _least_squares(rows, task), _shift(solver, state)
+    t, gradient = rows.output.gradient_in_rows() if task.own_gradient else None, task.gradient
+    t = None if t is None else t.astype(tree.scalar_dtype(gradient)).reshape(-1)
+    if shift is not None:
+        gradient = jax.tree.map(jnp.subtract, gradient, rows.product(shift))
+        t = None if t is None else t - problem.multiply(shift)
+    solution = inner.least_squares(problem, t, gradient, task.lam)
+    return solution if shift is None else dataclasses.replace(solution, value=tree.add(shift, solution.value))
 
 
 def _woodbury(

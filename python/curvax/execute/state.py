@@ -102,6 +102,7 @@ class MethodState(AbstractState):
     Attributes:
       step, rejected: steps so far, and those of them that were not taken, int32.
       damping, preconditioner, solver, transform: the modules' states.
+      scaling: that of the damping's scaling; () without one.
       model_state: mutable model state (BatchNorm statistics), or `None`.
       last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
       layout: what parameters the state belongs to; static.
@@ -114,6 +115,7 @@ class MethodState(AbstractState):
     preconditioner: Any
     solver: Any
     transform: Any
+    scaling: Any
     model_state: PyTree
     last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})

@@ -28,10 +28,10 @@ from curvax.curvature import Linearization, Needs
 from curvax.damping import Outcome
 from curvax.execute.branch import when
 from curvax.execute.context import Attempt, Point, Proposal, StepContext
-from curvax.execute.directions import Task, solve
+from curvax.execute.directions import Task, over, solve, solve_scaled, with_residual
 from curvax.execute.entrywise import update_in_one_pass
 from curvax.execute.state import LastStep, MethodState
-from curvax.kernels import batched_cholesky_solve, gram_accumulate, tree_cg
+from curvax.kernels import tree_cg
 from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
@@ -62,26 +62,34 @@ def _point(ctx: StepContext) -> Point:
     at, curved = _linearize(ctx)
     given = ctx.problem.gradient
     gradient = at.gradient if given is None else tree.upcast(given)
+    scaling, root = _scaling(ctx, curved)
     damping = ctx.assembly.damping
-    started = damping.start(ctx.state.damping, at.loss, lambda: tree.norm(gradient))
+    started = damping.start(ctx.state.damping, at.loss, lambda: tree.norm(over(root, gradient)))
     lam = damping.lam(started)
-    return Point(at, curved, gradient, lam, started, _refresh(ctx, curved, lam))
+    return Point(at, curved, gradient, lam, started, scaling, root, _refresh(ctx, curved, lam))
+
+
+def _scaling(ctx: StepContext, curved: Linearization) -> tuple[Any, PyTree | None]:
+    """(state of the damping's scaling, D^(1/2))."""
+    scaling, state = ctx.assembly.scaling, ctx.state.scaling
+    if scaling is None:
+        return state, None
+    cadence = Cadence((scaling.every,))
+    state = when(cadence, ctx.state.step, ctx.plan.mode, lambda: scaling.refresh(state, curved), lambda: state)
+    return state, scaling.root(state)
 
 
 def _attempt(ctx: StepContext, point: Point) -> Attempt:
     """Solve, transform, evaluate, accept: one after another."""
-    state, params, damping = ctx.state, ctx.params, ctx.assembly.damping
+    state, damping = ctx.state, ctx.assembly.damping
     # 1. The direction s, and the update that the Optax chain makes of it.
-    solution = _solve(ctx, point)
-    upcast = tree.upcast(params)
-    update, transform = ctx.assembly.transform.update(
-        solution.value, state.transform, upcast,
-        value=point.at.loss, grad=point.gradient, value_fn=_loss_of(ctx),
-    )  # fmt: skip
-    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), params, upcast, update)
+    point, solution, behind = _direction(ctx, point)
+    update, transform, after = _updated(ctx, point, solution.value)
     # 2. Loss and prediction there, at their cadence or where the damping wants to see this step.
     demanded, norm = _demanded(ctx, point, update)
     outcome = _evaluate(ctx, point, solution, after, demanded, norm)
+    if behind is not None:
+        outcome = dataclasses.replace(outcome, loss_after=jnp.where(outcome.evaluated, behind, outcome.loss_after))
     # 3. Taken, if it is finite and, where the damping looks, good enough.
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
     seen = due & outcome.evaluated
@@ -94,6 +102,7 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         params=tree.where(accepted, after, kept),
         applied=jax.tree.map(lambda u, b: jnp.where(accepted, u, b.astype(u.dtype)), update, back),
         proposed=update,
+        lam=point.lam,
         solution=solution,
         outcome=outcome,
         accepted=accepted,
@@ -102,6 +111,35 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         transform=_keep_if(accepted, transform, state.transform),
         last=_last_step(ctx, undone, accepted & ~seen),
     )
+
+
+def _updated(ctx: StepContext, point: Point, s: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """(update that the Optax chain makes of a direction, its next state, parameters with that update)."""
+    upcast = tree.upcast(ctx.params)
+    update, transform = ctx.assembly.transform.update(
+        s, ctx.state.transform, upcast, value=point.at.loss, grad=point.gradient, value_fn=_loss_of(ctx)
+    )
+    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), ctx.params, upcast, update)
+    return update, transform, after
+
+
+def _direction(ctx: StepContext, point: Point) -> tuple[Point, Solution, jax.Array | None]:
+    """(the point with the lam of this step, the direction, the loss behind it where several lam were tried)."""
+    damping, plan = ctx.assembly.damping, ctx.plan
+    if plan.factors == (1.0,):
+        return point, _solve(ctx, point), None
+    # 1. All directions by one factorization, or in one Krylov space.
+    lams = damping.lams(point.damping, plan.factors)
+    several = _solve(ctx, dataclasses.replace(point, lam=lams))
+    # 2. The losses behind them in one batched forward pass.
+    losses = jax.vmap(lambda s: _loss_of(ctx)(_updated(ctx, point, s)[2]))(several.value)
+    # 3. The best of them.
+    best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.full_like(losses, jnp.inf)))
+    taken = jax.tree.map(lambda x: x[best], dataclasses.replace(several, state=()))
+    solution = dataclasses.replace(taken, state=several.state)
+    chosen = dataclasses.replace(point, lam=lams[best], damping=damping.chosen(point.damping, lams[best]))
+    solution = with_residual(plan.solver, _task(ctx, chosen), solution, point.root)
+    return chosen, solution, losses[best].astype(point.at.loss.dtype)
 
 
 def _loss_of(ctx: StepContext) -> Callable[[PyTree], jax.Array]:
@@ -125,6 +163,7 @@ def _attempt_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Att
         params=new.params,
         applied=jax.tree.map(lambda a, b: a.astype(b.dtype) - b, tree.upcast(new.params), old),
         proposed=None,
+        lam=point.lam,
         solution=unsolved(new.finite, point.lam.dtype),
         outcome=outcome,
         accepted=new.finite,
@@ -145,6 +184,7 @@ def _next_state(ctx: StepContext, point: Point, attempt: Attempt) -> MethodState
         preconditioner=point.preconditioner,  # keeps itself clean of refreshes that are not finite
         solver=attempt.solver,
         transform=attempt.transform,
+        scaling=point.scaling,
         model_state=_keep_if(attempt.outcome.finite, point.at.model_state, state.model_state),
         last=attempt.last,
     )
@@ -209,9 +249,9 @@ def _refresh(ctx: StepContext, curved: Linearization, lam: jax.Array) -> Any:
     return when(plan.refresh, state.step, plan.mode, refresh, lambda: state.preconditioner)
 
 
-def _solve(ctx: StepContext, point: Point) -> Solution:
-    plan, choices, problem, preconditioner = ctx.plan, ctx.choices, ctx.problem, ctx.assembly.preconditioner
-    task = Task(
+def _task(ctx: StepContext, point: Point) -> Task:
+    choices, problem, preconditioner = ctx.choices, ctx.problem, ctx.assembly.preconditioner
+    return Task(
         at=point.curved,
         gradient=point.gradient,
         own_gradient=problem.curvature_evaluation is None and problem.gradient is None,
@@ -224,11 +264,16 @@ def _solve(ctx: StepContext, point: Point) -> Solution:
             choices.get(tree_cg.DOTS.name), choices.get(tree_cg.CG_UPDATE.name), choices.get(tree_cg.CG_DIRECTION.name)
         ),
         raveled=flat_vectors(tuple(choices.values()), point.gradient) is not None,
-        gram=choices.get(gram_accumulate.GRAM_ACCUMULATE.name),
-        factorize=choices.get(batched_cholesky_solve.BATCHED_CHOLESKY_SOLVE.name),
+        choices=choices,
     )
+
+
+def _solve(ctx: StepContext, point: Point) -> Solution:
+    plan, task = ctx.plan, _task(ctx, point)
     own = ctx.state.solver if plan.solver_index is None else ctx.state.solver[plan.solver_index]
-    return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
+    if point.root is None:
+        return solve(plan.lane or Lane.PARAMETER, plan.solver, task, own)
+    return solve_scaled(point.root, lambda scaled: solve(plan.lane or Lane.PARAMETER, plan.solver, scaled, own), task)
 
 
 def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, verdict: tuple[jax.Array, jax.Array]) -> Any:
@@ -263,7 +308,8 @@ def _evaluate(
         change = jax.tree.map(jnp.subtract, tree.upcast(after), tree.upcast(ctx.params))
         change = jax.tree.map(lambda c, g: c.astype(g.dtype), change, point.gradient)
         slope, bend = tree.vdot(point.gradient, change), curved.bend(change)
-        squared = tree.vdot(change, change)
+        scaled = change if point.root is None else jax.tree.map(jnp.multiply, change, point.root)
+        squared = tree.vdot(scaled, scaled)
         own_rounding = None if ctx.assembly.damping.evaluate_every is None else point.at.rounding
         rounding = loss_rounding(loss) if own_rounding is None else own_rounding()
         return (
@@ -336,7 +382,7 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
     values = {
         Metric.STEP: ctx.state.step,
         Metric.LOSS: point.at.loss,
-        Metric.LAM: point.lam,
+        Metric.LAM: attempt.lam,
         Metric.RADIUS: Metric.RADIUS.missing() if radius is None else radius,
         Metric.ACCEPTED: attempt.accepted,
         Metric.FINITE: outcome.finite,

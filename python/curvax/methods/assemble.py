@@ -8,7 +8,7 @@ import optax
 
 from curvax.chain import build_transform
 from curvax.curvature import Curvature, in_pieces
-from curvax.damping import Constant, Damping
+from curvax.damping import Constant, Damping, Scaling
 from curvax.kernels._dispatch import Backend
 from curvax.keywords import spread
 from curvax.method import Method
@@ -26,6 +26,7 @@ class Modules:
       curvature: `curvax.curvature.GaussNewton(Model(predict_fn), loss)` or `Hessian(LossFunction(loss_fn))`.
       solver: `CG()`, `Cholesky()`, `RowSpace(...)`, `Diagonal(...)`, `Lineax(...)`, `Automatic((...))`.
       damping: lam's policy; no damping if `None`.
+      scaling: D of the damping lam D; `None`, the default, for the identity.
       preconditioner: for CG, or the whole of the diagonal lane.
       telemetry: what `info` has; the loss and lam if `None`.
       tx: Optax chain behind the direction, sign included; the full direction with learning rate 1 if `None`.
@@ -37,6 +38,7 @@ class Modules:
     curvature: Curvature
     solver: Solver
     damping: Damping | None = None
+    scaling: Scaling | None = None
     preconditioner: Preconditioner | None = None
     telemetry: Telemetry | None = None
     tx: optax.GradientTransformation | None = None
@@ -66,5 +68,6 @@ def assemble(modules: Modules) -> Method:
             telemetry=modules.telemetry or Telemetry(),
             backend=modules.backend,
             mode=modules.plan,
+            scaling=modules.scaling,
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from curvax.curvature import FisherType, GeneralizedGaussNewton, Terms
+from curvax.damping import Scaling
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.method import Method
 from curvax.methods.options import (
@@ -17,13 +18,29 @@ from curvax.methods.options import (
     TransformOptions,
 )
 from curvax.methods.registry import preset
-from curvax.solvers import Automatic, Cholesky, RowSpace, Solver
+from curvax.solvers import QR, Automatic, Cholesky, Eigen, MultiShiftCG, RowSpace, Solver
 from curvax.structure.memory import DEFAULT_MAX_BYTES
+
+
+def _tries_several(options: DampingOptions) -> bool:
+    return len(options.damping.factors or ()) > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions, AssemblyOptions):
-    """Keywords that all Gauss-Newton presets share."""
+    """Keywords that all Gauss-Newton presets share.
+
+    Attributes:
+      scaling: D of the damping lam D: `curvax.damping.Marquardt()` follows the units of each parameter. `None`, the
+        default, is the identity, which went as far on the classic least-squares problems.
+    """
+
+    scaling: Scaling | None = None
+
+    @property
+    def exact(self) -> Solver:
+        """A direct solver of a matrix, of several lam where the damping tries them."""
+        return Eigen() if _tries_several(self) else Cholesky()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +121,11 @@ class SpringOptions(GaussNewtonOptions):
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
+def _iterative(options: RowCGOptions | SGNFixedOptions | AutomaticOptions) -> Solver:
+    """CG, in one Krylov space for several lam where the damping tries them."""
+    return MultiShiftCG(options.tol, options.maxiter) if _tries_several(options) else options.cg
+
+
 def _build(
     options: GaussNewtonOptions, loss: Loss | Terms, solver: Solver, fisher: FisherType = GeneralizedGaussNewton()
 ) -> Method:
@@ -111,6 +133,7 @@ def _build(
         options.gauss_newton(loss, fisher),
         solver,
         damping=options.damping,
+        scaling=options.scaling,
         preconditioner=options.preconditioner if isinstance(options, PrecondOptions) else None,
         transform=options.transform,
         telemetry=options.telemetry,
@@ -120,55 +143,55 @@ def _build(
 @preset("SGN: Gauss-Newton by CG in parameter space, any loss.", SGNOptions)
 def sgn(options: SGNOptions) -> Method:
     """Stochastic Gauss-Newton (Gargiani et al. 2020): CG on the damped Gauss-Newton system in parameter space."""
-    return _build(options, options.loss, options.cg, options.fisher)
+    return _build(options, options.loss, _iterative(options), options.fisher)
 
 
 @preset("SGN (CE): Gauss-Newton by CG in parameter space, softmax cross entropy.", SGNFixedOptions)
 def sgn_ce(options: SGNFixedOptions) -> Method:
     """`sgn` with softmax cross entropy."""
-    return _build(options, SoftmaxCrossEntropy(), options.cg)
+    return _build(options, SoftmaxCrossEntropy(), _iterative(options))
 
 
 @preset("SGN (MSE): Gauss-Newton by CG in parameter space, squared error.", SGNFixedOptions)
 def sgn_mse(options: SGNFixedOptions) -> Method:
     """`sgn` with squared error."""
-    return _build(options, SquaredError(), options.cg)
+    return _build(options, SquaredError(), _iterative(options))
 
 
 @preset("EGN: exact Gauss-Newton direction by Cholesky in row space, any loss.", EGNOptions)
 def egn(options: EGNOptions) -> Method:
     """Exact Gauss-Newton (Korbit et al. 2024): the damped system solved exactly through its batch x outputs rows."""
-    return _build(options, options.loss, RowSpace(Cholesky(), max_bytes=options.max_bytes), options.fisher)
+    return _build(options, options.loss, RowSpace(options.exact, max_bytes=options.max_bytes), options.fisher)
 
 
 @preset("EGN (CE): exact Gauss-Newton direction in row space, softmax cross entropy.", EGNFixedOptions)
 def egn_ce(options: EGNFixedOptions) -> Method:
     """`egn` with softmax cross entropy."""
-    return _build(options, SoftmaxCrossEntropy(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
+    return _build(options, SoftmaxCrossEntropy(), RowSpace(options.exact, max_bytes=options.max_bytes))
 
 
 @preset("EGN (MSE): exact Gauss-Newton direction in row space, squared error.", EGNFixedOptions)
 def egn_mse(options: EGNFixedOptions) -> Method:
     """`egn` with squared error."""
-    return _build(options, SquaredError(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
+    return _build(options, SquaredError(), RowSpace(options.exact, max_bytes=options.max_bytes))
 
 
 @preset("EGN (MSE) by CG in row space.", RowCGOptions)
 def egn_mse_cg(options: RowCGOptions) -> Method:
     """Squared error, conjugate gradients in row space: the iterates of `sgn_mse`, on vectors of batch x outputs."""
-    return _build(options, SquaredError(), RowSpace(options.cg))
+    return _build(options, SquaredError(), RowSpace(_iterative(options)))
 
 
 @preset("Gauss-Newton (CE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_ce(options: GaussNewtonOptions) -> Method:
     """The dense parameters x parameters matrix of softmax cross entropy, factorized: exact, for small models."""
-    return _build(options, SoftmaxCrossEntropy(), Cholesky())
+    return _build(options, SoftmaxCrossEntropy(), options.exact)
 
 
 @preset("Gauss-Newton (MSE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_mse(options: GaussNewtonOptions) -> Method:
     """The dense parameters x parameters matrix of squared error, factorized: exact, for small models."""
-    return _build(options, SquaredError(), Cholesky())
+    return _build(options, SquaredError(), options.exact)
 
 
 @preset("Gauss-Newton, solver and lane chosen by the planner: start here.", AutomaticOptions)
@@ -176,10 +199,13 @@ def gauss_newton(options: AutomaticOptions) -> Method:
     """Damped Gauss-Newton with a trust region; the planner picks the solver that it predicts to be fastest.
 
     Exact in row space or parameter space, or CG in either: both make the same iterates, row space with vectors of batch
-    x outputs but only where gradient and curvature are of one batch.
+    x outputs but only where gradient and curvature are of one batch. Small fits (up to 256 parameters, 65,536 entries
+    of the Jacobian) are solved by QR of their rows, which loses no digits to a squared condition number, at several
+    lam.
     """
-    rowwise = (RowSpace(Cholesky(), max_bytes=options.max_bytes), RowSpace(options.cg))
-    candidates = (options.cg, *rowwise, Cholesky())
+    cg = _iterative(options)
+    rowwise = (RowSpace(options.exact, max_bytes=options.max_bytes), RowSpace(cg), RowSpace(QR()))
+    candidates = (cg, *rowwise, options.exact)
     return _build(options, options.loss, Automatic(candidates), options.fisher)
 
 

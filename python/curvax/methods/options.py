@@ -27,7 +27,7 @@ from curvax.curvature import (
     in_pieces,
 )
 from curvax.curvature.partition import Mask
-from curvax.damping import Constant, Damping, Radius, Scheduled, TrustRegion
+from curvax.damping import Constant, Damping, Radius, Scaling, Scheduled, TrustRegion
 from curvax.damping.base import ScalarLike
 from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
@@ -84,6 +84,7 @@ class AssemblyOptions(CommonOptions):
         *,
         transform: optax.GradientTransformationExtraArgs,
         damping: Damping | None = None,
+        scaling: Scaling | None = None,
         preconditioner: Preconditioner | None = None,
         telemetry: Telemetry,
     ) -> Method:
@@ -102,6 +103,7 @@ class AssemblyOptions(CommonOptions):
                 telemetry=telemetry,
                 backend=self.backend,
                 mode=PlanMode(self.plan),
+                scaling=scaling,
             )
         )
 

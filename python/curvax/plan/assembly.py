@@ -10,7 +10,7 @@ import optax
 
 from curvax.chain import learning_rate_of
 from curvax.curvature import Curvature, TrainablePartition
-from curvax.damping import Damping
+from curvax.damping import Damping, Scaling
 from curvax.kernels._dispatch import Backend
 from curvax.preconditioners import Preconditioner
 from curvax.solvers import Solver
@@ -36,6 +36,7 @@ class Assembly:
     telemetry: Telemetry
     backend: Backend = "auto"
     mode: PlanMode = PlanMode.SHARED
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         known = get_args(Backend)

@@ -55,6 +55,7 @@ class Plan:
       refresh_needs: what that linearization offers.
       predict_apart: likewise for the predicted decrease.
       mode: shared or off.
+      factors: multiples of lam that every step tries.
       choices: implementation of each op, with the reason.
       candidates: what an automatic choice chose from.
       costs: predicted work by part; empty without shapes.
@@ -75,6 +76,7 @@ class Plan:
     predict_apart: bool
     mode: PlanMode
     modules: tuple[tuple[str, str], ...]
+    factors: tuple[float, ...] = (1.0,)
     choices: tuple[Choice, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     costs: tuple[PartCost, ...] = ()

@@ -36,6 +36,14 @@ _EXACT_IS_WORTH = 4.0
 leave residuals of 0.1 and more once lam is small, and such steps gain less than a quarter of what exact ones do."""
 
 
+_DIGITS_ARE_WORTH = 2.0
+"""Time of the fastest exact solve up to which a small fit gets one that does not square its condition number."""
+
+
+_FACTORS = (0.01, 0.1, 1.0, 10.0)
+"""Multiples of lam that small fits try: three smaller or larger ones in one batched forward pass of a small model."""
+
+
 def plan_method(assembly: Assembly) -> Plan:
     """The plan without shapes. Raises ValueError for modules that cannot work together."""
     solver = assembly.solver
@@ -50,13 +58,14 @@ def plan_method(assembly: Assembly) -> Plan:
 def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) -> Plan:
     """The plan for the shapes of trainable parameters and batch: chooses automatic solvers, adds cost and notes."""
     candidates: tuple[Candidate, ...] = ()
-    solver, index = assembly.solver, None
+    solver, index, factors = assembly.solver, None, assembly.damping.factors
     work = step_work(assembly, params, evaluation)
     if solver.candidates:
         candidates = _candidates(solver, work, own_gradient=True)
         best = _best(candidates, work)
         solver, index = best.solver, best.index
-    plan = _plan(assembly, solver, solver.lane, index)
+        factors = _factors(assembly, best, work)
+    plan = _plan(assembly, solver, solver.lane, index, factors)
     choices = kernel_choices(assembly, plan, params, evaluation)
     raveled = flat_vectors(choices, params)
     state = preconditioner_state(assembly.preconditioner, assembly.curvature, params, evaluation)
@@ -126,7 +135,20 @@ def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *,
         return _plan(assembly, solver, solver.lane, None)
     work = step_work(assembly, params, evaluation)
     best = _best(_candidates(solver, work, own_gradient), work)
-    return _plan(assembly, best.solver, best.solver.lane, best.index)
+    return _plan(assembly, best.solver, best.solver.lane, best.index, _factors(assembly, best, work))
+
+
+def _factors(assembly: Assembly, best: Candidate, work: StepWork) -> tuple[float, ...] | None:
+    """The multiples of lam that a chosen solver is given where the damping leaves them to the plan."""
+    given = assembly.damping.factors
+    if given is not None:
+        return given
+    return _FACTORS if best.solver.keeps_digits and best.solver.solves_several and _is_fit(work) else None
+
+
+def _is_fit(work: StepWork) -> bool:
+    """Whether it is a fit of few parameters to few data, whose Jacobian is small."""
+    return work.parameters <= _SMALL and work.rows * work.parameters <= _SMALL**2
 
 
 def _candidates(solver: Solver, work: StepWork, own_gradient: bool) -> tuple[Candidate, ...]:
@@ -156,27 +178,36 @@ def _best(candidates: tuple[Candidate, ...], work: StepWork) -> Candidate:
     """The fastest that fits into memory, unless an exact one is nearly as fast; the smallest if none fits.
 
     Iterations that are cut short go less far per step, so seconds per step alone would let a fit with three unknowns
-    crawl.
+    crawl. Of few parameters the digits count: residuals of a fit may depend on them at very different scales.
     """
     there = machines.memory()
     fitting = [c for c in candidates if _fits(c, there)]
     if not fitting:
         return min(candidates, key=lambda c: c.cost.memory)
+    if not _is_fit(work):
+        # Explicit rows of a network, or of many data, are for who asks for them.
+        fitting = [c for c in fitting if not c.solver.keeps_digits] or fitting
     fastest = min(fitting, key=lambda c: c.seconds)
-    if fastest.solver.exact:
-        return fastest
 
     def worthwhile(c: Candidate) -> bool:
         size = c.solver.matrix_size(work.parameters, lambda: work.rows)
         return (size is not None and size <= _SMALL) or c.seconds <= _EXACT_IS_WORTH * fastest.seconds
 
-    return min((c for c in fitting if c.solver.exact and worthwhile(c)), key=lambda c: c.seconds, default=fastest)
+    exact = [c for c in fitting if c.solver.exact and worthwhile(c)]
+    if not exact:
+        return fastest
+    least = min(exact, key=lambda c: c.seconds)
+    careful = [c for c in exact if c.solver.keeps_digits and c.seconds <= _DIGITS_ARE_WORTH * least.seconds]
+    return min(careful, key=lambda c: c.seconds, default=least)
 
 
-def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None) -> Plan:
+def _plan(
+    assembly: Assembly, solver: Solver, lane: Lane | None, index: int | None, factors: tuple[float, ...] | None = None
+) -> Plan:
     _check(assembly, solver)
+    factors = factors or assembly.damping.factors or (1.0,)
     shared = assembly.mode is PlanMode.SHARED
-    requirements = _requirements(assembly, solver, lane)
+    requirements = _requirements(assembly, solver, lane, factors)
     refresh, evaluate, predict = (
         _cadence(requirements, part) for part in (Part.REFRESH, Part.LOSS_AFTER, Part.PREDICTED)
     )
@@ -188,7 +219,7 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
     needs = Needs(
         gradient=True,
         product=(curved and lane is not Lane.ROW) or (together and reads.product),
-        rows=lane is Lane.ROW or (together and reads.rows),
+        rows=lane is Lane.ROW or (together and reads.rows) or assembly.scaling is not None,
         sampling=together and reads.sampling,
         factors=together and reads.factors,
         shared=shared,
@@ -206,6 +237,7 @@ def _plan(assembly: Assembly, solver: Solver, lane: Lane | None, index: int | No
         refresh_needs=reads,
         predict_apart=not predict.never and not curved,
         mode=assembly.mode,
+        factors=factors,
         modules=_modules(assembly),
     )
 
@@ -218,11 +250,21 @@ def _check(assembly: Assembly, solver: Solver) -> None:
                              "use a parameter-space solver or a Gauss-Newton curvature.")  # fmt: skip
         if each.lane is Lane.ROW and not preconditioner.is_identity:
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
+        if len(assembly.damping.factors or ()) > 1 and not each.solves_several:
+            raise ValueError(f"{each.name} solves for one lam at a time, and the damping tries several: "
+                             "take Eigen or MultiShiftCG, or drop factors.")  # fmt: skip
+        if each.lane is Lane.DIAGONAL and assembly.scaling is not None:
+            raise ValueError("the diagonal lane is scaled by its own diagonal: drop scaling.")
         if each.lane is Lane.DIAGONAL and preconditioner.is_identity:
             raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
         if assembly.damping.has_radius and not each.takes_radius:
             raise ValueError(f"the damping bounds the direction by a radius, and {each.name} keeps to none: use CG or "
                              "Cholesky in parameter space, or a TrustRegion in place of the Radius.")  # fmt: skip
+        if assembly.damping.has_radius and assembly.scaling is not None:
+            raise ValueError("a radius bounds the length of the direction itself: drop scaling, or take a TrustRegion.")
+    if assembly.scaling is not None and not curvature.has_rows:
+        raise ValueError(f"scaling reads the diagonal of a Gauss-Newton matrix, and the {curvature.name} has no rows: "
+                         "drop it, or use a Gauss-Newton curvature.")  # fmt: skip
     if preconditioner.needs_rows and not curvature.has_rows:
         raise ValueError(
             f"this estimator reads the factors of a Gauss-Newton matrix, and the {curvature.name} has none: "
@@ -238,13 +280,18 @@ def _check(assembly: Assembly, solver: Solver) -> None:
         )
 
 
-def _requirements(assembly: Assembly, solver: Solver, lane: Lane | None) -> tuple[Requirement, ...]:
+def _requirements(
+    assembly: Assembly, solver: Solver, lane: Lane | None, factors: tuple[float, ...]
+) -> tuple[Requirement, ...]:
     """What all modules ask for, in the order in which a step runs it; of one part, in the order of the modules."""
     gradient = Requirement(
         Part.LINEARIZE, EVERY_STEP, "gradient" if lane is Lane.DIAGONAL else f"gradient, {solver.name}"
     )
-    modules = (solver, assembly.preconditioner, assembly.damping, assembly.telemetry)
-    asked = [gradient, *(requirement for module in modules for requirement in module.requirements())]
+    scaling = () if assembly.scaling is None else (assembly.scaling,)
+    modules = (solver, assembly.preconditioner, assembly.damping, *scaling, assembly.telemetry)
+    names = ", ".join(f"{factor:g}" for factor in factors)
+    several = [Requirement(Part.SELECT, EVERY_STEP, f"damping: best of lam times {names}")] if len(factors) > 1 else []
+    asked = [gradient, *several, *(requirement for module in modules for requirement in module.requirements())]
     return tuple(sorted(asked, key=lambda requirement: list(Part).index(requirement.part)))
 
 
@@ -267,7 +314,7 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
         *assembly.curvature.term_names,
         ("solver", assembly.solver.name),
         ("preconditioner", preconditioner),
-        ("damping", assembly.damping.name),
+        ("damping", assembly.damping.name + ("" if assembly.scaling is None else f", {assembly.scaling.name}")),
         ("telemetry", records),
     )
 
@@ -300,8 +347,11 @@ def _leaf_names(params: PyTree) -> list[str]:
 
 
 def _state_bytes(assembly: Assembly, params: PyTree, preconditioner: PyTree) -> tuple[tuple[str, int], ...]:
-    solver = jax.eval_shape(assembly.solver.init, jax.eval_shape(tree.upcast, params))
-    states = {"solver": solver, "preconditioner": preconditioner, "damping": jax.eval_shape(assembly.damping.init)}
+    upcast = jax.eval_shape(tree.upcast, params)
+    solver = jax.eval_shape(assembly.solver.init, upcast)
+    scaling = () if assembly.scaling is None else jax.eval_shape(assembly.scaling.init, upcast)
+    damping = (jax.eval_shape(assembly.damping.init), scaling)
+    states = {"solver": solver, "preconditioner": preconditioner, "damping": damping}
     return tuple((kind, nbytes(state)) for kind, state in states.items())
 
 
@@ -313,8 +363,12 @@ def _costs(assembly: Assembly, plan: Plan, work: StepWork) -> tuple[PartCost, ..
         (Part.GRADIENT, EVERY_STEP, work.gradient, reverse),
         (Part.SOLVE, EVERY_STEP, plan.solver.solve_cost(work).cost, None),
     ]
+    if assembly.scaling is not None:
+        parts.append((Part.SCALING, Cadence((assembly.scaling.every,)), work.product, reverse))
     if not plan.refresh.never:
         parts.append((Part.REFRESH, plan.refresh, assembly.preconditioner.refresh_cost(looks), reverse))
+    if (count := len(plan.factors)) > 1:
+        parts.append((Part.SELECT, EVERY_STEP, work.linearize.times(count), float(work.residuals * count)))
     parts += [
         (Part.LOSS_AFTER, plan.evaluate, work.linearize, float(work.residuals)),
         (Part.PREDICTED, plan.predict, work.product, float(work.residuals)),

@@ -179,6 +179,14 @@ class Solver(abc.ABC):
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         """Solves for one right-hand side."""
 
+    def solve_several(self, system: System, rhs: PyTree, lams: jax.Array) -> Solution:
+        """Solves for every damping of `lams`, (k,): a solution whose fields have that axis in front; without state.
+
+        The residual may be NaN, which says that nobody has looked.
+        """
+        del system, rhs, lams
+        raise ValueError(f"{self.name} solves for one lam at a time: take Eigen, or MultiShiftCG.")
+
     def restarted(self, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
         """The state behind a step, for solvers whose state pulls towards earlier directions; by default as it is.
 
@@ -210,6 +218,16 @@ class Solver(abc.ABC):
     @property
     def takes_radius(self) -> bool:
         """Whether it keeps |s| within `system.radius`, which a damping that owns a radius asks for; no by default."""
+        return False
+
+    @property
+    def keeps_digits(self) -> bool:
+        """Whether its error grows with the condition number of the rows and not with its square; no by default."""
+        return False
+
+    @property
+    def solves_several(self) -> bool:
+        """Whether it solves for several lam at once (`solve_several`); no by default."""
         return False
 
     @property

@@ -32,7 +32,9 @@ from curvax.tree import PyTree
 
 
 def assemble(system: System, like: PyTree) -> jax.Array:
-    """C as a dense matrix, column by column from products."""
+    """C as a dense matrix: the one at hand, or column by column from products."""
+    if system.matrix is not None:
+        return system.matrix()
     flat, unravel = tree.ravel(like)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     columns = jax.vmap(lambda e: tree.ravel(system.product(unravel(e)))[0])(basis)
@@ -88,7 +90,7 @@ class Cholesky(Solver):
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         b, unravel = tree.ravel(rhs)
-        c = system.matrix() if system.matrix is not None else assemble(system, rhs)
+        c = assemble(system, rhs)
         if system.radius is None:
             value, result, residual = solve_dense(c.astype(b.dtype), b, lam, system.factorize)
         else:
@@ -124,7 +126,7 @@ def solve_dense(
         return x, code(Result.CONVERGED), solution.residual if b.ndim == 1 else dense_residual(c, b, x, lam)
 
     def by_eigenvalues() -> _Solved:
-        x, result = _by_magnitude(_eigenpairs(c, choice), b, lam)
+        x, result = by_magnitude(_eigenpairs(c, choice), b, lam)
         return x, result, dense_residual(c, b, x, lam)
 
     return _switch(converged, finite, (solved, by_eigenvalues), b)
@@ -168,7 +170,7 @@ def _eigenpairs(c: jax.Array, choice: Choice) -> Eigenpairs:
     return eigh(c, implementation="reference" if choice.implementation == "reference" else None)
 
 
-def _by_magnitude(pairs: Eigenpairs, b: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+def by_magnitude(pairs: Eigenpairs, b: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(solution, result): with eigenvalues l + lam if all are positive, otherwise with |l| + lam."""
     mu = lam.astype(pairs.values.dtype)
     values = pairs.values + mu

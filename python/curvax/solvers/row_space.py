@@ -10,7 +10,9 @@ g = J^T r the gradient. The unknowns are as many as outputs, R, where parameter 
 
 The first form is for solvers of a matrix. The second is for conjugate gradients: in the inner product <a, b> = a^T K b
 its operator is symmetric, and J^T u has the norm of u, so that iterates and residuals are those of parameter space. It
-needs no square root of Q. A vector is a pair (u, K u), which makes an iteration cost one product with K:
+needs no square root of Q. A third form, least squares, is for solvers that take S^T J itself
+(`curvax/solvers/least_squares.py`). In the second form a vector is a pair (u, K u), which makes an iteration cost one
+product with K:
 
     1. r and its image                (r, K r)                               one product
     2. a start from the last step     in span{r, r - Q J s'}                 one and a half
@@ -35,6 +37,7 @@ import jax
 from curvax import tree
 from curvax.kernels import Op, Request, gram_accumulate
 from curvax.solvers.base import Lane, Solution, Solver, System
+from curvax.solvers.least_squares import LeastSquaresSolver
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
 from curvax.work import ITERATION_LAUNCHES, Cost, SolveCost, StepWork, SystemWork
@@ -52,7 +55,7 @@ class RowSpace(Solver):
     """Solves the damped Gauss-Newton system through its rows; the row lane does the translation.
 
     Attributes:
-      solver: solves the row system: `Cholesky` (exact), `CG`, or an adapter.
+      solver: solves the row system: `Cholesky` or `QR` (exact), `CG`, `LSMR`, or an adapter.
       momentum: SPRING's mu: the previous direction s' enters as (C + lam I) s = g + lam mu s' (Goldshlager, Abrahamsen
         and Lin 2024). 0 is the plain damped system.
       max_bytes: bound on the memory of explicit rows.
@@ -63,8 +66,11 @@ class RowSpace(Solver):
     max_bytes: int = DEFAULT_MAX_BYTES
 
     def __post_init__(self) -> None:
-        if self.solver.lane is not Lane.PARAMETER:
+        if self.solver.lane is not Lane.PARAMETER and not isinstance(self.solver, LeastSquaresSolver):
             raise ValueError(f"RowSpace takes a solver of a plain linear system, not {self.solver.name}.")
+        like = jax.ShapeDtypeStruct((1,), "float32")
+        if self.momentum and not self.solver.warm_start and jax.tree.leaves(jax.eval_shape(self.solver.init, like)):
+            raise ValueError(f"{self.solver.name} has a state of its own beside which no momentum is kept: drop one.")
 
     @property
     def name(self) -> str:
@@ -86,11 +92,19 @@ class RowSpace(Solver):
 
     @property
     def needs_own_gradient(self) -> bool:
-        return self.solver.takes_any_space
+        return self.solver.takes_any_space or isinstance(self.solver, LeastSquaresSolver)
 
     @property
     def exact(self) -> bool:
         return self.solver.exact
+
+    @property
+    def solves_several(self) -> bool:
+        return self.solver.solves_several and not self.momentum
+
+    @property
+    def keeps_digits(self) -> bool:
+        return self.solver.keeps_digits
 
     def restarted(self, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
         """Without momentum, where a step was rejected or fresh batches see their loss climb.
@@ -102,18 +116,24 @@ class RowSpace(Solver):
         return tree.where(accepted & trusted, state, tree.zeros_like(state))
 
     def matrix_size(self, parameters: int, rows: Callable[[], int]) -> int | None:
-        return None if self.solver.takes_any_space else rows()
+        if isinstance(self.solver, LeastSquaresSolver):
+            return self.solver.matrix_size(parameters, rows)
+        return rows() if self.solver.takes_matrix else None
 
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         if self.solver.takes_any_space:
             return ()
+        if isinstance(self.solver, LeastSquaresSolver):
+            return self.solver.kernels(like, rows)
         size, dtype = rows(), tree.scalar_dtype(like)
         matrix, vector = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
-        gram = tuple((op, Request.of(matrix)) for op in gram_accumulate.OPS)
+        gram = tuple((op, Request.of(matrix)) for op in gram_accumulate.OPS if self.solver.takes_matrix)
         return (*gram, *self.solver.kernels(vector, rows))
 
     def solve_cost(self, work: StepWork) -> SolveCost:
         inner = self.solver.system_cost(self._system(work))
+        if isinstance(self.solver, LeastSquaresSolver):
+            return SolveCost(inner.cost, f"{work.rows} rows, {inner.reason}")
         beside = _LANE_PRODUCTS + (0.0 if self.solver.takes_matrix else _PAIR_PRODUCTS)
         total = dataclasses.replace(inner.cost + work.product.times(beside), memory=inner.cost.memory)
         return SolveCost(total, f"{work.rows} rows, {inner.reason}")
@@ -146,10 +166,10 @@ class RowSpace(Solver):
         A row vector belongs to its batch and means nothing for the next; the direction lives in parameter space and
         keeps its shape.
         """
-        return self.momentum != 0 or bool(jax.tree.leaves(self.solver.init(jax.ShapeDtypeStruct((1,), "float32"))))
+        return self.momentum != 0 or self.solver.warm_start
 
     def init(self, like: PyTree) -> PyTree:
-        return tree.zeros_like(like) if self.keeps_direction else ()
+        return tree.zeros_like(like) if self.keeps_direction else self.solver.init(like)
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         """Solves a row system that the row lane has set up; the lane owns the state."""
