@@ -29,6 +29,8 @@ class Outcome:
         undamped C; NaN unless evaluated.
       rounding: how far rounding alone may move the decrease of the loss; at least 0.
       curvature: |d.Cd| / d.d, the curvature along the update; NaN unless evaluated.
+      shown: the curvature along the update that the loss shows, 2 (predicted - actual) / d.d beyond that of the model;
+        NaN unless evaluated.
       norm: |d|.
       solved: the linear system behind the step was solved, as far as the solver can tell.
       at_boundary: the direction ends where the policy's radius stopped it.
@@ -41,6 +43,7 @@ class Outcome:
     predicted: jax.Array
     rounding: ScalarLike = 0.0
     curvature: ScalarLike = float("nan")
+    shown: ScalarLike = float("nan")
     norm: ScalarLike = 0.0
     solved: bool | jax.Array = True
     at_boundary: bool | jax.Array = False

@@ -127,7 +127,8 @@ class Radius(Damping):
         before = jnp.where(at_boundary, self._inverse.lam(state), state.lam)
         # Bounds follow what was of use, as those on lam follow the curvature.
         used = jnp.where(self.accepts(outcome), before, jnp.full_like(before, jnp.nan))
-        seen = dataclasses.replace(outcome, curvature=used, solved=outcome.solved | at_boundary)
+        nothing = jnp.full_like(before, jnp.nan)
+        seen = dataclasses.replace(outcome, curvature=used, shown=nothing, solved=outcome.solved | at_boundary)
         new = self._inverse.update(dataclasses.replace(state, lam=before), seen, due)
         # A good step that ended inside says nothing of longer ones.
         return dataclasses.replace(new, lam=jnp.where(at_boundary, new.lam, jnp.maximum(new.lam, before)))

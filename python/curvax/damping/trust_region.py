@@ -97,8 +97,7 @@ class TrustRegion(Damping):
       every: every how many steps rho is evaluated (one forward pass and one curvature product).
       min_lam, max_lam: bounds on lam; `None` for the rounding unit of the loss and 1e6, times the largest curvature
         along a step so far (times the first damping before any), so that they follow the scale of the loss. A damping
-        below the first is lost in the sum C + lam I; the second stops what follows from losses that are no numbers,
-        not what follows from a loss that was seen to rise.
+        below the first is lost in the sum C + lam I; the second counts the curvature that a rise of the loss shows.
       accept: least rho of a step that is taken.
       factors: multiples of lam that every step tries, in one batched forward pass; the one with the lowest loss behind
         it becomes lam, and rho judges it. None below 1 while fresh batches see too little of what steps promise.
@@ -240,11 +239,10 @@ class TrustRegion(Damping):
         scale = jnp.where(curvature > 0, curvature, lam0)
         eps = float(jnp.finfo(outcome.loss.dtype).eps)
         low = jnp.minimum(eps * scale, before) if self.min_lam is None else scalar(self.min_lam).astype(lam.dtype)
-        high = jnp.maximum(_MOST * scale, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
-        if self.max_lam is None:
-            # A loss that was seen to rise is evidence: where the curvature fades away, no multiple of it holds a step.
-            risen = outcome.evaluated & jnp.isfinite(outcome.loss_after) & (outcome.actual < -outcome.rounding)
-            high = jnp.where(risen, jnp.full_like(high, jnp.finfo(lam.dtype).max), high)
+        # Along a flat tail the curvature there is no scale for a step, but that which the rise of the loss shows is.
+        shown = jnp.asarray(outcome.shown).astype(lam.dtype)
+        top = jnp.maximum(scale, jnp.where(jnp.isfinite(shown), shown, jnp.zeros_like(shown)))
+        high = jnp.maximum(_MOST * top, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
         # Before a first damping there is nothing to keep within bounds.
         return jnp.where(before == 0, before, jnp.clip(lam, low, high))
 

@@ -335,6 +335,7 @@ def _evaluate(
         predicted=decrease,
         rounding=rounding,
         curvature=curvature,
+        shown=curvature + 2 * (decrease - (loss - behind)) / squared,
         norm=norm,
         solved=solved(solution.result),
         at_boundary=bounded(solution.result),
