@@ -176,4 +176,4 @@ def test_sampled_targets_have_a_direction_too():
             directions(_method(solver, model.predict, fisher=MonteCarloFisher(3)), params, batch)[0][0]
             for solver in (QR(), Cholesky())
         ]
-    assert_close(*found, 1e-8)
+    assert_close(found[0], found[1], 1e-8)
