@@ -30,6 +30,7 @@ class Outcome:
       rounding: how far rounding alone may move the decrease of the loss; at least 0.
       curvature: |d.Cd| / d.d, the curvature along the update; NaN unless evaluated.
       norm: |d|.
+      descends: a search along the step found a step size that lowers the loss; true without a search.
       solved: the linear system behind the step was solved, as far as the solver can tell.
       at_boundary: the direction ends where the policy's radius stopped it.
     """
@@ -42,6 +43,7 @@ class Outcome:
     rounding: ScalarLike = 0.0
     curvature: ScalarLike = float("nan")
     norm: ScalarLike = 0.0
+    descends: bool | jax.Array = True
     solved: bool | jax.Array = True
     at_boundary: bool | jax.Array = False
 
