@@ -10,6 +10,7 @@ from curvax import losses as losses
 from curvax import optax as optax
 from curvax import optimizers as optimizers
 from curvax import preconditioners as preconditioners
+from curvax import search as search
 from curvax import solvers as solvers
 from curvax import structure as structure
 from curvax import telemetry as telemetry

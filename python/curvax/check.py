@@ -25,7 +25,8 @@ class Check:
     """Raises once too many steps in a row were refused.
 
     A refused step leaves parameters and state as they were, so a loop that looks at nothing may run for hours without
-    going anywhere. Reading `info` waits for the step: call it as often as that may be waited for.
+    going anywhere. A step that was taken and then undone, since it led to where the loss is no finite number, counts as
+    refused. Reading `info` waits for the step: call it as often as that may be waited for.
 
         check = curvax.Check()
         for batch in batches:
@@ -41,6 +42,7 @@ class Check:
             raise ValueError(f"max_skips must be at least 1, not {max_skips}.")
         self.max_skips = max_skips
         self._skips = 0
+        self._before = 0
 
     def __call__(self, info: Mapping[str, Any]) -> None:
         """Counts a step.
@@ -51,6 +53,10 @@ class Check:
         Raises:
           StepsRefused: this is one refused step too many in a row.
         """
+        if bool(info.get(Metric.UNDONE, False)):
+            # The step before this one does not count as taken, so the row of refusals goes on where it broke off.
+            self._skips = self._before + 1
+        self._before = self._skips
         self._skips = 0 if bool(info[Metric.ACCEPTED]) else self._skips + 1
         if self._skips > self.max_skips:
             raise StepsRefused(f"{self._skips} steps in a row were refused. {_cause(info)}")
@@ -62,11 +68,17 @@ def _cause(info: Mapping[str, Any]) -> str:
     if fault is not BatchFault.NONE:
         return fault.describe()
     finite = bool(info[Metric.FINITE])
+    if bool(info.get(Metric.UNDONE, False)):
+        return (
+            "The step before led to where the loss is not finite, and was undone: raise lam0, or lower learning_rate."
+        )
     if not finite and not math.isfinite(float(info.get(Metric.LOSS, 0.0))):
         return "The loss is not finite: look at the batch and at the outputs of the model."
     code = int(info.get(Metric.RESULT, Result.CONVERGED))
     if code in _UNSOLVED:
         return Result(code).describe()
+    if float(info.get(Metric.STEP_SIZE, 1.0)) == 0 and finite:
+        return "The search found no step size that lowers the loss: give it more candidates, or raise lam0."
     if not finite:
         return "The step is not finite: raise lam0, or use float64."
     return "Every step raised the loss: is `predict_fn` the same function at every call, and its gradient finite?"

@@ -34,7 +34,6 @@ from curvax.execute import (
 )
 from curvax.keys import check_key
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
-from curvax.telemetry import SOLVE_METRICS
 from curvax.tree import PyTree
 
 StateT = TypeVar("StateT", bound=AbstractState)
@@ -63,6 +62,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
       state_type: class of the method's state.
       needs_batch: whether `init` needs a batch, or its shapes.
       takes_curvature_batch: whether the curvature may have a batch of its own.
+      takes_search_batch: whether a search for the step size may have a batch of its own.
       takes_gradient: whether the step can use a gradient from outside in place of its own.
       narrows_updates: whether the Optax face gives updates in the dtypes of the parameters, as Optax does; the
         alternative is upcast differences from which `optax.apply_updates` arrives at the method's own parameters.
@@ -78,6 +78,10 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
     @abc.abstractmethod
     def curvature(self) -> Curvature:
         """The curvature operator, which knows model, loss and trainable parameters."""
+
+    @property
+    def takes_search_batch(self) -> bool:
+        return False
 
     @property
     def needs_batch(self) -> bool:
@@ -164,6 +168,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
         rng: jax.Array | None = None,
         *,
         curvature_batch: Any | None = None,
+        search_batch: Any | None = None,
     ) -> tuple[PyTree, StateT, dict[str, Any]]:
         """One step. Pure: jit it, scan it, donate `params` and `state`.
 
@@ -176,6 +181,8 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
             is enough for methods that draw nothing.
           curvature_batch: a batch for the curvature, where it is to differ from that of loss and gradient; inner loops
             take none.
+          search_batch: a batch for the search of the step size (`search=`), where it is to see fresh examples; inner
+            loops cut theirs off the batch.
 
         Returns:
           (params, state, info). A step that would leave non-finite parameters, or that the damping or the line search
@@ -186,7 +193,8 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
           ValueError, TypeError, KeyError: batch, state or parameters do not fit; one sentence with the mend.
         """
         trainable, frozen = self.partition.split(params)
-        proposal = self.propose(trainable, frozen, batch, state, rng, curvature_batch=curvature_batch)
+        inputs = StepInputs(trainable, frozen, batch, state, rng, curvature_batch, search_batch)
+        proposal = self.propose_step(inputs)
         return self.partition.merge(proposal.params, frozen), proposal.state, proposal.info
 
     @final
@@ -208,11 +216,17 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
           batch, state, rng, curvature_batch: as in `step`.
           gradient: used in place of the batch's own gradient (accumulated over many batches, say).
         """
-        if curvature_batch is not None and not self.takes_curvature_batch:
+        return self.propose_step(StepInputs(trainable, frozen, batch, state, rng, curvature_batch, None, gradient))
+
+    @final
+    def propose_step(self, inputs: StepInputs[StateT]) -> Proposal[StateT]:
+        """`propose` of arguments in one object, the search's batch included."""
+        if inputs.curvature_batch is not None and not self.takes_curvature_batch:
             raise ValueError("this method takes gradient and curvature of the same examples: drop curvature_batch.")
-        if gradient is not None and not self.takes_gradient:
+        if inputs.search_batch is not None and not self.takes_search_batch:
+            raise ValueError("this method looks for a step size on no batch: drop search_batch, or set search=.")
+        if inputs.gradient is not None and not self.takes_gradient:
             raise ValueError("this method takes its gradients itself: drop gradient.")
-        inputs = StepInputs(trainable, frozen, batch, state, rng, curvature_batch, gradient)
         return self._traced_once()._propose(self._checked(inputs))
 
     @final
@@ -269,12 +283,16 @@ class Method(AbstractMethod[MethodState, Plan]):
     plan: Plan = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.assembly.telemetry.check(SOLVE_METRICS, "a method without an inner loop")
+        self.assembly.telemetry.check(self.assembly.offered, "this method")
         object.__setattr__(self, "plan", plan_method(self.assembly))
 
     @property
     def curvature(self) -> Curvature:
         return self.assembly.curvature
+
+    @property
+    def takes_search_batch(self) -> bool:
+        return self.assembly.search is not None and self.assembly.search.evaluations > 0
 
     @property
     def needs_batch(self) -> bool:
@@ -301,8 +319,9 @@ class Method(AbstractMethod[MethodState, Plan]):
             solver=self.assembly.solver.init(upcast_shapes(trainable)),
             transform=self.assembly.transform.init(tree.upcast(trainable)),
             scaling=self._first_scaling(upcast_shapes(trainable)),
+            search=jnp.ones((), jnp.result_type(float)) if self._keeps_step_size else None,
             model_state=tree.fixed(model_state),
-            last=first if self._takes_unseen_steps else None,
+            last=first if self.assembly.may_undo else None,
             layout=Layout.of(trainable),
         )
 
@@ -310,8 +329,8 @@ class Method(AbstractMethod[MethodState, Plan]):
         return () if self.assembly.scaling is None else self.assembly.scaling.init(like)
 
     @property
-    def _takes_unseen_steps(self) -> bool:
-        return self.assembly.damping.evaluate_every not in (None, 1)
+    def _keeps_step_size(self) -> bool:
+        return self.assembly.search is not None and self.assembly.search.every > 1
 
     def _first_preconditioner(self, trainable: PyTree, frozen: PyTree, batch: Any, model_state: PyTree) -> Any:
         preconditioner, curvature = self.assembly.preconditioner, self.assembly.curvature
@@ -336,12 +355,16 @@ class Method(AbstractMethod[MethodState, Plan]):
         if inputs.curvature_batch is not None:
             curved = self.evaluation(inputs.curvature_batch, inputs.frozen, state.model_state, keys)
             curved = self._prepared(trainable, curved)
+        searched = None
+        if inputs.search_batch is not None:
+            searched = self.evaluation(inputs.search_batch, inputs.frozen, state.model_state, keys)
+            searched = self._prepared(trainable, searched)
         # 2. The plan for these shapes.
         own_gradient = curved is None and inputs.gradient is None
         plan = choose_solver(self.assembly, trainable, curved or evaluation, own_gradient=own_gradient)
         warn_of_expense(self.assembly, plan, trainable, curved or evaluation)
         # 3. The planned step.
-        problem = Problem(evaluation, curved, inputs.gradient, keys.estimator)
+        problem = Problem(evaluation, curved, searched, inputs.gradient, keys.estimator)
         return propose(StepContext.of(self.assembly, plan, trainable, problem, state))
 
     def _prepared(self, trainable: PyTree, evaluation: Evaluation) -> Evaluation:
@@ -356,9 +379,9 @@ class Method(AbstractMethod[MethodState, Plan]):
         check_part("transform", state.transform, jax.eval_shape(assembly.transform.init, like))
         own = state.preconditioner
         check_part("preconditioner", own, assembly.preconditioner.expected(own, like))
-        if (state.last is not None) != self._takes_unseen_steps or (state.model_state is None) == (
-            assembly.curvature.has_state
-        ):
+        kept = (state.last, assembly.may_undo), (state.search, self._keeps_step_size)
+        kept += ((state.model_state, assembly.curvature.has_state),)
+        if any((part is not None) != wanted for part, wanted in kept):
             raise ValueError(
                 "the state was made by another method: pass what this method's init or its last step returned."
             )

@@ -81,6 +81,8 @@ class Part(enum.Enum):
     INVERSES = "inverses"
     SOLVE = "solve"
     SELECT = "loss for each lam"
+    BOUND = "step bound"
+    SEARCH = "step size"
     LOSS_AFTER = "loss after the step"
     PREDICTED = "predicted decrease"
 

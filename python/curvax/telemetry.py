@@ -29,9 +29,11 @@ class Metric(enum.StrEnum):
     FINITE = "finite"
     REJECTED = "rejected"
     BATCH_FAULT = "batch_fault"
+    UNDONE = "undone"
     RESULT = "result"
     ITERATIONS = "iterations"
     RESIDUAL = "residual"
+    ACCELERATION = "acceleration"
     LOSS_AFTER = "loss_after"
     PREDICTED = "predicted"
     ACTUAL = "actual"
@@ -69,7 +71,7 @@ class Metric(enum.StrEnum):
         return jnp.asarray(jnp.nan, jnp.result_type(float))
 
 
-_BOOLEANS = (Metric.ACCEPTED, Metric.FINITE)
+_BOOLEANS = (Metric.ACCEPTED, Metric.FINITE, Metric.UNDONE)
 _INTEGERS = (
     Metric.STEP,
     Metric.REJECTED,
@@ -87,9 +89,11 @@ _MEANING = {
     Metric.FINITE: "the step is made of finite numbers",
     Metric.REJECTED: "steps not taken so far, this one included",
     Metric.BATCH_FAULT: "what is wrong with the values of the batch, a curvax.losses.BatchFault",
+    Metric.UNDONE: "the step before this one was taken back: it led to where the loss is no finite number",
     Metric.RESULT: "how the solve ended, a curvax.solvers.Result",
     Metric.ITERATIONS: "iterations of the solver",
     Metric.RESIDUAL: "true residual of the linear system relative to its right-hand side; NaN where none is solved",
+    Metric.ACCELERATION: "2 |c| / |s| of the second-order correction c to the direction s; it is left out above `most`",
     Metric.LOSS_AFTER: "loss after the proposed step, on the same batch",
     Metric.PREDICTED: "decrease of the loss that the quadratic model predicts",
     Metric.ACTUAL: "decrease of the loss",
@@ -99,12 +103,12 @@ _MEANING = {
     Metric.UPDATE_NORM: "Euclidean norm of the proposed update; of an inner loop that of the update taken, 0 for none",
     Metric.LEARNING_RATE: "learning rate of this step",
     Metric.REFRESHES_REJECTED: "refreshes of the preconditioner that were not finite so far, this step's included",
-    Metric.STEP_SIZE: "step size that the line search took, 0 for none; of an inner loop",
-    Metric.SEARCH_LOSS: "loss before the step on the line search's data",
-    Metric.SEARCH_LOSS_AFTER: "loss after the step on the line search's data",
+    Metric.STEP_SIZE: "step size that the search took, 0 for none",
+    Metric.SEARCH_LOSS: "loss before the step on the search's data",
+    Metric.SEARCH_LOSS_AFTER: "loss after the step on the search's data",
 }
-SOLVE_METRICS = frozenset(Metric) - {Metric.STEP_SIZE, Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER}
-"""What a method that solves one linear system a step can report."""
+SEARCH_METRICS = (Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER)
+"""What a search that evaluates losses reports beside its step size."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,3 +162,16 @@ def test_a_policy_object_and_its_name_do_the_same():
                 p, state, _ = step(p, batch, state, key())
             outcomes.append(dense.vector(p))
     np.testing.assert_array_equal(*outcomes)
+
+
+@pytest.mark.parametrize("region", [{}, {"every": 5, "inc": (20 / 19) ** 5, "dec": (19 / 20) ** 5}], ids=["lm", "kfac"])
+def test_refusals_in_a_row_find_a_damping_that_is_many_orders_off(region: dict, x64: None) -> None:
+    """The k-th refusal multiplies lam by inc^k: 20 orders take at most 20 refusals; one factor of 1.5 each took 114."""
+    policy = curvax.damping.TrustRegion(lam0=1e-20, **region)
+    state, count = policy.init(), 0
+    one, yes = jnp.ones(()), jnp.asarray(True)
+    worse = curvax.damping.Outcome(yes, yes, loss=one, loss_after=2 * one, predicted=one, curvature=one)
+    update = jax.jit(policy.update)
+    while float(policy.lam(state)) < 1.0:
+        state, count = update(state, worse, yes), count + 1
+    assert count <= 20

@@ -15,8 +15,9 @@ import scipy.optimize
 
 import curvax
 from bench.suites.robustness.classic import Classic, Residuals
-from curvax.damping import Marquardt, Scaling
+from curvax.damping import Marquardt
 from curvax.losses import SquaredError
+from curvax.solvers import GeodesicAcceleration
 
 Values: TypeAlias = Iterator[float]
 """f after each step."""
@@ -52,7 +53,7 @@ def solve(solver: Callable[[Classic], Values], problem: Classic) -> Found:
     return Found(True, value, math.inf)
 
 
-def _curvax(name: str, scaling: Scaling | None = None) -> Callable[[Classic], Values]:
+def _curvax(name: str, **options: Any) -> Callable[[Classic], Values]:
     def values(problem: Classic) -> Values:
         def half(params: jax.Array, batch: Any) -> jax.Array:
             del batch
@@ -63,7 +64,7 @@ def _curvax(name: str, scaling: Scaling | None = None) -> Callable[[Classic], Va
         else:
             # An example is the index of a residual.
             loss = SquaredError(reduction="sum")
-            method = curvax.make(name, predict_fn=_indexed(problem.residuals), loss=loss, scaling=scaling)
+            method = curvax.make(name, predict_fn=_indexed(problem.residuals), loss=loss, **options)
         count = problem.residuals(jnp.asarray(problem.start)).size
         batch = {"x": jnp.arange(count), "y": jnp.zeros(count)}
 
@@ -135,7 +136,8 @@ def _scipy(problem: Classic) -> Values:
 
 SOLVERS: dict[str, Callable[[Classic], Values]] = {
     "gauss_newton": _curvax("gauss_newton"),
-    "gauss_newton, Marquardt": _curvax("gauss_newton", Marquardt()),
+    "gauss_newton, Marquardt": _curvax("gauss_newton", scaling=Marquardt()),
+    "gauss_newton, accelerated": _curvax("gauss_newton", acceleration=GeodesicAcceleration()),
     "newton_cg": _curvax("newton_cg"),
     "optimistix LM": _optimistix,
     "scipy least_squares, lm": _scipy,

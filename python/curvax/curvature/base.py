@@ -108,6 +108,7 @@ class JacobianRows:
       scaled: d -> the rows of J diag(d), for an upcast tree d.
       source: what the rows are made from, which lets them meet other rows; `None` for whoever cannot say.
       groups: max_bytes -> the rows as `gram` makes them in so much memory, for the planner; `None` if nobody can say.
+      second: v -> d^2/dt^2 f(theta + t v) at t = 0, upcast outputs; `None` where nobody differentiates twice.
     """
 
     jvp: Callable[[PyTree], jax.Array]
@@ -118,6 +119,7 @@ class JacobianRows:
     scaled: Callable[[PyTree], JacobianRows]
     groups: Callable[[int], RowGroups] | None = None
     source: RowSource | None = None
+    second: Callable[[PyTree], jax.Array] | None = None
 
     @staticmethod
     def of(source: RowSource, jvp: Callable[[PyTree], jax.Array]) -> JacobianRows:

@@ -24,6 +24,7 @@ class LinearModel:
       tangents: v -> J v, of a parameter vector, in the accumulation dtype as its result; `None` unless asked for.
       vjp: u -> J^T u, a parameter vector in the accumulation dtype.
       rest: (new model state, aux).
+      second: v -> d^2/dt^2 f(theta + t v) at t = 0, in the accumulation dtype.
       bend: (v, u) -> sum_i u_i H_i v with H_i the Hessian of output i; `None` unless somebody needs it.
     """
 
@@ -32,6 +33,7 @@ class LinearModel:
     vjp: Callable[[PyTree], PyTree]
     rest: tuple[PyTree, Any]
     bend: Callable[[PyTree, PyTree], PyTree] | None = None
+    second: Callable[[PyTree], PyTree] | None = None
 
     def jvp(self, v: PyTree) -> PyTree:
         """J v, of a model linearized with `jvp=True`."""
@@ -54,9 +56,20 @@ def linear_model(
     if jvp and uses_custom_vjp(function, params):
         return _reverse_model(function, params)
     if jvp:
-        return _linearized_model(function, params) if shared else _repeated_model(function, params)
+        model = _linearized_model(function, params) if shared else _repeated_model(function, params)
+        return dataclasses.replace(model, second=lambda v: second_derivative(function, params, v))
     outputs, vjp, rest = jax.vjp(function, params, has_aux=True)
     return LinearModel(outputs, None, _upcast_vjp(lambda u: vjp(u)[0], outputs), rest)
+
+
+def second_derivative(function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree, v: PyTree) -> PyTree:
+    """d^2/dt^2 of the outputs of `function: params -> (outputs, rest)` at params + t v, t = 0, upcast."""
+    tangent = tree.cast_like(v, params)
+
+    def slope(p: PyTree) -> PyTree:
+        return jax.jvp(lambda q: function(q)[0], (p,), (tangent,))[1]
+
+    return tree.upcast(jax.jvp(slope, (params,), (tangent,))[1])
 
 
 def _upcast_vjp(vjp: Callable[[PyTree], PyTree], outputs: PyTree) -> Callable[[PyTree], PyTree]:

@@ -148,6 +148,7 @@ class GaussNewton(Curvature):
         weights = self.weights_of(at.outputs, evaluation)
         curved = needs.product or needs.rows
         rows = self.rows(params, evaluation, at.outputs, at.jvp, at.vjp) if curved else None
+        rows = None if rows is None else dataclasses.replace(rows, second=at.second)
         residual = self.loss.gradient(at.outputs, targets, weights)
         return Linearization(
             params_like=jax.eval_shape(tree.upcast, params),

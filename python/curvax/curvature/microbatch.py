@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
-from curvax.curvature.differentiate import LinearModel, linear_model, second_order
+from curvax.curvature.differentiate import LinearModel, linear_model, second_derivative, second_order
 from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Op, Request
 from curvax.loops import for_loop_body
@@ -412,16 +412,24 @@ class Microbatched(Curvature):
 
             return pieces.sum(visit, beside=u)[0]
 
+        def second(v: PyTree) -> jax.Array:
+            def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
+                state = self.inner.outputs(params, piece)[1][0]
+                return (), state, second_derivative(lambda p: self.inner.outputs(p, piece), params, v)
+
+            return pieces.sum(visit)[2]
+
         def visit(piece: Evaluation, *_: Any) -> tuple[PyTree, PyTree, PyTree]:
             outputs, (state, aux) = self.inner.outputs(params, piece)
             return (), state, (outputs, jax.tree.map(lambda x: x[None], aux))
 
         _, model_state, (outputs, aux) = pieces.sum(visit)
-        return LinearModel(outputs, jvp, vjp, (model_state, aux), bend)
+        return LinearModel(outputs, jvp, vjp, (model_state, aux), bend, second)
 
     def _rows(self, params: PyTree, pieces: Pieces) -> JacobianRows:
         at = self.linear_pieces(params, pieces)
-        return self._pulled(params, self.inner.rows(params, pieces.evaluation, at.outputs, at.jvp, at.vjp))
+        rows = self.inner.rows(params, pieces.evaluation, at.outputs, at.jvp, at.vjp)
+        return self._pulled(params, dataclasses.replace(rows, second=at.second))
 
     def _pulled(self, params: PyTree, rows: JacobianRows) -> JacobianRows:
         """The rows, made by J^T where each piece has a key or a state of its own.

@@ -461,7 +461,12 @@ def _joint_rows(each: Sequence[JacobianRows], params: PyTree) -> JacobianRows:
     def scaled(by: PyTree) -> JacobianRows:
         return _joint_rows([rows.scaled(by) for rows in each], tree.zeros_like(params))
 
-    return JacobianRows(jvp, vjp, output, gram, diagonal, scaled)
+    seconds = [rows.second for rows in each]
+
+    def second(v: PyTree) -> jax.Array:
+        return _flat([along(v) for along in seconds if along is not None])
+
+    return JacobianRows(jvp, vjp, output, gram, diagonal, scaled, second=None if None in seconds else second)
 
 
 def _sampled(ats: Sequence[Linearization]) -> Callable[[jax.Array], PyTree]:

@@ -32,6 +32,7 @@ class Outcome:
       shown: the curvature along the update that the loss shows, 2 (predicted - actual) / d.d beyond that of the model;
         NaN unless evaluated.
       norm: |d|.
+      descends: a search along the step found a step size that lowers the loss; true without a search.
       solved: the linear system behind the step was solved, as far as the solver can tell.
       at_boundary: the direction ends where the policy's radius stopped it.
     """
@@ -45,6 +46,7 @@ class Outcome:
     curvature: ScalarLike = float("nan")
     shown: ScalarLike = float("nan")
     norm: ScalarLike = 0.0
+    descends: bool | jax.Array = True
     solved: bool | jax.Array = True
     at_boundary: bool | jax.Array = False
 

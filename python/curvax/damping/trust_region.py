@@ -191,7 +191,7 @@ class TrustRegion(Damping):
         # 1.
         seen = due & outcome.evaluated
         accepted = self.accepts(outcome)
-        refused = (seen & ~accepted) | ~outcome.finite
+        refused = (seen & ~accepted) | ~outcome.finite | ~jnp.asarray(outcome.descends)
         # 2.
         worse = refused | (seen & (outcome.safe_rho < self.lower))
         # A promise below rounding: whatever became of it, it does not speak for the model.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 
@@ -24,6 +24,7 @@ from curvax.damping import Outcome
 from curvax.execute.state import AbstractState, LastStep, MethodState
 from curvax.kernels import Choice
 from curvax.plan import Assembly, Plan, kernel_choices
+from curvax.search import Searched
 from curvax.solvers import Solution
 from curvax.tree import PyTree
 
@@ -40,6 +41,7 @@ class StepInputs(Generic[StateT]):
       state: the state before the step.
       rng: random key, or `None`.
       curvature_batch: the batch of the curvature, or `None` for the same one.
+      search_batch: the batch that a search for the step size looks at, or `None` for the same one.
       gradient: a gradient from outside, or `None` to take the batch's own.
     """
 
@@ -49,6 +51,7 @@ class StepInputs(Generic[StateT]):
     state: StateT
     rng: jax.Array | None = None
     curvature_batch: Any = None
+    search_batch: Any = None
     gradient: PyTree | None = None
 
 
@@ -77,12 +80,14 @@ class Problem:
     Attributes:
       evaluation: the batch of gradient and loss, with everything the model needs.
       curvature_evaluation: the batch of the curvature, or `None` for the same one.
+      search_evaluation: the batch of the search for the step size, or `None` for the same one.
       gradient: a gradient from outside, or `None` to take the batch's own.
       key: makes the random key of this step's estimators; `None` where there is no randomness.
     """
 
     evaluation: Evaluation
     curvature_evaluation: Evaluation | None = None
+    search_evaluation: Evaluation | None = None
     gradient: PyTree | None = None
     key: Callable[[], jax.Array] | None = None
 
@@ -124,6 +129,30 @@ class StepContext:
         return StepContext(chosen, plan, choices, params, problem, state)
 
 
+class Start(NamedTuple):
+    """Where a step begins, with the last one judged.
+
+    Attributes:
+      params: the trainable parameters, or those before the last step if that one is undone.
+      before: the parameters to which the next step may go back; `None` where nothing is kept for that.
+      undone: whether the last step is taken back.
+      undecided: whether it led astray as far as anyone knows, on a batch that cannot tell.
+    """
+
+    params: PyTree
+    before: PyTree | None
+    undone: jax.Array
+    undecided: jax.Array
+
+    def last(self, unseen: jax.Array) -> LastStep | None:
+        """The next state.
+
+        Args:
+          unseen: whether this step is taken without a look at the loss behind it.
+        """
+        return None if self.before is None else LastStep(self.before, unseen | self.undecided)
+
+
 @dataclasses.dataclass(frozen=True)
 class Point:
     """What is known at the parameters of a step.
@@ -137,6 +166,7 @@ class Point:
       scaling: state of its scaling, refreshed where that was due.
       root: D^(1/2) of the damping lam D; `None` for the identity.
       preconditioner: its state, refreshed where that was due.
+      start: where the step begins: at the parameters, or back at those before the last step.
     """
 
     at: Linearization
@@ -147,6 +177,7 @@ class Point:
     scaling: Any
     root: PyTree | None
     preconditioner: Any
+    start: Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +193,8 @@ class Attempt:
       solution: how the linear solve went.
       outcome: what the damping gets to see.
       accepted: whether the step is taken.
-      damping, solver, transform, last: next states of the modules.
+      damping, solver, transform, search, last: next states of the modules.
+      length: how far the search went; `None` without one.
     """
 
     params: PyTree
@@ -175,4 +207,6 @@ class Attempt:
     damping: Any
     solver: Any
     transform: Any
+    search: jax.Array | None
     last: LastStep | None
+    length: Searched | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from curvax.kernels.gram_accumulate import GRAM_ACCUMULATE
 from curvax.loops import for_loop_body
 from curvax.solvers import (
     CG,
+    GeodesicAcceleration,
     Lane,
     LeastSquares,
     LeastSquaresSolver,
@@ -47,6 +48,7 @@ class Task:
       raveled: solve on one raveled vector in place of the tree.
       radius: bound on |s|, of a damping that has one.
       choices: implementation of each op, by name; an op that is missing takes the best supported one.
+      acceleration: the second-order correction of the direction, or `None`.
     """
 
     at: Linearization
@@ -58,6 +60,24 @@ class Task:
     raveled: bool = False
     radius: jax.Array | None = None
     choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    acceleration: GeodesicAcceleration | None = None
+
+    def accelerated(self, solution: Solution, again: Callable[[jax.Array], PyTree]) -> Solution:
+        """The solution with its second-order correction, if there is to be one; residual and state are those without.
+
+        Args:
+          again: u -> (C + lam I)^-1 J^T Q u.
+        """
+        rows = self.at.rows
+        if self.acceleration is None or rows is None:
+            return solution
+        if rows.second is None:
+            raise ValueError(
+                "geodesic acceleration differentiates the model forward twice, and this one holds a custom_vjp: drop "
+                "acceleration=, or define the function by jax.custom_jvp."
+            )
+        value, ratio = self.acceleration.apply(solution.value, rows.second, again)
+        return dataclasses.replace(solution, value=value, acceleration=ratio)
 
 
 def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
@@ -73,8 +93,27 @@ def solve(lane: Lane, solver: Solver, task: Task, state: Any) -> Solution:
     if lane is Lane.DIAGONAL:
         return solver.solve(system, task.gradient, state, task.lam)
     if task.raveled:
-        return audited(_solve_raveled(solver, system, task, state), solver.tolerance)
-    return audited(solver.solve(system, task.gradient, state, task.lam), solver.tolerance)
+        solution = _solve_raveled(solver, system, task, state)
+    elif task.acceleration is not None and solver.takes_matrix:
+        repeat = solver.repeated(system, task.gradient, task.lam)
+        return audited(
+            task.accelerated(repeat(task.gradient), lambda u: repeat(_pulled(task, u)).value), solver.tolerance
+        )
+    else:
+        solution = solver.solve(system, task.gradient, state, task.lam)
+
+    def again(u: jax.Array) -> PyTree:
+        return solver.solve(system, _pulled(task, u), solver.init(task.gradient), task.lam).value
+
+    return audited(task.accelerated(solution, again), solver.tolerance)
+
+
+def _pulled(task: Task, u: jax.Array) -> PyTree:
+    """J^T Q u."""
+    rows = task.at.rows
+    if rows is None:
+        raise AssertionError("acceleration linearizes with rows.")
+    return rows.vjp(rows.output.product(u))
 
 
 def _solve_several(solver: Solver, task: Task, state: Any) -> Solution:
@@ -135,12 +174,21 @@ def solve_scaled(root: PyTree, solve: Callable[[Task], Solution], task: Task) ->
         task.at,
         product=None if product is None else both_sides(product, inverse),
         quadratic=None,
-        rows=None if rows is None else rows.scaled(inverse),
+        rows=None if rows is None else _scaled(rows, inverse),
     )
     precondition = None if precondition is None else both_sides(precondition, root)
     gradient = jax.tree.map(jnp.multiply, inverse, task.gradient)
     solution = solve(dataclasses.replace(task, at=at, gradient=gradient, precondition=precondition))
     return dataclasses.replace(solution, value=jax.tree.map(jnp.multiply, inverse, solution.value))
+
+
+def _scaled(rows: JacobianRows, by: PyTree) -> JacobianRows:
+    """Rows of the outputs as a function of parameters over `by`."""
+    second = rows.second
+    return dataclasses.replace(
+        rows.scaled(by),
+        second=None if second is None else lambda v: second(jax.tree.map(jnp.multiply, by, v)),
+    )
 
 
 def _parameter_system(task: Task) -> System:
@@ -213,15 +261,26 @@ def _row_system(solver: RowSpace, rows: JacobianRows, task: Task) -> System:
 def _solve_rows(solver: RowSpace, task: Task, state: PyTree) -> Solution:
     rows = _rows_of(task)
     if isinstance(solver.solver, LeastSquaresSolver):
-        solution = _row_least_squares(solver, solver.solver, rows, task, state)
-        return dataclasses.replace(solution, state=solution.value if solver.keeps_direction else ())
+        inner, solution = solver.solver, _row_least_squares(solver, solver.solver, rows, task, state)
+        solution = dataclasses.replace(solution, state=solution.value if solver.keeps_direction else ())
+
+        def fitted(u: jax.Array) -> PyTree:
+            t = rows.output.factor_transpose(u).astype(tree.scalar_dtype(task.gradient)).reshape(-1)
+            return inner.least_squares(_least_squares(rows, task), t, _pulled(task, u), task.lam).value
+
+        return task.accelerated(solution, fitted)
     if isinstance(solver.solver, CG):
-        solution = _row_iteration(solver, solver.solver, rows, task, state)
+        solution, again = _row_iteration(solver, solver.solver, rows, task, state)
     else:
-        solution = _row_matrix(solver, rows, task, state)
+        solution, again = _row_matrix(solver, rows, task, state)
     residual = relative_residual(System(rows.product), task.lam, _right_hand_side(solver, task, state), solution.value)
     state = solution.value if solver.keeps_direction else solution.state
-    return audited(dataclasses.replace(solution, residual=residual, state=state), solver.tolerance)
+    solution = audited(dataclasses.replace(solution, residual=residual, state=state), solver.tolerance)
+    return task.accelerated(solution, again)
+
+
+_Again: TypeAlias = Callable[[jax.Array], PyTree]
+"""u -> (C + lam I)^-1 J^T Q u, by what solved for the gradient."""
 
 
 def _right_hand_side(solver: RowSpace, task: Task, state: PyTree) -> PyTree:
@@ -238,7 +297,7 @@ def _shift(solver: RowSpace, state: PyTree) -> PyTree | None:
     return tree.scale(jnp.asarray(solver.momentum, tree.scalar_dtype(state)), state)
 
 
-def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree) -> Solution:
+def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree) -> tuple[Solution, _Again]:
     """Solves with G = S^T J J^T S.
 
     If the gradient is J^T S t, then s = J^T S (G + lam I)^-1 t. Any other right-hand side goes through Woodbury's
@@ -248,9 +307,15 @@ def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree)
     t = rows.output.gradient_in_rows() if task.own_gradient else None
     like = jax.eval_shape(rows.output.factor_transpose, jax.eval_shape(rows.jvp, task.gradient))
     system = _row_system(solver, rows, task)
+    own_state, repeat = () if solver.keeps_direction else state, None
+    if task.acceleration is not None and solver.solver.takes_matrix:
+        repeat = solver.solver.repeated(system, like, task.lam)
 
     def solve_rows(rhs: jax.Array) -> Solution:
-        return solver.solve(system, rhs, () if solver.keeps_direction else state, task.lam)
+        return solver.solve(system, rhs, own_state, task.lam) if repeat is None else repeat(rhs)
+
+    def again(u: jax.Array) -> PyTree:
+        return rows.vjp(rows.output.factor(solve_rows(rows.output.factor_transpose(u).astype(like.dtype)).value))
 
     if t is not None:
         rhs = t.astype(like.dtype)
@@ -264,7 +329,7 @@ def _row_matrix(solver: RowSpace, rows: JacobianRows, task: Task, state: PyTree)
             rest = jax.tree.map(jnp.subtract, rest, rows.product(shift))
         solution, correction = _woodbury(rows, solve_rows, rest, task.lam)
     value = correction if shift is None else tree.add(shift, correction)
-    return dataclasses.replace(solution, value=value)
+    return dataclasses.replace(solution, value=value), again
 
 
 def _least_squares(rows: JacobianRows, task: Task) -> LeastSquares:
@@ -304,7 +369,7 @@ def _woodbury(
     return solution, tree.add(first, once(rest)[1])
 
 
-def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, state: PyTree) -> Solution:
+def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, state: PyTree) -> tuple[Solution, _Again]:
     if not task.own_gradient:
         raise ValueError(
             "row-space CG needs the gradient of its own batch: use RowSpace(Cholesky()) or parameter-space CG when "
@@ -339,10 +404,15 @@ def _row_iteration(solver: RowSpace, cg: CG, rows: JacobianRows, task: Task, sta
         )
     # 3. Vector and image under K drift apart at rounding level; a residual below that steers by noise.
     floor = 64 * float(jnp.finfo(rhs[0].dtype).eps)
-    solution = dataclasses.replace(cg, tol=max(cg.tol, floor)).iterate(system, rhs, start, task.lam)
+    floored = dataclasses.replace(cg, tol=max(cg.tol, floor))
+    solution = floored.iterate(system, rhs, start, task.lam)
+
+    def again(u: jax.Array) -> PyTree:
+        return rows.vjp(floored.iterate(system, pair(rows.output.product(u)), None, task.lam).value[0])
+
     # 4.
     correction = rows.vjp(solution.value[0])
-    return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction))
+    return dataclasses.replace(solution, value=correction if shift is None else tree.add(shift, correction)), again
 
 
 def _output_gradient(task: Task) -> jax.Array:

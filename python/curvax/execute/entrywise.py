@@ -47,11 +47,11 @@ def update_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Entry
     params, mean, finite = diagonal_update(
         step.rule,
         scalars,
-        ctx.params,
+        point.start.params,
         mean,
         point.preconditioner.average,
         point.gradient,
-        sound=finite_loss,
+        sound=finite_loss & ~point.start.undone,
         decay_mask=step.transform.decays(ctx.params),
         implementation=ctx.choices[DIAGONAL_UPDATE.name],
     )

@@ -104,7 +104,8 @@ class MethodState(AbstractState):
       damping, preconditioner, solver, transform: the modules' states.
       scaling: that of the damping's scaling; () without one.
       model_state: mutable model state (BatchNorm statistics), or `None`.
-      last: the last step, for methods that look at the loss after some of their steps only; `None` for others.
+      search: last step size of a search that does not run in every step; `None` without one.
+      last: the last step, for methods that take steps without a look at the loss after them; `None` for others.
       layout: what parameters the state belongs to; static.
       version: of the form of the state; static.
     """
@@ -116,6 +117,7 @@ class MethodState(AbstractState):
     solver: Any
     transform: Any
     scaling: Any
+    search: jax.Array | None
     model_state: PyTree
     last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})

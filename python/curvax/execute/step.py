@@ -4,6 +4,7 @@
     refresh      preconditioner, where its cadence says so                      -> Point
     solve        (C + lam I) s = g in the plan's lane                           -> Solution
     transform    the Optax chain makes an update of s
+    length       a bound and a search say how much of it to take                -> Length
     evaluate     loss behind the step and the model's prediction, where due     -> Outcome
     accept       is it finite, does the damping take it                         -> Attempt
     bookkeeping  next state and info                                            -> Proposal
@@ -30,10 +31,10 @@ from curvax.execute.branch import when
 from curvax.execute.context import Attempt, Point, Proposal, StepContext
 from curvax.execute.directions import Task, over, solve, solve_scaled, with_residual
 from curvax.execute.entrywise import update_in_one_pass
-from curvax.execute.state import LastStep, MethodState
+from curvax.execute.state import MethodState
+from curvax.execute.step_size import Length, bounded_update, length_of, moved, rounding_of
+from curvax.execute.undo import judged
 from curvax.kernels import tree_cg
-from curvax.loops import for_loop_body
-from curvax.losses.rounding import loss_rounding
 from curvax.plan import Assembly, Cadence, Entrywise, entrywise, flat_vectors
 from curvax.preconditioners import BlockPreconditioner
 from curvax.solvers import Lane, Solution, TreeSpace
@@ -66,7 +67,8 @@ def _point(ctx: StepContext) -> Point:
     damping = ctx.assembly.damping
     started = damping.start(ctx.state.damping, at.loss, lambda: tree.norm(over(root, gradient)))
     lam = damping.lam(started)
-    return Point(at, curved, gradient, lam, started, scaling, root, _refresh(ctx, curved, lam))
+    start = judged(ctx, at, gradient)
+    return Point(at, curved, gradient, lam, started, scaling, root, _refresh(ctx, curved, lam), start)
 
 
 def _scaling(ctx: StepContext, curved: Linearization) -> tuple[Any, PyTree | None]:
@@ -84,22 +86,25 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
     state, damping = ctx.state, ctx.assembly.damping
     # 1. The direction s, and the update that the Optax chain makes of it.
     point, solution, behind = _direction(ctx, point)
-    update, transform, after = _updated(ctx, point, solution.value)
-    # 2. Loss and prediction there, at their cadence or where the damping wants to see this step.
+    update, transform = _updated(ctx, point, solution.value)
+    # 2. How much of it, as far as a search says.
+    length = length_of(ctx, point, update)
+    update, after = length.update, moved(ctx.params, length.update)
+    # 3. Loss and prediction there, at their cadence or where the damping wants to see this step.
     demanded, norm = _demanded(ctx, point, update)
-    outcome = _evaluate(ctx, point, solution, after, demanded, norm)
-    if behind is not None:
+    outcome = _evaluate(ctx, point, (solution, length), after, demanded, norm)
+    if behind is not None and length.searched is None:
         outcome = dataclasses.replace(outcome, loss_after=jnp.where(outcome.evaluated, behind, outcome.loss_after))
-    # 3. Taken, if it is finite and, where the damping looks, good enough.
+    # 4. Taken, if it is finite and, where the damping looks, good enough.
     due = Cadence(_periods(ctx.assembly)).due(state.step) | demanded
     seen = due & outcome.evaluated
-    accepted = outcome.finite & (~seen | damping.accepts(outcome))
+    start = point.start
+    accepted = outcome.finite & length.descends & ~start.undone & (~seen | damping.accepts(outcome))
     policy = damping.update(point.damping, outcome, due)
-    # 4. If it is not taken: keep the old parameters, or go back one more step if the last step is to be undone.
-    undone = _undone(ctx, point)
-    kept, back = _where_not_taken(ctx, undone)
+    # 5. If it is not taken: keep the old parameters, or go back one more step if the last step is to be undone.
+    back = jax.tree.map(jnp.subtract, tree.upcast(start.params), tree.upcast(ctx.params))
     return Attempt(
-        params=tree.where(accepted, after, kept),
+        params=tree.where(accepted, after, start.params),
         applied=jax.tree.map(lambda u, b: jnp.where(accepted, u, b.astype(u.dtype)), update, back),
         proposed=update,
         lam=point.lam,
@@ -109,18 +114,19 @@ def _attempt(ctx: StepContext, point: Point) -> Attempt:
         damping=policy,
         solver=_solver_state(ctx, solution, jnp.isfinite(point.at.loss), (accepted, damping.trusts(policy))),
         transform=_keep_if(accepted, transform, state.transform),
-        last=_last_step(ctx, undone, accepted & ~seen),
+        search=length.state,
+        last=start.last(accepted & ~seen & (length.after is None)),
+        length=length.searched,
     )
 
 
-def _updated(ctx: StepContext, point: Point, s: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """(update that the Optax chain makes of a direction, its next state, parameters with that update)."""
-    upcast = tree.upcast(ctx.params)
+def _updated(ctx: StepContext, point: Point, s: PyTree) -> tuple[PyTree, PyTree]:
+    """(update that the Optax chain makes of a direction, within the step bound; the chain's next state)."""
     update, transform = ctx.assembly.transform.update(
-        s, ctx.state.transform, upcast, value=point.at.loss, grad=point.gradient, value_fn=_loss_of(ctx)
-    )
-    after = jax.tree.map(lambda p, w, u: (w + u.astype(w.dtype)).astype(p.dtype), ctx.params, upcast, update)
-    return update, transform, after
+        s, ctx.state.transform, tree.upcast(ctx.params),
+        value=point.at.loss, grad=point.gradient, value_fn=_loss_of(ctx),
+    )  # fmt: skip
+    return bounded_update(ctx, point, update), transform
 
 
 def _direction(ctx: StepContext, point: Point) -> tuple[Point, Solution, jax.Array | None]:
@@ -132,7 +138,7 @@ def _direction(ctx: StepContext, point: Point) -> tuple[Point, Solution, jax.Arr
     lams = damping.lams(point.damping, plan.factors)
     several = _solve(ctx, dataclasses.replace(point, lam=lams))
     # 2. The losses behind them in one batched forward pass.
-    losses = jax.vmap(lambda s: _loss_of(ctx)(_updated(ctx, point, s)[2]))(several.value)
+    losses = jax.vmap(lambda s: _loss_of(ctx)(moved(ctx.params, _updated(ctx, point, s)[0])))(several.value)
     # 3. The best of them.
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.full_like(losses, jnp.inf)))
     taken = jax.tree.map(lambda x: x[best], dataclasses.replace(several, state=()))
@@ -170,7 +176,9 @@ def _attempt_in_one_pass(ctx: StepContext, point: Point, step: Entrywise) -> Att
         damping=ctx.assembly.damping.update(point.damping, outcome, never),
         solver=new.solver,
         transform=_keep_if(new.finite, new.transform, state.transform),
-        last=state.last,
+        search=state.search,
+        last=point.start.last(new.finite),
+        length=None,
     )
 
 
@@ -185,6 +193,7 @@ def _next_state(ctx: StepContext, point: Point, attempt: Attempt) -> MethodState
         solver=attempt.solver,
         transform=attempt.transform,
         scaling=point.scaling,
+        search=attempt.search,
         model_state=_keep_if(attempt.outcome.finite, point.at.model_state, state.model_state),
         last=attempt.last,
     )
@@ -265,6 +274,7 @@ def _task(ctx: StepContext, point: Point) -> Task:
         ),
         raveled=flat_vectors(tuple(choices.values()), point.gradient) is not None,
         choices=choices,
+        acceleration=ctx.assembly.acceleration,
     )
 
 
@@ -287,16 +297,16 @@ def _solver_state(ctx: StepContext, solution: Solution, finite: jax.Array, verdi
 
 def _demanded(ctx: StepContext, point: Point, update: PyTree) -> tuple[jax.Array, jax.Array]:
     """(whether the damping wants to see a step that is not due, the length of the update)."""
-    if ctx.state.last is None:
+    if ctx.assembly.damping.evaluate_every in (None, 1):
         return jnp.asarray(False), jnp.zeros((), tree.scalar_dtype(ctx.params))
     norm = tree.norm(update)
     return ctx.assembly.damping.demands(point.damping, norm), norm
 
 
 def _evaluate(
-    ctx: StepContext, point: Point, solution: Solution, after: PyTree, demanded: jax.Array, norm: jax.Array
+    ctx: StepContext, point: Point, made: tuple[Solution, Length], after: PyTree, demanded: jax.Array, norm: jax.Array
 ) -> Outcome:
-    plan, loss = ctx.plan, point.at.loss
+    plan, loss, (solution, length) = ctx.plan, point.at.loss, made
     missing = jnp.full_like(loss, jnp.nan)
 
     def predicted() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -310,16 +320,16 @@ def _evaluate(
         slope, bend = tree.vdot(point.gradient, change), curved.bend(change)
         scaled = change if point.root is None else jax.tree.map(jnp.multiply, change, point.root)
         squared = tree.vdot(scaled, scaled)
-        own_rounding = None if ctx.assembly.damping.evaluate_every is None else point.at.rounding
-        rounding = loss_rounding(loss) if own_rounding is None else own_rounding()
         return (
             -(slope + bend / 2).astype(missing.dtype),
             (jnp.abs(bend) / squared).astype(missing.dtype),
             squared.astype(missing.dtype),
-            rounding.astype(missing.dtype),
+            rounding_of(ctx, point).astype(missing.dtype),
         )
 
     def loss_after() -> jax.Array:
+        if length.after is not None:
+            return length.after.astype(missing.dtype)
         return ctx.assembly.curvature.value(after, ctx.problem.evaluation).astype(missing.dtype)
 
     step, mode = ctx.state.step, plan.mode
@@ -337,43 +347,10 @@ def _evaluate(
         curvature=curvature,
         shown=curvature + 2 * (decrease - (loss - behind)) / squared,
         norm=norm,
+        descends=length.descends,
         solved=solved(solution.result),
         at_boundary=bounded(solution.result),
     )
-
-
-def _undone(ctx: StepContext, point: Point) -> jax.Array | None:
-    """Whether the last step is to be undone; `None` for methods that see all of their steps, or none.
-
-    A step that was taken without evaluating the loss after it may lead to a loss or gradient that is not finite. No
-    later step can repair this. The step is undone if the current batch has a finite loss at the parameters before it;
-    otherwise the batch itself is the cause, and the step is kept.
-    """
-    last = ctx.state.last
-    if last is None:
-        return None
-    broken = ~(jnp.isfinite(point.at.loss) & tree.all_finite(point.gradient))
-
-    def fine_before() -> jax.Array:
-        return jnp.isfinite(ctx.assembly.curvature.value(last.before, ctx.problem.evaluation))
-
-    return jax.lax.cond(last.unseen & broken, for_loop_body(fine_before), lambda: jnp.asarray(False))
-
-
-def _last_step(ctx: StepContext, undone: jax.Array | None, unseen: jax.Array) -> LastStep | None:
-    last = ctx.state.last
-    if last is None or undone is None:
-        return None
-    return LastStep(tree.where(undone, last.before, ctx.params), unseen)
-
-
-def _where_not_taken(ctx: StepContext, undone: jax.Array | None) -> tuple[PyTree, PyTree]:
-    """(parameters if the step is not taken, what that adds to them): the old ones, or those before an undone step."""
-    last, params = ctx.state.last, ctx.params
-    if last is None or undone is None:
-        return params, tree.zeros_like(params)
-    kept = tree.where(undone, last.before, params)
-    return kept, jax.tree.map(jnp.subtract, tree.upcast(kept), tree.upcast(params))
 
 
 def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array) -> dict[str, Any]:
@@ -389,9 +366,11 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
         Metric.FINITE: outcome.finite,
         Metric.REJECTED: rejected,
         Metric.BATCH_FAULT: jnp.int32(0) if point.at.batch_fault is None else point.at.batch_fault,
+        Metric.UNDONE: point.start.undone,
         Metric.RESULT: solution.result,
         Metric.ITERATIONS: solution.iterations,
         Metric.RESIDUAL: solution.residual,
+        Metric.ACCELERATION: jnp.asarray(solution.acceleration),
         Metric.LOSS_AFTER: outcome.loss_after,
         Metric.PREDICTED: outcome.predicted,
         Metric.ACTUAL: outcome.actual,
@@ -400,6 +379,11 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
         Metric.LEARNING_RATE: _learning_rate(ctx),
         Metric.REFRESHES_REJECTED: getattr(point.preconditioner, "rejected", Metric.REFRESHES_REJECTED.missing()),
     }
+    if attempt.length is not None:
+        taken = jnp.where(attempt.accepted, attempt.length.step_size, 0)
+        values |= {Metric.STEP_SIZE: taken, Metric.SEARCH_LOSS: attempt.length.before}
+        after = jnp.where(attempt.length.step_size > 0, attempt.length.after, attempt.length.before)
+        values |= {Metric.SEARCH_LOSS_AFTER: after}
     if update is not None:
         values |= {Metric.DIRECTION_NORM: tree.norm(solution.value), Metric.UPDATE_NORM: optax.tree.norm(update)}
     info: dict[str, Any] = dict(ctx.assembly.reported.collect(ctx.state.step, values))

@@ -30,13 +30,13 @@ from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
 from curvax.method import AbstractMethod
 from curvax.result import Result, code
+from curvax.search import Line
 from curvax.structure.batch_axes import BatchAxes, Parts
-from curvax.telemetry import ALWAYS, Metric, MetricRecord, Telemetry
+from curvax.telemetry import ALWAYS, SEARCH_METRICS, Metric, MetricRecord, Telemetry
 from curvax.tree import PyTree
 
 Info = dict[str, Any]
 _STEP_METRICS = (*(record.metric for record in ALWAYS), Metric.LOSS, Metric.STEP_SIZE, Metric.UPDATE_NORM)
-_SEARCH_METRICS = (Metric.SEARCH_LOSS, Metric.SEARCH_LOSS_AFTER)
 _SOLVE_METRICS = (Metric.RESULT, Metric.ITERATIONS, Metric.RESIDUAL)
 
 
@@ -270,7 +270,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
 
     @property
     def _optional_metrics(self) -> tuple[Metric, ...]:
-        return (() if self.search is None else _SEARCH_METRICS) + (_SOLVE_METRICS if self.inner.reports else ())
+        return (() if self.search is None else SEARCH_METRICS) + (_SOLVE_METRICS if self.inner.reports else ())
 
     def _plan_for(self, trainable: PyTree, evaluation: Evaluation) -> InnerLoopPlan:
         shapes = jax.eval_shape(lambda: evaluation.batch)
@@ -320,13 +320,15 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         theta0, delta = carry.params, carry.progress.delta
         evaluation = self._evaluation(carry, carry.progress, None)
         parts = search.parts(batch, self._axes(carry, batch))
-        sizes = search.step_sizes(carry.progress.loss.dtype)
-        losses = search.losses(
-            self.problem.outputs.value, lambda size: _towards(theta0, delta, size), sizes, evaluation, parts
-        )
-        # A loss of minus infinity is no better than one of plus infinity or NaN.
-        best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-        return sizes[best], {Metric.SEARCH_LOSS: losses[0], Metric.SEARCH_LOSS_AFTER: losses[best]}
+        dtype = carry.progress.loss.dtype
+
+        def loss_at(size: jax.Array) -> jax.Array:
+            there = _towards(theta0, delta, size)
+            return search.mean_loss(self.problem.outputs.value, there, evaluation, parts).astype(dtype)
+
+        found = search.grid.find(Line(loss_at, None, dtype))
+        after = jnp.where(found.step_size > 0, found.after, found.before)
+        return found.step_size, {Metric.SEARCH_LOSS: found.before, Metric.SEARCH_LOSS_AFTER: after}
 
     def _offset(self, carry: Carry, there: PyTree, accepted: jax.Array) -> PyTree:
         """theta0 + delta relative to the new parameters.

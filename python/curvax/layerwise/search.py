@@ -1,4 +1,4 @@
-"""Line search over a geometric grid of step sizes, all candidates in one batched forward pass."""
+"""The line search behind an inner loop: `curvax.search.GridSearch` on minibatches of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature import Evaluation
+from curvax.search import GridSearch
+from curvax.search.base import check_counts
 from curvax.structure.batch_axes import BatchAxes, Parts
 from curvax.tree import PyTree
 
@@ -37,17 +39,14 @@ class LineSearch:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("candidates", "minibatches"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} of a line search must be at least 1, not {getattr(self, field)}.")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk of a line search must be at least 1 or None, not {self.chunk}.")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio of a line search must be between 0 and 1, not {self.ratio}.")
+        counts = {"candidates": self.candidates, "minibatches": self.minibatches, "chunk": self.chunk}
+        check_counts("line search", **counts)
+        _ = self.grid  # which looks at the ratio
 
-    def step_sizes(self, dtype: Any) -> jax.Array:
-        """0, then the candidates from the largest to the smallest: (candidates + 1,)."""
-        return jnp.asarray([0.0, *(self.ratio**i for i in range(self.candidates))], dtype)
+    @property
+    def grid(self) -> GridSearch:
+        """What chooses the step size."""
+        return GridSearch(self.candidates, self.ratio, chunk=self.chunk)
 
     def parts(self, batch: Any, axes: BatchAxes) -> Parts:
         """The search batch in minibatches."""
@@ -59,34 +58,21 @@ class LineSearch:
                 )
         return axes.parts(batch, None, self.minibatches)
 
-    def losses(
-        self,
-        value: Callable[[PyTree, Evaluation], jax.Array],
-        at: Callable[[jax.Array], PyTree],
-        step_sizes: jax.Array,
-        evaluation: Evaluation,
-        parts: Parts,
+    def mean_loss(
+        self, value: Callable[[PyTree, Evaluation], jax.Array], params: PyTree, evaluation: Evaluation, parts: Parts
     ) -> jax.Array:
-        """Mean loss over the minibatches for each step size.
+        """Mean loss over the minibatches.
 
         Args:
           value: (trainable parameters, evaluation) -> loss.
-          at: step size -> trainable parameters.
-          step_sizes: (n,).
+          params: trainable.
           evaluation: everything else but the batch.
           parts: the batch, from `parts`.
         """
 
-        def loss(step_size: jax.Array) -> jax.Array:
-            params = at(step_size)
+        def one(examples: Any) -> jax.Array:
+            return value(params, dataclasses.replace(evaluation, batch=parts.part(examples)))
 
-            def one(examples: Any) -> jax.Array:
-                return value(params, dataclasses.replace(evaluation, batch=parts.part(examples)))
-
-            if self.minibatches == 1:
-                return one([x[0] for x in parts.held])
-            return jnp.mean(jax.lax.map(one, parts.held))
-
-        if self.chunk is None:
-            return jax.vmap(loss)(step_sizes)
-        return jax.lax.map(loss, step_sizes, batch_size=self.chunk)
+        if self.minibatches == 1:
+            return one([x[0] for x in parts.held])
+        return jnp.mean(jax.lax.map(one, parts.held))

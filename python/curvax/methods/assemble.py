@@ -14,7 +14,8 @@ from curvax.keywords import spread
 from curvax.method import Method
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
-from curvax.solvers import Solver
+from curvax.search import StepBound, StepSearch
+from curvax.solvers import GeodesicAcceleration, Solver
 from curvax.telemetry import Telemetry
 
 
@@ -30,6 +31,9 @@ class Modules:
       preconditioner: for CG, or the whole of the diagonal lane.
       telemetry: what `info` has; the loss and lam if `None`.
       tx: Optax chain behind the direction, sign included; the full direction with learning rate 1 if `None`.
+      acceleration: `GeodesicAcceleration()`, for a Gauss-Newton curvature.
+      search, step_bound, undo: a search for the step size, a bound on the update, and whether a step that nobody looked
+        at is undone where it leads to no finite loss (`methods.options.AssemblyOptions`).
       microbatch_size: examples per accumulated piece.
       backend: preferred implementation of kernels.
       plan: `PlanMode.OFF` runs the modules without sharing and cadences.
@@ -42,6 +46,10 @@ class Modules:
     preconditioner: Preconditioner | None = None
     telemetry: Telemetry | None = None
     tx: optax.GradientTransformation | None = None
+    acceleration: GeodesicAcceleration | None = None
+    search: StepSearch | None = None
+    step_bound: StepBound | None = None
+    undo: bool = True
     microbatch_size: int | None = None
     backend: Backend = "auto"
     plan: PlanMode = PlanMode.SHARED
@@ -66,6 +74,10 @@ def assemble(modules: Modules) -> Method:
             damping=modules.damping or Constant(0.0),
             transform=transform,
             telemetry=modules.telemetry or Telemetry(),
+            acceleration=modules.acceleration,
+            step_bound=modules.step_bound,
+            search=modules.search,
+            undo=modules.undo,
             backend=modules.backend,
             mode=modules.plan,
             scaling=modules.scaling,

@@ -18,7 +18,7 @@ from curvax.methods.options import (
     TransformOptions,
 )
 from curvax.methods.registry import preset
-from curvax.solvers import QR, Automatic, Cholesky, Eigen, MultiShiftCG, RowSpace, Solver
+from curvax.solvers import QR, Automatic, Cholesky, Eigen, GeodesicAcceleration, MultiShiftCG, RowSpace, Solver
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 
 
@@ -33,9 +33,16 @@ class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, M
     Attributes:
       scaling: D of the damping lam D: `curvax.damping.Marquardt()` follows the units of each parameter. `None`, the
         default, is the identity, which went as far on the classic least-squares problems.
+      acceleration: `curvax.solvers.GeodesicAcceleration()` adds the second-order correction of the step in curved
+        valleys; `None` takes the step as it is.
     """
 
     scaling: Scaling | None = None
+    acceleration: GeodesicAcceleration | None = None
+
+    @property
+    def correction(self) -> GeodesicAcceleration | None:
+        return self.acceleration
 
     @property
     def exact(self) -> Solver:

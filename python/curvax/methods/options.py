@@ -36,7 +36,8 @@ from curvax.method import Method
 from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
-from curvax.solvers import CG, MartensStop, Solver
+from curvax.search import StepBound, StepSearch
+from curvax.solvers import CG, GeodesicAcceleration, MartensStop, Solver
 from curvax.structure.batch_axes import AxesPrefix
 from curvax.telemetry import Metric, MetricRecord, Telemetry
 
@@ -73,9 +74,23 @@ class AssemblyOptions(CommonOptions):
 
     Attributes:
       plan: "shared", or "off" to run without sharing and cadences, for comparison.
+      search: a search for the step size along the update: `curvax.search.GridSearch()`, `Backtracking()`,
+        `QuadraticModel()`. `None` takes the update as it is.
+      step_bound: a bound on the update, after the learning rate: `curvax.search.NormBound(c)`, `CurvatureBound(c)`,
+        `EntryBound(c)`.
+      undo: go back to the parameters before a step whose loss nobody evaluated if it led to where the loss is no finite
+        number. It takes a copy of the parameters where the damping does not judge every step.
     """
 
     plan: Literal["shared", "off"] = "shared"
+    search: StepSearch | None = None
+    step_bound: StepBound | None = None
+    undo: bool = True
+
+    @property
+    def correction(self) -> GeodesicAcceleration | None:
+        """The second-order correction of the direction, of presets that have the keyword."""
+        return None
 
     def build(
         self,
@@ -101,6 +116,10 @@ class AssemblyOptions(CommonOptions):
                 damping=damping or Constant(0.0),
                 transform=transform,
                 telemetry=telemetry,
+                acceleration=self.correction,
+                step_bound=self.step_bound,
+                search=self.search,
+                undo=self.undo,
                 backend=self.backend,
                 mode=PlanMode(self.plan),
                 scaling=scaling,

@@ -13,6 +13,7 @@ from curvax.plan.planner import flat_vectors as flat_vectors
 from curvax.plan.planner import kernel_choices as kernel_choices
 from curvax.plan.planner import plan_for_shapes as plan_for_shapes
 from curvax.plan.planner import plan_method as plan_method
+from curvax.plan.step_sizes import planned_search as planned_search
 from curvax.requirements import Cadence as Cadence
 from curvax.requirements import Part as Part
 from curvax.requirements import Requirement as Requirement

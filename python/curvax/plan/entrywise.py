@@ -38,6 +38,8 @@ def entrywise(assembly: Assembly) -> Entrywise | str:
     transform = entrywise_update(assembly.transform)
     if transform is None:
         return "the transform is a chain of its own, or clips by norm or keeps momentum"
+    if assembly.step_bound is not None or assembly.search is not None:
+        return "step bound and search look at the whole update"
     decay = transform.constant_decay
     if decay is None:
         return "weight decay is a schedule"

@@ -21,7 +21,9 @@ from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.expense import MEMORY_SHARE
 from curvax.plan.plan import Candidate, PartCost, Plan
 from curvax.plan.predict import candidate, count_rows, preconditioner_state, refresh_needs, step_work
+from curvax.plan.step_sizes import at_once, copy_bytes
 from curvax.requirements import EVERY_STEP, Cadence, Part, Requirement
+from curvax.search import StepSearch
 from curvax.solvers import Lane, Solver
 from curvax.tree import PyTree
 from curvax.work import Cost, StepWork
@@ -73,12 +75,13 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         plan,
         candidates=candidates,
         choices=choices,
-        costs=_costs(assembly, plan, work),
+        costs=_costs(assembly, plan, work, params),
         state_bytes=_state_bytes(assembly, params, state),
         notes=(
             *plan.notes,
             *([raveled] if raveled else []),
             *_prediction_notes(candidates),
+            *_search_notes(assembly.search, work, params),
             *_shape_notes(assembly, plan.lane, params, evaluation),
             *assembly.preconditioner.describe(state, _leaf_names(params)),
         ),
@@ -143,6 +146,8 @@ def _factors(assembly: Assembly, best: Candidate, work: StepWork) -> tuple[float
     given = assembly.damping.factors
     if given is not None:
         return given
+    if assembly.acceleration is not None or assembly.search is not None:
+        return None  # which look at one direction
     return _FACTORS if best.solver.keeps_digits and best.solver.solves_several and _is_fit(work) else None
 
 
@@ -218,8 +223,8 @@ def _plan(
     together = not refresh.never and not refresh_apart
     needs = Needs(
         gradient=True,
-        product=(curved and lane is not Lane.ROW) or (together and reads.product),
-        rows=lane is Lane.ROW or (together and reads.rows) or assembly.scaling is not None,
+        product=(curved and lane is not Lane.ROW) or (together and reads.product) or assembly.reads_product,
+        rows=lane is Lane.ROW or (together and reads.rows) or assembly.reads_rows,
         sampling=together and reads.sampling,
         factors=together and reads.factors,
         shared=shared,
@@ -235,7 +240,7 @@ def _plan(
         predict=predict,
         refresh_apart=refresh_apart,
         refresh_needs=reads,
-        predict_apart=not predict.never and not curved,
+        predict_apart=not predict.never and not curved and not assembly.reads_product,
         mode=assembly.mode,
         factors=factors,
         modules=_modules(assembly),
@@ -265,6 +270,12 @@ def _check(assembly: Assembly, solver: Solver) -> None:
     if assembly.scaling is not None and not curvature.has_rows:
         raise ValueError(f"scaling reads the diagonal of a Gauss-Newton matrix, and the {curvature.name} has no rows: "
                          "drop it, or use a Gauss-Newton curvature.")  # fmt: skip
+    if assembly.acceleration is not None and (not curvature.has_rows or solver.lane is Lane.DIAGONAL):
+        raise ValueError("geodesic acceleration corrects the solution of a Gauss-Newton system: drop it, or take egn.")
+    if assembly.acceleration is not None and assembly.damping.has_radius:
+        raise ValueError("geodesic acceleration may lead out of a radius: drop it, or take a TrustRegion.")
+    if assembly.acceleration is not None and len(assembly.damping.factors or ()) > 1:
+        raise ValueError("geodesic acceleration corrects the solution for one lam: drop it, or the damping's factors.")
     if preconditioner.needs_rows and not curvature.has_rows:
         raise ValueError(
             f"this estimator reads the factors of a Gauss-Newton matrix, and the {curvature.name} has none: "
@@ -287,8 +298,8 @@ def _requirements(
     gradient = Requirement(
         Part.LINEARIZE, EVERY_STEP, "gradient" if lane is Lane.DIAGONAL else f"gradient, {solver.name}"
     )
-    scaling = () if assembly.scaling is None else (assembly.scaling,)
-    modules = (solver, assembly.preconditioner, assembly.damping, *scaling, assembly.telemetry)
+    optional = filter(None, (assembly.scaling, assembly.step_bound, assembly.search))
+    modules = (solver, assembly.preconditioner, assembly.damping, assembly.telemetry, *optional)
     names = ", ".join(f"{factor:g}" for factor in factors)
     several = [Requirement(Part.SELECT, EVERY_STEP, f"damping: best of lam times {names}")] if len(factors) > 1 else []
     asked = [gradient, *several, *(requirement for module in modules for requirement in module.requirements())]
@@ -308,6 +319,9 @@ def _own_linearization(requirements: tuple[Requirement, ...]) -> tuple[Requireme
 
 def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
     preconditioner = "none" if assembly.preconditioner.is_identity else str(assembly.preconditioner)
+    optional = (
+        ("acceleration", assembly.acceleration), ("step bound", assembly.step_bound), ("search", assembly.search),
+    )  # fmt: skip
     records = ", ".join(r.metric.value + (f" /{r.every}" if r.every > 1 else "") for r in assembly.reported.records)
     return (
         ("curvature", assembly.curvature.name),
@@ -315,6 +329,8 @@ def _modules(assembly: Assembly) -> tuple[tuple[str, str], ...]:
         ("solver", assembly.solver.name),
         ("preconditioner", preconditioner),
         ("damping", assembly.damping.name + ("" if assembly.scaling is None else f", {assembly.scaling.name}")),
+        *((name, part.name) for name, part in optional if part is not None),
+        *([("undo", "steps that nobody looked at, by a copy of the parameters")] if assembly.may_undo else []),
         ("telemetry", records),
     )
 
@@ -325,6 +341,12 @@ def _prediction_notes(candidates: tuple[Candidate, ...]) -> list[str]:
         if candidates
         else []
     )
+
+
+def _search_notes(search: StepSearch | None, work: StepWork, params: PyTree) -> list[str]:
+    if search is None or not search.evaluations:
+        return []
+    return [f"the search evaluates {at_once(search, copy_bytes(params, work.linearize.memory))[1]}"]
 
 
 def _shape_notes(assembly: Assembly, lane: Lane | None, params: PyTree, evaluation: Evaluation) -> tuple[str, ...]:
@@ -352,19 +374,43 @@ def _state_bytes(assembly: Assembly, params: PyTree, preconditioner: PyTree) -> 
     scaling = () if assembly.scaling is None else jax.eval_shape(assembly.scaling.init, upcast)
     damping = (jax.eval_shape(assembly.damping.init), scaling)
     states = {"solver": solver, "preconditioner": preconditioner, "damping": damping}
+    if assembly.may_undo:
+        states["undo"] = params
     return tuple((kind, nbytes(state)) for kind, state in states.items())
 
 
-def _costs(assembly: Assembly, plan: Plan, work: StepWork) -> tuple[PartCost, ...]:
+def _solve_cost(assembly: Assembly, plan: Plan, work: StepWork) -> Cost:
+    """Work of a solve; acceleration takes the second derivative, and what a factorization does not serve twice."""
+    once = plan.solver.solve_cost(work).cost
+    if assembly.acceleration is None:
+        return once
+    return once + work.product.times(2.0) + (Cost() if plan.solver.exact else once)
+
+
+def _search_cost(search: StepSearch, work: StepWork, params: PyTree) -> Cost:
+    """Work of one search, with the step sizes that it evaluates at once."""
+    each = copy_bytes(params, work.linearize.memory)
+    copies = at_once(search, each)[0] or search.evaluations
+    forward = work.linearize.times(search.evaluations)
+    total = forward + work.product if search.needs_product else forward
+    return dataclasses.replace(total, memory=copies * each)
+
+
+def _costs(assembly: Assembly, plan: Plan, work: StepWork, params: PyTree) -> tuple[PartCost, ...]:
     """The sum of what the modules declare: one line per part, per time that it runs."""
     reverse = float(work.residuals + work.vector)
     looks = work.with_forward() if plan.refresh_apart else work
     parts = [
         (Part.GRADIENT, EVERY_STEP, work.gradient, reverse),
-        (Part.SOLVE, EVERY_STEP, plan.solver.solve_cost(work).cost, None),
+        (Part.SOLVE, EVERY_STEP, _solve_cost(assembly, plan, work), None),
     ]
     if assembly.scaling is not None:
         parts.append((Part.SCALING, Cadence((assembly.scaling.every,)), work.product, reverse))
+    if assembly.step_bound is not None and assembly.step_bound.needs_product:
+        parts.append((Part.BOUND, EVERY_STEP, work.product, None))
+    if assembly.search is not None:
+        searching = _search_cost(assembly.search, work, params)
+        parts.append((Part.SEARCH, Cadence((assembly.search.every,)), searching, None))
     if not plan.refresh.never:
         parts.append((Part.REFRESH, plan.refresh, assembly.preconditioner.refresh_cost(looks), reverse))
     if (count := len(plan.factors)) > 1:

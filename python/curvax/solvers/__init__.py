@@ -4,6 +4,7 @@ planner's choice.
 Beside them, for many independent systems at once: `batched_cg` and `batched_cholesky_solve`.
 """
 
+from curvax.solvers.acceleration import GeodesicAcceleration as GeodesicAcceleration
 from curvax.solvers.automatic import Automatic as Automatic
 from curvax.solvers.base import EntrywiseMean as EntrywiseMean
 from curvax.solvers.base import Lane as Lane

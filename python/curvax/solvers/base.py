@@ -112,6 +112,7 @@ class Solution:
       residual: |g - (C + lam I) s| / |g|, recomputed from its definition (not a recurrence); NaN where no system is
         solved.
       state: the solver's next state.
+      acceleration: 2 |c| / |s| of a second-order correction c (`solvers.acceleration`); NaN where none was made.
     """
 
     value: PyTree
@@ -119,6 +120,7 @@ class Solution:
     iterations: jax.Array
     residual: jax.Array
     state: Any
+    acceleration: jax.Array | float = float("nan")
 
 
 class EntrywiseMean(Protocol):
@@ -186,6 +188,14 @@ class Solver(abc.ABC):
         """
         del system, rhs, lams
         raise ValueError(f"{self.name} solves for one lam at a time: take Eigen, or MultiShiftCG.")
+
+    def repeated(self, system: System, like: PyTree, lam: jax.Array) -> Callable[[PyTree], Solution]:
+        """rhs -> solution, for several right-hand sides of one system in turn; one that factorizes does so once.
+
+        Args:
+          like: a right-hand side, or its shapes.
+        """
+        return lambda rhs: self.solve(system, rhs, self.init(like), lam)
 
     def restarted(self, state: Any, accepted: jax.Array, trusted: jax.Array) -> Any:
         """The state behind a step, for solvers whose state pulls towards earlier directions; by default as it is.

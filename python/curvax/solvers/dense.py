@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.kernels import Choice, Implementation, Op, Request, select
 from curvax.kernels.batched_cholesky_solve import BATCHED_CHOLESKY_SOLVE, batched_cholesky_solve
-from curvax.kernels.dense_linalg import Eigenpairs, eigh
+from curvax.kernels.dense_linalg import Eigenpairs, cholesky, eigh, triangular_solve
 from curvax.solvers.ball import least_in_ball
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code
 from curvax.tree import PyTree
@@ -97,6 +97,18 @@ class Cholesky(Solver):
             value, result, residual = _solve_in_ball(c.astype(b.dtype), b, lam, system)
         return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
 
+    def repeated(self, system: System, like: PyTree, lam: jax.Array) -> Callable[[PyTree], Solution]:
+        dtype = tree.scalar_dtype(like)
+        c = (system.matrix() if system.matrix is not None else assemble(system, like)).astype(dtype)
+        solve = factorized(c, lam, system.factorize)
+
+        def again(rhs: PyTree) -> Solution:
+            b, unravel = tree.ravel(rhs)
+            value, result, residual = solve(b)
+            return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
+
+        return again
+
 
 _Solved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -164,6 +176,36 @@ def _switch(first: jax.Array, finite: jax.Array, ways: tuple[Callable[[], _Solve
         return jnp.full_like(b, jnp.nan), code(Result.NON_FINITE), jnp.full((), jnp.nan, b.dtype)
 
     return jax.lax.switch(jnp.where(finite, jnp.where(first, 0, 1), 2), [*ways, not_finite])
+
+
+def factorized(
+    c: jax.Array, lam: jax.Array, implementation: Implementation | Choice | None = None
+) -> Callable[[jax.Array], _Solved]:
+    """b -> what `solve_dense` returns of one right-hand side, for several of one matrix: it is factorized once.
+
+    Args:
+      c, lam: as for `solve_dense`.
+      implementation: of `batched_cholesky_solve`; a reference there is a reference here.
+    """
+    name = "reference" if getattr(implementation, "implementation", implementation) == "reference" else None
+    factor = cholesky(c + lam.astype(c.dtype) * jnp.eye(c.shape[0], dtype=c.dtype), implementation=name)
+
+    def substitute(b: jax.Array) -> jax.Array:
+        inner = triangular_solve(factor.lower, b[:, None], implementation=name)
+        return triangular_solve(factor.lower, inner, transpose=True, implementation=name)[:, 0]
+
+    def solve(b: jax.Array) -> _Solved:
+        first = substitute(b)
+        rest = b - jnp.matmul(c, first, precision=jax.lax.Precision.HIGHEST) - lam.astype(c.dtype) * first
+        x = first + substitute(rest)  # one step of refinement
+        residual = dense_residual(c, b, x, lam)
+        # Pivots at rounding level leave a residual: then the eigenvalues decide, as they do without a factor.
+        good = (factor.result == int(Result.CONVERGED)) & (residual <= jnp.finfo(c.dtype).eps ** 0.5)
+        return jax.lax.cond(
+            good, lambda: (x, code(Result.CONVERGED), residual), lambda: solve_dense(c, b, lam, implementation)
+        )
+
+    return solve
 
 
 def _eigenpairs(c: jax.Array, choice: Choice) -> Eigenpairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -11,8 +12,25 @@ import optax
 
 from curvax import tree
 from curvax.complex_parts import is_parts, join_complex, split_complex
+from curvax.execute import StepInputs
 from curvax.method import AbstractMethod
 from curvax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The extra arguments of `update` that a method takes."""
+
+    batch: Any = None
+    rng: jax.Array | None = None
+    curvature_batch: Any = None
+    search_batch: Any = None
+    full_params: PyTree | None = None
+
+    @staticmethod
+    def of(extra: Mapping[str, Any]) -> _Given:
+        """Without the others: Optax passes every extra argument to every transformation of a chain."""
+        return _Given(**{field.name: extra[field.name] for field in dataclasses.fields(_Given) if field.name in extra})
 
 
 def as_gradient_transformation(
@@ -24,8 +42,8 @@ def as_gradient_transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation.
 
-    `update(updates, state, params, *, batch, rng=None, curvature_batch=None, full_params=None)` returns what
-    `optax.apply_updates` adds to the parameters: zero for a step that is not taken.
+    `update(updates, state, params, *, batch, rng=None, curvature_batch=None, search_batch=None, full_params=None)`
+    returns what `optax.apply_updates` adds to the parameters: zero for a step that is not taken.
 
     Args:
       method: any method.
@@ -60,29 +78,25 @@ def as_gradient_transformation(
         updates: PyTree,
         state: Any,
         params: PyTree | None = None,
-        *,
-        batch: Any = None,
-        rng: jax.Array | None = None,
-        curvature_batch: Any | None = None,
-        full_params: PyTree | None = None,
-        **unused: Any,
+        **extra: Any,
     ) -> tuple[PyTree, Any]:
-        del unused  # Optax passes every extra argument to every transformation of a chain.
+        given = _Given.of(extra)
         if not jax.tree.leaves(updates):
             return updates, dataclasses.replace(state, step=state.step + 1)
         if params is None:
             raise ValueError("curvature is taken at the parameters: call update(grads, state, params, batch=batch).")
-        if batch is None:
+        if given.batch is None:
             raise ValueError("curvature is taken on a batch: call update(grads, state, params, batch=batch).")
-        trainable, frozen = _split(method, params, full_params)
+        trainable, frozen = _split(method, params, given.full_params)
         gradient = None
         if method.takes_gradient:
             gradient = jax.tree.map(
                 lambda t, u: None if t is None else split_complex(u), trainable, updates, is_leaf=_is_leaf
             )
-        proposal = method.propose(
-            trainable, frozen, batch, state, rng, curvature_batch=curvature_batch, gradient=gradient
+        inputs = StepInputs(
+            trainable, frozen, given.batch, state, given.rng, given.curvature_batch, given.search_batch, gradient
         )
+        proposal = method.propose_step(inputs)
         return _fill(proposal.update, trainable, updates, method.narrows_updates), proposal.state
 
     # Optax's types allow arrays and containers as states; a registered dataclass is a pytree all the same.
