@@ -61,12 +61,12 @@ def _problem(sites: int, hidden: int, samples: int, complex_parameters: bool) ->
     params = {"w": normal(sites, hidden), "b": normal(hidden), "a": normal(sites)}
     energies = rng.standard_normal(samples) + (1j * rng.standard_normal(samples) if complex_parameters else 0)
     x = jnp.asarray(rng.choice([-1.0, 1.0], (samples, sites)))
-    return params, {"samples": x, "energies": jnp.asarray(energies)}
+    return params, {"x": x, "y": jnp.asarray(energies)}
 
 
 def _case(name: str, problem: tuple[Any, dict[str, jax.Array]], rounds: int) -> list[Row]:
     params, batch = problem
-    method = curvax.vmc(log_psi=_log_psi, lam0=LAM, clip=None, learning_rate=1.0)
+    method = curvax.vmc(predict_fn=_log_psi, lam0=LAM, clip=None, learning_rate=1.0)
     state = method.init(params)
     step = jax.jit(lambda p: method.step(p, batch, state)[0])
 
@@ -95,10 +95,10 @@ def _netket(kind: str) -> Callable[..., Any]:
     def update(params: Any, batch: dict[str, jax.Array]) -> Any:
         result, _, _ = (sr if kind == "SR" else srt)(
             _netket_log_psi,
-            batch["energies"],
+            batch["y"],
             params,
             {},
-            batch["samples"],
+            batch["x"],
             diag_shift=LAM,
             solver_fn=netket.optimizer.solver.cholesky,
             mode=mode_of[jnp.iscomplexobj(params["w"])],

@@ -35,7 +35,7 @@ def run(system: System, method: curvax.Method, steps: int, walkers: int, moves: 
     @jax.jit
     def step(params: Any, state: Any, walkers: Walkers, key: jax.Array) -> Any:
         walkers = sample(params, walkers, key=key, moves=moves)
-        batch = {"samples": walkers.x, "energies": system.local_energies(params, walkers.x)}
+        batch = {"x": walkers.x, "y": system.local_energies(params, walkers.x)}
         params, state, info = method.step(params, batch, state, key)
         return params, state, walkers, info["loss"]
 
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{'system':12} {'energy':>10} {'+-':>8} {'exact':>10} {'seconds':>8}")
     for name in options.systems or SYSTEMS:
         system, begin = SYSTEMS[name](), time.perf_counter()
-        method = curvax.vmc(log_psi=system.log_psi, momentum=options.momentum)
+        method = curvax.vmc(predict_fn=system.log_psi, momentum=options.momentum)
         energy, error = run(system, method, options.steps, options.walkers)
         print(
             f"{name:12} {energy:10.5f} {error:8.5f} {system.exact:10.5f} {time.perf_counter() - begin:8.1f}", flush=True

@@ -45,7 +45,7 @@ from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, linear_softmax
 from curvax.kernels.linear_softmax_residual import LINEAR_SOFTMAX_RESIDUAL, linear_softmax_residual
 from curvax.kernels.sampled_softmax_residual import SAMPLED_SOFTMAX_RESIDUAL, sampled_softmax_residual
 from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
-from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
+from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError, VariationalEnergy
 from curvax.pipes import until_closed
 from curvax.tree import PyTree
 
@@ -157,7 +157,8 @@ def _plan(options: argparse.Namespace) -> int:
     own: dict[str, Any] = {"predict_fn": _predict, "loss": loss, "backend": options.backend}
     own |= {"inner": optax.adamw(1e-3), "inner_steps": 3}
     own = {word: value for word, value in own.items() if word in info.signature.parameters and word not in given}
-    params, batch = _network(options.widths, options.classes, options.batch, loss)
+    classes = 1 if isinstance(loss, VariationalEnergy) else options.classes
+    params, batch = _network(options.widths, classes, options.batch, loss)
     try:
         with warnings.catch_warnings():
             # A fallback from the backend is in the plan, with its reason.
@@ -166,7 +167,7 @@ def _plan(options: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    widths = "-".join(map(str, (*options.widths, options.classes)))
+    widths = "-".join(map(str, (*options.widths, classes)))
     print(f"{options.name} on a {widths} network ({count} parameters), batch {options.batch}")
     print(plan.explain())
     return 0
@@ -190,6 +191,8 @@ def _loss(info: methods.MethodInfo) -> Loss:
     parameter = info.signature.parameters.get("loss")
     if parameter is not None and isinstance(parameter.default, Loss):
         return parameter.default
+    if info.name == "vmc":
+        return VariationalEnergy()
     return SquaredError() if "mse" in info.name.split("_") else SoftmaxCrossEntropy()
 
 

@@ -130,9 +130,9 @@ def test_direction_is_the_dense_one(name: str, solver: str) -> None:
     ansatz, x = ANSATZE[name], _samples()
     params = ansatz.params()
     method = curvax.vmc(
-        log_psi=ansatz.log_psi, weight_key="w", clip=None, lam0=LAM, learning_rate=1.0, **SOLVERS[solver]
+        predict_fn=ansatz.log_psi, weight_key="w", clip=None, lam0=LAM, learning_rate=1.0, **SOLVERS[solver]
     )
-    got, new, info = _direction(method, params, {"samples": x, "energies": ENERGIES, "w": WEIGHTS})
+    got, new, info = _direction(method, params, {"x": x, "y": ENERGIES, "w": WEIGHTS})
     rows = _rows(ansatz, params, x)
     np.testing.assert_allclose(got, dense_direction(rows, ENERGIES, WEIGHTS), rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(info["loss"], np.sum(WEIGHTS * ENERGIES.real) / WEIGHTS.sum(), rtol=1e-12)
@@ -148,8 +148,8 @@ def test_a_holomorphic_direction_is_the_complex_one() -> None:
     rows, energies = rows - rows.mean(0), np.asarray(ENERGIES - ENERGIES.mean())
     matrix = rows.conj().T @ rows / SAMPLES + LAM * np.eye(len(flat))
     direction = np.linalg.solve(matrix, rows.conj().T @ energies / SAMPLES)
-    method = curvax.vmc(log_psi=ansatz.log_psi, clip=None, lam0=LAM, learning_rate=1.0)
-    got, _, _ = _direction(method, params, {"samples": x, "energies": ENERGIES})
+    method = curvax.vmc(predict_fn=ansatz.log_psi, clip=None, lam0=LAM, learning_rate=1.0)
+    got, _, _ = _direction(method, params, {"x": x, "y": ENERGIES})
     np.testing.assert_allclose(got, _parts(unravel(jnp.asarray(direction))), rtol=1e-8, atol=1e-10)
 
 
@@ -157,10 +157,10 @@ def test_what_has_no_weight_is_not_there() -> None:
     """A singular determinant, an infinite energy and a NaN change no bit of a direction that does not count them."""
     ansatz, params = ANSATZE["real determinant"], ANSATZE["real determinant"].params()
     x = _samples()
-    method = curvax.vmc(log_psi=ansatz.log_psi, weight_key="w", lam0=LAM, learning_rate=1.0)
-    batch = {"samples": x, "energies": ENERGIES.real, "w": WEIGHTS}
+    method = curvax.vmc(predict_fn=ansatz.log_psi, weight_key="w", lam0=LAM, learning_rate=1.0)
+    batch = {"x": x, "y": ENERGIES.real, "w": WEIGHTS}
     masked, _, _ = _direction(method, params, batch)
-    broken = {**batch, "samples": x.at[2].set(jnp.nan), "energies": np.where(WEIGHTS == 0, np.inf, ENERGIES.real)}
+    broken = {**batch, "x": x.at[2].set(jnp.nan), "y": np.where(WEIGHTS == 0, np.inf, ENERGIES.real)}
     got, _, info = _direction(method, params, broken)
     np.testing.assert_array_equal(got, masked)
     assert info["accepted"] and np.isfinite(info["loss"])
@@ -238,14 +238,14 @@ def test_misuse_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="judges steps by the loss"):
         curvax.egn(predict_fn=log_psi, loss=VariationalEnergy())
     with pytest.raises(ValueError, match="clip is 0"):
-        curvax.vmc(log_psi=log_psi, clip=0)
-    method = curvax.vmc(log_psi=log_psi)
+        curvax.vmc(predict_fn=log_psi, clip=0)
+    method = curvax.vmc(predict_fn=log_psi)
     state = method.init(params)
     with pytest.raises(ValueError, match="the local energies are"):
-        method.step(params, {"samples": x, "energies": ENERGIES[:-1]}, state)
-    wide = curvax.vmc(log_psi=lambda p, x: jnp.stack([log_psi(p, x)] * 3, -1))
+        method.step(params, {"x": x, "y": ENERGIES[:-1]}, state)
+    wide = curvax.vmc(predict_fn=lambda p, x: jnp.stack([log_psi(p, x)] * 3, -1))
     with pytest.raises(ValueError, match="return one real or complex number"):
-        wide.step(params, {"samples": x, "energies": ENERGIES}, wide.init(params))
+        wide.step(params, {"x": x, "y": ENERGIES}, wide.init(params))
     with pytest.raises(TypeError, match="complex"):
         other = curvax.sgn_ce(predict_fn=log_psi)
         other.step(params, {"x": x, "y": jnp.zeros(SAMPLES, int)}, other.init(params))

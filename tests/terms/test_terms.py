@@ -244,6 +244,7 @@ def test_balanced_weights(x64: None, by: Any) -> None:
         np.testing.assert_allclose(found[name], 1.0 + 0.5 * sum(scales.values()) / scale, rtol=1e-9)
 
 
+@pytest.mark.fast
 def test_the_plan_lists_each_term() -> None:
     method = curvax.egn(loss=Terms(inside=Term(slopes, weight=2.5, key="points"), images=Term(convolution)))
     assert "term inside" in method.plan.explain()

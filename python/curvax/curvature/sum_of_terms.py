@@ -175,6 +175,10 @@ class SumOfTerms(Curvature):
         return self._mapped(lambda curvature: curvature.traced_once())
 
     @property
+    def judges_steps(self) -> bool:
+        return all(curvature.judges_steps for curvature in self._curvatures)
+
+    @property
     def is_random(self) -> bool:
         return any(curvature.is_random for curvature in self._curvatures)
 

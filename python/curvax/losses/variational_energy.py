@@ -140,6 +140,6 @@ def _clipped(energies: jax.Array, weights: jax.Array, clip: float) -> jax.Array:
     counted = jnp.broadcast_to(append_axes(weights, energies.ndim) > 0, energies.shape)
     median = jnp.nanmedian(jnp.where(counted, energies, jnp.nan), axis=0)
     deviation = jnp.where(counted, jnp.abs(energies - median), 0)
-    spread = jnp.sum(deviation, axis=0) / jnp.maximum(jnp.sum(counted, axis=0), 1)
+    spread = jnp.sum(deviation, axis=0) / jnp.maximum(jnp.sum(counted.astype(energies.dtype), axis=0), 1)
     clipped = jnp.clip(energies, median - clip * spread, median + clip * spread)
     return jnp.where(counted, clipped, jnp.zeros_like(energies))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import optax
 
 from curvax.chain import ScalarOrSchedule
-from curvax.curvature import GaussNewton, Model
+from curvax.curvature import GaussNewton
 from curvax.damping.base import ScalarLike
 from curvax.losses import VariationalEnergy
 from curvax.method import Method
@@ -17,6 +14,7 @@ from curvax.methods.options import (
     AssemblyOptions,
     CGOptions,
     DampingOptions,
+    ModelOptions,
     SolveRecordOptions,
     TransformOptions,
 )
@@ -26,13 +24,13 @@ from curvax.structure.memory import DEFAULT_MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VMCOptions(CGOptions, SolveRecordOptions, TransformOptions, DampingOptions, AssemblyOptions):
+class VMCOptions(CGOptions, SolveRecordOptions, TransformOptions, DampingOptions, ModelOptions, AssemblyOptions):
     """Keywords of `vmc`.
 
     Attributes:
-      log_psi: `log_psi(params, samples) -> (samples,)`, real or complex, each sample by itself. Parameters may be
+      predict_fn: `log_psi(params, samples) -> (samples,)`, real or complex, each sample by itself. Parameters may be
         complex, holomorphic or not.
-      x_key, y_key: keys of samples and local energies in the batch; "samples" and "energies".
+      x_key, y_key: keys of samples and local energies in the batch.
       weight_key: key of importance weights or a mask; `None` for none. What has weight zero does not exist.
       clip: local energies further from their median than so many mean absolute deviations count as if they were there;
         5, as in FermiNet (Pfau et al. 2020). `None` for none.
@@ -42,22 +40,12 @@ class VMCOptions(CGOptions, SolveRecordOptions, TransformOptions, DampingOptions
       max_bytes: bound on the memory of explicit rows.
     """
 
-    log_psi: Callable[..., Any]
-    x_key: str = "samples"
-    y_key: str = "energies"
-    weight_key: str | None = None
     clip: float | None = 5.0
     momentum: float = 0.0
     lam0: ScalarLike | optax.Schedule | None = 1e-3
     learning_rate: ScalarOrSchedule = 0.05
     maxiter: int = 100
     max_bytes: int = DEFAULT_MAX_BYTES
-
-    @property
-    def model(self) -> Model:
-        if not callable(self.log_psi):
-            raise TypeError("log_psi must be a function log_psi(params, samples) -> (samples,) numbers.")
-        return Model(self.log_psi, self.x_key, self.y_key, self.weight_key, self.extras, self.batch_axes)
 
 
 @preset("Variational Monte Carlo: stochastic reconfiguration, minSR or SPRING, real and complex.", VMCOptions)

@@ -49,10 +49,13 @@ _FACTORS = (0.01, 0.1, 1.0, 10.0)
 def plan_method(assembly: Assembly) -> Plan:
     """The plan without shapes. Raises ValueError for modules that cannot work together."""
     solver = assembly.solver
-    if assembly.damping.evaluate_every is not None and not assembly.curvature.judges_steps:
+    if not assembly.curvature.judges_steps and (
+        assembly.damping.evaluate_every is not None or assembly.search is not None
+    ):
+        judge = "search" if assembly.search is not None else assembly.damping.name
         raise ValueError(
-            f"a {assembly.damping.name} judges steps by the loss of the same batch, and the {assembly.curvature.name} "
-            "has none at other parameters: give lam_policy='const' with lam0=, or use curvax.vmc."
+            f"a {judge} judges steps by the loss of the same batch, and the {assembly.curvature.name} has none at other "
+            "parameters: give lam_policy='const' with lam0= and no search, or use curvax.vmc."
         )
     return _plan(assembly, solver, None if solver.candidates else solver.lane, None)
 
