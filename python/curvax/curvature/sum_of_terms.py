@@ -167,10 +167,6 @@ class SumOfTerms(Curvature):
     def has_factors(self) -> bool:
         return all(curvature.has_factors for curvature in self._curvatures)
 
-    @property
-    def judges_steps(self) -> bool:
-        return all(curvature.judges_steps for curvature in self._curvatures)
-
     def traced_once(self) -> SumOfTerms:
         return self._mapped(lambda curvature: curvature.traced_once())
 

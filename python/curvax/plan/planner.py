@@ -54,8 +54,8 @@ def plan_method(assembly: Assembly) -> Plan:
     ):
         judge = "search" if assembly.search is not None else assembly.damping.name
         raise ValueError(
-            f"a {judge} judges steps by the loss of the same batch, and the {assembly.curvature.name} has none at other "
-            "parameters: give lam_policy='const' with lam0= and no search, or use curvax.vmc."
+            f"a {judge} judges steps by the loss of the same batch, and the {assembly.curvature.name} has none at "
+            "other parameters: give lam_policy='const' with lam0= and no search, or use curvax.vmc."
         )
     return _plan(assembly, solver, None if solver.candidates else solver.lane, None)
 
