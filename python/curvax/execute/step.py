@@ -370,7 +370,6 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
         Metric.RESULT: solution.result,
         Metric.ITERATIONS: solution.iterations,
         Metric.RESIDUAL: solution.residual,
-        Metric.ACCELERATION: jnp.asarray(solution.acceleration),
         Metric.LOSS_AFTER: outcome.loss_after,
         Metric.PREDICTED: outcome.predicted,
         Metric.ACTUAL: outcome.actual,
@@ -379,6 +378,8 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
         Metric.LEARNING_RATE: _learning_rate(ctx),
         Metric.REFRESHES_REJECTED: getattr(point.preconditioner, "rejected", Metric.REFRESHES_REJECTED.missing()),
     }
+    if solution.acceleration is not None:
+        values |= {Metric.ACCELERATION: solution.acceleration}
     if attempt.length is not None:
         taken = jnp.where(attempt.accepted, attempt.length.step_size, 0)
         values |= {Metric.STEP_SIZE: taken, Metric.SEARCH_LOSS: attempt.length.before}

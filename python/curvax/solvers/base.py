@@ -112,7 +112,7 @@ class Solution:
       residual: |g - (C + lam I) s| / |g|, recomputed from its definition (not a recurrence); NaN where no system is
         solved.
       state: the solver's next state.
-      acceleration: 2 |c| / |s| of a second-order correction c (`solvers.acceleration`); NaN where none was made.
+      acceleration: 2 |c| / |s| of a second-order correction c (`solvers.acceleration`); `None` where none was made.
     """
 
     value: PyTree
@@ -120,7 +120,7 @@ class Solution:
     iterations: jax.Array
     residual: jax.Array
     state: Any
-    acceleration: jax.Array | float = float("nan")
+    acceleration: jax.Array | None = None
 
 
 class EntrywiseMean(Protocol):
