@@ -79,7 +79,9 @@ def test_unknown_preset_names_the_nearest(capsys):
 def test_plan_of_every_preset(capsys, name):
     assert cli.main(["plan", name, "--batch", "8", "--widths", "5,6", "--classes", "3"]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == f"{name} on a 5-6-3 network (57 parameters), batch 8"
+    # A wave function has one output.
+    network = "5-6-1 network (43 parameters)" if name == "vmc" else "5-6-3 network (57 parameters)"
+    assert first == f"{name} on a {network}, batch 8"
     assert rest[0].startswith("plan: lane")
     assert any("step, on average" in line for line in rest), "no cost"
 

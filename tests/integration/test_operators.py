@@ -45,7 +45,8 @@ def _materialize(operator, params, batch, *, rows=False, shared=True):
     n = dense.vector(params).size
     matrix = np.concatenate([np.asarray(c, np.float64).reshape(n, -1) for c in jax.tree.leaves(columns)], axis=1)
     v = dense.vector(params)
-    rtol = 1e-10 if np.asarray(bend).dtype == np.float64 else 1e-3
+    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params))
+    rtol = 1e-10 if np.asarray(bend).dtype == np.float64 else max(1e-3, 4 * rounding)
     np.testing.assert_allclose(bend, v @ matrix @ v, rtol=rtol, atol=rtol * np.abs(matrix).max() * (v @ v))
     return float(loss), dense.vector(gradient), matrix, None if gram is None else np.asarray(gram, np.float64)
 

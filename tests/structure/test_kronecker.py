@@ -22,7 +22,7 @@ from curvax.curvature import (
     Needs,
     ObservedFisher,
 )
-from curvax.losses import SoftmaxCrossEntropy, SquaredError
+from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.structure import kronecker
 from curvax.structure.kronecker import WeightSharing, factor_sums, projected_squares, second_moment
 from tests.oracle.compiling import quick_jit
@@ -447,9 +447,14 @@ def test_what_has_no_factors_is_refused():
     mixing = GaussNewton(Model(lambda p, x: mlp(p, x - jnp.mean(x, axis=0))), SquaredError())
     with pytest.raises(ValueError, match="the model mixes examples"):
         mixing.blocks(params, Evaluation(batch))
-    coupled = GaussNewton(Model(mlp), SquaredError(centered=True))
+    coupling = type("Coupling", (SquaredError,), {"couples_examples": True, "by_example": Loss.by_example})
+    coupled = GaussNewton(Model(mlp), coupling())
     with pytest.raises(ValueError, match="couples examples"):
         coupled.blocks(params, Evaluation(batch))
+    centered = GaussNewton(Model(mlp), SquaredError(centered=True))
+    assert centered.blocks(params, Evaluation(batch)) == GaussNewton(Model(mlp), SquaredError()).blocks(
+        params, Evaluation(batch)
+    )
     hessian = Hessian(LossFunction(lambda p, b: jnp.sum(mlp(p, b["x"]))))
     with pytest.raises(ValueError, match="use a GaussNewton curvature"):
         hessian.blocks(params, Evaluation(batch))

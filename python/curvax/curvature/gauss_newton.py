@@ -43,8 +43,7 @@ class GaussNewton(Curvature):
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
-        # What the model may return is the loss's word.
-        object.__setattr__(self, "model", dataclasses.replace(self.model, complex_outputs=self.loss.takes_complex))
+        object.__setattr__(self, "model", self.model.returning_to(self.loss))
 
     @property
     def name(self) -> str:

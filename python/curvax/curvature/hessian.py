@@ -180,6 +180,7 @@ class ModelLoss(Objective):
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        object.__setattr__(self, "model", self.model.returning_to(self.loss))
 
     @property
     def extras(self) -> Extras:

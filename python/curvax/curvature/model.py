@@ -114,6 +114,10 @@ class Model:
         """The same model, whose Python runs once for each set of shapes."""
         return dataclasses.replace(self, predict_fn=traced_once(self.predict_fn))
 
+    def returning_to(self, loss: Loss) -> Model:
+        """The model with complex outputs allowed if the loss takes them."""
+        return dataclasses.replace(self, complex_outputs=loss.takes_complex)
+
     def outputs(self, params: PyTree, evaluation: Evaluation) -> tuple[jax.Array, tuple[PyTree, Any]]:
         """Returns (outputs, (new model state, aux))."""
         return self.call(params, self.inputs(evaluation.batch), evaluation)

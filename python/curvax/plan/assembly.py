@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import get_args
+from typing import Any, get_args
 
 import optax
 
@@ -54,11 +54,16 @@ class Assembly:
         known = get_args(Backend)
         if self.backend not in known:
             raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
-        for name, part, kind in (("search", self.search, StepSearch), ("step_bound", self.step_bound, StepBound)):
+        for name, part, kind in (
+            ("search", self.search, StepSearch),
+            ("step_bound", self.step_bound, StepBound),
+            ("acceleration", self.acceleration, GeodesicAcceleration),
+            ("scaling", self.scaling, Scaling),
+        ):
             if part is not None and not isinstance(part, kind):
-                raise TypeError(
-                    f"{name} is a {type(part).__name__}: pass a curvax.search.{kind.__name__}, or None to do without."
-                )
+                raise TypeError(_other_than(name, part, kind))
+        if not isinstance(self.undo, bool):
+            raise TypeError(f"undo is a {type(self.undo).__name__}: pass True or False.")
         rate = learning_rate_of(self.transform)
         if rate is None and any(record.metric is Metric.LEARNING_RATE for record in self.telemetry.records):
             raise ValueError(
@@ -111,3 +116,11 @@ class Assembly:
     def partition(self) -> TrainablePartition:
         """Which parameters train."""
         return self.curvature.partition
+
+
+def _other_than(name: str, part: Any, kind: type[Any]) -> str:
+    """What is wrong with a keyword that wants an instance of `kind`."""
+    if isinstance(part, type):
+        return f"{name} is the class {part.__name__}: pass an instance, {part.__name__}(...), or None to do without."
+    package = ".".join(kind.__module__.split(".")[:2])
+    return f"{name} is a {type(part).__name__}: pass a {package}.{kind.__name__}, or None to do without."

@@ -258,8 +258,8 @@ def _check(assembly: Assembly, solver: Solver) -> None:
                              "use a parameter-space solver or a Gauss-Newton curvature.")  # fmt: skip
         if each.lane is Lane.ROW and not preconditioner.is_identity:
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
-        if len(assembly.damping.factors or ()) > 1 and not each.solves_several:
-            raise ValueError(f"{each.name} solves for one lam at a time, and the damping tries several: "
+        if (assembly.damping.factors or (1.0,)) != (1.0,) and not each.solves_several:
+            raise ValueError(f"{each.name} solves for one lam at a time, its own, and the damping tries multiples: "
                              "take Eigen or MultiShiftCG, or drop factors.")  # fmt: skip
         if each.lane is Lane.DIAGONAL and assembly.scaling is not None:
             raise ValueError("the diagonal lane is scaled by its own diagonal: drop scaling.")

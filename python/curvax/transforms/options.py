@@ -71,6 +71,8 @@ class FaceOptions:
             tx=optax.identity() if tx is None else tx,
             microbatch_size=self.microbatch_size,
             backend=self.backend,
+            # What comes of a direction is for the rest of the chain to judge.
+            undo=False,
         )
         return as_gradient_transformation(method, **shapes)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.structure.zoo.entry import bias, dense, explicit, model
+from tests.structure.zoo.entry import bias, dense, explicit, model, scale
 
 PINN = dict(w=dense(2, 4), b=bias(4), v=dense(4, 4), c=bias(4), o=dense(4, 1))
 
@@ -38,7 +38,7 @@ def pinn_forward(p: Any, x: jax.Array) -> jax.Array:
     return jax.vmap(lambda point: jax.jvp(along, (point,), (direction,))[1] + _network(p, point))(x)
 
 
-@model("spectral layer", (3,), dict(w=dense(3, 4), re=explicit(3), im=explicit(3), b=bias(4)))
+@model("spectral layer", (3,), dict(w=dense(3, 4), re=scale(3), im=scale(3), b=bias(4)))
 def fourier(p: Any, x: jax.Array) -> jax.Array:
     """A spectral layer: complex weights from two real leaves."""
     modes = jnp.fft.rfft(x @ p["w"], axis=-1) * lax.complex(p["re"], p["im"])
