@@ -50,7 +50,7 @@ def inner_loop(make: Any) -> Any:
 
 CHAIN = {"clip_norm": 1.0, "direction_momentum": 0.9, "weight_decay": 0.1}
 # The trees like the parameters that a state holds.
-TREES = {"sgn": 1, "newton_cg": 0, "egn": 0, "spring": 1, "kfac": 2, "ekfac": 2, "sophia_g": 3, "adahessian": 3}
+TREES = {"sgn": 1, "newton_cg": 0, "egn": 0, "spring": 1, "kfac": 1, "ekfac": 1, "sophia_g": 3, "adahessian": 3}
 MAKERS: dict[str, tuple[Any, int | None]] = {
     **{name: (lambda name=name: method(name), TREES.get(name)) for name in curvax.list_methods() if name != "vmc"},
     "sgn, chain": (lambda: method("sgn", **CHAIN, weight_decay_mask={"w": True, "b": False, "v": True}), 2),
