@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import curvax
+from curvax.losses import SquaredError
 from tests.integration import presets
 from tests.integration.harness import batch_of, key, precision, same_bits
 from tests.oracle import dense, models
@@ -158,3 +159,18 @@ def test_every_listed_method_can_be_made_by_name():
         a = quick_jit(made.step)(params, batch, made.init(params), key())[0]
         b = quick_jit(direct.step)(params, batch, direct.init(params), key())[0]
     assert same_bits(a, b)
+
+
+def test_weakly_typed_parameters_compile_once_more_and_no_third_time():
+    """What a step returns has dtypes of its own: the second call is another program, and the state adds no third."""
+
+    def predict(p, x):
+        return jnp.tanh(x @ p["w"]) * p["scale"]
+
+    params = {"w": jnp.full((2, 1), 0.3), "scale": jnp.array(0.1)}
+    batch = {"x": jnp.ones((4, 2)), "y": jnp.ones((4, 1))}
+    method = curvax.sophia_g(predict_fn=predict, loss=SquaredError())
+    step, state = jax.jit(method.step), method.init(params)
+    for _ in range(3):
+        params, state, _ = step(params, batch, state, jax.random.key(0))
+    assert step._cache_size() == 2

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from curvax import tree
 from curvax.complex_parts import is_parts, join_complex, split_complex
 from curvax.tree import PyTree
 
@@ -51,7 +52,8 @@ class TrainablePartition:
         """Returns (trainable, frozen)."""
         self._check(params)
         mask = self._mask(params)
-        trainable = split_complex(jax.tree.map(lambda p, m: None if m else p, params, mask))
+        # With dtypes of their own, as what a step returns: a state of weakly typed leaves would compile it anew.
+        trainable = tree.fixed(split_complex(jax.tree.map(lambda p, m: None if m else p, params, mask)))
         frozen = jax.tree.map(lambda p, m: p if m else None, params, mask)
         return trainable, frozen
 
