@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,7 +172,8 @@ def test_weakly_typed_parameters_compile_once_more_and_no_third_time():
     params = {"w": jnp.full((2, 1), 0.3), "scale": jnp.array(0.1)}
     batch = {"x": jnp.ones((4, 2)), "y": jnp.ones((4, 1))}
     method = curvax.sophia_g(predict_fn=predict, loss=SquaredError())
-    step, state = jax.jit(method.step), method.init(params)
+    step: Any = jax.jit(method.step)
+    state = method.init(params)
     for _ in range(3):
         params, state, _ = step(params, batch, state, jax.random.key(0))
     assert step._cache_size() == 2
