@@ -88,10 +88,10 @@ def test_digits_refuse_an_unknown_method():
 
 
 def test_poisson_reaches_what_adam_does_not():
-    text = run("pinn_poisson.py", "--steps", "120")
+    text = run("pinn_poisson.py", "--steps", "150")
     errors = {name: last(rf"{name}\s+step .* error (\S+)", text) for name in ("egn", "spring", "adam")}
-    assert errors["egn"] < 1e-5, errors
-    assert errors["spring"] < 1e-5, errors
+    assert errors["egn"] < 2e-6, errors
+    assert errors["spring"] < 2e-6, errors
     assert errors["adam"] > 3 * errors["egn"], errors
 
 

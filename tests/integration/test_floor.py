@@ -381,5 +381,8 @@ def test_cancellation_inside_a_model_is_no_refusal(x64: None) -> None:
     params = jnp.asarray([5.0, 2.5, 0.15])
     batch = {"x": jnp.arange(40), "y": jnp.zeros(40)}
     end = _run(method, params, method.init(params), batch, 250)
-    assert end.loss[-1] < 1e-28
-    assert 1 - end.accepted[100:].mean() <= ALLOWED and end.lam[-1] < 1e6
+    assert end.loss[-1] < 1e-28, "not at the floor, and the rest says nothing"
+    # From step 100 on it is there. Were rounding a refusal, nearly all of these steps would be, each of which multiplies lam:
+    # it would end far above its start, which was taken from the first batch. As few as at other floors may be refused.
+    assert 1 - end.accepted[100:].mean() <= ALLOWED
+    assert end.lam[100:].max() < end.lam[0]

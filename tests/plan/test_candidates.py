@@ -68,7 +68,7 @@ def test_known_extremes_choose_the_obvious_lane() -> None:
     # A million parameters that few examples of many outputs see: vectors of row space are the shorter ones.
     assert is_row_cg(plan((64, 1024, 1024, 1000), 16).solver)
     # Four parameters: an exact solve, and one that loses no digits.
-    assert is_row_qr(plan((2, 2), 64, maxiter=500, tol=0.0).solver)
+    assert is_row_qr(plan((2, 2), 512, maxiter=500, tol=0.0).solver)
     # More than a small fit has.
     assert not is_row_qr(plan((64, 4, 3), 4).solver)
 

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from curvax.loops import for_loop_body
-from curvax.search.base import Line, Searched, StepSearch, at_its_floor, check_counts, losses_at, slope_of, step_sizes
+from curvax.search.base import Line, Searched, at_its_floor, losses_at, slope_of
+from curvax.search.geometric import GeometricSearch
 
 _Enough: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """(step sizes, losses there) -> which of them will do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Backtracking(StepSearch):
+class Backtracking(GeometricSearch):
     """The first step size of 1, ratio, ratio^2, ... that satisfies Armijo's condition, or 0 if none does.
 
         loss(a) <= loss(0) + sufficient a min(g.d, 0),  and below loss(0)        (Armijo 1966)
@@ -29,39 +30,28 @@ class Backtracking(StepSearch):
     Attributes:
       candidates: step sizes tried; 10, down to 1/512.
       ratio: 1/2.
-      sufficient: share of the decrease along the slope that counts; 1e-4 (Nocedal and Wright 2006, section 3.1).
       every: every how many steps to search; 1. Steps between take the step size of the last search.
       chunk: step sizes evaluated at once; `None` takes as many as fit into memory, all of them where nothing is known.
+      sufficient: share of the decrease along the slope that counts; 1e-4 (Nocedal and Wright 2006, section 3.1).
 
     Raises:
       ValueError: a number out of range.
     """
 
-    candidates: int = 10
-    ratio: float = 0.5
     sufficient: float = 1e-4
-    every: int = 1
-    chunk: int | None = None
+
+    kind = "backtracking search"
 
     def __post_init__(self) -> None:
-        check_counts("backtracking search", candidates=self.candidates, every=self.every, chunk=self.chunk)
-        for name in ("ratio", "sufficient"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} of a backtracking search must be between 0 and 1, not {getattr(self, name)}.")
+        super().__post_init__()
+        self._check_fraction("sufficient")
 
     @property
     def name(self) -> str:
-        return f"backtracking over {self.candidates} step sizes from 1 down, ratio {self.ratio:.3g}"
-
-    @property
-    def evaluations(self) -> int:
-        return self.candidates + 1
-
-    def with_chunk(self, chunk: int | None) -> Backtracking:
-        return dataclasses.replace(self, chunk=chunk)
+        return f"backtracking over {self.steps}"
 
     def find(self, line: Line) -> Searched:
-        sizes = step_sizes(self.candidates, self.ratio, line.dtype)
+        sizes = self.step_sizes(line.dtype)
         before = line.loss_at(jnp.zeros((), line.dtype)) if line.loss is None else line.loss
         slope = jnp.minimum(slope_of(line, "a backtracking search").astype(line.dtype), 0)
 

@@ -114,11 +114,6 @@ def losses_at(loss_at: Callable[[jax.Array], jax.Array], sizes: jax.Array, chunk
     return jnp.where(jnp.isfinite(losses), losses, jnp.inf)
 
 
-def step_sizes(candidates: int, ratio: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """1, ratio, ratio^2, ...: (candidates,)."""
-    return jnp.asarray([ratio**i for i in range(candidates)], dtype)
-
-
 def slope_of(line: Line, owner: str) -> jax.Array:
     """g.d. Raises ValueError for a line without."""
     if line.slope is None:

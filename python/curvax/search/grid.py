@@ -6,11 +6,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from curvax.search.base import Line, Searched, StepSearch, at_its_floor, check_counts, losses_at, step_sizes
+from curvax.search.base import Line, Searched, at_its_floor, losses_at
+from curvax.search.geometric import GeometricSearch
 
 
 @dataclasses.dataclass(frozen=True)
-class GridSearch(StepSearch):
+class GridSearch(GeometricSearch):
     """The step size 1, ratio, ratio^2, ... of the smallest loss, or 0 if none is below the loss at the start.
 
     ENGD-W searches 2^-k for k = 0 .. 30 (arXiv 2505.21404, after Müller and Zeinhofer 2023); Abreu et al. (2025, arXiv
@@ -27,29 +28,14 @@ class GridSearch(StepSearch):
       ValueError: a number out of range.
     """
 
-    candidates: int = 10
-    ratio: float = 0.5
-    every: int = 1
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts("grid search", candidates=self.candidates, every=self.every, chunk=self.chunk)
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio of a grid search must be between 0 and 1, not {self.ratio}.")
+    kind = "grid search"
 
     @property
     def name(self) -> str:
-        return f"grid of {self.candidates} step sizes from 1 down, ratio {self.ratio:.3g}"
-
-    @property
-    def evaluations(self) -> int:
-        return self.candidates + 1
-
-    def with_chunk(self, chunk: int | None) -> GridSearch:
-        return dataclasses.replace(self, chunk=chunk)
+        return f"grid of {self.steps}"
 
     def find(self, line: Line) -> Searched:
-        sizes = step_sizes(self.candidates, self.ratio, line.dtype)
+        sizes = self.step_sizes(line.dtype)
         if line.loss is None:
             both = losses_at(line.loss_at, jnp.concatenate([jnp.zeros(1, sizes.dtype), sizes]), self.chunk)
             before, losses = both[0], both[1:]

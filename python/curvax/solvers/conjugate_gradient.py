@@ -36,7 +36,8 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.kernels import Op, Request, tree_cg
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, audited, code, damped
+from curvax.solvers.base import Result, Solution, System, UnitVector, audited, code, damped
+from curvax.solvers.krylov import RUNNING, KrylovSolver, check_limits
 from curvax.tree import PyTree
 
 
@@ -68,11 +69,8 @@ class _Iteration:
     result: jax.Array  # -1 while running
 
 
-_RUNNING = -1
-
-
 @dataclasses.dataclass(frozen=True)
-class CG(Solver):
+class CG(KrylovSolver):
     """Conjugate gradients on a symmetric system.
 
     The right-hand side is scaled to unit norm first, so the course of the iteration does not depend on the scale of
@@ -100,29 +98,16 @@ class CG(Solver):
       stop: an additional stopping rule, or `None`.
     """
 
-    tol: float = 1e-5
-    maxiter: int = 20
     warm_start: bool = True
     stabilize_every: int = 50
     stop: MartensStop | None = None
 
     def __post_init__(self) -> None:
-        for field, least in (("maxiter", 1), ("tol", 0), ("stabilize_every", 0)):
-            value = getattr(self, field)
-            if isinstance(value, int | float) and not value >= least:
-                raise ValueError(f"{field} must be at least {least}, not {value}.")
+        check_limits(self, maxiter=1, tol=0, stabilize_every=0)
 
     @property
     def name(self) -> str:
         return f"CG (at most {self.maxiter} iterations, tolerance {self.tol:g})"
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def tolerance(self) -> float:
-        return self.tol
 
     @property
     def products(self) -> int:
@@ -179,11 +164,11 @@ class CG(Solver):
             jnp.where(jnp.isfinite(rr), first, code(Result.NON_FINITE)),
         )  # fmt: skip
         end = jax.lax.while_loop(
-            lambda at: (at.result == _RUNNING) & (at.i < self.maxiter),
+            lambda at: (at.result == RUNNING) & (at.i < self.maxiter),
             lambda at: self._advance(system, b, lam, from_zero, at),
             begin,
         )
-        result = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
+        result = jnp.where(end.result == RUNNING, code(Result.MAX_ITERATIONS), end.result)
         result = jnp.where(jnp.isfinite(size), result, code(Result.NON_FINITE))
         # On an indefinite system what CG adds to a warm start may point uphill: then a short step along b instead.
         (descent,) = space.dots(((end.x, b),))
@@ -196,7 +181,7 @@ class CG(Solver):
 
     def _running(self, system: System, rr: jax.Array, rz: jax.Array) -> jax.Array:
         """The result while nothing ends the iteration: P^-1 must make r.P^-1 r positive as long as r is any."""
-        running = jnp.asarray(_RUNNING, jnp.int32)
+        running = jnp.asarray(RUNNING, jnp.int32)
         if system.precondition is None:
             return running
         positive = (rz > 0) & jnp.isfinite(rz)
@@ -271,7 +256,7 @@ class CG(Solver):
         # 8. What stands last here counts most.
         result = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), self._running(system, rr, rz))
         history, stalled = self._record(space, at, b, x, r)
-        result = jnp.where((result == _RUNNING) & stalled, code(Result.STOPPED_EARLY), result)
+        result = jnp.where((result == RUNNING) & stalled, code(Result.STOPPED_EARLY), result)
         # A direction of length zero, from a residual that is not.
         result = jnp.where(flat, code(Result.BREAKDOWN), result)
         result = jnp.where(leaves, code(Result.BOUNDARY), result)

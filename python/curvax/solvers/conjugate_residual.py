@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.kernels import Op, Request, tree_cg
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
-from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
+from curvax.solvers.base import Result, Solution, System, UnitVector, code, damped
+from curvax.solvers.krylov import RUNNING, KrylovSolver
+from curvax.solvers.least_residual import Ending, finish, is_bad, over, verdict
 from curvax.tree import PyTree
 
 
@@ -47,7 +48,7 @@ class _Iteration:
 
 
 @dataclasses.dataclass(frozen=True)
-class CR(Solver):
+class CR(KrylovSolver):
     """Conjugate residuals: the residual falls in every iteration, and its curvature is known at no cost.
 
     The Newton-MR direction of Liu and Roosta (2022): the iterate of least residual while the residuals' curvature is
@@ -63,23 +64,9 @@ class CR(Solver):
       maxiter: most iterations, with a product each.
     """
 
-    tol: float = 1e-5
-    maxiter: int = 20
-
-    def __post_init__(self) -> None:
-        check_fields(self.tol, self.maxiter)
-
     @property
     def name(self) -> str:
         return f"conjugate residuals (at most {self.maxiter} iterations, tolerance {self.tol:g})"
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def tolerance(self) -> float:
-        return self.tol
 
     @property
     def products(self) -> int:
@@ -88,9 +75,6 @@ class CR(Solver):
 
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         return ((tree_cg.DOTS, Request.of(like)),)
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         scaled = UnitVector.of(system.space, rhs)

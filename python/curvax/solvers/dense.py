@@ -41,8 +41,31 @@ def assemble(system: System, like: PyTree) -> jax.Array:
     return (columns + columns.T) * jnp.asarray(0.5, flat.dtype)
 
 
+class MatrixSolver(Solver):
+    """A solver of a dense matrix, exact and without a state; its memory is the square of the system's size."""
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def lane(self) -> Lane:
+        return Lane.PARAMETER
+
+    @property
+    def products(self) -> int:
+        return 0
+
+    @property
+    def takes_matrix(self) -> bool:
+        return True
+
+    def init(self, like: PyTree) -> tuple[()]:
+        return ()
+
+
 @dataclasses.dataclass(frozen=True)
-class Cholesky(Solver):
+class Cholesky(MatrixSolver):
     """Cholesky factorization of C + lam I, with one step of iterative refinement.
 
     Where the factorization fails, or its pivots say that the matrix is singular to rounding, the eigenvalue
@@ -57,24 +80,8 @@ class Cholesky(Solver):
     """
 
     @property
-    def exact(self) -> bool:
-        return True
-
-    @property
     def name(self) -> str:
         return "Cholesky"
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def products(self) -> int:
-        return 0
-
-    @property
-    def takes_matrix(self) -> bool:
-        return True
 
     @property
     def takes_radius(self) -> bool:
@@ -84,9 +91,6 @@ class Cholesky(Solver):
         size, dtype = tree.size(like), tree.scalar_dtype(like)
         matrix, rhs = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
         return ((BATCHED_CHOLESKY_SOLVE, Request.of(matrix, rhs)),)
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         b, unravel = tree.ravel(rhs)
@@ -99,7 +103,7 @@ class Cholesky(Solver):
 
     def repeated(self, system: System, like: PyTree, lam: jax.Array) -> Callable[[PyTree], Solution]:
         dtype = tree.scalar_dtype(like)
-        c = (system.matrix() if system.matrix is not None else assemble(system, like)).astype(dtype)
+        c = assemble(system, like).astype(dtype)
         solve = factorized(c, lam, system.factorize)
 
         def again(rhs: PyTree) -> Solution:

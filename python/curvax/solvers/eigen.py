@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.kernels import Op, Request
 from curvax.kernels.dense_linalg import EIGH, eigh
-from curvax.solvers.base import Lane, Solution, Solver, System
-from curvax.solvers.dense import assemble, by_magnitude, dense_residual
+from curvax.solvers.base import Solution, System
+from curvax.solvers.dense import MatrixSolver, assemble, by_magnitude, dense_residual
 from curvax.tree import PyTree
 from curvax.work import SolveCost, SystemWork
 
@@ -22,16 +22,12 @@ _DECOMPOSITION = 54.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Eigen(Solver):
+class Eigen(MatrixSolver):
     """s = V (Lambda + lam)^-1 V^T g with C = V Lambda V^T: dearer than `Cholesky`, and then for any number of lam.
 
     In row space (`RowSpace(Eigen())`) the matrix is the Gram matrix. Eigenvalues of C + lam I below rounding are left
     out (SINGULAR), negative ones enter by their magnitude (INDEFINITE).
     """
-
-    @property
-    def exact(self) -> bool:
-        return True
 
     @property
     def solves_several(self) -> bool:
@@ -40,18 +36,6 @@ class Eigen(Solver):
     @property
     def name(self) -> str:
         return "eigenvalues"
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def products(self) -> int:
-        return 0
-
-    @property
-    def takes_matrix(self) -> bool:
-        return True
 
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         size = tree.size(like)
@@ -64,9 +48,6 @@ class Eigen(Solver):
         cost = dataclasses.replace(dense, flops=dense.flops + more, factorization=factorization)
         cost = dataclasses.replace(cost, memory=matrix.memory + 5.0 * system.itemsize * system.unknowns**2)
         return SolveCost(cost, f"{system.unknowns} unknowns")
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         return jax.tree.map(lambda x: x[0], self.solve_several(system, rhs, lam[None]))

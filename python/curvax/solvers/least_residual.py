@@ -24,10 +24,9 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.solvers.base import Result, Solution, System, UnitVector, audited, code, relative_residual
+from curvax.solvers.krylov import RUNNING
 from curvax.tree import PyTree
 
-RUNNING = -1
-"""The result code of an iteration that goes on."""
 _ROUNDINGS = 8
 """Rounding units of the operator's size below which a curvature is none."""
 
@@ -51,14 +50,6 @@ class Ending:
     length: jax.Array
     i: jax.Array
     result: jax.Array
-
-
-def check_fields(tol: float, maxiter: int) -> None:
-    """Raises ValueError for what bounds no iteration."""
-    if maxiter < 1:
-        raise ValueError(f"maxiter must be at least 1, not {maxiter}.")
-    if isinstance(tol, int | float) and not tol >= 0:
-        raise ValueError(f"tol must be at least 0, not {tol}.")
 
 
 def verdict(curvature: jax.Array, image: jax.Array, largest: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.loops import for_loop_body
 from curvax.solvers.base import Result, Solution, code
+from curvax.solvers.krylov import check_limits
 from curvax.solvers.least_squares import LeastSquares, LeastSquaresSolver, judged, verdict, woodbury
 from curvax.tree import PyTree
 
@@ -69,10 +70,7 @@ class LSMR(LeastSquaresSolver):
     maxiter: int = 100
 
     def __post_init__(self) -> None:
-        for field, least in (("maxiter", 1), ("tol", 0)):
-            value = getattr(self, field)
-            if isinstance(value, int | float) and not value >= least:
-                raise ValueError(f"{field} must be at least {least}, not {value}.")
+        check_limits(self, maxiter=1, tol=0)
 
     @property
     def name(self) -> str:

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from curvax import tree
 from curvax.kernels import Op, Request, tree_cg
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code, damped
-from curvax.solvers.least_residual import RUNNING, Ending, check_fields, finish, is_bad, over, verdict
+from curvax.solvers.base import Result, Solution, System, UnitVector, code, damped
+from curvax.solvers.krylov import RUNNING, KrylovSolver
+from curvax.solvers.least_residual import Ending, finish, is_bad, over, verdict
 from curvax.tree import PyTree
 
 
@@ -71,7 +72,7 @@ class _Iteration:
 
 
 @dataclasses.dataclass(frozen=True)
-class MINRES(Solver):
+class MINRES(KrylovSolver):
     """MINRES on symmetric systems, with negative curvature detected and used.
 
     With `detect` it is Newton-MR (Liu and Roosta 2022), as `CR`: from the first residual of nonpositive curvature a
@@ -88,12 +89,7 @@ class MINRES(Solver):
       detect: whether to stop at negative curvature and use it.
     """
 
-    tol: float = 1e-5
-    maxiter: int = 20
     detect: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self.tol, self.maxiter)
 
     @property
     def name(self) -> str:
@@ -101,22 +97,11 @@ class MINRES(Solver):
         return f"MINRES (at most {self.maxiter} iterations, tolerance {self.tol:g}{beyond})"
 
     @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def tolerance(self) -> float:
-        return self.tol
-
-    @property
     def products(self) -> int:
         return self.maxiter + 1  # one for the true residual
 
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         return ((tree_cg.DOTS, Request.of(like)),)
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         scaled = UnitVector.of(system.space, rhs)

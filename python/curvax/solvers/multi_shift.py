@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, UnitVector, code
+from curvax.solvers.base import Result, Solution, System, UnitVector, code
+from curvax.solvers.krylov import RUNNING, KrylovSolver
 from curvax.tree import PyTree
 
 
@@ -47,11 +48,8 @@ class _Iteration:
     result: jax.Array  # -1 while running
 
 
-_RUNNING = -1
-
-
 @dataclasses.dataclass(frozen=True)
-class MultiShiftCG(Solver):
+class MultiShiftCG(KrylovSolver):
     """Solves for several lam at the products of one solve; starts at zero, without a preconditioner.
 
     Both would cost the residuals their being parallel. Each further lam costs two vectors of memory and their updates.
@@ -62,15 +60,6 @@ class MultiShiftCG(Solver):
       maxiter: most iterations; 20, as of `CG`.
     """
 
-    tol: float = 1e-5
-    maxiter: int = 20
-
-    def __post_init__(self) -> None:
-        for field, least in (("maxiter", 1), ("tol", 0)):
-            value = getattr(self, field)
-            if isinstance(value, int | float) and not value >= least:
-                raise ValueError(f"{field} must be at least {least}, not {value}.")
-
     @property
     def solves_several(self) -> bool:
         return True
@@ -80,23 +69,12 @@ class MultiShiftCG(Solver):
         return f"multi-shift CG (at most {self.maxiter} iterations, tolerance {self.tol:g})"
 
     @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def tolerance(self) -> float:
-        return self.tol
-
-    @property
     def products(self) -> int:
         return self.maxiter + 1
 
     def iterations(self, rank: int) -> tuple[int, str]:
         count = min(self.maxiter, rank + 1) if self.tol > 0 else self.maxiter
         return count, f"at most {count} iterations"
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         solution = jax.tree.map(lambda x: x[0], self.solve_several(system, rhs, lam[None]))
@@ -113,12 +91,12 @@ class MultiShiftCG(Solver):
         lams = lams.astype(dtype)
         least = jnp.min(lams)
         end = jax.lax.while_loop(
-            lambda at: (at.result == _RUNNING) & (at.i < self.maxiter),
+            lambda at: (at.result == RUNNING) & (at.i < self.maxiter),
             lambda at: self._advance(system, least, lams - least, at),
             self._begin(system, b, lams),
         )
         solved = end.zeta * jnp.sqrt(end.rr) <= self.tol
-        stopped = jnp.where(end.result == _RUNNING, code(Result.MAX_ITERATIONS), end.result)
+        stopped = jnp.where(end.result == RUNNING, code(Result.MAX_ITERATIONS), end.result)
         result = jnp.where(solved, code(Result.CONVERGED), stopped)
         result = jnp.where(jnp.isfinite(scaled.size) & jnp.isfinite(end.rr), result, code(Result.NON_FINITE))
         value = jax.vmap(scaled.multiply)(end.x)
@@ -129,7 +107,7 @@ class MultiShiftCG(Solver):
         p = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lams.shape, *x.shape)), b)
         (rr,) = system.space.dots(((b, b),))
         one, ones = jnp.ones((), lams.dtype), jnp.ones_like(lams)
-        running = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        running = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(RUNNING, jnp.int32))
         return _Iteration(
             jax.tree.map(jnp.zeros_like, p), p, ones, ones, b, b, rr, one, jnp.zeros_like(one),
             jnp.zeros((), jnp.int32), running,
@@ -154,7 +132,7 @@ class MultiShiftCG(Solver):
         beta = rr / jnp.where(at.rr > 0, at.rr, jnp.ones_like(at.rr))
         # 5.
         p = jax.vmap(lambda z, w, d: tree.axpy(w, d, tree.scale(z, r)))(zeta, beta * jnp.square(rho), at.p)
-        ended = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(_RUNNING, jnp.int32))
+        ended = jnp.where(rr <= self.tol**2, code(Result.CONVERGED), jnp.asarray(RUNNING, jnp.int32))
         flat = jnp.where(pq < 0, code(Result.NEGATIVE_CURVATURE), code(Result.BREAKDOWN))
         ended = jnp.where(positive, ended, flat)
         ended = jnp.where(jnp.isfinite(pq), ended, code(Result.NON_FINITE))

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.kernels import Op, Request
 from curvax.kernels.dense_linalg import EIGH, eigh
-from curvax.solvers.base import Lane, Result, Solution, Solver, System, code
-from curvax.solvers.dense import apply_function, assemble, dense_residual, rounding_floor
+from curvax.solvers.base import Result, Solution, System, code
+from curvax.solvers.dense import MatrixSolver, apply_function, assemble, dense_residual, rounding_floor
 from curvax.tree import PyTree
 
 _POWER = 6
@@ -35,7 +35,7 @@ _POWER = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class PseudoInverse(Solver):
+class PseudoInverse(MatrixSolver):
     """s = V diag(1 / (d (1 + (rcond max d / d)^6))) V^T g, with d = |l| + lam for the eigenvalues l of C.
 
     For singular systems at little or no lam: variational Monte Carlo, fits with more parameters than data (NetKet's
@@ -61,28 +61,9 @@ class PseudoInverse(Solver):
     def name(self) -> str:
         return f"pseudo-inverse (rcond {'root of rounding' if self.rcond is None else format(self.rcond, 'g')})"
 
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def products(self) -> int:
-        return 0
-
-    @property
-    def takes_matrix(self) -> bool:
-        return True
-
-    @property
-    def exact(self) -> bool:
-        return True
-
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         size, dtype = tree.size(like), tree.scalar_dtype(like)
         return ((EIGH, Request.of(jax.ShapeDtypeStruct((size, size), dtype))),)
-
-    def init(self, like: PyTree) -> tuple[()]:
-        return ()
 
     def solve(self, system: System, rhs: PyTree, state: Any, lam: jax.Array) -> Solution:
         b, unravel = tree.ravel(rhs)
