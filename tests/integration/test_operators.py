@@ -45,7 +45,7 @@ def _materialize(operator, params, batch, *, rows=False, shared=True):
     n = dense.vector(params).size
     matrix = np.concatenate([np.asarray(c, np.float64).reshape(n, -1) for c in jax.tree.leaves(columns)], axis=1)
     v = dense.vector(params)
-    # Rows of bfloat16 parameters are made in bfloat16, and J v along v directly rounds elsewhere than J column by column.
+    # Rows of bfloat16 parameters are made in bfloat16, and J v along v rounds elsewhere than J column by column.
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params))
     rtol = 1e-10 if np.asarray(bend).dtype == np.float64 else max(1e-3, 4 * rounding)
     np.testing.assert_allclose(bend, v @ matrix @ v, rtol=rtol, atol=rtol * np.abs(matrix).max() * (v @ v))

@@ -1,7 +1,8 @@
 """How far a step goes once its direction is known, and whether it goes at all.
 
 In the order in which a step runs them: `bounds` shorten an update that is too long, a search (`grid`, `backtracking`,
-`quadratic`) chooses a step size along it. `base` says what a search is, `geometric` what those over 1, 1/2, 1/4, ... share.
+`quadratic`) chooses a step size along it. `base` says what a search is, `geometric` what those over 1, 1/2, 1/4, ...
+share.
 """
 
 from curvax.search.backtracking import Backtracking as Backtracking
