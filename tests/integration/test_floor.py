@@ -382,7 +382,7 @@ def test_cancellation_inside_a_model_is_no_refusal(x64: None) -> None:
     batch = {"x": jnp.arange(40), "y": jnp.zeros(40)}
     end = _run(method, params, method.init(params), batch, 250)
     assert end.loss[-1] < 1e-28, "not at the floor, and the rest says nothing"
-    # From step 100 on it is there. Were rounding a refusal, nearly all of these steps would be, and each multiplies lam:
+    # From step 100 on it is there. Were rounding a refusal, nearly all steps would be refused, and each multiplies lam:
     # it would end far above its start, which was taken from the first batch. As few may be refused as at other floors.
     assert 1 - end.accepted[100:].mean() <= ALLOWED
     assert end.lam[100:].max() < end.lam[0]
