@@ -33,6 +33,7 @@ from curvax.numbers import whole
 from curvax.sketches import LowRank, columns_product, matmul, nystrom, orthonormal
 from curvax.solvers.base import Lane, Result, Solution, Solver, System, code, relative_residual
 from curvax.solvers.conjugate_gradient import CG
+from curvax.solvers.krylov import KrylovSolver
 from curvax.tree import PyTree
 from curvax.work import Cost, SolveCost, SystemWork
 
@@ -115,19 +116,18 @@ class NystromCGState:
 
 
 @dataclasses.dataclass(frozen=True)
-class NystromCG(Solver):
+class NystromCG(KrylovSolver):
     """CG on the row system, with a Nystrom preconditioner where that is seen to pay: `RowSpace(NystromCG())`.
 
     Attributes:
-      rank: most columns of the sketch, each a product with G (in batches) and a vector of memory; 64.
       tol: relative residual of the row system; 1e-5, as of `CG`.
       maxiter: most iterations; 100.
+      rank: most columns of the sketch, each a product with G (in batches) and a vector of memory; 64.
       every: steps from one trial of both kinds to the next; 50, so that trials are 4 steps in a hundred.
     """
 
-    rank: int = 64
-    tol: float = 1e-5
     maxiter: int = 100
+    rank: int = 64
     every: int = 50
     _cg: CG = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -140,14 +140,6 @@ class NystromCG(Solver):
     @property
     def name(self) -> str:
         return f"Nystrom CG (rank at most {self.rank}, at most {self.maxiter} iterations, tolerance {self.tol:g})"
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.PARAMETER
-
-    @property
-    def tolerance(self) -> float:
-        return self.tol
 
     @property
     def products(self) -> int:
