@@ -14,6 +14,7 @@ from curvax import search as search
 from curvax import solvers as solvers
 from curvax import structure as structure
 from curvax import telemetry as telemetry
+from curvax import training as training
 from curvax import transforms as transforms
 from curvax.check import Check as Check
 from curvax.check import StepsRefused as StepsRefused
@@ -38,6 +39,7 @@ from curvax.methods import egn_ce as egn_ce
 from curvax.methods import egn_mse as egn_mse
 from curvax.methods import egn_mse_cg as egn_mse_cg
 from curvax.methods import ekfac as ekfac
+from curvax.methods import first_order as first_order
 from curvax.methods import gauss_newton as gauss_newton
 from curvax.methods import ggn_direct_ce as ggn_direct_ce
 from curvax.methods import ggn_direct_mse as ggn_direct_mse
@@ -54,6 +56,7 @@ from curvax.methods import sophia_h as sophia_h
 from curvax.methods import spring as spring
 from curvax.methods import vmc as vmc
 from curvax.plan import Plan as Plan
+from curvax.training import fit as fit
 from curvax.transforms import as_gradient_transformation as as_gradient_transformation
 from curvax.versions import warn_if_untested as _warn_if_untested
 

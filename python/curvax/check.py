@@ -59,10 +59,10 @@ class Check:
         self._before = self._skips
         self._skips = 0 if bool(info[Metric.ACCEPTED]) else self._skips + 1
         if self._skips > self.max_skips:
-            raise StepsRefused(f"{self._skips} steps in a row were refused. {_cause(info)}")
+            raise StepsRefused(f"{self._skips} steps in a row were refused. {cause_of_refusal(info)}")
 
 
-def _cause(info: Mapping[str, Any]) -> str:
+def cause_of_refusal(info: Mapping[str, Any]) -> str:
     """Why the step of this info was refused, as far as it tells, and what to do."""
     fault = BatchFault(int(info.get(Metric.BATCH_FAULT, 0)))
     if fault is not BatchFault.NONE:

@@ -4,6 +4,8 @@ from curvax.methods.assemble import assemble as assemble
 from curvax.methods.diagonal import adahessian as adahessian
 from curvax.methods.diagonal import sophia_g as sophia_g
 from curvax.methods.diagonal import sophia_h as sophia_h
+from curvax.methods.first_order import FirstOrder as FirstOrder
+from curvax.methods.first_order import first_order as first_order
 from curvax.methods.gauss_newton import egn as egn
 from curvax.methods.gauss_newton import egn_ce as egn_ce
 from curvax.methods.gauss_newton import egn_mse as egn_mse
