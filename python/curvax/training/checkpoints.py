@@ -71,7 +71,13 @@ class Store:
         self.folder = pathlib.Path(checkpoints.folder).absolute()
         # Saved before the next chunk begins: it may write into these very arrays.
         options = ocp.CheckpointManagerOptions(max_to_keep=checkpoints.keep, enable_async_checkpointing=False)
-        self._ocp, self._manager = ocp, ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "arrays": ocp.StandardCheckpointHandler(),
+            "record": ocp.StandardCheckpointHandler(),
+            "numbers": ocp.JsonCheckpointHandler(),
+        }
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         if not checkpoints.resume and self.latest is not None:
             self.close()
             raise ValueError(f"{self.folder} has checkpoints already: set resume=True, or give another folder.")

@@ -43,6 +43,11 @@ class History:
             raise KeyError(f"the history has no column {name!r}: choose from {', '.join(self.columns)}.")
         return self.columns[name]
 
+    @property
+    def measures(self) -> list[tuple[str, np.ndarray]]:
+        """What was evaluated: names and values, that which chooses the best parameters first."""
+        return [(name, values) for name, values in self.evaluations.items() if name not in ("step", "seconds")]
+
     def __repr__(self) -> str:
         return f"<curvax.training.History, {len(self)} steps of {', '.join(self.columns)}>"
 

@@ -114,9 +114,7 @@ class FitResult:
         parts[0] += f" (compiled in {history.compile_seconds:.1f} s)"
         if len(loss):
             parts.append(f"loss {loss[0]:.3e} -> {loss[-1]:.3e}")
-        for name, values in history.evaluations.items():
-            if name not in ("step", "seconds"):
-                parts.append(f"{name} {values[0]:.4g} -> {values[-1]:.4g}")
+        parts += [f"{name} {values[0]:.4g} -> {values[-1]:.4g}" for name, values in history.measures]
         return f"<fit: {', '.join(parts)}; {self.reason.value}>"
 
 
@@ -187,11 +185,12 @@ class _Run:
         return self._result(self.reason or Reason.STEPS)
 
     def _train(self, shown: Display) -> None:
-        if not self.done:
+        every = self.options.evaluate and self.options.evaluate.every
+        if self._due(every):
             self._evaluate()
         while self.reason is None:
             self._advance()
-            if self._due(self.options.evaluate and self.options.evaluate.every) or self.reason is not None:
+            if self._due(every):
                 self._evaluate()
             if self.store is not None and self._due(self._checkpoint_every):
                 self.store.save(self._snapshot(), self.done)
@@ -199,6 +198,8 @@ class _Run:
             if self.interrupts.pending:
                 self.reason = Reason.INTERRUPTED
             self.reason = self.reason or self._stale()
+        if self.reason is not Reason.INTERRUPTED:
+            self._evaluate()
 
     # Before the first step.
 
@@ -361,8 +362,7 @@ class _Run:
         if self.evaluator is None:
             steps, values, sign = np.arange(1, len(history) + 1), history[Metric.LOSS], 1
         else:
-            _, _, (name, *_) = "step", "seconds", [n for n in history.evaluations if n not in ("step", "seconds")]
-            steps, values = history.evaluations["step"], history.evaluations[name]
+            steps, values = history.evaluations["step"], history.measures[0][1]
             sign = -1 if self.evaluator.evaluate.largest else 1
         best = steps[np.nanargmin(sign * values)] if np.isfinite(values).any() else 0
         return Reason.PATIENCE if self.done - best >= patience else None
