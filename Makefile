@@ -20,7 +20,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         train on the digits data set, on the CPU"
+	@echo "make demo         a physics-informed network and the digits, curvax beside others, on the CPU"
 	@echo "make test         run the test suite"
 	@echo "make test-fast    what a change breaks first, in a minute and a half"
 	@echo "make test-cpp     the C++ and CUDA code under sanitizers, without a GPU"
@@ -40,7 +40,8 @@ $(STAMP): $(NATIVE)
 	@touch $@
 
 demo: $(STAMP)
-	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python examples/digits.py
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python examples/demo_pinn.py --picture out/demo_pinn.png
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python examples/digits.py --picture out/digits.png
 
 # Neighbours stay on one worker, which compiles once what they share, until a worker has nothing left.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q

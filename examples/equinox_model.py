@@ -9,7 +9,6 @@ here a random Fourier layer in front of a network that learns a wiggly curve. Th
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import curvax
+from curvax.training import Evaluate, Sampler
 
 
 class Regressor(eqx.Module):
@@ -56,30 +56,20 @@ def main() -> None:
     )
     test_x = jnp.linspace(-2, 2, 1001)[:, None]
 
-    @jax.jit
     def error(params: Any) -> jax.Array:
         return jnp.sqrt(jnp.mean((predict(params, test_x) - target(test_x)) ** 2))
 
-    def batch(step: jax.Array) -> dict[str, jax.Array]:
-        x = jax.random.uniform(jax.random.fold_in(jax.random.key(1), step), (128, 1), minval=-2, maxval=2)
-        return {"x": x, "y": target(x)}
+    def draw(key: jax.Array, params: Any, carried: Any) -> tuple[dict[str, jax.Array], Any]:
+        x = jax.random.uniform(key, (128, 1), minval=-2, maxval=2)
+        return {"x": x, "y": target(x)}, carried
 
-    @jax.jit
-    def step(params: Any, state: curvax.MethodState) -> tuple[Any, curvax.MethodState, dict[str, Any]]:
-        return method.step(params, batch(state.step), state)
-
-    state, before = method.init(params), params.frequencies
-    print(method.plan_for(params, batch(state.step)).explain())
-    print(f"start       root mean square error {error(params):.4f}")
-    start = time.perf_counter()
-    for i in range(1, steps + 1):
-        params, state, info = step(params, state)
-        if i % max(steps // 8, 1) == 0:
-            print(
-                f"step {i:>4}   root mean square error {error(params):.4f}   damping {info['lam']:.1e}   "
-                f"{time.perf_counter() - start:5.1f} s"
-            )
-    assert (params.frequencies == before).all()
+    batch, _ = draw(jax.random.key(0), params, ())
+    print(method.plan_for(params, batch).explain())
+    evaluate = Evaluate(error, every=max(steps // 8, 1), name="error")
+    result = curvax.fit(method, params, Sampler(draw), steps, rng=jax.random.key(1), evaluate=evaluate)
+    for step, seconds, value in zip(*result.history.evaluations.values(), strict=True):
+        print(f"step {step:>4} {seconds:6.2f} s   root mean square error {value:.4f}")
+    assert (result.params.frequencies == params.frequencies).all()
     print("the frozen frequencies are what they were")
 
 

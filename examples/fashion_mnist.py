@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +18,11 @@ import numpy as np
 import optax
 
 import curvax
+from curvax.training import Evaluate, Minibatches
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 BATCH, TEST_EXAMPLES = 256, 2000
 Params = dict[str, jax.Array]
-Step = Callable[[Params, Any, Any], tuple[Any, Any]]
 
 
 def load(folder: Path, part: str) -> tuple[jax.Array, jax.Array]:
@@ -52,27 +49,17 @@ def predict(params: Params, images: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1) @ params["dense"] + params["dense_bias"]
 
 
-def sgn(steps: int) -> tuple[Callable[[Params], Any], Step]:
+def sgn(steps: int) -> curvax.AbstractMethod:
     # Full steps, kept in check by the trust region; the floor under its damping keeps single batches from being learnt.
     region = curvax.damping.TrustRegion(lam0=10.0, min_lam=0.03)
     rate = optax.cosine_decay_schedule(1.0, steps)
-    method = curvax.sgn_ce(predict_fn=predict, lam_policy=region, maxiter=10, learning_rate=rate)
-    return method.init, lambda params, batch, state: method.step(params, batch, state)[:2]
+    return curvax.sgn_ce(predict_fn=predict, lam_policy=region, maxiter=10, learning_rate=rate)
 
 
-def adamw(steps: int) -> tuple[Callable[[Params], Any], Step]:
+def adamw(steps: int) -> curvax.AbstractMethod:
     # The best of 0.003, 0.01 and 0.03 with weight decay 0.01 and 0.1.
     tx = optax.adamw(optax.cosine_decay_schedule(3e-2, steps), weight_decay=1e-2)
-
-    def loss(params: Params, batch: Any) -> jax.Array:
-        logits = predict(params, batch["x"])
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
-
-    def step(params: Params, batch: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return tx.init, step
+    return curvax.first_order(tx, predict_fn=predict, loss=curvax.losses.SoftmaxCrossEntropy())
 
 
 def main() -> None:
@@ -86,22 +73,15 @@ def main() -> None:
     x, y = load(options.data, "train")
     test_x, test_y = (part[:TEST_EXAMPLES] for part in load(options.data, "t10k"))
 
-    @jax.jit
     def accuracy(params: Params) -> jax.Array:
         return jnp.mean((jnp.argmax(predict(params, test_x), axis=-1) == test_y).astype(jnp.float32))
 
-    for name, (start, step) in {"sgn_ce": sgn(options.steps), "adamw": adamw(options.steps)}.items():
-        params, shuffle = init(jax.random.key(0)), np.random.default_rng(0)
-        state = start(params)
-        compiled, seconds = jax.jit(step), 0.0
-        for i in range(1, options.steps + 1):
-            rows = shuffle.choice(len(y), BATCH, replace=False)
-            batch, clock = {"x": x[rows], "y": y[rows]}, time.perf_counter()
-            params, state = jax.block_until_ready(compiled(params, batch, state))
-            # The first step compiles; it is left out of the time.
-            seconds += time.perf_counter() - clock if i > 1 else 0.0
-            if i * 8 // options.steps > (i - 1) * 8 // options.steps:
-                print(f"{name:<7} step {i:>4} {seconds:7.2f} s   test accuracy {accuracy(params):.2%}", flush=True)
+    steps, batches = options.steps, Minibatches({"x": x, "y": y}, BATCH)
+    for name, method in {"sgn_ce": sgn(steps), "adamw": adamw(steps)}.items():
+        evaluate = Evaluate(accuracy, every=max(steps // 8, 1), largest=True)
+        history = curvax.fit(method, init(jax.random.key(0)), batches, steps, evaluate=evaluate, progress=False).history
+        for step, seconds, value in zip(*history.evaluations.values(), strict=True):
+            print(f"{name:<7} step {step:>4} {seconds:7.2f} s   test accuracy {value:.2%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the dropout streams, for which curvax passes one key per step: every product of 
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import curvax
+from curvax.training import Evaluate, Minibatches
 
 
 class Network(nnx.Module):
@@ -56,27 +56,19 @@ def main() -> None:
         logits = network(x, rngs=nnx.Rngs(dropout=rng))
         return logits, nnx.state(network, nnx.BatchStat)
 
-    @jax.jit
     def accuracy(params: Any, statistics: Any) -> jax.Array:
         network = nnx.merge(graph, params, statistics)
         network.eval()
         return jnp.mean((jnp.argmax(network(test_x), axis=-1) == test_y).astype(jnp.float32))
 
     method = curvax.sgn_ce(predict_fn=predict, has_state=True, has_rng=True, lam0=0.3, learning_rate=0.5)
-    state = method.init(params, model_state=statistics)
-    step = jax.jit(method.step)
-    key, shuffle = jax.random.key(0), np.random.default_rng(0)
-    start = time.perf_counter()
-    for i in range(1, steps + 1):
-        rows = shuffle.choice(len(train_y), 64, replace=False)
-        params, state, info = step(params, {"x": train_x[rows], "y": train_y[rows]}, state, key)
-        if i == 1:
-            print(f"step    1  compiled and run in {time.perf_counter() - start:.1f} s")
-        if i % max(steps // 8, 1) == 0:
-            print(
-                f"step {i:>4}  training loss {info['loss']:.4f}  CG iterations {info['iterations']}  "
-                f"test accuracy {accuracy(params, state.model_state):.2%}"
-            )
+    result = curvax.fit(
+        method, params, Minibatches({"x": train_x, "y": train_y}, size=64), steps, rng=jax.random.key(0),
+        state=method.init(params, model_state=statistics),
+        evaluate=Evaluate(accuracy, every=max(steps // 8, 1), largest=True, name="accuracy"),
+    )  # fmt: skip
+    for step, seconds, value in zip(*result.history.evaluations.values(), strict=True):
+        print(f"step {step:>4} {seconds:6.2f} s  test accuracy {value:.2%}")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ the same loss. Everything runs in float64, which such accuracy needs.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import curvax
+from curvax.training import Evaluate
 
 Params = list[dict[str, jax.Array]]
 WIDTHS = (1, 32, 32, 1)
@@ -72,20 +71,6 @@ def relative_error(params: Params) -> jax.Array:
     return jnp.linalg.norm(values(params, x) - exact(x)) / jnp.linalg.norm(exact(x))
 
 
-def run(name: str, steps: int, step: Callable[[Params, Any], tuple[Any, Any]], params: Params, state: Any) -> None:
-    """Trains, and prints the error eight times."""
-    compiled = jax.jit(step).lower(params, state).compile()
-    measure = jax.jit(relative_error)
-    seconds, start = 0.0, time.perf_counter()
-    for i in range(1, steps + 1):
-        params, state = compiled(params, state)
-        if i * 8 // steps > (i - 1) * 8 // steps:
-            jax.block_until_ready(params)
-            seconds += time.perf_counter() - start
-            print(f"{name:<7} step {i:>5} {seconds:7.2f} s   relative L2 error {measure(params):.1e}", flush=True)
-            start = time.perf_counter()
-
-
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     parser = argparse.ArgumentParser(description="Poisson's equation by a physics-informed network, three optimizers.")
@@ -97,30 +82,25 @@ def main() -> None:
     unit = jnp.std(forcing)
     ends = {"x": jnp.array([0.0, 1.0]), "y": jnp.zeros(2)}
     batch = {"interior": {"x": x, "y": forcing / unit}, "boundary": ends}
-    params = init(jax.random.key(0))
 
     def residual(params: Params, x: jax.Array) -> jax.Array:
         """What curvax calls the outputs of the first term: -u'' at the points, with f as the targets."""
         return minus_second_derivative(lambda t: network(params, t), x) / unit
 
     terms = curvax.Terms(interior=curvax.Term(residual), boundary=curvax.Term(values))
-    methods = {"egn": curvax.egn(loss=terms), "spring": curvax.spring(loss=terms)}
-    for name, method in methods.items():
-        run(name, steps, lambda p, s, m=method: m.step(p, batch, s)[:2], params, method.init(params))
-
+    many = ADAM_STEPS_PER_STEP * steps
     # The best first learning rate of 0.001, 0.003, 0.01, 0.03 and 0.1.
-    adam = optax.adam(optax.cosine_decay_schedule(3e-2, ADAM_STEPS_PER_STEP * steps))
-
-    def adam_step(p: Params, state: Any) -> tuple[Any, Any]:
-        def loss(q: Params) -> jax.Array:
-            inside = jnp.mean((residual(q, x) - batch["interior"]["y"]) ** 2)
-            return (inside + jnp.mean(values(q, ends["x"]) ** 2)) / 2
-
-        gradient = jax.grad(loss)(p)
-        updates, state = adam.update(gradient, state, p)
-        return optax.apply_updates(p, updates), state
-
-    run("adam", ADAM_STEPS_PER_STEP * steps, adam_step, params, adam.init(params))
+    adam = curvax.first_order(optax.adam(optax.cosine_decay_schedule(3e-2, many)), loss=terms)
+    contenders = {
+        "egn": (curvax.egn(loss=terms), steps),
+        "spring": (curvax.spring(loss=terms), steps),
+        "adam": (adam, many),
+    }
+    for name, (method, count) in contenders.items():
+        evaluate = Evaluate(relative_error, every=max(count // 8, 1), name="error")
+        history = curvax.fit(method, init(jax.random.key(0)), batch, count, evaluate=evaluate, progress=False).history
+        for step, seconds, error in zip(*history.evaluations.values(), strict=True):
+            print(f"{name:<7} step {step:>5} {seconds:7.2f} s   relative L2 error {error:.1e}", flush=True)
 
 
 if __name__ == "__main__":

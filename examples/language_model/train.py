@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,7 @@ import curvax
 from curvax.layerwise import ByGroup, LineSearch, full_gn, layerwise_gn
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.optimizers import muon_adamw
-
-Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Any]]]
-
-
-def first_order(tx: optax.GradientTransformation, loss: Callable[..., jax.Array]) -> tuple[Callable[..., Any], Step]:
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
-        value, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, {"loss": value}
-
-    return tx.init, step
+from curvax.training import Evaluate
 
 
 def gauss_newton(options: argparse.Namespace, size: model.Size) -> Any:
@@ -78,30 +67,27 @@ def main() -> None:
 
     params, rng = model.init(jax.random.key(0), size), np.random.default_rng(0)
     held_out = corpus.held_out(64, size.length)
-    test_loss = jax.jit(loss)
     print(f"{model.count(params):,} parameters, {corpus.train.size:,} bytes; curvax {curvax.__version__}")
 
-    init, step = first_order(optax.adamw(3e-3), loss)
-    state, step = init(params), jax.jit(step)
-    for _ in range(options.checkpoint_steps):
-        params, state, _ = step(params, state, corpus.batch(rng, options.inner_batch, size.length))
-    print(f"checkpoint after {options.checkpoint_steps} AdamW steps: test loss {test_loss(params, held_out):.4f}")
+    def first_order(rate: float) -> curvax.AbstractMethod:
+        return curvax.first_order(optax.adamw(rate), predict_fn=predict, loss=SoftmaxCrossEntropy())
 
-    if options.method == "adamw":
-        init, step = first_order(optax.adamw(options.rate), loss)
-    else:
-        method = gauss_newton(options, size)
-        example = corpus.batch(rng, options.parts * options.inner_batch, size.length)
-        print(method.plan_for(params, example).explain())
-        init, step = method.init, lambda p, s, b: method.step(p, b, s)
-    state, step = init(params), jax.jit(step)
-    for i in range(options.steps):
-        batch = corpus.batch(rng, options.parts * options.inner_batch, size.length)
-        begin = time.perf_counter()
-        params, state, info = jax.block_until_ready(step(params, state, batch))
-        spent = time.perf_counter() - begin
-        size_text = f"  step size {float(info['step_size']):.2f}" if "step_size" in info else ""
-        print(f"step {i + 1:>3}  test loss {test_loss(params, held_out):.4f}{size_text}  {spent:.2f} s", flush=True)
+    def batches(sequences: int) -> Callable[[int], Any]:
+        return lambda step: corpus.batch(rng, sequences, size.length)
+
+    small, large = options.inner_batch, options.parts * options.inner_batch
+    start = curvax.fit(first_order(3e-3), params, batches(small), options.checkpoint_steps, progress=False)
+    print(f"checkpoint after {options.checkpoint_steps} AdamW steps: test loss {loss(start.params, held_out):.4f}")
+
+    method = first_order(options.rate) if options.method == "adamw" else gauss_newton(options, size)
+    print(method.plan_for(start.params, corpus.batch(rng, large, size.length)).explain())
+    evaluate = Evaluate(lambda p: loss(p, held_out), every=1)
+    history = curvax.fit(method, start.params, batches(large), options.steps, evaluate=evaluate).history
+    for step, seconds, value in zip(*history.evaluations.values(), strict=True):
+        size_text = (
+            f"  step size {history['step_size'][step - 1]:.2f}" if step and "step_size" in history.columns else ""
+        )
+        print(f"step {step:>3}  test loss {value:.4f}{size_text}  {seconds:.2f} s", flush=True)
 
 
 if __name__ == "__main__":

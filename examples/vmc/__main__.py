@@ -20,6 +20,7 @@ from sampling import Walkers, metropolis
 from systems import SYSTEMS, System
 
 import curvax
+from curvax.training import Sampler
 
 jax.config.update("jax_enable_x64", True)
 
@@ -32,18 +33,13 @@ def run(system: System, method: curvax.Method, steps: int, walkers: int, moves: 
     start = Walkers(system.walker(second, walkers), jnp.asarray(0.3))
     start = jax.jit(partial(sample, moves=300))(params, start, key=third)
 
-    @jax.jit
-    def step(params: Any, state: Any, walkers: Walkers, key: jax.Array) -> Any:
+    def draw(key: jax.Array, params: Any, walkers: Walkers) -> tuple[dict[str, jax.Array], Walkers]:
         walkers = sample(params, walkers, key=key, moves=moves)
-        batch = {"x": walkers.x, "y": system.local_energies(params, walkers.x)}
-        params, state, info = method.step(params, batch, state, key)
-        return params, state, walkers, info["loss"]
+        return {"x": walkers.x, "y": system.local_energies(params, walkers.x)}, walkers
 
-    state, energies = method.init(params), []
-    for key in jax.random.split(jax.random.key(1), steps):
-        params, state, start, energy = step(params, state, start, key)
-        energies.append(float(energy))
-    last = np.asarray(energies[-max(steps // 5, 1) :])
+    batches = Sampler(draw, start)
+    energies = curvax.fit(method, params, batches, steps, rng=jax.random.key(1), progress=False).history["loss"]
+    last = energies[-max(steps // 5, 1) :]
     # Walkers of neighbouring steps are alike: errors of the means of ten steps each.
     blocks = last[: len(last) // 10 * 10].reshape(-1, 10).mean(1) if len(last) >= 20 else last
     return float(last.mean()), float(blocks.std(ddof=1) / np.sqrt(len(blocks))) if len(blocks) > 1 else float("nan")

@@ -82,3 +82,14 @@ def test_the_optax_page_runs() -> None:
     exec(compile("\n".join(blocks), str(page), "exec"), found)
     assert found["state_specs"][0].mean == found["specs"]
     assert int(found["optimizer"].step[...]) == 1
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's optimizers rely on promotion
+def test_the_page_on_fit_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = README.parent / "docs" / "fit.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "fit"}
+    exec(compile(block, str(page), "exec"), scope)
+    assert scope["result"].history["loss"][-1] < scope["results"]["adam"].history["loss"][-1] / 10
+    assert len(scope["saved"].history) == 60 and len(scope["drawn"].history) == 20
+    assert "adam  step 60 of 60" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`curvax.fit` against the loop that one writes by hand: the same bits, whatever the chunks, batches and interruptions."""
+"""`curvax.fit` against the loop that one writes by hand: the same bits for all chunks, batches and interruptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import curvax
-from curvax.telemetry import MetricRecord
+from curvax.telemetry import Metric, MetricRecord
 from curvax.training import Checkpoints, Evaluate, FitFailed, Minibatches, Progress, Reason, Sampler, Stop
 
 
@@ -49,9 +49,7 @@ BATCHES = [data(seed) for seed in range(5)]
 CE = curvax.losses.SoftmaxCrossEntropy()
 # Sampled labels and probes, so that keys matter.
 SOPHIA = curvax.sophia_g(predict_fn=predict, eval_every_k=2, learning_rate=1e-2)
-ADAM = curvax.first_order(
-    optax.adam(3e-2), predict_fn=predict, loss=CE, metrics=(MetricRecord("gradient_norm", every=1),)
-)
+ADAM = curvax.first_order(optax.adam(3e-2), predict_fn=predict, loss=CE, metrics=(MetricRecord(Metric.GRADIENT_NORM),))
 
 
 @functools.cache
@@ -222,8 +220,8 @@ def test_batches_that_end() -> None:
     result = FIT(ADAM, start(), iter(BATCHES), 20)
     assert result.reason is Reason.BATCHES and len(result.history) == 5
     assert "the batches came to their end" in repr(result)
-    for empty in (iter([]), [], Loader.__new__(type("Empty", (), {"__iter__": lambda self: iter(())}))):
-        with pytest.raises((ValueError, TypeError), match="there are no batches|__new__"):
+    for empty in (iter([]), [], set()):
+        with pytest.raises(ValueError, match="there are no batches"):
             FIT(ADAM, start(), empty, 2)
 
 
@@ -234,7 +232,7 @@ def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(TypeError, match=r"pass a batch, a list of batches"):
         FIT(ADAM, start(), 3, 2)
     with pytest.raises(TypeError, match=r"first_order"):
-        FIT(optax.adam(1e-3), start(), BATCHES, 2)
+        FIT(optax.adam(1e-3), start(), BATCHES, 2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Did you mean 'evaluate'"):
         FIT(ADAM, start(), BATCHES, 2, evaluat=None)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="pass rng"):
@@ -284,7 +282,9 @@ def test_models_with_a_state_and_narrow_parameters() -> None:
         new = jnp.float32(0.9) * mean + jnp.float32(0.1) * x.mean(0)
         return predict(params, (x - jax.lax.stop_gradient(new)).astype(params["w"].dtype)), new
 
-    method = curvax.first_order(optax.sgd(0.1), predict_fn=running, has_state=True, loss=CE, frozen={"b": True} | dict.fromkeys("wv", False))
+    method = curvax.first_order(
+        optax.sgd(0.1), predict_fn=running, has_state=True, loss=CE, frozen={"b": True} | dict.fromkeys("wv", False)
+    )
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start())
     with pytest.raises(ValueError, match="model_state=model_state"):
         FIT(method, params, BATCHES, 2)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -100,35 +99,21 @@ def _inner_loop(make: Callable[..., Any]) -> Callable[[Problem], Trainer]:
     return build
 
 
-def _first_order(make: Callable[[Any], optax.GradientTransformation]) -> Callable[[Problem], Trainer]:
+def _first_order(
+    make: Callable[[Any], optax.GradientTransformation], *, reuse_gradient: bool = False
+) -> Callable[[Problem], Trainer]:
     def build(problem: Problem) -> Trainer:
-        def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
-            del key
-            loss, gradient = jax.value_and_grad(problem.objective)(params, batch)
-            updates, state = make(rate).update(gradient, state, params)
-            return optax.apply_updates(params, updates), state, loss
+        def method(rate: Any) -> curvax.AbstractMethod:
+            tx, model, loss = make(rate), problem.predict_fn, problem.loss
+            return curvax.first_order(tx, predict_fn=model, loss=loss, reuse_gradient=reuse_gradient)
 
-        return Trainer(lambda params, _: make(1.0).init(params), step)
+        def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
+            params, state, info = method(rate).step(params, batch, state, key)
+            return params, state, info["loss"]
+
+        return Trainer(lambda params, _: method(1.0).init(params), step)
 
     return build
-
-
-def _lbfgs(problem: Problem) -> Trainer:
-    """Optax's L-BFGS with its zoom line search, whose values and gradients the next step takes over."""
-
-    def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
-        del key
-
-        def objective(p: Params) -> jax.Array:
-            return problem.objective(p, batch)
-
-        loss, gradient = optax.value_and_grad_from_state(objective)(params, state=state)
-        updates, state = optax.lbfgs(rate).update(
-            gradient, state, params, value=loss, grad=gradient, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state, jnp.asarray(loss)
-
-    return Trainer(lambda params, _: optax.lbfgs(1.0).init(params), step)
 
 
 def _grid(low: float, high: float) -> tuple[float, ...]:
@@ -141,7 +126,7 @@ _PRESETS = ("sgn", "egn", "spring", "kfac", "ekfac", "sophia_g", "sophia_h", "ad
 CONTENDERS = (
     Contender(ADAMW, _first_order(optax.adamw), "tuned", _RATES),
     Contender("soap", _first_order(soap), "tuned", _RATES),
-    Contender("lbfgs", _lbfgs, "tuned", _grid(1e-2, 10.0), full_batch=True),
+    Contender("lbfgs", _first_order(optax.lbfgs, reuse_gradient=True), "tuned", _grid(1e-2, 10.0), full_batch=True),
     Contender(GAUSS_NEWTON, _by_name(GAUSS_NEWTON), "untuned"),
     *(Contender(name, _by_name(name), "preset") for name in _PRESETS),
     Contender("full_gn", _inner_loop(full_gn), "preset"),

@@ -4,8 +4,8 @@
     state = method.init(params)
     params, state, info = jax.jit(method.step)(params, batch, state)
 
-One step is one gradient and one update of the optimizer. It is the inverse of `curvax.as_gradient_transformation`, which
-puts a method behind Optax's face.
+One step is one gradient and one update of the optimizer. It is the inverse of `curvax.as_gradient_transformation`,
+which puts a method behind Optax's face.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class FirstOrderPlan:
 
     def explain(self) -> str:
         """The plan as text."""
-        lines = ["plan: lane first order, an Optax optimizer", f"  gradient of the loss of the {self.loss}, in every step"]
+        lines = [
+            "plan: lane first order, an Optax optimizer",
+            f"  gradient of the loss of the {self.loss}, in every step",
+        ]
         if self.cost is not None:
             lines.append(f"  gradient {flops_text(self.cost.flops)}, {bytes_text(self.cost.bytes)} moved")
         return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Where a run's batches come from, and how many of them one compiled chunk of steps takes at once.
 
-    one batch           repeated: the chunk holds it, nothing moves
-    Minibatches         the data stay on the device; the chunk gets row numbers (steps, size)
-    Sampler             the chunk draws every batch itself, from the parameters as they are
-    list, callable,     read on the host; small batches of equal shapes are stacked (steps, ...), others go one by one
-    loader, iterator
+one batch           repeated: the chunk holds it, nothing moves
+Minibatches         the data stay on the device; the chunk gets row numbers (steps, size)
+Sampler             the chunk draws every batch itself, from the parameters as they are
+list, callable,     read on the host; small batches of equal shapes are stacked (steps, ...), others go one by one
+loader, iterator
 """
 
 from __future__ import annotations

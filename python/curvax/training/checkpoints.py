@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +111,9 @@ class Store:
         Raises:
           ValueError: it is of another method or of other parameters.
         """
-        ocp, step = self._ocp, self.latest
-        targets = _numbered(like)
+        ocp, step, targets = self._ocp, self.latest, _numbered(like)
+        if step is None:
+            raise ValueError(f"{self.folder} has no checkpoint.")
         self._check(targets, step)
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in targets.items()}
         arguments = ocp.args.Composite(
@@ -126,7 +126,7 @@ class Store:
         history = _history(restored["record"], numbers.pop("compile_seconds"))
         return Snapshot(_in_tree(like, restored["arrays"]), history, numbers)
 
-    def _check(self, targets: dict[str, jax.Array], step: int | None) -> None:
+    def _check(self, targets: dict[str, jax.Array], step: int) -> None:
         stored = self._manager.item_metadata(step)["arrays"].tree
         mine = {n: (tuple(x.shape), str(x.dtype)) for n, x in targets.items()}
         theirs = {n: (tuple(x.shape), str(np.dtype(x.dtype))) for n, x in stored.items() if n != "none"}
@@ -149,12 +149,15 @@ def _plain(leaf: jax.Array) -> jax.Array:
 
 def _in_tree(like: PyTree, numbered: dict[str, jax.Array]) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
-    new = [_as_before(leaf, numbered.get(str(i), leaf)) for i, leaf in enumerate(leaves)]
+    new = [_as_before(leaf, numbered[str(i)]) if str(i) in numbered else leaf for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, new)
 
 
 def _as_before(leaf: jax.Array, plain: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and plain is not leaf:
+    if not leaf.committed:
+        # Orbax binds what it restores to its device, where it could not meet arrays that are spread over several.
+        plain = jnp.asarray(np.asarray(plain))
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(plain, impl=jax.random.key_impl(leaf))
     return plain
 

@@ -62,6 +62,8 @@ class Bounds:
     gradient: jax.Array
 
 
+Loop: TypeAlias = tuple[jax.Array, jax.Array, Carry, Scalars]
+"""Steps done, whether that is enough, the carry, what the steps reported."""
 Program: TypeAlias = Callable[..., tuple[Carry, jax.Array, Scalars]]
 
 
@@ -86,8 +88,6 @@ def compiled_chunk(method: AbstractMethod[Any, Any], source: Source, capacity: i
     ) -> tuple[Carry, jax.Array, Scalars]:
         def given(i: jax.Array) -> tuple[Any, Any]:
             return shared, jax.tree.map(lambda x: x[i], entries) if source.stacked else entries
-
-        Loop: TypeAlias = tuple[jax.Array, jax.Array, Carry, Scalars]
 
         def unfinished(loop: Loop) -> jax.Array:
             return (loop[0] < count) & ~loop[1]
@@ -114,6 +114,8 @@ def scalars_of(info: Mapping[str, Any]) -> Scalars:
 
 
 def _better(best: Best, carry: Carry, scalars: Scalars) -> Best:
+    if Metric.LOSS not in scalars:
+        return best
     loss = scalars[Metric.LOSS].astype(best.loss.dtype)
     here = Best(carry.params, carry.state.model_state, loss)
     return jax.lax.cond(loss < best.loss, lambda: here, lambda: best)

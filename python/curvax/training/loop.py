@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 from typing import Any
 
@@ -28,7 +28,7 @@ from curvax.keys import check_key
 from curvax.keywords import spread
 from curvax.method import AbstractMethod
 from curvax.telemetry import Metric
-from curvax.training.batches import Source, Taken, source_of
+from curvax.training.batches import Taken, source_of
 from curvax.training.checkpoints import Checkpoints, Snapshot, Store
 from curvax.training.chunk import Best, Bounds, Carry, compiled_chunk
 from curvax.training.history import Columns, History, Recorder
@@ -47,12 +47,13 @@ class FitOptions:
       method: any method of curvax, or `curvax.first_order(...)` of an Optax optimizer.
       params: the parameters, which stay as they are: the run works on a copy.
       batches: one batch, which is the same in every step; a list of batches, which begins anew at its end; a function
-        step -> batch; a loader, which begins anew, or an iterator, which does not; `curvax.training.Minibatches` of data
-        in memory; `curvax.training.Sampler`, which draws from the parameters. NumPy or JAX arrays.
+        step -> batch; a loader, which begins anew, or an iterator, which does not; `curvax.training.Minibatches` of
+        data in memory; `curvax.training.Sampler`, which draws from the parameters. NumPy or JAX arrays.
       steps: how many steps.
       rng: random key, as for `method.step`; `None` is enough for what draws nothing.
       state: to go on from, as an earlier result or `method.init` returned it; models with `has_state` need
-        `method.init(params, batch=batch, model_state=model_state)`. By default `method.init(params, batch=first batch)`.
+        `method.init(params, batch=batch, model_state=model_state)`. By default `method.init(params)`, with the first
+        batch where the method needs one.
       stop: rules that end the run early; none by default.
       evaluate: a measure of the parameters, whose best are kept; by default the training loss chooses them, which on
         minibatches is that of a minibatch.
@@ -224,8 +225,7 @@ class _Run:
         return jax.eval_shape(draw, params, self.source.start, self.rng)
 
     def _first_best(self, carry: Carry) -> Best | None:
-        records = getattr(self.options.method, "telemetry", None) or self.options.method.assembly.telemetry
-        if self.evaluator is not None or Metric.LOSS not in {r.metric for r in records.records}:
+        if self.evaluator is not None:
             return None
         loss = jnp.asarray(jnp.inf, jnp.result_type(float))
         return Best(copied(carry.params), copied(carry.state.model_state), loss)
@@ -301,7 +301,7 @@ class _Run:
             self.reason = Reason.BATCHES if self.taken.count == 0 else None
         ran, columns = self._fetch(done, rows)
         self._record(columns, ran, time.perf_counter() - start)
-        self._stop_after(columns, ran < count)
+        self._stop_after(columns)
 
     @staticmethod
     def _fetch(done: jax.Array, rows: dict[str, jax.Array]) -> tuple[int, Columns]:
@@ -327,16 +327,15 @@ class _Run:
     def _fail(self, message: str) -> None:
         raise FitFailed(message, self._result(Reason.STEPS)) from None
 
-    def _stop_after(self, columns: Columns, early: bool) -> None:
+    def _stop_after(self, columns: Columns) -> None:
         stop = self.options.stop
-        last = {name: float(column[-1]) for name, column in columns.items()}
         if stop.gradient is not None and Metric.GRADIENT_NORM not in columns:
             raise ValueError(
                 'Stop(gradient=...) reads gradient_norm: give the method metrics=(MetricRecord("gradient_norm"),).'
             )
-        if stop.loss is not None and last.get(Metric.LOSS, math.inf) <= stop.loss:
+        if _at_most(columns, Metric.LOSS, stop.loss):
             self.reason = Reason.LOSS
-        elif stop.gradient is not None and last[Metric.GRADIENT_NORM] <= stop.gradient:
+        elif _at_most(columns, Metric.GRADIENT_NORM, stop.gradient):
             self.reason = Reason.GRADIENT
         elif self.done >= self.options.steps:
             self.reason = Reason.STEPS
@@ -383,7 +382,7 @@ class _Run:
         best = (params, state.model_state)
         if self.evaluator is not None:
             best = self.evaluator.best or best
-        elif self.carry.best is not None:
+        elif self.carry.best is not None and math.isfinite(self.carry.best.loss):
             best = (self.carry.best.params, self.carry.best.model_state)
         return FitResult(params, state, *best, self.recorder.history(), reason)
 
@@ -399,7 +398,7 @@ class _Interrupts:
         self.pending, self._held = False, False
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> Generator[None]:
         """Python's handler is replaced meanwhile; in other threads than the main one there is none to replace."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -411,7 +410,7 @@ class _Interrupts:
             signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """No interrupt is raised meanwhile."""
         self._held = True
         try:
@@ -424,6 +423,14 @@ class _Interrupts:
         again, self.pending = self.pending, True
         if again and not self._held:
             raise KeyboardInterrupt
+
+
+def _at_most(columns: Columns, metric: Metric, bound: float | None) -> bool:
+    """What the program has seen of the last step, in the very dtype in which it compared."""
+    if bound is None or metric not in columns:
+        return False
+    column = columns[metric]
+    return bool(column[-1] <= np.asarray(bound, jnp.result_type(float)).astype(column.dtype))
 
 
 def _info(columns: Columns, step: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import sys
 import time
 from types import TracebackType
@@ -51,10 +52,11 @@ class _Silent(Display):
 
 class _Lines(Display):
     def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress, self._steps, self._shown = progress, steps, time.monotonic()
+        self._progress, self._steps, self._shown = progress, steps, math.inf
 
     def show(self, done: int, recorder: Recorder, *, last: bool = False) -> None:
         now = time.monotonic()
+        self._shown = min(self._shown, now)  # compilation, which comes before the first steps, is not waited for
         if last or now - self._shown >= self._progress.seconds:
             self._shown = now
             text = f"step {done:>{len(str(self._steps))}} of {self._steps}  {recorder.elapsed:7.2f} s  {note(recorder)}"
