@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -49,9 +50,16 @@ def table_of_race(
     )
 
 
-def draw_race(results: Mapping[str, FitResult], measure: str, words: tuple[str, str], path: Path) -> None:
-    """The measure against seconds, both logarithmic; `words` are the title and the measure's name."""
-    title, label = words
+class Words(NamedTuple):
+    """What stands at a picture."""
+
+    title: str
+    measure: str
+    seconds: str = "seconds of training"
+
+
+def draw_race(results: Mapping[str, FitResult], measure: str, words: Words, path: Path) -> None:
+    """The measure against seconds, both logarithmic."""
     figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
     for color, (name, result) in zip(_COLORS, results.items(), strict=False):
         evaluations = result.history.evaluations
@@ -59,11 +67,11 @@ def draw_race(results: Mapping[str, FitResult], measure: str, words: tuple[str, 
         # The start has no place on a logarithmic axis of seconds.
         axis.plot(x[1:], y[1:], color=color, linewidth=2.6 if color == _COLORS[0] else 1.6)
         axis.annotate(name, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=color, va="center")
-    axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=label)
+    axis.set(xscale="log", yscale="log", xlabel=words.seconds, ylabel=words.measure)
     axis.grid(True, which="major", color="0.88")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlim(right=axis.get_xlim()[1] * 2.2)
-    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_title(words.title, loc="left", fontsize=11)
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
         (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")

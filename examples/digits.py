@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import draw_race, seconds_to, table_of_race
+from _report import Words, draw_race, seconds_to, table_of_race
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -128,9 +128,8 @@ def main() -> None:
         + ", ".join(f"{name} {count}" for name, count in steps.items())
         + "."
     )
-    draw_race(
-        results, "loss", (f"Handwritten digits, {'-'.join(map(str, WIDTHS))} network", "test loss"), options.picture
-    )
+    words = Words(f"Handwritten digits, {'-'.join(map(str, WIDTHS))} network", "test loss")
+    draw_race(results, "loss", words, options.picture)
     return None
 
 

@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
@@ -60,6 +60,8 @@ class FitOptions:
       checkpoints: where the run is saved, and taken up again; nowhere by default.
       progress: `False` shows nothing; `Progress(label=...)` names the run.
       check: what bounds refused steps in a row, `curvax.Check()`.
+      clock: what seconds are; `time.process_time`, the processor time of all threads, does not see who else uses the
+        machine.
       chunk: steps of a compiled chunk; by default, `None`, as many as take about a third of a second.
     """
 
@@ -75,6 +77,7 @@ class FitOptions:
     checkpoints: Checkpoints | None = None
     progress: Progress | bool = True
     check: Check | None = None
+    clock: Callable[[], float] = time.perf_counter
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -250,10 +253,10 @@ class _Run:
             return
         self._take()
         for _ in range(3):
-            before, start = _shardings(self.carry), time.perf_counter()
+            before, start = _shardings(self.carry), self.options.clock()
             self._call(0)
             jax.block_until_ready(self.carry)
-            self.recorder.compile_seconds += time.perf_counter() - start
+            self.recorder.compile_seconds += self.options.clock() - start
             if _shardings(self.carry) == before:
                 return
 
@@ -293,14 +296,14 @@ class _Run:
         self._take()
         if self.reason is not None:
             return
-        count, start = self.taken.count, time.perf_counter()
+        count, start = self.taken.count, self.options.clock()
         done, rows = self._call(count)
         following = self.done + count
         if following < self.options.steps:
             self.taken = self.source.take(self.begin + following, self._length(following))
             self.reason = Reason.BATCHES if self.taken.count == 0 else None
         ran, columns = self._fetch(done, rows)
-        self._record(columns, ran, time.perf_counter() - start)
+        self._record(columns, ran, self.options.clock() - start)
         self._stop_after(columns)
 
     @staticmethod
@@ -311,7 +314,7 @@ class _Run:
     def _record(self, columns: Columns, ran: int, seconds: float) -> None:
         first = not self.done
         self.recorder.add(columns, seconds)
-        self.done, self.pace = self.done + ran, seconds / ran
+        self.done, self.pace = self.done + ran, max(seconds, 1e-9) / ran
         if self.options.chunk is None:
             self.chunk = max(min(_GROWTH * ran, int(_CHUNK_SECONDS / self.pace)), 1)
         loss = float(columns[Metric.LOSS][0]) if Metric.LOSS in columns else 0.0

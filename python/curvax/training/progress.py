@@ -52,13 +52,13 @@ class _Silent(Display):
 
 class _Lines(Display):
     def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress, self._steps, self._shown = progress, steps, math.inf
+        self._progress, self._steps, self._shown, self._done = progress, steps, math.inf, -1
 
     def show(self, done: int, recorder: Recorder, *, last: bool = False) -> None:
         now = time.monotonic()
         self._shown = min(self._shown, now)  # compilation, which comes before the first steps, is not waited for
-        if last or now - self._shown >= self._progress.seconds:
-            self._shown = now
+        if (last and done != self._done) or now - self._shown >= self._progress.seconds:
+            self._shown, self._done = now, done
             text = f"step {done:>{len(str(self._steps))}} of {self._steps}  {recorder.elapsed:7.2f} s  {note(recorder)}"
             print(f"{self._progress.label}  {text}", flush=True)
 
