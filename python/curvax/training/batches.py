@@ -100,16 +100,22 @@ class Taken(NamedTuple):
     count: int
 
 
+DrawInside = Callable[[tuple[Any, Any], PyTree, PyTree, jax.Array | None], tuple[Any, PyTree]]
+"""((shared, entry), carried, parameters, key) -> (batch, carried); equal functions share a compiled program."""
+
+
 class Source(abc.ABC):
     """Batches as a chunk takes them: `take` on the host, `draw` inside the compiled chunk.
 
     Attributes:
+      draw: makes the batch of one step from what is shared and its entry.
       shared: arrays that all chunks read.
       start: what is carried from draw to draw.
       capacity: most steps of a chunk.
       stacked: whether `entries` have one for each step.
     """
 
+    draw: DrawInside
     shared: Any = ()
     start: PyTree = ()
     capacity: int = _MOST_STEPS
@@ -119,10 +125,6 @@ class Source(abc.ABC):
     def take(self, first: int, count: int) -> Taken:
         """What the steps from number `first` on need, for at most `count` of them."""
 
-    @abc.abstractmethod
-    def draw(self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
-        """(batch, carried) of one step from (shared, its entry)."""
-
     def skip(self, count: int) -> None:
         """Passes over the batches of a run that goes on from a checkpoint; nothing where the step number tells them."""
         del count
@@ -130,20 +132,17 @@ class Source(abc.ABC):
 
 class _Repeated(Source):
     def __init__(self, batch: Any) -> None:
-        self.shared = jax.tree.map(jnp.asarray, batch)
+        self.draw, self.shared = _draw_shared, jax.tree.map(jnp.asarray, batch)
 
     def take(self, first: int, count: int) -> Taken:
         return Taken((), count)
-
-    def draw(self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
-        return given[0], carried
 
 
 class _Rows(Source):
     stacked = True
 
     def __init__(self, batches: Minibatches) -> None:
-        self._batches, self.shared = batches, jax.tree.map(jnp.asarray, batches.data)
+        self.draw, self._batches, self.shared = _draw_rows, batches, jax.tree.map(jnp.asarray, batches.data)
         self.capacity = max(min(_MOST_STEPS, _STACKED_BYTES // (4 * batches.size)), 1)
 
     def take(self, first: int, count: int) -> Taken:
@@ -151,29 +150,20 @@ class _Rows(Source):
         rows[:count] = self._batches.rows(first, count)
         return Taken(rows, count)
 
-    def draw(self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
-        data, rows = given
-        return jax.tree.map(lambda leaf: leaf[rows], data), carried
-
 
 class _Drawn(Source):
     def __init__(self, sampler: Sampler) -> None:
-        self._draw, self.start = sampler.draw, jax.tree.map(jnp.asarray, sampler.start)
+        self.draw, self.start = _DrawBySampler(sampler.draw), jax.tree.map(jnp.asarray, sampler.start)
 
     def take(self, first: int, count: int) -> Taken:
         return Taken((), count)
-
-    def draw(self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
-        if key is None:
-            raise ValueError("a Sampler draws at random: pass rng=jax.random.key(0), say.")
-        return self._draw(key, params, carried)
 
 
 class _Read(Source):
     """Batches that Python makes, one for each step."""
 
     def __init__(self, reader: _Reader) -> None:
-        self._reader, self._ahead = reader, reader.read(None)
+        self.draw, self._reader, self._ahead = _draw_entry, reader, reader.read(None)
         if self._ahead is None:
             raise ValueError("there are no batches: the iterator is empty.")
         self.capacity = _stackable(self._ahead)
@@ -201,11 +191,33 @@ class _Read(Source):
             row[...] = leaf
         return together
 
-    def draw(self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
-        return given[1], carried
-
     def skip(self, count: int) -> None:
         self._ahead = self._reader.skip(count, self._ahead)
+
+
+def _draw_shared(given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
+    return given[0], carried
+
+
+def _draw_rows(given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
+    data, rows = given
+    return jax.tree.map(lambda leaf: leaf[rows], data), carried
+
+
+def _draw_entry(given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None) -> tuple[Any, Any]:
+    return given[1], carried
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawBySampler:
+    draw: Draw
+
+    def __call__(
+        self, given: tuple[Any, Any], carried: PyTree, params: PyTree, key: jax.Array | None
+    ) -> tuple[Any, Any]:
+        if key is None:
+            raise ValueError("a Sampler draws at random: pass rng=jax.random.key(0), say.")
+        return self.draw(key, params, carried)
 
 
 class _Reader(abc.ABC):

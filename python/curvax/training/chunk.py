@@ -7,6 +7,7 @@ where its chunks end.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from curvax.method import AbstractMethod
 from curvax.telemetry import Metric
-from curvax.training.batches import Source, draw_key
+from curvax.training.batches import DrawInside, draw_key
 from curvax.tree import PyTree
 
 Scalars: TypeAlias = dict[str, jax.Array]
@@ -67,15 +68,17 @@ Loop: TypeAlias = tuple[jax.Array, jax.Array, Carry, Scalars]
 Program: TypeAlias = Callable[..., tuple[Carry, jax.Array, Scalars]]
 
 
-def compiled_chunk(method: AbstractMethod[Any, Any], source: Source, capacity: int) -> Program:
+@functools.lru_cache(maxsize=16)
+def compiled_chunk(method: AbstractMethod[Any, Any], draw: DrawInside, capacity: int, *, stacked: bool) -> Program:
     """A jitted function of (carry, shared, entries, count, rng, bounds), which donates the carry.
 
-    It returns (carry, steps done, scalars of the info of each step (capacity,)).
+    It returns (carry, steps done, scalars of the info of each step (capacity,)). Another run of the same method, with
+    other parameters, data or seeds, gets the same function, which is compiled already.
     """
 
     def step(carry: Carry, given: tuple[Any, Any], rng: jax.Array | None) -> tuple[Carry, Scalars]:
         key = draw_key(rng, carry.state.step)
-        batch, carried = source.draw(given, carry.carried, carry.params, key)
+        batch, carried = draw(given, carry.carried, carry.params, key)
         # The step is compiled apart from how its batch came about, so that its rounding is the same for all sources.
         batch = jax.lax.optimization_barrier(batch)
         params, state, info = method.step(carry.params, batch, carry.state, rng)
@@ -87,7 +90,7 @@ def compiled_chunk(method: AbstractMethod[Any, Any], source: Source, capacity: i
         carry: Carry, shared: Any, entries: Any, count: jax.Array, rng: jax.Array | None, bounds: Bounds
     ) -> tuple[Carry, jax.Array, Scalars]:
         def given(i: jax.Array) -> tuple[Any, Any]:
-            return shared, jax.tree.map(lambda x: x[i], entries) if source.stacked else entries
+            return shared, jax.tree.map(lambda x: x[i], entries) if stacked else entries
 
         def unfinished(loop: Loop) -> jax.Array:
             return (loop[0] < count) & ~loop[1]

@@ -168,7 +168,7 @@ class _Run:
         self.taken = self.source.take(self.begin, 1)
         self.carry = self._first_carry()
         self.store = None if options.checkpoints is None else Store(options.checkpoints)
-        self.program = compiled_chunk(options.method, self.source, self.capacity)
+        self.program = compiled_chunk(options.method, self.source.draw, self.capacity, stacked=self.source.stacked)
         self.interrupts = _Interrupts()
 
     def result(self) -> FitResult:
