@@ -76,6 +76,15 @@ def first_order(
 
 
 TUNED = {"AdamW": (optax.adamw, 1e-1, 1e-1), "SOAP": (soap, 1e-2, 1e-1)}
+PRESETS = {"gauss_newton": curvax.gauss_newton, "kfac": curvax.kfac}
+NAMES = (*PRESETS, *TUNED)
+
+
+def contender(name: str, steps: int) -> curvax.AbstractMethod:
+    """A preset at its defaults, or a tuned optimizer."""
+    if name in PRESETS:
+        return PRESETS[name](predict_fn=predict, loss=LOSS)
+    return first_order(*TUNED[name], steps)
 
 
 def train(name: str, method: curvax.AbstractMethod, data: Split, options: argparse.Namespace, seed: int) -> FitResult:
@@ -105,21 +114,22 @@ def tune(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a small network on handwritten digits.")
+    parser.add_argument("names", nargs="*", metavar="METHOD", help=f"from {', '.join(NAMES)}; all by default")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (200)")
     parser.add_argument("--batch", type=int, default=64, help="examples per batch (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the start and the order of examples (0)")
     parser.add_argument("--picture", type=Path, default=Path("digits.png"), help="where it is drawn (digits.png)")
     parser.add_argument("--tune", action="store_true", help="try all settings on a part of the training set")
     options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"there is no method {min(unknown)!r}: choose from {', '.join(NAMES)}.")
     if options.tune:
         return tune(options)
     data = load(tuning=False)
-    methods = {
-        "gauss_newton": curvax.gauss_newton(predict_fn=predict, loss=LOSS),
-        "kfac": curvax.kfac(predict_fn=predict, loss=LOSS),
-        **{n: first_order(make, rate, decay, options.steps) for n, (make, rate, decay) in TUNED.items()},
+    results = {
+        name: train(name, contender(name, options.steps), data, options, options.seed)
+        for name in options.names or NAMES
     }
-    results = {name: train(name, method, data, options, options.seed) for name, method in methods.items()}
     print(table_of_race(results, "accuracy", GOALS, rising=True))
     first = min(results, key=lambda name: seconds_to(results[name], "accuracy", GOALS[-1], rising=True))
     steps = {name: steps_to(result) for name, result in results.items()}

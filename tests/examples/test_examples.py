@@ -38,13 +38,14 @@ def test_the_demo_on_physics_at_a_tiny_size(tmp_path):
     text = run("demo_pinn.py", "gauss_newton", "Adam", "--seconds", "1", cwd=tmp_path)
     errors = {name: last(rf"^{name} .*?(\d\.\de[+-]\d\d)", text) for name in ("gauss_newton", "Adam")}
     assert errors["gauss_newton"] < 1, errors  # a second, on however busy a machine, is no time to compare
-    assert "What you see: after 1 s gauss_newton, at its defaults, is" in text
+    assert "What you see: after 1 s the error of gauss_newton, untuned, is" in text
     assert (tmp_path / "demo_pinn.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_demo_on_digits_at_a_tiny_size(tmp_path):
-    text = run("digits.py", "--steps", "60", "--batch", "32", "--picture", "out/digits.png", cwd=tmp_path)
-    for name in ("gauss_newton", "kfac", "AdamW", "SOAP"):
+    names = ("gauss_newton", "AdamW")
+    text = run("digits.py", *names, "--steps", "60", "--batch", "32", "--picture", "out/digits.png", cwd=tmp_path)
+    for name in names:
         assert last(rf"^{name} .*?(\d\d\.\d\d)%", text) > 85, name
     assert "s to 95%" in text and "What you see: " in text
     assert (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")

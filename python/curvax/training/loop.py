@@ -142,7 +142,8 @@ def fit(options: FitOptions) -> FitResult:
         result.params, result.best_params, result.history["loss"], result.reason
 
     Steps run in compiled chunks with parameters and state donated; nothing waits for the device between them. Ctrl-C
-    ends the run after the chunk under way and returns what there is; a second one does so at once.
+    ends the run after the chunk under way and returns what there is; a second one also breaks off what Python does, a
+    loader that hangs, say.
 
     Raises:
       FitFailed: more than `check.max_skips` steps in a row were refused, or the first loss is no number.
@@ -298,21 +299,29 @@ class _Run:
             return
         count, start = self.taken.count, self.options.clock()
         done, rows = self._call(count)
-        following = self.done + count
+        try:
+            self._read_ahead(self.done + count)
+        finally:
+            # The history goes with the parameters, even if reading was broken off.
+            with self.interrupts.held():
+                columns = self._fetch(done, rows)
+                self._record(columns, self.options.clock() - start)
+        self._stop_after(columns)
+
+    def _read_ahead(self, following: int) -> None:
+        """The batches of the chunk that begins after so many steps."""
+        self.taken = Taken(None, 0)
         if following < self.options.steps:
             self.taken = self.source.take(self.begin + following, self._length(following))
             self.reason = Reason.BATCHES if self.taken.count == 0 else None
-        ran, columns = self._fetch(done, rows)
-        self._record(columns, ran, self.options.clock() - start)
-        self._stop_after(columns)
 
     @staticmethod
-    def _fetch(done: jax.Array, rows: dict[str, jax.Array]) -> tuple[int, Columns]:
+    def _fetch(done: jax.Array, rows: dict[str, jax.Array]) -> Columns:
         ran, columns = jax.device_get((done, rows))
-        return int(ran), {name: column[:ran].copy() for name, column in columns.items()}
+        return {name: column[:ran].copy() for name, column in columns.items()}
 
-    def _record(self, columns: Columns, ran: int, seconds: float) -> None:
-        first = not self.done
+    def _record(self, columns: Columns, seconds: float) -> None:
+        first, ran = not self.done, len(columns[Metric.STEP])
         self.recorder.add(columns, seconds)
         self.done, self.pace = self.done + ran, max(seconds, 1e-9) / ran
         if self.options.chunk is None:
@@ -410,7 +419,9 @@ class _Interrupts:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            # `None` is a handler that was not set from Python, and cannot be set again from there.
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
