@@ -131,22 +131,20 @@ def main() -> None:
         for name in options.names or NAMES
     }
     print(table_of_race(results, "accuracy", GOALS, rising=True))
-    first = min(results, key=lambda name: seconds_to(results[name], "accuracy", GOALS[-1], rising=True))
-    steps = {name: steps_to(result) for name, result in results.items()}
-    print(
-        f"What you see: {first} is the first at {GOALS[-1]:.0%}; in steps it takes "
-        + ", ".join(f"{name} {count}" for name, count in steps.items())
-        + "."
-    )
+    print(f"What you see: to {GOALS[-1]:.0%} of test accuracy " + ", ".join(map(path_to_goal, results.items())) + ".")
     words = Words(f"Handwritten digits, {'-'.join(map(str, WIDTHS))} network", "test loss")
     draw_race(results, "loss", words, options.picture)
     return None
 
 
-def steps_to(result: FitResult) -> str:
-    """Steps to the highest goal."""
-    reached = result.history.evaluations["accuracy"] >= GOALS[-1]
-    return str(result.history.evaluations["step"][np.argmax(reached)]) if reached.any() else "more than it had"
+def path_to_goal(named: tuple[str, FitResult]) -> str:
+    """Steps and seconds to the highest goal, in words."""
+    name, result = named
+    seconds = seconds_to(result, "accuracy", GOALS[-1], rising=True)
+    if np.isinf(seconds):
+        return f"{name} does not come"
+    steps = result.history.evaluations["step"][np.argmax(result.history.evaluations["accuracy"] >= GOALS[-1])]
+    return f"{name} takes {steps} steps and {seconds:.2f} s"
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ class _Run:
         if self.options.chunk is None:
             self.chunk = max(min(_GROWTH * ran, int(_CHUNK_SECONDS / self.pace)), 1)
         loss = float(columns[Metric.LOSS][0]) if Metric.LOSS in columns else 0.0
-        if first and not math.isfinite(loss):
+        if first and not math.isfinite(loss) and not columns[Metric.ACCEPTED][0]:
             self._fail(f"the loss of the first step is {loss}. {cause_of_refusal(_info(columns, 0))}")
         refused = np.flatnonzero(~columns[Metric.ACCEPTED] | columns.get(Metric.UNDONE, np.zeros(ran, bool)))
         try:
