@@ -75,7 +75,7 @@ def first_order(
     return curvax.first_order(tx, predict_fn=predict, loss=LOSS)
 
 
-TUNED = {"AdamW": (optax.adamw, 1e-1, 1e-1), "SOAP": (soap, 1e-2, 1e-1)}
+TUNED = {"AdamW": (optax.adamw, 1e-1, 1e-1), "SOAP": (soap, 3e-2, 3e-1)}
 PRESETS = {"gauss_newton": curvax.gauss_newton, "kfac": curvax.kfac}
 NAMES = (*PRESETS, *TUNED)
 
