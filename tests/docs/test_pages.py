@@ -65,7 +65,7 @@ def test_the_page_on_batches_runs() -> None:
 def test_the_page_on_physics_runs() -> None:
     scope = run(DOCS / "physics.md")
     assert (
-        scope["error"] < 2e-3
+        float(scope["error"]) < 2e-3
         and bool(scope["info"]["finite"])
         and set(scope["batch"]["weights"]) == set(scope["terms"])
     )
