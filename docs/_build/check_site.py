@@ -45,7 +45,7 @@ def main(site: pathlib.Path) -> int:
     shown = set[str]().union(*(page.anchors for page in pages.values()))
     for module, names in public_modules().items():
         faults += [
-            f"{module}.{name} is on no page: write `::: {module}` into a page in docs/reference."
+            f"{module}.{name} is on no page: has it a docstring, and does docs/_build/public_names.py see it?"
             for name in names
             if not {f"{module}.{name}", origin(module, name)} & shown
         ]

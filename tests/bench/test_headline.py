@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-
 from bench import headline
 
 ROOT = pathlib.Path(__file__).parents[2]

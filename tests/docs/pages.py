@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from tests.oracle.compiling import quick_jit
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 X64 = 'jax.config.update("jax_enable_x64", True)'
@@ -21,13 +23,14 @@ def blocks(page: Path) -> list[str]:
 def run(page: Path) -> dict[str, Any]:
     """Runs a page and returns its names.
 
-    A page without imports goes on from the first block of docs/start.md, as that page says. JAX's promotion of dtypes is
-    a reader's; 64-bit types end with the page.
+    A page without imports goes on from the first block of docs/start.md, as that page says. JAX's promotion of dtypes
+    is a reader's; 64-bit types end with the page, and what it jits is compiled in a hurry.
     """
     own = blocks(page)
-    scope: dict[str, Any] = {"__name__": page.stem}
+    scope: dict[str, Any] = {"__name__": page.stem, "quick_jit": quick_jit}
     if "import curvax\n" not in "".join(own):
         own = [blocks(DOCS / "start.md")[0], *own]
-    with jax.enable_x64(any(X64 in block for block in own)), jax.numpy_dtype_promotion("standard"):
-        exec(compile("\n".join(own).replace(X64, ""), str(page), "exec", dont_inherit=True), scope)
+    program = "\n".join(own).replace(X64, "").replace("jax.jit", "quick_jit")
+    with jax.enable_x64(X64 in "".join(own)), jax.numpy_dtype_promotion("standard"):
+        exec(compile(program, str(page), "exec", dont_inherit=True), scope)
     return scope

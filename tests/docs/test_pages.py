@@ -1,12 +1,15 @@
-"""The README and every page run, top to bottom, and README stays short."""
+"""README and every page run, top to bottom; README stays short, and pages that list things list all of them."""
 
 from __future__ import annotations
 
+import enum
 import re
 from pathlib import Path
 
 import pytest
 
+from curvax.losses import BatchFault
+from curvax.solvers import Result
 from tests.docs.pages import DOCS, ROOT, blocks, run
 
 README = ROOT / "README.md"
@@ -33,6 +36,20 @@ def test_every_preset_is_on_the_page_of_methods() -> None:
 
     text = (DOCS / "methods.md").read_text()
     assert [name for name in curvax.list_methods() if f"`{name}`" not in text] == []
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("codes", [Result, BatchFault])
+def test_every_code_is_on_the_page_of_troubles(codes: type[enum.IntEnum]) -> None:
+    text = (DOCS / "troubleshooting.md").read_text()
+    assert [code.name for code in codes if f"\n| {code.name} |" not in text] == []
+
+
+@pytest.mark.fast
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if "_build" not in page.parts]
+    assert [page for page in pages if f" {page}\n" not in navigation] == []
 
 
 @pytest.mark.parametrize(
