@@ -88,8 +88,10 @@ lint: $(VENV)/.dev package-layout
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
+# The packages of the extra `docs` by themselves: an installation of curvax with it would compile the C++ again.
+DOCS_PACKAGES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 $(VENV)/.docs: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS),docs]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$($(BIN)/python -c '$(DOCS_PACKAGES)')
 	@touch $@
 
 # Strict: a page or a link that is missing stops it, and so does a public name that no page shows.
