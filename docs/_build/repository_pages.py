@@ -58,28 +58,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "examples/index.md", content=_table_of(examples)))
     for path in sorted((ROOT / "bench/results").rglob("*.png")):
         files.append(File.generated(config, place(_relative(path)) or "", abs_src_path=str(path)))
-    for section, folder in (("Benchmarks", "benchmarks"), ("Examples", "examples"), ("Reference", "reference")):
-        _extend(config.nav or [], section, sorted(f.src_uri for f in files.documentation_pages() if _in(f, folder)))
+    _complete(config.nav or [], [file.src_uri for file in files.documentation_pages()])
     return files
 
 
-def _in(file: File, folder: str) -> bool:
-    return file.src_uri.startswith(folder + "/")
+SECTIONS = {"benchmarks": "Benchmarks", "examples": "Examples", "reference": "Reference"}
+ELSEWHERE = "How to"
 
 
-def _extend(nav: list[dict[str, list[Any]]], section: str, pages: list[str]) -> None:
-    """Adds to a section of the navigation the pages that it does not name."""
-    (entries,) = (content for entry in nav for title, content in entry.items() if title == section)
+def _complete(nav: list[dict[str, list[Any]]], pages: list[str]) -> None:
+    """Adds the pages that the navigation does not name, each to the section of its folder."""
+    sections = {title: content for entry in nav for title, content in entry.items()}
+    entries = [entry for content in sections.values() for entry in content]
     named = {page for entry in entries for page in (entry.values() if isinstance(entry, dict) else (entry,))}
-    folder = pages[0].split("/")[0] + "/"
-    entries += [{page.removeprefix(folder).removesuffix(".md"): page} for page in pages if page not in named]
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of pages in docs/ get their addresses on the site."""
-    if page.file.generated_by is not None:
-        return markdown
-    return _relinked(markdown, f"docs/{page.file.src_uri}")
+    for page in sorted(set(pages) - named):
+        folder, _, name = page.rpartition("/") if page.split("/")[0] not in SECTIONS else page.partition("/")
+        entry = {name.removesuffix(".md"): page} if folder in SECTIONS else page
+        sections[SECTIONS.get(folder, ELSEWHERE)].append(entry)
 
 
 def _table_of(examples: list[pathlib.Path]) -> str:
