@@ -96,8 +96,8 @@ $(VENV)/.docs: $(STAMP)
 
 # Strict: a page or a link that is missing stops it, and so does a public name that no page shows.
 docs: $(VENV)/.docs package-layout
-	@$(MKDOCS) build --quiet --clean
-	@$(BIN)/python docs/_build/check_site.py build/site
+	@$(MKDOCS) build --clean
+	@$(BIN)/python docs/_site/check_site.py build/site
 
 docs-serve: $(VENV)/.docs package-layout
 	@$(MKDOCS) serve --watch README.md --watch bench --watch python

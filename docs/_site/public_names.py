@@ -1,7 +1,8 @@
 """The public names of curvax: what each public module offers, read from its source.
 
-A module offers what it lists in `__all__`; a package without the list what it imports as itself (`from x import Y as Y`); any
-other module what it defines without an underscore. Public modules are `curvax` and those that it imports as itself.
+A module offers what it lists in `__all__`; a package without the list what it imports as itself (`from x import Y as
+Y`); any other module what it defines without an underscore. Public modules are `curvax` and those that it imports as
+itself.
 """
 
 from __future__ import annotations

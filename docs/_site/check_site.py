@@ -1,9 +1,9 @@
 """Checks a built site: every link leads to a page and to an anchor in it, and every public name has a heading.
 
-python docs/_build/check_site.py build/site
+python docs/_site/check_site.py build/site
 
-mkdocs checks what authors write; this reads what browsers get, so links of docstrings, of tables made from rows and of the theme
-are looked at too. Addresses beyond the site are not.
+mkdocs checks what authors write; this reads what browsers get, so links of docstrings, of tables made from rows and of
+the theme are looked at too. Addresses beyond the site are not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(site: pathlib.Path) -> int:
     shown = set[str]().union(*(page.anchors for page in pages.values()))
     for module, names in public_modules().items():
         faults += [
-            f"{module}.{name} is on no page: has it a docstring, and does docs/_build/public_names.py see it?"
+            f"{module}.{name} is on no page: has it a docstring, and does docs/_site/public_names.py see it?"
             for name in names
             if not {f"{module}.{name}", origin(module, name)} & shown
         ]

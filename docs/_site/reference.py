@@ -1,8 +1,8 @@
 """The reference: a page for each public module, and one for the presets.
 
-A hook of mkdocs (mkdocs.yml). The page of a module has all of its public names, so none is forgotten; docstrings come from
-mkdocstrings. Presets take their keywords from classes of options, which only the running package puts together, so their page
-is made from `curvax.describe`.
+A hook of mkdocs (mkdocs.yml). The page of a module has all of its public names, so none is forgotten; docstrings come
+from mkdocstrings. Presets take their keywords from classes of options, which only the running package puts together, so
+their page is made from `curvax.describe`.
 """
 
 from __future__ import annotations

@@ -77,11 +77,20 @@ def _complete(nav: list[dict[str, list[Any]]], pages: list[str]) -> None:
         sections[SECTIONS.get(folder, ELSEWHERE)].append(entry)
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links of pages in docs/ get their addresses on the site."""
+    if page.file.generated_by is not None:
+        return markdown
+    return _relinked(markdown, f"docs/{page.file.src_uri}")
+
+
 def _table_of(examples: list[pathlib.Path]) -> str:
     lines = ["# Examples", "", "Each runs as it is, from the root of a checkout, and prints what it does.", ""]
     for path in examples:
         first = path.read_text().removeprefix('"""').split("\n")[0].removesuffix('"""')
-        lines.append(f"- [`{_relative(path)}`]({_relative(path).removeprefix('examples/').removesuffix('.py')}.md): {first}")
+        lines.append(
+            f"- [`{_relative(path)}`]({_relative(path).removeprefix('examples/').removesuffix('.py')}.md): {first}"
+        )
     return "\n".join(lines) + "\n"
 
 
