@@ -1,9 +1,9 @@
 """Pages of the site that stand elsewhere in the repository, and links between all of them.
 
 A hook of mkdocs (mkdocs.yml). README.md is the front page, bench/ the page on benchmarks with a page for each table of
-rows, CHANGELOG.md and CONTRIBUTING.md are pages, and so is each file of examples/. Every page links as in the repository,
-`[x](../bench/README.md)`, so that links work in an editor and on the site; here they get the addresses of the site. A link to
-what is no page is a warning, and the strict build stops at it.
+rows, CHANGELOG.md and CONTRIBUTING.md are pages, and so is each file of examples/. Every page links as in the
+repository, `[x](../bench/README.md)`, so that links work in an editor and on the site; here they get the addresses of
+the site. A link to what is no page is a warning, and the strict build stops at it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 LOG = logging.getLogger("mkdocs.hooks.repository_pages")
 
 ALONE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+SECTIONS = {"benchmarks": "Benchmarks", "examples": "Examples", "reference": "Reference"}
+ELSEWHERE = "How to"
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(^```.*?^```$|^ {4,}.*?$|`[^`\n]*`)", flags=re.DOTALL | re.MULTILINE)
 
@@ -45,7 +47,7 @@ def place(path: str) -> str | None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that do not stand in docs/."""
-    examples = sorted(path for path in (ROOT / "examples").rglob("*.py") if not path.name.startswith("_"))
+    examples = sorted((ROOT / "examples").rglob("[!_]*.py")) + sorted((ROOT / "examples").rglob("__main__.py"))
     texts = {path: (ROOT / path).read_text() for path in (*ALONE, "bench/README.md")}
     for path in sorted((ROOT / "bench/results").rglob("*.md")):
         texts[_relative(path)] = path.read_text()
@@ -60,10 +62,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, place(_relative(path)) or "", abs_src_path=str(path)))
     _complete(config.nav or [], [file.src_uri for file in files.documentation_pages()])
     return files
-
-
-SECTIONS = {"benchmarks": "Benchmarks", "examples": "Examples", "reference": "Reference"}
-ELSEWHERE = "How to"
 
 
 def _complete(nav: list[dict[str, list[Any]]], pages: list[str]) -> None:
