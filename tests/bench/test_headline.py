@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import bench.headline as headline
 import pytest
-from bench import headline
 
 ROOT = pathlib.Path(__file__).parents[2]
 
