@@ -5,6 +5,8 @@ EXTRAS ?= test,examples
 JOBS ?= 2
 
 BIN := $(VENV)/bin
+# Imports the package for its presets, which needs no accelerator; no notice about what replaces mkdocs one day.
+MKDOCS := JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 STAMP := $(VENV)/.installed
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
@@ -16,7 +18,7 @@ GPU_VENV ?= .venv-gpu
 GPU_PACKAGES ?= "jax[cuda13]==0.11.2" jax-triton==0.4.1 triton==3.7.0 pytest
 GPU_STAMP := $(GPU_VENV)/.installed
 
-.PHONY: help demo test test-fast test-cpp test-gpu-compile lint format wheel-check clean
+.PHONY: help demo test test-fast test-cpp test-gpu-compile lint package-layout docs docs-serve format wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,8 @@ help:
 	@echo "make test-cpp     the C++ and CUDA code under sanitizers, without a GPU"
 	@echo "make test-gpu-compile  lower and compile for NVIDIA GPUs, without one (PYTHON312=python3.13 for another Python)"
 	@echo "make lint         ruff, pyright and clang-format"
+	@echo "make docs         the site, strictly, in build/site; every link and every public name is checked"
+	@echo "make docs-serve   the site at http://127.0.0.1:8000, built anew when a page changes"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build a wheel and call it on the oldest and the newest JAX"
 	@echo "make clean        remove the virtual environment and everything built"
@@ -74,13 +78,30 @@ $(VENV)/.dev: $(STAMP) .ci/constraints.txt
 		--editable '.[$(EXTRAS),dev]'
 	@touch $@
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# The package as it is installed, with kernels inside curvax, for whoever reads sources and imports nothing.
+package-layout:
 	@rm -rf build/typing && mkdir -p build/typing/curvax
 	@ln -s $(CURDIR)/python/curvax/* $(CURDIR)/kernels build/typing/curvax/
+
+lint: $(VENV)/.dev package-layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# The packages of the extra `docs` by themselves: an installation of curvax with it would compile the C++ again.
+DOCS_PACKAGES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(VENV)/.docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$($(BIN)/python -c '$(DOCS_PACKAGES)')
+	@touch $@
+
+# Strict: a page or a link that is missing stops it, and so does a public name that no page shows.
+docs: $(VENV)/.docs package-layout
+	@$(MKDOCS) build --clean
+	@$(BIN)/python docs/_site/check_site.py build/site
+
+docs-serve: $(VENV)/.docs package-layout
+	@$(MKDOCS) serve --watch README.md --watch bench --watch python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

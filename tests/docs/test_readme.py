@@ -1,95 +1,99 @@
-"""The README's Python blocks run, top to bottom, as one program."""
+"""README and every page run, top to bottom; README stays short, and pages that list things list all of them."""
 
 from __future__ import annotations
 
+import enum
 import re
 from pathlib import Path
-from typing import Any
 
-import jax
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+from curvax.losses import BatchFault
+from curvax.solvers import Result
+from tests.docs.pages import DOCS, ROOT, blocks, run
+
+README = ROOT / "README.md"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
+CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax"}
+WITH_A_FILE = {"extending"}  # test_extending.py
 
 
 def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})
+    assert len(blocks(README)) == 1
+    run(README)
     printed = capsys.readouterr().out
     assert "plan: lane" in printed and "accepted True" in printed
 
 
 @pytest.mark.fast
-def test_every_preset_is_in_the_readme() -> None:
+def test_readme_is_short() -> None:
+    assert len(README.read_text().split()) < 900
+
+
+@pytest.mark.fast
+def test_every_preset_is_on_the_page_of_methods() -> None:
     import curvax
 
-    text = README.read_text()
+    text = (DOCS / "methods.md").read_text()
     assert [name for name in curvax.list_methods() if f"`{name}`" not in text] == []
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("codes", [Result, BatchFault])
+def test_every_code_is_on_the_page_of_troubles(codes: type[enum.IntEnum]) -> None:
+    text = (DOCS / "troubleshooting.md").read_text()
+    assert [code.name for code in codes if f"\n| {code.name} |" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.stem not in CHECKED_BELOW | WITH_A_FILE],
+    ids=lambda page: str(page.relative_to(DOCS)),
+)
+def test_the_page_runs(page: Path) -> None:
+    scope = run(page)
+    assert "info" not in scope or bool(scope["info"]["finite"])
+
+
 def test_the_structure_page_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    page = README.parent / "docs" / "structure.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    exec(compile(block, str(page), "exec"), {"__name__": "structure"})
-    said = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# [")]
+    page = DOCS / "structure.md"
+    run(page)
+    said = re.findall(r"^# (\[.*)$", "".join(blocks(page)), flags=re.MULTILINE)
     assert len(said) == 3 and capsys.readouterr().out.splitlines() == said
 
 
 def test_the_layerwise_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = README.parent / "docs" / "layerwise.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    exec(compile(block, str(page), "exec"), {"__name__": "layerwise"})
+    run(DOCS / "layerwise.md")
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("6 inner steps", "layers/1", "5 step sizes and 0 on 2 minibatches"))
 
 
 def test_the_page_on_batches_runs() -> None:
-    page = README.parent / "docs" / "batches.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    scope = {"__name__": "batches"}
-    exec(compile(block, str(page), "exec"), scope)
-    assert bool(scope["info"]["accepted"])  # type: ignore[index]
+    assert bool(run(DOCS / "batches.md")["info"]["accepted"])
 
 
-def test_the_page_on_physics_runs(x64: None) -> None:
-    page = README.parent / "docs" / "physics.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    scope: dict[str, Any] = {"__name__": "physics"}
-    exec(compile(block.replace('jax.config.update("jax_enable_x64", True)', ""), str(page), "exec"), scope)
+def test_the_page_on_physics_runs() -> None:
+    scope = run(DOCS / "physics.md")
     assert (
-        scope["error"] < 2e-3
+        float(scope["error"]) < 2e-3
         and bool(scope["info"]["finite"])
         and set(scope["batch"]["weights"]) == set(scope["terms"])
     )
 
 
-@jax.numpy_dtype_promotion("standard")
-def test_the_page_on_variational_monte_carlo_runs(x64: None) -> None:
-    page = README.parent / "docs" / "vmc.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    scope = {"__name__": "vmc"}
-    exec(compile(block.replace('jax.config.update("jax_enable_x64", True)', ""), str(page), "exec"), scope)
-    assert bool(scope["info"]["accepted"])  # type: ignore[index]
-    assert scope["params"]["w"].dtype == complex  # type: ignore[index]
+def test_the_page_on_variational_monte_carlo_runs() -> None:
+    scope = run(DOCS / "vmc.md")
+    assert bool(scope["info"]["accepted"]) and scope["params"]["w"].dtype == complex
 
 
-@jax.numpy_dtype_promotion("standard")  # Optax's schedules and Flax rely on promotion
 def test_the_optax_page_runs() -> None:
-    page = README.parent / "docs" / "optax.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    found: dict[str, Any] = {"__name__": "optax_page"}
-    exec(compile("\n".join(blocks), str(page), "exec"), found)
-    assert found["state_specs"][0].mean == found["specs"]
-    assert int(found["optimizer"].step[...]) == 1
+    scope = run(DOCS / "optax.md")
+    assert scope["state_specs"][0].mean == scope["specs"]
+    assert int(scope["optimizer"].step[...]) == 1
 
 
-@jax.numpy_dtype_promotion("standard")  # Optax's optimizers rely on promotion
 def test_the_page_on_fit_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = README.parent / "docs" / "fit.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    scope: dict[str, Any] = {"__name__": "fit"}
-    exec(compile(block, str(page), "exec"), scope)
+    scope = run(DOCS / "fit.md")
     assert scope["result"].history["loss"][-1] < scope["results"]["adam"].history["loss"][-1] / 10
     assert len(scope["saved"].history) == 60 and len(scope["drawn"].history) == 20
     assert "adam  step 60 of 60" in capsys.readouterr().out

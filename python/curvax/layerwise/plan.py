@@ -12,6 +12,7 @@ from curvax.kernels._dispatch import Choice
 from curvax.layerwise.inner import InnerSolver
 from curvax.layerwise.quadratic import InnerProblem
 from curvax.layerwise.search import LineSearch
+from curvax.plan import drawing
 from curvax.plan.cost import Cost, trace
 from curvax.plan.plan import bytes_text, flops_text, table
 from curvax.tree import PyTree
@@ -69,6 +70,29 @@ class InnerLoopPlan:
             table("cost", self._cost_lines()),
         ]
         return "\n".join(section for section in sections if section)
+
+    def to_svg(self) -> str:
+        """The plan as a drawing: parts, blocks by their parameters, work of an inner gradient; an SVG document."""
+        bands = [
+            drawing.title(f"plan: lane inner loop, {self.title}", "one linearization for each minibatch of a step"),
+            drawing.table("parts, in the order of a step", [(name, "", text) for name, text in self.parts]),
+        ]
+        if self.blocks:
+            sizes = [drawing.Bar(name, float(size), f"{size:,}") for name, size in self.blocks]
+            bands.append(drawing.bars("blocks", "parameters", sizes))
+        gradients = (("of the loss", self.plain), ("full Gauss-Newton", self.full), ("this method", self.own))
+        work = [drawing.Bar(name, c.flops, flops_text(c.flops)) for name, c in gradients if c is not None]
+        if work:
+            bands.append(drawing.bars("gradient on one minibatch", "work", work))
+        if self.choices:
+            bands.append(drawing.table("kernels", [(c.op, c.implementation, c.reason) for c in self.choices]))
+        return drawing.drawing(bands, self.title)
+
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
+
+    def _repr_html_(self) -> str:
+        return drawing.page(self.to_svg(), self.explain())
 
     def _cost_lines(self) -> list[str]:
         if self.plain is None or self.full is None or self.own is None:

@@ -6,6 +6,7 @@ import dataclasses
 
 from curvax.curvature import Needs
 from curvax.kernels._dispatch import Choice
+from curvax.plan import drawing
 from curvax.plan.assembly import PlanMode
 from curvax.requirements import Cadence, Part, Requirement
 from curvax.solvers import Lane, Solver
@@ -104,6 +105,36 @@ class Plan:
         ]
         return "\n".join(section for section in sections if section)
 
+    def to_svg(self) -> str:
+        """The plan as a drawing: parts over the first steps, their work, and what an automatic choice chose from.
+
+        Returns:
+          An SVG document, which a page or a notebook can show as it is. Costs, candidates and kernels are in it where
+          the plan knows shapes (`method.plan_for(params, batch)`). It stands on a light ground of its own.
+        """
+        work = {p.part: p.cost.flops * p.rate for p in self.costs}
+        asked = [(r.part, r.cadence, r.by) for r in self.requirements]
+        total = self.cost
+        averages = f"{flops_text(total.flops)} and {bytes_text(total.bytes)} moved in an average step, "
+        subtitle = averages + f"{bytes_text(total.memory)} at the peak" if self.costs else "costs need shapes: plan_for"
+        bands = [drawing.title(self._header(), subtitle), drawing.timeline(drawing.rows_of(asked, work, flops_text))]
+        if self.candidates:
+            entries = [
+                drawing.Bar(c.solver.name, c.seconds, time_text(c.seconds), c.index == self.solver_index)
+                for c in self.candidates
+            ]
+            bands.append(drawing.bars("solvers that could serve", "predicted time of gradient and solve", entries))
+        if self.choices:
+            kernels = [(c.op, c.implementation, c.reason) for c in self.choices]
+            bands.append(drawing.table("kernels", kernels))
+        return drawing.drawing(bands, self._header())
+
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
+
+    def _repr_html_(self) -> str:
+        return drawing.page(self.to_svg(), self.explain())
+
     def _header(self) -> str:
         lane = self.lane.value if self.lane is not None else "chosen from the shapes of the first batch"
         sharing = "" if self.mode is PlanMode.SHARED else " (plan off: nothing shared, cadence work in every step)"
@@ -112,7 +143,7 @@ class Plan:
     def _kernel_lines(self) -> list[str]:
         if self.costs and not self.choices:
             return ["none: this lane runs on plain JAX, whatever the backend"]
-        return [f"{c.op:<20}{c.implementation:<11}{c.reason}" for c in self.choices]
+        return [f"{c.op:<24}{c.implementation:<11}{c.reason}" for c in self.choices]
 
     def _candidate_line(self, candidate: Candidate) -> str:
         mark = "->" if candidate.index == self.solver_index else "  "
