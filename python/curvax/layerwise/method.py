@@ -117,7 +117,12 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             offset=tree.zeros_like(trainable) if self.warm_start else (),
             model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
+            origin=self.origin,
         )
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.of(problem=type(self.problem).__name__, inner=type(self.inner).__name__)
 
     def _check_parts(self, state: OuterState, trainable: PyTree) -> None:
         if bool(jax.tree.leaves(state.offset)) != self.warm_start:
