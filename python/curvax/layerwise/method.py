@@ -29,6 +29,7 @@ from curvax.layerwise.search import LineSearch
 from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
 from curvax.method import AbstractMethod
+from curvax.origin import Origin
 from curvax.result import Result, code
 from curvax.search import Line
 from curvax.structure.batch_axes import BatchAxes, Parts
@@ -122,7 +123,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
 
     @property
     def origin(self) -> Origin:
-        return Origin.of(problem=type(self.problem).__name__, inner=type(self.inner).__name__)
+        return Origin.of(curvature=self.curvature.kind, inner=type(self.inner).__name__)
 
     def _check_parts(self, state: OuterState, trainable: PyTree) -> None:
         if bool(jax.tree.leaves(state.offset)) != self.warm_start:
