@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def check_takes(name: str, function: Callable[..., Any], arguments: Sequence[str], keywords: Sequence[str] = ()) -> None:
+def check_takes(
+    name: str, function: Callable[..., Any], arguments: Sequence[str], keywords: Sequence[str] = ()
+) -> None:
     """Raises TypeError unless `function(*arguments, **keywords)` is a call that its signature allows.
 
     Args:

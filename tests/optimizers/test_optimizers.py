@@ -11,7 +11,15 @@ import optax
 import optax.contrib
 import pytest
 
-from curvax.optimizers import hidden_matrices, hidden_matrices_by_name, muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
+from curvax.optimizers import (
+    hidden_matrices,
+    hidden_matrices_by_name,
+    muon_adamw,
+    scale_by_shampoo,
+    scale_by_soap,
+    shampoo,
+    soap,
+)
 from tests.oracle.compiling import quick_jit
 from tests.oracle.optimizers import adam_by_hand, shampoo_by_hand, soap_by_hand
 from tests.oracle.optimizers import updates as run
@@ -157,7 +165,6 @@ def test_embeddings_and_heads_are_told_by_their_names() -> None:
     }
     state = muon_adamw(0.1).init(params)
     assert jax.tree.leaves(state)
-
 
 
 def _is_shape(x: Any) -> bool:

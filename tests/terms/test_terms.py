@@ -307,9 +307,9 @@ def test_terms_that_do_not_fit_are_refused() -> None:
         Terms(a=SquaredError())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no terms"):
         Terms()
-    with pytest.raises(TypeError, match="Terms got a Term: pass Terms\\(name="):
+    with pytest.raises(TypeError, match=r"Terms got a Term: pass Terms\(name="):
         Terms(Term(slopes))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="write loss=curvax.Terms\\(mapping\\)"):
+    with pytest.raises(TypeError, match=r"write loss=curvax.Terms\(mapping\)"):
         curvax.egn(loss={"a": Term(slopes)})  # type: ignore[arg-type]
     assert Terms({"a": Term(slopes)}).terms == Terms(a=Term(slopes)).terms
     with pytest.raises(ValueError, match="rename it"):
@@ -355,7 +355,8 @@ def test_the_memory_bound_holds_for_rows_of_two_models_that_meet_formed() -> Non
     params = {"w": jax.random.normal(jax.random.key(0), (width, width)) / width**0.5}
     curvature = SumOfTerms.gauss_newton(
         Terms(
-            forward=Term(lambda p, x: jnp.tanh(x @ p["w"])[:, :4]), back=Term(lambda p, x: jnp.tanh(x @ p["w"].T)[:, :4])
+            forward=Term(lambda p, x: jnp.tanh(x @ p["w"])[:, :4]),
+            back=Term(lambda p, x: jnp.tanh(x @ p["w"].T)[:, :4]),
         ),
         GeneralizedGaussNewton(),
     )

@@ -40,7 +40,7 @@ def _to_dict(state: AbstractState) -> dict[str, Any]:
 
 def _from_dict(target: AbstractState, saved: Mapping[str, Any]) -> AbstractState:
     if set(saved) != {"stamp", "leaves"}:
-        raise ValueError(f"these are no bytes of a curvax {type(target).__name__}: give from_bytes the matching target.")
+        raise ValueError(f"the bytes are of no curvax {type(target).__name__}: give from_bytes the matching target.")
     target.check_stamp(saved["stamp"])
     places, leaves = tree.places(target), saved["leaves"]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(target)]

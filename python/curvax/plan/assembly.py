@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, get_args
+from typing import get_args
 
 import optax
 
@@ -123,4 +123,3 @@ class Assembly:
     def partition(self) -> TrainablePartition:
         """Which parameters train."""
         return self.curvature.partition
-

@@ -284,7 +284,7 @@ def _branches(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path)
     """The predicate is the same for all examples, or this were no branch (`batch_axis`)."""
     walk.explicit(operands[0].entry, "it chooses a branch")
     fixed = operands[0].parameters_only
-    inside = [dataclasses.replace(operand, parameters_only=operand.parameters_only and fixed) for operand in operands[1:]]
+    inside = [dataclasses.replace(o, parameters_only=o.parameters_only and fixed) for o in operands[1:]]
     walks = [_Walk(walk.shapes) for _ in step.bodies]
     results = [
         own.program(body, inside, (*path, which))
