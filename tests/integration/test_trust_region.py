@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -180,8 +181,8 @@ def test_refusals_in_a_row_find_a_damping_that_is_many_orders_off(region: dict, 
 
 def test_lam_stays_finite_however_often_steps_are_refused():
     """As where no curvature is ever finite: from infinity no factor leads back."""
-    policy = TrustRegion(lam0=1.0)
-    missing = jnp.full((), jnp.nan)
+    policy, missing = TrustRegion(), jnp.full((), jnp.nan)
+    started = dataclasses.replace(policy.init(), lam=jnp.ones(()))
     refused = Outcome(jnp.asarray(False), jnp.asarray(False), jnp.ones(()), missing, missing)
-    state = jax.lax.fori_loop(0, 100, lambda _, s: policy.update(s, refused, jnp.asarray(True)), policy.init())
+    state = jax.lax.fori_loop(0, 100, lambda _, s: policy.update(s, refused, jnp.asarray(True)), started)
     assert jnp.isfinite(state.lam) and state.lam > 1e9
