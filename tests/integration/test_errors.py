@@ -393,7 +393,7 @@ def test_slips_in_keywords_are_told_in_a_sentence(words):
 
 
 def test_one_metric_is_as_good_as_a_tuple_of_it():
-    record = curvax.telemetry.MetricRecord("gradient_norm")
+    record = curvax.telemetry.MetricRecord(curvax.telemetry.Metric.GRADIENT_NORM)
     one, several = (
         curvax.egn(predict_fn=lambda p, x: x @ p["w"], loss=SquaredError(), metrics=m) for m in (record, (record,))
     )
