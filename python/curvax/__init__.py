@@ -56,6 +56,7 @@ from curvax.methods import sophia_h as sophia_h
 from curvax.methods import spring as spring
 from curvax.methods import vmc as vmc
 from curvax.plan import Plan as Plan
+from curvax.serialization import register_with_flax as register_with_flax
 from curvax.training import fit as fit
 from curvax.transforms import as_gradient_transformation as as_gradient_transformation
 from curvax.versions import warn_if_untested as _warn_if_untested

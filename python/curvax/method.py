@@ -30,9 +30,11 @@ from curvax.execute import (
     StepInputs,
     check_part,
     propose,
+    register_if_imported,
     upcast_shapes,
 )
 from curvax.keys import check_key
+from curvax.origin import Origin
 from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.tree import PyTree
 
@@ -91,6 +93,11 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
     def partition(self) -> TrainablePartition:
         """Which parameters train."""
         return self.curvature.partition
+
+    @property
+    @abc.abstractmethod
+    def origin(self) -> Origin:
+        """What a state says of the modules that made it, so that a step of others refuses it."""
 
     @abc.abstractmethod
     def _traced_once(self) -> Self:
@@ -157,6 +164,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
                 "has_state=True and init(params, model_state=...) go together: "
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
+        register_if_imported(self.state_type)
         return self._traced_once()._first_state(trainable, frozen, batch, model_state)
 
     @final
@@ -237,7 +245,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
                 f"step takes (params, batch, state, rng), and the state is a {type(inputs.state).__name__}: pass what "
                 "init or the last step returned."
             )
-        inputs.state.check(inputs.trainable)
+        inputs.state.check(inputs.trainable, self.origin)
         self._check_parts(inputs.state, inputs.trainable)
         if inputs.rng is not None:
             check_key("rng", inputs.rng)
@@ -323,6 +331,18 @@ class Method(AbstractMethod[MethodState, Plan]):
             model_state=tree.fixed(model_state),
             last=first if self.assembly.may_undo else None,
             layout=Layout.of(trainable),
+            origin=self.origin,
+        )
+
+    @property
+    def origin(self) -> Origin:
+        assembly = self.assembly
+        return Origin.of(
+            curvature=assembly.curvature.kind,
+            solver=assembly.solver,
+            preconditioner=assembly.preconditioner,
+            damping=assembly.damping,
+            scaling=assembly.scaling,
         )
 
     def _first_scaling(self, like: PyTree) -> Any:
@@ -344,7 +364,9 @@ class Method(AbstractMethod[MethodState, Plan]):
         evaluation = self.evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
         curvature.check(trainable, evaluation)
         evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
-        return preconditioner.init_on(curvature, trainable, evaluation)
+        state = preconditioner.init_on(curvature, trainable, evaluation)
+        preconditioner.warn(state, tree.places(trainable))
+        return state
 
     def _propose(self, inputs: StepInputs[MethodState]) -> Proposal[MethodState]:
         trainable, state = inputs.trainable, inputs.state

@@ -14,6 +14,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(choices)}."
 
 
+def described(value: Any) -> str:
+    """A value as an error names it: 'the class KFAC', 'a str'."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def check_instance(name: str, value: Any, kind: type[Any], *, optional: bool = False) -> None:
+    """Raises TypeError for an option that is no instance of a module's class, nor `None` where that may be.
+
+    Args:
+      name: of the option.
+      value: what it is.
+      kind: the class.
+      optional: whether `None` does without.
+    """
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    package = ".".join(kind.__module__.split(".")[:2])
+    wanted = f"an instance, {value.__name__}(...)" if isinstance(value, type) else f"a {package}.{kind.__name__}"
+    raise TypeError(f"{name} is {described(value)}: pass {wanted}{', or None to do without' if optional else ''}.")
+
+
 def respelled(owner: str, given: Mapping[str, Any], spellings: Mapping[str, str]) -> dict[str, Any]:
     """The keywords under the names that curvax has for them; TypeError if one is given under both."""
     for word, ours in spellings.items():

@@ -2,14 +2,14 @@
 
 States of methods hold it as a static field; states of `curvax.optimizers`, which are named tuples, write it when they
 are pickled. Checkpointers that store the leaves of a tree alone (Orbax, `numpy.savez`) store no static field: put
-`STATE_VERSION` beside the leaves, and give it to `check_state_version`.
+`state.stamp` beside the leaves, and give it to `state.check_stamp` (docs/optax.md).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Raised by every release whose states have other fields, or other meanings of them."""
 
 

@@ -14,7 +14,7 @@ from tests.docs.pages import DOCS, ROOT, blocks, run
 
 README = ROOT / "README.md"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
-CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax"}
+CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax", "fit"}
 WITH_A_FILE = {"extending"}  # test_extending.py
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import curvax
-from curvax.losses import SoftmaxCrossEntropy
+from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from tests.integration.harness import batch_of, key, precision
 from tests.oracle import models
 from tests.oracle.compiling import quick_jit
@@ -343,3 +344,57 @@ def test_positional_arguments_are_refused():
     preset: Any = curvax.sgn_ce
     with pytest.raises(TypeError, match="keyword"):
         preset(MODEL.predict)
+
+
+def _of_params(p):
+    return jnp.sum(p)
+
+
+SLIPS = {
+    "loss_fn is called as loss_fn(params, batch), and this one takes (p)": ("newton_cg", {"loss_fn": _of_params}),
+    "predict_fn is called as predict_fn(params, inputs), and this one takes (p)": ("egn", {"predict_fn": _of_params}),
+    "write lam0= for a number or a schedule, and lam_policy=": ("egn", {"damping": 0.1}),
+    "take sgn, newton_cg, newton_direct or ggn_direct_*": ("kfac", {"lam_policy": "radius"}),
+    "give lam_policy='const' with lam0= and no search": ("vmc", {"search": curvax.search.GridSearch()}),
+    "write predict_fn=, a function of (params, inputs)": ("egn", {"model": _of_params}),
+    "write predict_fn= and loss=, or take newton_cg": ("egn", {"loss_fn": _of_params}),
+    "write learning_rate=, a number": ("kfac", {"lr": 0.1}),
+    "write tx=, an Optax chain": ("sgn", {"optimizer": optax.sgd(0.1)}),
+    "write direction_momentum=": ("sgn", {"momentum": 0.9}),
+    "the random key goes to step": ("kfac", {"seed": 0}),
+    "each preset has its own: take": ("egn", {"solver": "cg"}),
+    "lam0 has the shape (3,): pass one number": ("egn", {"lam0": jnp.ones(3)}),
+    "lam_policy is the class TrustRegion: pass an instance": ("egn", {"lam_policy": curvax.damping.TrustRegion}),
+    "lam_kwargs is an int: pass a mapping": ("egn", {"lam_kwargs": 3}),
+    "precond is the class KFAC: pass an instance": ("sgn", {"precond": curvax.preconditioners.KFAC}),
+    "estimator is an int": ("sgn", {"precond": "ema", "estimator": 3}),
+    "inverse is a str: pass a curvax.preconditioners.FactorInverse": ("kfac", {"inverse": "cholesky"}),
+    "fisher is a str": ("egn", {"fisher": "mc"}),
+    "sharing is a str: pass a curvax.structure.WeightSharing": ("ekfac", {"sharing": "reduce"}),
+    "tx is a function: pass an Optax transformation, called: sgd(...)": ("egn", {"tx": optax.sgd}),
+    "clip_norm must be positive": ("egn", {"clip_norm": -1.0}),
+    "direction_momentum must be in [0, 1)": ("egn", {"direction_momentum": 2.0}),
+    "weight_decay is a str: pass a number": ("egn", {"weight_decay": "1e-4"}),
+    "microbatch_size is a float: pass a whole number": ("egn", {"microbatch_size": 2.0}),
+    "max_bytes is a str": ("egn", {"max_bytes": "2GB"}),
+    "warm_start is a str: pass True or False": ("sgn", {"warm_start": "yes"}),
+    "stop is a bool: pass a curvax.solvers.MartensStop": ("sgn", {"stop": True}),
+    "gamma is a str: pass a number": ("sophia_g", {"gamma": "x"}),
+}
+
+
+@pytest.mark.parametrize("words", list(SLIPS))
+def test_slips_in_keywords_are_told_in_a_sentence(words):
+    name, option = SLIPS[words]
+    model = {"predict_fn": lambda p, x: x @ p["w"]} if name != "newton_cg" else {}
+    model |= {"loss": SquaredError()} if name not in ("newton_cg", "vmc") else {}
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        curvax.make(name, **{**model, **option})
+
+
+def test_one_metric_is_as_good_as_a_tuple_of_it():
+    record = curvax.telemetry.MetricRecord(curvax.telemetry.Metric.GRADIENT_NORM)
+    one, several = (
+        curvax.egn(predict_fn=lambda p, x: x @ p["w"], loss=SquaredError(), metrics=m) for m in (record, (record,))
+    )
+    assert one.plan.explain() == several.plan.explain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import curvax
+from curvax.damping import Outcome, TrustRegion
 from tests.integration import presets
 from tests.integration.harness import all_finite, batch_of, key, precision, same_bits, truth_of
 from tests.oracle import dense, models
@@ -175,3 +177,12 @@ def test_refusals_in_a_row_find_a_damping_that_is_many_orders_off(region: dict, 
     while float(policy.lam(state)) < 1.0:
         state, count = update(state, worse, yes), count + 1
     assert count <= 20
+
+
+def test_lam_stays_finite_however_often_steps_are_refused():
+    """As where no curvature is ever finite: from infinity no factor leads back."""
+    policy, missing = TrustRegion(), jnp.full((), jnp.nan)
+    started = dataclasses.replace(policy.init(), lam=jnp.ones(()))
+    refused = Outcome(jnp.asarray(False), jnp.asarray(False), jnp.ones(()), missing, missing)
+    state = jax.lax.fori_loop(0, 100, lambda _, s: policy.update(s, refused, jnp.asarray(True)), started)
+    assert jnp.isfinite(state.lam) and state.lam > 1e9

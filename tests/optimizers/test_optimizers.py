@@ -11,7 +11,15 @@ import optax
 import optax.contrib
 import pytest
 
-from curvax.optimizers import hidden_matrices, muon_adamw, scale_by_shampoo, scale_by_soap, shampoo, soap
+from curvax.optimizers import (
+    hidden_matrices,
+    hidden_matrices_by_name,
+    muon_adamw,
+    scale_by_shampoo,
+    scale_by_soap,
+    shampoo,
+    soap,
+)
 from tests.oracle.compiling import quick_jit
 from tests.oracle.optimizers import adam_by_hand, shampoo_by_hand, soap_by_hand
 from tests.oracle.optimizers import updates as run
@@ -139,6 +147,24 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
         muon_adamw(0.1, others=("tokens",)).init(params)
     with pytest.raises(TypeError, match=r"others is the string 'head': pass a tuple of names, \('head',\)"):
         muon_adamw(0.1, others="head")  # type: ignore[arg-type]
+
+
+def test_embeddings_and_heads_are_told_by_their_names() -> None:
+    shapes = {
+        "TokenEmbed_0": {"embedding": (9, 4)},
+        "blocks": [{"heads_out": (4, 4), "w": (2, 4, 4), "gain": (4,), "row": (4, 1)}],
+        "lm_head": {"kernel": (4, 9)},
+        "wte": (9, 4),
+    }
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    assert hidden_matrices_by_name(params) == {
+        "TokenEmbed_0": {"embedding": "adamw"},
+        "blocks": [{"heads_out": "muon", "w": "muon", "gain": "adamw", "row": "adamw"}],
+        "lm_head": {"kernel": "adamw"},
+        "wte": "adamw",
+    }
+    state = muon_adamw(0.1).init(params)
+    assert jax.tree.leaves(state)
 
 
 def _is_shape(x: Any) -> bool:

@@ -108,3 +108,20 @@ def test_an_automatic_choice_fits_into_memory(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 1)
     least = method.plan_for(params, batch)
     assert least.solver == min(roomy.candidates, key=lambda c: c.cost.memory).solver
+    with pytest.raises(ValueError, match=r"no solver fits: .* takes least, is predicted .* set microbatch_size="):
+        jax.eval_shape(method.step, params, batch, method.init(params))
+
+
+def test_the_row_lane_of_several_terms_keeps_to_its_bound(monkeypatch):
+    """In the prediction: rows of two models within `max_bytes`, beside the matrix."""
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    sides = curvax.Terms(
+        forward=curvax.Term(lambda p, x: jnp.tanh(x @ p["w"])[:, :2]),
+        back=curvax.Term(lambda p, x: jnp.tanh(x @ p["w"].T)[:, :2]),
+    )
+    one = {"x": jax.ShapeDtypeStruct((32, 64), jnp.float32), "y": jax.ShapeDtypeStruct((32, 2), jnp.float32)}
+    batch = {"forward": one, "back": one}
+    plain, bounded = (
+        curvax.egn(loss=sides, max_bytes=size).plan_for(params, batch).cost.memory for size in (1 << 30, 1 << 16)
+    )
+    assert plain > 64**2 * 64 * 4 > bounded

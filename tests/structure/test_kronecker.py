@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import curvax
 from curvax import structure
 from curvax.curvature import (
     Evaluation,
@@ -119,6 +120,46 @@ def test_a_deep_linear_network_over_positions_is_exact_in_both_settings():
     assert_blocks_exact(each, EXPAND)
     pooled = regression(lambda p, x: jnp.mean(linear(p, x), axis=1), mlp_params(), 6, 3)
     assert_blocks_exact(pooled, REDUCE)
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_a_layer_in_every_branch_has_factors_of_the_branch_that_is_taken(flag):
+    """The predicate comes with the inputs, and all examples share it."""
+
+    def predict(p, inputs):
+        def layer(f):
+            return lambda x: f(x @ p["w"] + p["b"])
+
+        return jax.lax.cond(inputs["flag"] > 0, layer(jnp.sin), layer(lambda h: h), inputs["x"])
+
+    batch = {"x": {"x": normal(7, 1 if flag else 5, 4), "flag": jnp.asarray(flag)}, "y": normal(8, 1 if flag else 5, 3)}
+    problem = Problem(predict, {"w": normal(0, 4, 3), "b": normal(1, 3)}, batch)
+    assert len(problem.blocks.kronecker) == 1 and not problem.blocks.diagonal
+    assert_blocks_exact(problem)
+
+
+def test_layers_that_differ_between_branches_keep_a_diagonal_and_say_so():
+    def predict(p, x):
+        once, twice = (lambda h: h @ p["w"]), (lambda h: h @ p["w"] @ p["w"])
+        return jax.lax.cond(jnp.sum(p["v"]) > 0, once, twice, x) @ p["v"]
+
+    method = curvax.kfac(predict_fn=predict, loss=SquaredError())
+    params, batch = {"v": normal(0, 3, 2), "w": normal(1, 3, 3)}, {"x": normal(2, 4, 3), "y": normal(3, 4, 2)}
+    with pytest.warns(UserWarning, match=r"diagonal, for \['w'\] \(.*the branches of a cond use it in different ways"):
+        method.init(params, batch=batch)
+    assert "the branches of a cond use it in different ways" in method.plan_for(params, batch).explain()
+
+
+def test_complex_layers_in_a_scan_have_factors():
+    """A deep linear network of complex weights, by a scan: exact as a real one, parts by themselves."""
+
+    def predict(p, x):
+        h, _ = jax.lax.scan(lambda h, w: (h @ w, None), jax.lax.complex(x, 0 * x), jax.lax.complex(p["re"], p["im"]))
+        return jnp.real(h)
+
+    problem = regression(predict, {"re": normal(0, 2, 3, 3), "im": normal(1, 2, 3, 3)}, 3, examples=1)
+    assert [block.use.rule for block in problem.blocks.kronecker] == ["dense", "dense"]
+    assert not problem.blocks.diagonal
 
 
 def test_sampled_targets_have_the_exact_factors_as_mean():

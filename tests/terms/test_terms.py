@@ -210,6 +210,24 @@ def test_weights_may_be_traced_and_zero_contributes_nothing(x64: None) -> None:
     assert info["batch_fault"] == int(curvax.losses.BatchFault.NEGATIVE_WEIGHT)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_empty_set_of_weight_zero_contributes_nothing(x64: None, traced: bool) -> None:
+    """By the term's own weight or by the batch's; numbers of Python's are traced as arrays are."""
+    params, data = parameters(), batch()
+    both = terms()
+    full, rest = {**data, "weights": {"labels": 0.0}}, {k: v for k, v in data.items() if k != "labels"}
+    empty = {**rest, "labels": jax.tree.map(lambda x: x[:0], data["labels"])}
+    if traced:
+        method, empty = curvax.egn(loss=both, lam0=LAM), {**empty, "weights": {"labels": 0.0}}
+    else:
+        idle = {name: dataclasses.replace(both[name], weight=0.0) if name == "labels" else both[name] for name in both}
+        method = curvax.egn(loss=Terms(idle), lam0=LAM)
+    wanted, _, _ = quick_jit(curvax.egn(loss=both, lam0=LAM).step)(params, full, method.init(params))
+    new, _, info = quick_jit(method.step)(params, empty, method.init(params))
+    assert_close(moved(params, new), moved(params, wanted), 1e-12)
+    assert info["loss/labels"] == 0 and info["batch_fault"] == 0
+
+
 def test_float32_and_bfloat16_terms_run() -> None:
     """Outputs of different dtypes in one system."""
     half = Terms(
@@ -289,6 +307,11 @@ def test_terms_that_do_not_fit_are_refused() -> None:
         Terms(a=SquaredError())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no terms"):
         Terms()
+    with pytest.raises(TypeError, match=r"Terms got a Term: pass Terms\(name="):
+        Terms(Term(slopes))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"write loss=curvax.Terms\(mapping\)"):
+        curvax.egn(loss={"a": Term(slopes)})  # type: ignore[arg-type]
+    assert Terms({"a": Term(slopes)}).terms == Terms(a=Term(slopes)).terms
     with pytest.raises(ValueError, match="rename it"):
         Terms(weights=Term(slopes))
     with pytest.raises(ValueError, match="not negative"):
@@ -324,3 +347,33 @@ def test_a_sum_over_points_inside_a_gradient_keeps_the_structure() -> None:
     found = {leaf.path: leaf.rule for leaf in curvax.structure.report(summed, parameters(), normal(0, 5, 4))}
     assert found["['w']"] == "dense"
     assert found["['b']"] == "bias"
+
+
+def test_the_memory_bound_holds_for_rows_of_two_models_that_meet_formed() -> None:
+    """A weight used forwards in one term and transposed in the other: rows of it are laid out as it is."""
+    width, count = 96, 40
+    params = {"w": jax.random.normal(jax.random.key(0), (width, width)) / width**0.5}
+    curvature = SumOfTerms.gauss_newton(
+        Terms(
+            forward=Term(lambda p, x: jnp.tanh(x @ p["w"])[:, :4]),
+            back=Term(lambda p, x: jnp.tanh(x @ p["w"].T)[:, :4]),
+        ),
+        GeneralizedGaussNewton(),
+    )
+    sets = [jax.random.normal(jax.random.key(i), (count, width)) for i in (1, 2)]
+    data = {name: {"x": x, "y": jnp.zeros((count, 4))} for name, x in zip(("forward", "back"), sets, strict=True)}
+
+    def gram(max_bytes: int) -> tuple[np.ndarray, int]:
+        def made(p: Any, batch: Any) -> jax.Array:
+            rows = curvature.linearize(p, Evaluation(batch), Needs(rows=True)).rows
+            assert rows is not None
+            return rows.gram(max_bytes)
+
+        compiled = jax.jit(made).lower(params, data).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return np.asarray(compiled(params, data)), memory.temp_size_in_bytes
+
+    (whole, unbounded), (bounded, temporary) = gram(1 << 30), gram(4 << 20)
+    assert temporary < 4 << 20 < unbounded
+    np.testing.assert_allclose(bounded, whole, rtol=1e-5, atol=1e-6)

@@ -82,6 +82,12 @@ def _by_name(name: str) -> Callable[[Problem], Trainer]:
     return _preset(lambda p: curvax.make(name, predict_fn=p.predict_fn, loss=p.loss))
 
 
+def _quadratic(name: str) -> Callable[[Problem], Trainer]:
+    """A K-FAC preset whose every step has at most the length of the exact quadratic model."""
+    search = curvax.search.QuadraticModel()
+    return _preset(lambda p: curvax.make(name, predict_fn=p.predict_fn, loss=p.loss, search=search))
+
+
 def _inner_loop(make: Callable[..., Any]) -> Callable[[Problem], Trainer]:
     """Inner optimizer and number of minibatches have no defaults: Muon and AdamW as in the paper, a batch in four."""
 
@@ -132,6 +138,8 @@ CONTENDERS = (
     Contender("full_gn", _inner_loop(full_gn), "preset"),
     Contender("layerwise_gn", _inner_loop(layerwise_gn), "preset"),
 )
+ON_REQUEST = tuple(Contender(f"{name}_quadratic", _quadratic(name), "preset") for name in ("kfac", "ekfac"))
+"""Settings that were tried as defaults: they run where they are named."""
 
 
 def chosen(names: str) -> tuple[Contender, ...]:
@@ -141,7 +149,7 @@ def chosen(names: str) -> tuple[Contender, ...]:
       ValueError: a name is unknown.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = {c.name: c for c in CONTENDERS}
+    known = {c.name: c for c in (*CONTENDERS, *ON_REQUEST)}
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no contender {name!r}: choose from {', '.join(known)}.")

@@ -272,6 +272,11 @@ class Curvature(ReadsBatches):
         """The operator's name in the plan."""
 
     @property
+    def kind(self) -> str:
+        """What a state says of the operator that it was made with: its class, however the batch is cut."""
+        return type(self).__name__
+
+    @property
     def term_names(self) -> tuple[tuple[str, str], ...]:
         """Of a loss of several terms, the name of each and what it is, for the plan."""
         return ()

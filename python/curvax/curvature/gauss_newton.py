@@ -16,6 +16,7 @@ from curvax.curvature.partition import TrainablePartition
 from curvax.kernels import Choice, Op, Request
 from curvax.losses.base import Loss, Shaped, check_loss
 from curvax.output_space import FisherType, GeneralizedGaussNewton
+from curvax.spelling import check_instance
 from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import ExampleAxes
 from curvax.structure.batch_rules import Mixed
@@ -43,6 +44,7 @@ class GaussNewton(Curvature):
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        check_instance("fisher", self.fisher, FisherType)
         object.__setattr__(self, "model", self.model.returning_to(self.loss))
 
     @property

@@ -82,6 +82,9 @@ class LossFunction(Objective):
     keys: tuple[str, ...] = ()
     batch_axes: AxesPrefix | None = None
 
+    def __post_init__(self) -> None:
+        self.extras.check_takes("loss_fn", self.loss_fn, "batch")
+
     @property
     def sampler(self) -> tuple[Model, Loss] | None:
         return None

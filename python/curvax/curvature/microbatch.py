@@ -153,6 +153,10 @@ class Microbatched(Curvature):
         return f"{self.inner.name}, microbatches of {self.size}"
 
     @property
+    def kind(self) -> str:
+        return self.inner.kind
+
+    @property
     def partition(self) -> TrainablePartition:
         return self.inner.partition
 

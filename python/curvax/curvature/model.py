@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import tree
+from curvax.arity import check_takes
 from curvax.complex_parts import is_complex, real_view
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import TrainablePartition
@@ -49,6 +50,17 @@ class Extras:
         keyword = {"rng": self._key(evaluation)} if self.has_rng else {}
         returned = function(*positional, **keyword)
         return self._unpack(returned, evaluation)
+
+    def check_takes(self, name: str, function: Callable[..., Any], data: str) -> None:
+        """Raises TypeError for a function that cannot be called so.
+
+        Args:
+          name: of the option that it is given by.
+          function: what `call` will call.
+          data: name of what it takes beside the parameters.
+        """
+        positional = ["params", data, *(["model_state"] if self.has_state else [])]
+        check_takes(name, function, positional, ["rng"] if self.has_rng else [])
 
     def _key(self, evaluation: Evaluation) -> jax.Array:
         if evaluation.model_key is None:
@@ -109,6 +121,9 @@ class Model:
     extras: Extras = Extras()
     batch_axes: AxesPrefix | None = None
     complex_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        self.extras.check_takes("predict_fn", self.predict_fn, "inputs")
 
     def traced_once(self) -> Model:
         """The same model, whose Python runs once for each set of shapes."""

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import tree
 from curvax.curvature.base import Curvature, Evaluation, JacobianRows, LayerFactors, Linearization, Measure, Needs
@@ -30,7 +31,7 @@ from curvax.curvature.gauss_newton import GaussNewton
 from curvax.curvature.microbatch import Microbatched
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
-from curvax.curvature.terms import Terms, check_batch, term_weight
+from curvax.curvature.terms import WEIGHTS, Terms, check_batch, term_weight
 from curvax.kernels import Choice, Implementation, Op, Request
 from curvax.losses import BatchFault, Loss
 from curvax.losses.rounding import loss_rounding
@@ -207,14 +208,15 @@ class SumOfTerms(Curvature):
         check_batch(batch, {term.name: term.key for term in self.terms})
         for index, term in enumerate(self.terms):
             with _naming(term):
-                term.curvature.check(params, self._evaluation(index, evaluation, batch[term.key]))
+                own, _ = _counted(term, batch)
+                term.curvature.check(params, self._evaluation(index, evaluation, own))
 
     def examples(self, params: PyTree, evaluation: Evaluation, sizes: Callable[[int], Sequence[int]]) -> ExampleAxes:
         whole: list[int | None] = [None] * len(jax.tree.leaves(evaluation.batch))
         leaves, structure = jax.tree.flatten(evaluation.batch)
         places = jax.tree.unflatten(structure, list(range(len(leaves))))
         for index, term in enumerate(self.terms):
-            own = self._evaluation(index, evaluation, evaluation.batch[term.key])
+            own = self._evaluation(index, evaluation, _counted(term, evaluation.batch)[0])
             axes = term.curvature.examples(params, own, sizes).axes
             for place, axis in zip(jax.tree.leaves(places[term.key]), axes.axes, strict=True):
                 whole[place] = axis if whole[place] is None else whole[place]
@@ -246,7 +248,9 @@ class SumOfTerms(Curvature):
             scale = term_weight(term.weight, term.name, evaluation.batch, tree.scalar_dtype(params))
             if isinstance(scale, jax.Array):
                 negative |= ~(scale >= 0)
-            batch = _finite_if_idle(scale, evaluation.batch[term.key])
+            given, empty = _counted(term, evaluation.batch)
+            scale = 0.0 if empty else scale
+            batch = _finite_if_idle(scale, given)
             with _naming(term):
                 own = own_prepare(params, self._evaluation(index, evaluation, batch))
             weights = term.curvature.effective_weights(params, own)
@@ -485,6 +489,27 @@ def _given(x: Any) -> Any:
     if x is None:
         raise AssertionError("a term's linearization offers what it was asked for.")
     return x
+
+
+def _counted(term: CurvatureTerm, batch: Mapping[str, Any]) -> tuple[Any, bool]:
+    """(the term's batch, whether it is an empty set that may be empty, in the place of which one example stands).
+
+    A set may be empty if its term weighs nothing, or if the batch says what it weighs: a program for all weights has
+    one for zero. The example in its place weighs nothing, whatever the batch says.
+    """
+    own = batch[term.key]
+    leaves = jax.tree.leaves(own)
+    idle = term.weight == 0 or term.name in batch.get(WEIGHTS, {})
+    if not idle or not any(np.shape(x)[:1] == (0,) for x in leaves):
+        return own, False
+
+    def one(x: Any) -> Any:
+        if np.shape(x)[:1] != (0,):
+            return x
+        shape = (1, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.ones(shape, x.dtype)
+
+    return jax.tree.map(one, own), True
 
 
 def _finite_if_idle(scale: jax.Array | float, batch: Any) -> Any:

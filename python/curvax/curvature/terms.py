@@ -41,8 +41,8 @@ class Term:
       predict_fn: `predict_fn(params, inputs) -> outputs` (B, ...), acting on each example of the leading axis by
         itself: residuals at points, say. State, random key and aux are as the method's options say.
       loss: of the outputs; `SquaredError()` by default, the mean over the set's positions of half their squares.
-      weight: what the term counts, a number that is not negative; 1 by default. Factors that change from step to step
-        come with the batch (`Terms`).
+      weight: what the term counts, a number that is not negative; 1 by default. It is a part of the program: another
+        one compiles again. Factors that change from step to step come with the batch (`Terms`).
       key: where the batch has the term's own batch; by default, `None`, the term's name.
       x_key, y_key, weight_key: keys of inputs, targets and per-example weights in that; "x", "y" and none by default.
       batch_axes: which axes of it hold the examples (`curvature.Model`); by default, `None`, the model says it.
@@ -81,7 +81,8 @@ class Terms:
 
     A batch is a mapping from the terms' names (or keys) to their batches, and may have `"weights"`: a mapping from
     names of terms to scalars, which multiply the terms' own weights. They may be traced, so that schemes which change
-    them (`balanced_weights`) cost no other compilation.
+    them (`balanced_weights`) cost no other compilation; Python's numbers will do as well as arrays, and one kind of
+    them for all steps. The set of a term that weighs nothing may be empty, and so may one whose weight comes so.
 
         terms = Terms(interior=Term(residual), boundary=Term(network))
         method = curvax.gauss_newton(loss=terms)
@@ -90,14 +91,24 @@ class Terms:
     Attributes:
       terms: (name, term) pairs.
 
+    A mapping from names to terms will do in the place of keywords.
+
     Raises:
       TypeError, ValueError: there is no term, one is no `Term`, or one is called "weights".
     """
 
     terms: tuple[tuple[str, Term], ...]
 
-    def __init__(self, **terms: Term) -> None:
+    def __init__(self, mapping: Mapping[str, Term] | None = None, /, **terms: Term) -> None:
+        if mapping is not None:
+            if not isinstance(mapping, Mapping):
+                raise TypeError(f"Terms got a {type(mapping).__name__}: pass Terms(name=Term(predict_fn, loss), ...).")
+            if twice := sorted(mapping.keys() & terms.keys()):
+                raise TypeError(f"the term '{twice[0]}' is given twice: once in the mapping and once by keyword.")
+            terms = {**mapping, **terms}
         for name, term in terms.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the name of a term is a {type(name).__name__}: name each by a string.")
             if not isinstance(term, Term):
                 raise TypeError(f"the term '{name}' is a {type(term).__name__}: pass curvax.Term(predict_fn, loss).")
         if not terms:

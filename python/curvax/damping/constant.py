@@ -80,6 +80,8 @@ class Scheduled(Damping):
 def _check_lam0(lam0: ScalarLike) -> None:
     if callable(lam0) or isinstance(lam0, str):
         raise TypeError("lam0 must be a number here: a schedule goes into curvax.damping.Scheduled.")
+    if jnp.shape(lam0):
+        raise TypeError(f"lam0 has the shape {jnp.shape(lam0)}: pass one number.")
     if not isinstance(lam0, Tracer) and not float(lam0) >= 0:
         raise ValueError(f"lam0 must be at least 0, not {lam0}.")
 

@@ -243,6 +243,8 @@ class TrustRegion(Damping):
         shown = jnp.asarray(outcome.shown).astype(lam.dtype)
         top = jnp.maximum(scale, jnp.where(jnp.isfinite(shown), shown, jnp.zeros_like(shown)))
         high = jnp.maximum(_MOST * top, before) if self.max_lam is None else scalar(self.max_lam).astype(lam.dtype)
+        # Where no step was ever seen each refusal moves the bound: not to where lam could no longer come back from.
+        high = jnp.minimum(high, jnp.maximum(before, float(jnp.finfo(lam.dtype).max) ** 0.5))
         # Before a first damping there is nothing to keep within bounds.
         return jnp.where(before == 0, before, jnp.clip(lam, low, high))
 

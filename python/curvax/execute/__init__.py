@@ -4,6 +4,8 @@ from curvax.execute.context import Problem as Problem
 from curvax.execute.context import Proposal as Proposal
 from curvax.execute.context import StepContext as StepContext
 from curvax.execute.context import StepInputs as StepInputs
+from curvax.execute.flax_states import register as register
+from curvax.execute.flax_states import register_if_imported as register_if_imported
 from curvax.execute.state import AbstractState as AbstractState
 from curvax.execute.state import LastStep as LastStep
 from curvax.execute.state import Layout as Layout

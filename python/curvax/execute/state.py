@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import tree
+from curvax.origin import Origin, check_parts
 from curvax.state_version import STATE_VERSION, check_state_version
 from curvax.tree import PyTree
 
@@ -60,6 +62,7 @@ class AbstractState:
       rejected: steps not taken so far, int32.
       model_state: mutable model state (BatchNorm statistics), or `None`.
       layout: what parameters the state belongs to; static.
+      origin: what modules made it; static.
       version: of the form of the state, `curvax.state_version.STATE_VERSION`; static.
     """
 
@@ -67,12 +70,32 @@ class AbstractState:
     rejected: jax.Array
     model_state: PyTree
     layout: Layout
+    origin: Origin
     version: int
 
-    def check(self, params: PyTree) -> None:
-        """Raises ValueError for a state of another version, or of other parameters than these trainable ones."""
+    def check(self, params: PyTree, origin: Origin) -> None:
+        """Raises ValueError for a state of another version, of other modules, or of other parameters.
+
+        Args:
+          params: the trainable parameters of the step.
+          origin: its modules.
+        """
         check_state_version(type(self).__name__, self.version)
         self.layout.check(params)
+        self.origin.check(origin)
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What static fields say, for checkpointers that store leaves alone: texts by name, as JSON takes them."""
+        return {"version": str(self.version), **dict(self.origin.parts)}
+
+    def check_stamp(self, stamp: Mapping[str, str]) -> None:
+        """Raises ValueError unless `stamp`, stored beside leaves, is that of a state like this one."""
+        saved, own = dict(stamp), self.stamp
+        version = saved.get("version")
+        if version != own["version"]:
+            check_state_version(type(self).__name__, version)
+        check_parts(saved, own)
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """Unpickles; a state of another version may lack fields, so it is refused here already."""
@@ -107,6 +130,7 @@ class MethodState(AbstractState):
       search: last step size of a search that does not run in every step; `None` without one.
       last: the last step, for methods that take steps without a look at the loss after them; `None` for others.
       layout: what parameters the state belongs to; static.
+      origin: what modules made it; static.
       version: of the form of the state; static.
     """
 
@@ -121,7 +145,15 @@ class MethodState(AbstractState):
     model_state: PyTree
     last: LastStep | None
     layout: Layout = dataclasses.field(metadata={"static": True})
+    origin: Origin = dataclasses.field(metadata={"static": True})
     version: int = dataclasses.field(default=STATE_VERSION, metadata={"static": True})
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        """With a digest of the layers that a preconditioner by layers was made for."""
+        blocks = getattr(self.preconditioner, "blocks", None)
+        layers = {} if blocks is None else {"layers": blocks.digest}
+        return super().stamp | layers
 
 
 def check_part(name: str, state: Any, expected: Any) -> None:

@@ -29,6 +29,7 @@ from curvax.layerwise.search import LineSearch
 from curvax.layerwise.state import Carry, OuterState, Progress
 from curvax.loops import for_loop_body
 from curvax.method import AbstractMethod
+from curvax.origin import Origin
 from curvax.result import Result, code
 from curvax.search import Line
 from curvax.structure.batch_axes import BatchAxes, Parts
@@ -117,7 +118,12 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             offset=tree.zeros_like(trainable) if self.warm_start else (),
             model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
+            origin=self.origin,
         )
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.of(curvature=self.curvature.kind, inner=type(self.inner).__name__)
 
     def _check_parts(self, state: OuterState, trainable: PyTree) -> None:
         if bool(jax.tree.leaves(state.offset)) != self.warm_start:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from curvax.execute import AbstractState, Layout
+from curvax.origin import Origin
 from curvax.state_version import STATE_VERSION
 from curvax.tree import PyTree
 
@@ -24,6 +25,7 @@ class OuterState(AbstractState):
         warm start.
       model_state: mutable model state, or `None`.
       layout: what parameters the state belongs to; static.
+      origin: what modules made it; static.
       version: of the form of the state; static.
     """
 
@@ -33,6 +35,7 @@ class OuterState(AbstractState):
     offset: PyTree
     model_state: PyTree
     layout: Layout = dataclasses.field(metadata={"static": True})
+    origin: Origin = dataclasses.field(metadata={"static": True})
     version: int = dataclasses.field(default=STATE_VERSION, metadata={"static": True})
 
 

@@ -18,7 +18,7 @@ from curvax.preconditioners import (
     Preconditioner,
     SophiaFloor,
 )
-from curvax.spelling import check_keywords, nearest, respelled
+from curvax.spelling import check_instance, check_keywords, nearest, respelled
 
 T = TypeVar("T")
 DampingT = TypeVar("DampingT", bound=Damping)
@@ -71,7 +71,7 @@ _EMA_INSTEAD = {
 
 def policy_name(policy: str) -> str:
     """The name of a damping policy, for any that Somax has for it, in any case."""
-    known = _POLICY_OF.get(policy.lower())
+    known = _POLICY_OF.get(policy.lower().replace("-", "_"))
     if known is None:
         raise ValueError(
             'lam_policy must be a Damping, "const", "schedule" (with lam0 a schedule), "trust_region" or "radius", '
@@ -100,6 +100,8 @@ def build_estimator(
         if fields:
             raise ValueError("estimator_kwargs go with a named estimator: put them into the estimator object.")
         return estimator
+    if not isinstance(estimator, str):
+        check_instance("estimator", estimator, DiagonalEstimator, optional=True)
     kind = _ESTIMATORS.get(estimator.lower())
     if kind is None:
         raise ValueError(f"there is no estimator {estimator!r}.{nearest(estimator.lower(), _ESTIMATORS)}")
@@ -117,6 +119,8 @@ def build_preconditioner(
                 "precond already is a preconditioner: drop estimator, estimator_kwargs and precond_kwargs."
             )
         return precond
+    if isinstance(precond, type) or not isinstance(precond, str | None):
+        check_instance("precond", precond, Preconditioner, optional=True)
     kind = "identity" if precond is None else _PRECONDITIONERS.get(precond.lower())
     if kind is None:
         raise ValueError(f"there is no preconditioner {precond!r}.{nearest(str(precond).lower(), _PRECONDITIONERS)}")

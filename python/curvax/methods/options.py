@@ -7,7 +7,7 @@ default, one meaning and one check wherever it appears.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -33,11 +33,14 @@ from curvax.estimators import DiagonalEstimator
 from curvax.kernels._dispatch import Backend
 from curvax.losses import Loss
 from curvax.method import Method
+from curvax.methods.checks import check_fields
 from curvax.methods.names import build_damping, build_estimator, build_preconditioner, policy_name
+from curvax.numbers import check_fraction, check_not_negative, check_positive
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
 from curvax.search import StepBound, StepSearch
 from curvax.solvers import CG, GeodesicAcceleration, MartensStop, Solver
+from curvax.spelling import check_instance, described
 from curvax.structure.batch_axes import AxesPrefix
 from curvax.telemetry import Metric, MetricRecord, Telemetry
 
@@ -62,6 +65,9 @@ class CommonOptions:
     frozen: Mask | None = None
     microbatch_size: int | None = None
     batch_axes: AxesPrefix | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def extras(self) -> Extras:
@@ -146,7 +152,7 @@ class ModelOptions(CommonOptions):
     @staticmethod
     def needed(given: Mapping[str, Any]) -> tuple[str, ...]:
         """A model, where no terms have theirs."""
-        return () if isinstance(given.get("loss"), Terms) else ("predict_fn",)
+        return () if isinstance(given.get("loss"), Terms | Mapping) else ("predict_fn",)
 
     @property
     def model(self) -> Model:
@@ -158,6 +164,8 @@ class ModelOptions(CommonOptions):
         self, loss: Loss | Terms, fisher: FisherType = GeneralizedGaussNewton()
     ) -> GaussNewton | SumOfTerms:
         """The curvature of the model, or of all terms of a loss."""
+        if isinstance(loss, Mapping):
+            raise TypeError("loss is a mapping: write loss=curvax.Terms(mapping) with a curvax.Term for each name.")
         if not isinstance(loss, Terms):
             return GaussNewton(self.model, loss, fisher)
         refuse_beside_terms(self)
@@ -194,6 +202,8 @@ class DampingOptions:
 
     @property
     def damping(self) -> Damping:
+        if isinstance(self.lam_policy, type) or not isinstance(self.lam_policy, Damping | str | None):
+            check_instance("lam_policy", self.lam_policy, Damping, optional=True)
         if isinstance(self.lam_policy, Damping):
             if self.lam_kwargs:
                 raise ValueError("lam_kwargs belong into the damping object that lam_policy is.")
@@ -235,6 +245,7 @@ class CGOptions:
 
     @property
     def cg(self) -> CG:
+        check_instance("stop", self.stop, MartensStop, optional=True)
         return CG(self.tol, self.maxiter, self.warm_start, self.stabilize_every, self.stop)
 
 
@@ -286,7 +297,15 @@ class TransformOptions:
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
         if self.tx is not None:
+            _check_transformation(self.tx)
             return whole_transform(self, self.tx, TransformOptions)
+        for name, bound in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
+            if bound is not None:
+                check_positive(name, bound)
+        if self.direction_momentum is not None:
+            check_fraction("direction_momentum", self.direction_momentum)
+        if self.weight_decay is not None:
+            check_not_negative("weight_decay", self.weight_decay)
         return build_transform(
             learning_rate=self.learning_rate,
             clip_norm=self.clip_norm,
@@ -296,6 +315,12 @@ class TransformOptions:
             direction_momentum=self.direction_momentum,
             nesterov=self.nesterov,
         )
+
+
+def _check_transformation(tx: Any) -> None:
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        made = f", called: {tx.__name__}(...)" if callable(tx) and hasattr(tx, "__name__") else ""
+        raise TypeError(f"tx is {described(tx)}: pass an Optax transformation{made}.")
 
 
 def whole_transform(
@@ -329,15 +354,20 @@ class LossRecordOptions:
 
     Attributes:
       record_loss_every_k: period of `loss`, which costs nothing beyond the gradient.
-      metrics: further `telemetry.MetricRecord`s.
+      metrics: further `telemetry.MetricRecord`s, or one.
     """
 
     record_loss_every_k: int = 1
-    metrics: tuple[MetricRecord, ...] = ()
+    metrics: Sequence[MetricRecord] | MetricRecord = ()
 
     @property
     def telemetry(self) -> Telemetry:
-        return Telemetry(self.loss_records + self.metrics)
+        return Telemetry(self.loss_records + self.further_records)
+
+    @property
+    def further_records(self) -> tuple[MetricRecord, ...]:
+        """`metrics` as a tuple, of which one record by itself is one."""
+        return (self.metrics,) if isinstance(self.metrics, MetricRecord) else tuple(self.metrics)
 
     @property
     def loss_records(self) -> tuple[MetricRecord, ...]:
@@ -372,4 +402,4 @@ class SolveRecordOptions(LossRecordOptions):
                 MetricRecord(Metric.PREDICTED, every),
                 MetricRecord(Metric.LOSS_AFTER, every),
             )
-        return Telemetry(records + self.metrics)
+        return Telemetry(records + self.further_records)

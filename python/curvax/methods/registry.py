@@ -51,6 +51,17 @@ _PRESETS: dict[str, tuple[Callable[..., AbstractMethod[Any, Any]], MethodInfo]] 
 _ELSEWHERE = {
     "clip_norm": "it clips every entry of the direction: write clip_value=, or tx= with optax.clip_by_global_norm.",
     "mask": "what weight decay applies to is weight_decay_mask here.",
+    "damping": "write lam0= for a number or a schedule, and lam_policy= for a curvax.damping object.",
+    "loss_fn": "write predict_fn= and loss=, or take newton_cg, sophia_h or adahessian for it.",
+    "solver": "each preset has its own: take the one whose it is, or curvax.assemble(solver=...).",
+    "preconditioner": "write precond= with sgn and newton_cg, or curvax.assemble(preconditioner=...).",
+    "scaling": "gauss_newton, egn, sgn and their kin scale the damping; the others have no D.",
+    **dict.fromkeys(("model", "apply_fn", "log_psi"), "write predict_fn=, a function of (params, inputs)."),
+    **dict.fromkeys(("lr", "step_size", "schedule"), "write learning_rate=, a number or an Optax schedule."),
+    **dict.fromkeys(("optimizer", "transform"), "write tx=, an Optax chain behind the direction."),
+    **dict.fromkeys(("rng", "key", "seed"), "the random key goes to step(params, batch, state, rng)."),
+    "momentum": "write direction_momentum= for momentum on the direction, or beta1= where a preset has it.",
+    "batch_size": "a step takes the batch that it is given: microbatch_size= cuts that into pieces.",
 }
 """Keywords that some presets have, and what to write for them with the others."""
 

@@ -1,6 +1,7 @@
 """Optimizers that Optax lacks, as Optax transformations: SOAP, Shampoo, and Muon with AdamW by label."""
 
 from curvax.optimizers.labels import hidden_matrices as hidden_matrices
+from curvax.optimizers.labels import hidden_matrices_by_name as hidden_matrices_by_name
 from curvax.optimizers.labels import muon_adamw as muon_adamw
 from curvax.optimizers.shampoo import ShampooState as ShampooState
 from curvax.optimizers.shampoo import scale_by_shampoo as scale_by_shampoo

@@ -6,11 +6,14 @@ to one of two optimizers:
 
     {"embed": (V, d), "layers": {"w": (L, d, d), "b": (L, d)}, "head": (d, V)}
       adamw                      muon, L matrices  adamw         adamw
+
+Which matrices are embeddings and heads is said by the user, or by their names (`hidden_matrices_by_name`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +27,12 @@ from curvax.chain import check_rates
 
 # Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
 _TINY = 1e-30
+
+_OUTER_WORDS = frozenset(
+    """embed embeds embedding embeddings embedder emb wte wpe vocab vocabulary unembed unembedding head lmhead logits
+    classifier readout""".split()
+)
+"""Words in the names of matrices that stand before the first hidden layer or behind the last one."""
 
 
 def hidden_matrices(*others: str) -> Callable[[Any], Any]:
@@ -54,24 +63,44 @@ def hidden_matrices(*others: str) -> Callable[[Any], Any]:
                 )
 
         def label(path: Any, leaf: Any) -> str:
-            if len(leaf.shape) < 2 or not math.prod(leaf.shape) or keystr(path[:1], simple=True) in others:
-                return "adamw"
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                raise TypeError(
-                    f"{keystr(path)} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
-                    "optax.contrib.split_real_and_imaginary, or name its entry in others=."
-                )
-            return "muon"
+            return _label(path, leaf, outer=keystr(path[:1], simple=True) in others)
 
         return jax.tree_util.tree_map_with_path(label, params)
 
     return labels
 
 
+def hidden_matrices_by_name(params: Any) -> Any:
+    """The labels of `hidden_matrices`, with embeddings and heads told by their names.
+
+    AdamW takes every leaf with a word such as "embed", "wte", "head", "logits" or "classifier" in its path, in any
+    spelling (`lm_head`, `TokenEmbedding_0`), and every leaf that has at most one axis longer than 1. "heads", "output"
+    and "out" are no such words: attention has them within.
+    """
+
+    def label(path: Any, leaf: Any) -> str:
+        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", keystr(path))
+        outer = any(word.lower() in _OUTER_WORDS for word in words)
+        return _label(path, leaf, outer=outer or sum(size > 1 for size in leaf.shape) < 2)
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _label(path: Any, leaf: Any, *, outer: bool) -> str:
+    if outer or len(leaf.shape) < 2 or not math.prod(leaf.shape):
+        return "adamw"
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{keystr(path)} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
+            "optax.contrib.split_real_and_imaginary, or name its entry in others=."
+        )
+    return "muon"
+
+
 def muon_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    others: tuple[str, ...] = ("embed", "head"),
+    others: tuple[str, ...] | None = None,
     adamw_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -81,7 +110,8 @@ def muon_adamw(
 
     Args:
       learning_rate: of Muon, and of AdamW unless it has its own.
-      others: top-level entries whose matrices AdamW takes; every one must be there. `()` where no entry is meant.
+      others: top-level entries whose matrices AdamW takes; every one must be there. `()` where no entry is meant. By
+        default, `None`, embeddings and heads by their names (`hidden_matrices_by_name`).
       adamw_learning_rate: `None` for the same.
       b1, b2: AdamW's; 0.9 and 0.999 as in the paper.
       weight_decay: of both, times the learning rate.
@@ -105,4 +135,5 @@ def muon_adamw(
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
     )
     rest = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.partition({"muon": matrices, "adamw": rest}, hidden_matrices(*others))
+    labels = hidden_matrices_by_name if others is None else hidden_matrices(*others)
+    return optax.partition({"muon": matrices, "adamw": rest}, labels)

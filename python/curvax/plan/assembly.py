@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, get_args
+from typing import get_args
 
 import optax
 
@@ -15,6 +15,7 @@ from curvax.kernels._dispatch import Backend
 from curvax.preconditioners import Preconditioner
 from curvax.search import StepBound, StepSearch
 from curvax.solvers import GeodesicAcceleration, Solver
+from curvax.spelling import check_instance
 from curvax.telemetry import SEARCH_METRICS, Metric, Telemetry
 
 
@@ -55,13 +56,19 @@ class Assembly:
         if self.backend not in known:
             raise ValueError(f"backend must be one of {', '.join(known)}, not {self.backend!r}.")
         for name, part, kind in (
+            ("curvature", self.curvature, Curvature),
+            ("solver", self.solver, Solver),
+            ("preconditioner", self.preconditioner, Preconditioner),
+            ("damping", self.damping, Damping),
+        ):
+            check_instance(name, part, kind)
+        for name, part, kind in (
             ("search", self.search, StepSearch),
             ("step_bound", self.step_bound, StepBound),
             ("acceleration", self.acceleration, GeodesicAcceleration),
             ("scaling", self.scaling, Scaling),
         ):
-            if part is not None and not isinstance(part, kind):
-                raise TypeError(_other_than(name, part, kind))
+            check_instance(name, part, kind, optional=True)
         if not isinstance(self.undo, bool):
             raise TypeError(f"undo is a {type(self.undo).__name__}: pass True or False.")
         rate = learning_rate_of(self.transform)
@@ -116,11 +123,3 @@ class Assembly:
     def partition(self) -> TrainablePartition:
         """Which parameters train."""
         return self.curvature.partition
-
-
-def _other_than(name: str, part: Any, kind: type[Any]) -> str:
-    """What is wrong with a keyword that wants an instance of `kind`."""
-    if isinstance(part, type):
-        return f"{name} is the class {part.__name__}: pass an instance, {part.__name__}(...), or None to do without."
-    package = ".".join(kind.__module__.split(".")[:2])
-    return f"{name} is a {type(part).__name__}: pass a {package}.{kind.__name__}, or None to do without."

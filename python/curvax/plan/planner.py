@@ -19,7 +19,7 @@ from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.cost import nbytes
 from curvax.plan.entrywise import Entrywise, entrywise
 from curvax.plan.expense import MEMORY_SHARE
-from curvax.plan.plan import Candidate, PartCost, Plan
+from curvax.plan.plan import Candidate, PartCost, Plan, bytes_text
 from curvax.plan.predict import candidate, count_rows, preconditioner_state, refresh_needs, step_work
 from curvax.plan.step_sizes import at_once, copy_bytes
 from curvax.requirements import EVERY_STEP, Cadence, Part, Requirement
@@ -135,13 +135,28 @@ def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *,
     Args:
       assembly, params, evaluation: modules, trainable parameters, the batch of the curvature.
       own_gradient: whether the gradient is that of the curvature's batch, as CG in row space must have it.
+
+    Raises:
+      ValueError: no solver of an automatic choice is predicted to fit into memory.
     """
     solver = assembly.solver
     if not solver.candidates:
         return _plan(assembly, solver, solver.lane, None)
     work = step_work(assembly, params, evaluation)
     best = _best(_candidates(solver, work, own_gradient), work)
+    _refuse_what_does_not_fit(best)
     return _plan(assembly, best.solver, best.solver.lane, best.index, _factors(assembly, best, work))
+
+
+def _refuse_what_does_not_fit(best: Candidate) -> None:
+    """Raises ValueError if the solver that was chosen takes more memory than there is: then all do."""
+    there = machines.memory()
+    if there is not None and best.cost.memory > there:
+        raise ValueError(
+            f"no solver fits: {best.solver.name}, which takes least, is predicted to take "
+            f"{bytes_text(best.cost.memory)} of the {bytes_text(there)} there are: set microbatch_size=, or take fewer "
+            "examples in a step."
+        )
 
 
 def _factors(assembly: Assembly, best: Candidate, work: StepWork) -> tuple[float, ...] | None:
@@ -266,8 +281,9 @@ def _check(assembly: Assembly, solver: Solver) -> None:
         if each.lane is Lane.DIAGONAL and preconditioner.is_identity:
             raise ValueError("the diagonal lane is its preconditioner: give one with an estimator.")
         if assembly.damping.has_radius and not each.takes_radius:
-            raise ValueError(f"the damping bounds the direction by a radius, and {each.name} keeps to none: use CG or "
-                             "Cholesky in parameter space, or a TrustRegion in place of the Radius.")  # fmt: skip
+            raise ValueError(f"the damping bounds the direction by a radius, and {each.name} keeps to none: take sgn, "
+                             "newton_cg, newton_direct or ggn_direct_*, whose CG and Cholesky in parameter space do, "
+                             'or a TrustRegion (lam_policy="trust_region") in place of the Radius.')  # fmt: skip
         if assembly.damping.has_radius and assembly.scaling is not None:
             raise ValueError("a radius bounds the length of the direction itself: drop scaling, or take a TrustRegion.")
     if assembly.scaling is not None and not curvature.has_rows:

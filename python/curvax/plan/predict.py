@@ -129,7 +129,12 @@ def _gram_cost(curvature: Curvature, shapes: PyTree, evaluation: Evaluation, max
         return rows.gram(1 << 62, _COUNTED) if rows is not None else 0
 
     jax.eval_shape(count, shapes, evaluation)
-    return counted[0] if counted else costing.trace(whole, shapes, evaluation)
+    if counted:
+        return counted[0]
+    # Rows of which nobody can say how they are made keep to the bound beside their matrix, and the matrix made whole.
+    cost = costing.trace(whole, shapes, evaluation)
+    matrix = count_rows(curvature, shapes, evaluation) ** 2 * jnp.dtype(tree.scalar_dtype(shapes)).itemsize
+    return dataclasses.replace(cost, memory=min(cost.memory, max_bytes + 2.0 * matrix))
 
 
 def _rows_cost(rows: RowGroups, max_bytes: int) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +12,7 @@ import jax
 
 from curvax import tree
 from curvax.curvature import Curvature, Evaluation, Linearization
-from curvax.kernels._dispatch import Choice, Op, Request
+from curvax.kernels._dispatch import Choice, Op, Request, caller_level
 from curvax.preconditioners.denominators import Denominator
 from curvax.requirements import Cadence, Part, Requirement
 from curvax.structure.blocks import KroneckerBlocks
@@ -110,6 +111,10 @@ class Preconditioner(abc.ABC):
         del state, names
         return ()
 
+    def warn(self, state: Any, names: Sequence[str]) -> None:
+        """Warns of what a first state shows to be worse than it might be; `names` as for `describe`."""
+        del state, names
+
     @abc.abstractmethod
     def init(self, params_like: PyTree) -> Any:
         """The state before any refresh, for parameters (arrays or `jax.ShapeDtypeStruct`s) of any floating dtypes."""
@@ -174,6 +179,18 @@ class BlockPreconditioner(Preconditioner):
     def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
         """A line per block."""
         return tuple(f"block of {line}" for line in state.blocks.describe(names))
+
+    def warn(self, state: Any, names: Sequence[str]) -> None:
+        """Of weights that keep a diagonal because of how the model uses them."""
+        lost = [f"{names[block.leaf]} ({block.reason})" for block in state.blocks.diagonal if block.lost]
+        if lost:
+            # Python shows a warning with the same words once.
+            warnings.warn(
+                f"no Kronecker factors, but a diagonal, for {', '.join(lost)}: use each in one way that "
+                "docs/structure.md lists, in all branches alike, if it is the weight of a layer.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
 
     def init(self, params_like: PyTree) -> Any:
         """Raises: the blocks are not known here."""

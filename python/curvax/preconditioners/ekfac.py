@@ -37,6 +37,7 @@ from curvax.preconditioners.factor_inverses import (
     out_of_basis,
 )
 from curvax.requirements import Cadence, Part, Requirement
+from curvax.spelling import check_instance
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.tree import PyTree
@@ -94,6 +95,8 @@ class EKFAC(BlockPreconditioner):
     decompose: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_instance("fisher", self.fisher, FisherType)
+        check_instance("sharing", self.sharing, WeightSharing)
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 

@@ -26,6 +26,7 @@ from curvax.preconditioners._blocks import (
 from curvax.preconditioners.base import BlockPreconditioner
 from curvax.preconditioners.factor_inverses import EigenInverse, FactorInverse
 from curvax.requirements import Cadence, Part, Requirement
+from curvax.spelling import check_instance
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing
 from curvax.tree import PyTree
@@ -87,6 +88,9 @@ class KFAC(BlockPreconditioner):
     inverse: FactorInverse = EigenInverse()
 
     def __post_init__(self) -> None:
+        check_instance("fisher", self.fisher, FisherType)
+        check_instance("sharing", self.sharing, WeightSharing)
+        check_instance("inverse", self.inverse, FactorInverse)
         check_cadences(self.decay, self.every, self.inverse_every)
         check_count("max_width", self.max_width)
 

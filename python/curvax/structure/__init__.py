@@ -26,8 +26,9 @@ The files in reading order; each imports from those above it only (`tests/docs/i
    examples goes; `batch_axis.py` proves that a model treats examples one by one, and `additive.py` that a loss adds up
    over them.
 3. How do parameters enter?
-   `uses.py` is a place that multiplies, with its two factors; `entries.py` the other uses; `biases.py` folds a bias
-   into its layer; `recognize.py` is the walk that finds them all; `axes.py` says what the axes of a leaf are to them.
+   `uses.py` is a place that multiplies, with its two factors; `entries.py` the other uses; `branches.py` makes one of
+   those in several branches; `biases.py` folds a bias into its layer; `recognize.py` is the walk that finds them all;
+   `axes.py` says what the axes of a leaf are to them.
 4. The factors.
    `capture.py` evaluates activations and cotangents of every layer; `reach.py` and `positions.py` say which outputs a
    position reaches and what it weighs; `formed.py` multiplies factors out to rows, where that is cheaper.

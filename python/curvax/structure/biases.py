@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from curvax.jaxprs import Name, Path, Program
+from curvax.jaxprs import COND, Name, Path, Program
 from curvax.structure.entries import AddedUse
 from curvax.structure.uses import Bias, EmbeddingUse, LayerUse
 from curvax.structure.views import Scale, Stacked, View, through, view_of
@@ -53,17 +53,28 @@ def with_biases(program: Program, uses: Sequence[LayerUse], biases: Mapping[int,
 
 def _order_of(program: Program, use: LayerUse, added: AddedUse) -> np.ndarray | None:
     """(G m,) entry of the leaf for each output, if it is a bias of the layer use; else `None`."""
+    if isinstance(use, EmbeddingUse) or math.prod(use.perturbation_shape) > _MOST_ENTRIES:
+        return None
+    if len(added.paths) != len(use.paths):
+        return None
+    # In every branch the same.
+    places = zip(use.paths, added.paths, strict=True)
+    orders = [_order_at(program, use, added, *paths) for paths in places]
+    alike = all(x is not None and orders[0] is not None and np.array_equal(x, orders[0]) for x in orders)
+    return orders[0] if alike else None
+
+
+def _order_at(program: Program, use: LayerUse, added: AddedUse, start: Path, path: Path) -> np.ndarray | None:
     # 1. In the same program.
-    entry, path = added.entry, added.path
-    inside = path[:-1] == use.path[:-1] and entry.stacked == use.stacked and entry.lengths == use.lengths
-    if not inside or isinstance(use, EmbeddingUse) or math.prod(use.perturbation_shape) > _MOST_ENTRIES:
+    entry = added.entry
+    if path[:-1] != start[:-1] or entry.stacked != use.stacked or entry.lengths != use.lengths:
         return None
     body = _body(program, path[:-1])
     # In a difference one of the two has the other's gradient reversed.
     if body.steps[path[-1]].primitive not in _SUMS or any(isinstance(_inner(v), Scale) for v in entry.views):
         return None
     # 2. From the output of the one to the operand of the other.
-    chain = _chain(body, use.path[-1], path[-1], 1 - added.operand)
+    chain = _chain(body, start[-1], path[-1], 1 - added.operand)
     if chain is None:
         return None
     # 3. Entry by entry.
@@ -75,8 +86,10 @@ def _inner(view: View) -> View:
 
 
 def _body(program: Program, path: Path) -> Program:
-    for index in path:
-        body = program.steps[index].body
+    steps = iter(path)
+    for index in steps:
+        step = program.steps[index]
+        body = step.bodies[next(steps)] if step.primitive == COND else step.body
         if body is None:
             raise AssertionError("the path of a step inside another leads through bodies.")
         program = body

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognize import Structure
+from curvax.structure.recognize import GENERIC, Structure
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
 from curvax.structure.views import disjoint, through, unscaled
 
@@ -110,6 +112,8 @@ class DiagonalBlock:
       bias_of: the layer uses whose bias it is.
       explicit: its places among the leaves with explicit rows: one at most in each model.
       reason: why it has no Kronecker factors.
+      lost: whether it would have them if it were used in another way: it is neither a bias nor a gain, is used, and has
+        two axes at least.
     """
 
     leaf: int
@@ -118,6 +122,15 @@ class DiagonalBlock:
     bias_of: tuple[int, ...] = ()
     explicit: tuple[int, ...] = ()
     reason: str = ""
+    lost: bool = False
+
+
+class ExplicitLeaf(NamedTuple):
+    """A leaf with explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
+
+    leaf: int
+    reason: str
+    lost: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,9 +168,24 @@ class KroneckerBlocks:
         return vars(self)["_hash"]
 
     @property
-    def explicit_leaves(self) -> list[tuple[int, str]]:
-        """The leaves with explicit rows, by their places, and why they have these."""
-        placed = {place: (block.leaf, block.reason) for block in self.diagonal for place in block.explicit}
+    def wiring(self) -> Wiring:
+        """How the parameters enter."""
+        return Wiring.of(self.uses, [entry.leaf for entry in self.explicit_leaves])
+
+    @property
+    def digest(self) -> str:
+        """Of the wiring and of which leaves have factors; the same in every process."""
+        factored = [(block.leaf, block.shape) for block in self.kronecker]
+        return hashlib.sha256(repr((self.wiring, factored)).encode()).hexdigest()[:16]
+
+    @property
+    def explicit_leaves(self) -> list[ExplicitLeaf]:
+        """The leaves with explicit rows, by their places."""
+        placed = {
+            place: ExplicitLeaf(block.leaf, block.reason, block.lost)
+            for block in self.diagonal
+            for place in block.explicit
+        }
         return [placed[place] for place in sorted(placed)]
 
     def partial(self) -> frozenset[int]:
@@ -207,6 +235,34 @@ class KroneckerBlocks:
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
 
 
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """How parameters enter a model, whatever the number of positions.
+
+    Attributes:
+      uses: per layer use its leaf, and what the entries of its block mean.
+      explicit: the leaves with explicit rows.
+    """
+
+    uses: tuple[tuple[Any, ...], ...]
+    explicit: tuple[int, ...]
+
+    @staticmethod
+    def of(uses: Sequence[LayerUse], explicit: Sequence[int]) -> Wiring:
+        """Of layer uses and leaves with explicit rows, in their order."""
+        return Wiring(tuple(map(_meaning, uses)), tuple(explicit))
+
+    def part(self, uses: tuple[int, int], explicit: tuple[int, int]) -> Wiring:
+        """Without so many at both ends: what one of several models has of it."""
+        return Wiring(self.uses[uses[0] : len(self.uses) - uses[1]],
+                      self.explicit[explicit[0] : len(self.explicit) - explicit[1]])  # fmt: skip
+
+
+def _meaning(use: LayerUse) -> tuple[Any, ...]:
+    bias = None if use.bias is None else (use.bias.leaf, tuple(use.bias.order.tolist()))
+    return use.leaf, use.rule, use.block, use.views, use.entry_order, bias
+
+
 def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> KroneckerBlocks:
     """The blocks of a model's structure.
 
@@ -215,7 +271,10 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
       shapes: of the parameter leaves.
       dtype: of factors.
     """
-    explicit = [(leaf, _why(structure, leaf)) for leaf in structure.explicit]
+    explicit = [
+        ExplicitLeaf(leaf, _why(structure, leaf), structure.findings[leaf].rule == GENERIC and _wide(shapes[leaf]))
+        for leaf in structure.explicit
+    ]
     return _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), np.dtype(dtype))
 
 
@@ -231,7 +290,7 @@ def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
 
 def _blocks(
     uses: tuple[LayerUse, ...],
-    explicit: Sequence[tuple[int, str]],
+    explicit: Sequence[ExplicitLeaf],
     shapes: tuple[tuple[int, ...], ...],
     dtype: np.dtype,
 ) -> KroneckerBlocks:
@@ -244,9 +303,11 @@ def _blocks(
         by_leaf[use.leaf].append(index)
         if use.bias is not None:
             bias_of[use.bias.leaf].append(index)
-    for place, (leaf, reason) in enumerate(explicit):
+    lost: set[int] = set()
+    for place, (leaf, reason, of_layer) in enumerate(explicit):
         places[leaf].append(place)
         reasons.setdefault(leaf, reason)
+        lost |= {leaf} if of_layer else set()
     # 1. Leaves that are weights and nothing else.
     kronecker: list[KroneckerBlock] = []
     for leaf, indices in by_leaf.items():
@@ -266,6 +327,7 @@ def _blocks(
             tuple(bias_of.get(leaf, ())),
             tuple(places.get(leaf, ())),
             reasons.get(leaf, _SEVERAL if leaf in bias_of else _IDLE),
+            leaf in lost or (leaf in by_leaf and _wide(shape)),
         )
         for leaf, shape in enumerate(shapes)
         if leaf not in served
@@ -275,6 +337,11 @@ def _blocks(
 
 _IDLE = "the outputs do not depend on it"
 _SEVERAL = "it is the bias of weights that are used several times"
+
+
+def _wide(shape: tuple[int, ...]) -> bool:
+    """Whether it can be a matrix."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def _with_bias(block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[int, Sequence[int]]) -> KroneckerBlock:

@@ -20,7 +20,7 @@ from curvax.jaxprs import Path, without_repeats
 from curvax.structure.batch_axes import BatchAxes
 from curvax.structure.batch_axis import ByExample, by_example
 from curvax.structure.recognize import Structure, recognize
-from curvax.structure.replay import RESULT, Hooks, replay, traced_program
+from curvax.structure.replay import RESULT, Hooks, Records, replay, traced_program
 from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.tree import PyTree
 
@@ -133,22 +133,25 @@ class Capture:
         own = len(inputs) - len(self.model.draws)
         hooks = Hooks(
             # Two leaves may be used by one step: they share its output, and so its perturbation.
-            added=_summed([use.path for use in uses], perturbations),
+            added=_summed([use.paths for use in uses], perturbations),
             given={draw.single: x[0] for draw, x in zip(self.model.draws, inputs[own:], strict=True)},
-            recorded=frozenset((use.path, use.activation) for use in uses),
+            recorded=frozenset((path, use.activation) for use in uses for path in use.paths),
         )
         (outputs,), records = replay(self.model.program, [*replaced, *inputs[:own]], hooks)
-        return outputs, [self._activations(use, records[use.path, use.activation]) for use in uses]
+        return outputs, [self._activations(use, records) for use in uses]
 
-    def _activations(self, use: LayerUse, recorded: jax.Array) -> jax.Array:
-        arranged = use.activations(recorded)
+    def _activations(self, use: LayerUse, records: Records) -> jax.Array:
+        # Of several branches, those that are not taken have recorded zeros.
+        first, *others = (records[path, use.activation] for path in use.paths)
+        arranged = use.activations(sum(others, start=first))
         return arranged if isinstance(use, EmbeddingUse) else arranged.astype(self.dtype)
 
 
-def _summed(paths: Sequence[Path], perturbations: Sequence[jax.Array]) -> dict[Path, jax.Array]:
+def _summed(paths: Sequence[Sequence[Path]], perturbations: Sequence[jax.Array]) -> dict[Path, jax.Array]:
     sums: dict[Path, jax.Array] = {}
-    for path, e in zip(paths, perturbations, strict=True):
-        sums[path] = sums[path] + e if path in sums else e
+    for places, e in zip(paths, perturbations, strict=True):
+        for path in places:
+            sums[path] = sums[path] + e if path in sums else e
     return sums
 
 

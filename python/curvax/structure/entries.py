@@ -53,6 +53,7 @@ class AddedUse:
     Attributes:
       entry: what it is there, but for a repetition of entries.
       path, operand: where.
+      twins: the steps that add it in further branches (`curvax.structure.branches`).
       leaf_shape: of the leaf.
       dimensions: of the `broadcast_in_dim` that repeated the entries; `None` if nothing did.
       before: shape of one iteration's entries before that.
@@ -64,6 +65,12 @@ class AddedUse:
     leaf_shape: tuple[int, ...]
     dimensions: tuple[int, ...] | None
     before: tuple[int, ...]
+    twins: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The steps that add, of which one is evaluated."""
+        return (self.path, *self.twins)
 
 
 @dataclasses.dataclass(frozen=True)

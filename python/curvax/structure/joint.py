@@ -66,7 +66,10 @@ def joint_gram(
     if not jax.tree.leaves(sources[0].params):
         raise ValueError("there are no trainable parameters: leave at least one leaf of the parameters unfrozen.")
     sets = [_RowSet.of(source) for source in sources]
-    fits = sum(rows.count * rows.groups.bytes for rows in sets) <= max_bytes
+    pairs = [_Pair.of(sets[i], sets[j]) for i, j in _pairs(len(sets))]
+    # Of two models, the parts in which they meet are alive beside the factors; pairs follow one another.
+    across = max((pair.bytes_of(rows) * rows.count for pair in pairs for rows in (pair.first, pair.second)), default=0)
+    fits = sum(rows.count * rows.groups.bytes for rows in sets) + 2 * across <= max_bytes
     own, across = _at_once(sets, implementation) if fits else _by_blocks(sets, max_bytes, implementation)
     ends = list(itertools.accumulate((rows.total for rows in sets), initial=0))
     lower = jnp.zeros((ends[-1], ends[-1]), sets[0].dtype)
@@ -114,7 +117,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 def _tiles(pair: _Pair, max_bytes: int, implementation: Implementation | Choice | None) -> jax.Array:
     """One model's rows with another's, tile by tile."""
     (left, n), (right, m) = (
-        (rows, max(1, min(rows.count, max_bytes // (2 * max(1, rows.groups.bytes)))))
+        (rows, max(1, min(rows.count, max_bytes // (2 * max(1, rows.groups.bytes + pair.bytes_of(rows))))))
         for rows in (pair.first, pair.second)
     )
     many, others = -(-left.count // n), -(-right.count // m)
@@ -267,6 +270,12 @@ class _Pair:
         leaves = range(_leaf_count(first, second))
         parts = [part for leaf in leaves for part in _parts_of(leaf, first, second)]
         return _Pair(first, second, tuple(parts))
+
+    def bytes_of(self, rows: _RowSet) -> int:
+        """Of the parts of one group of a model: pairs as they are, or formed rows as large as their leaves."""
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        parts = jax.eval_shape(lambda i: [part(rows, made) for made in [rows.make(i)] for part in self.parts], index)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(parts))
 
     def left(self, made: Any) -> list[Layer]:
         """The parts of several groups of the first."""

@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks
+from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks, Wiring
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
@@ -78,10 +78,16 @@ class Examples:
     Attributes:
       factors: with a leading example axis B; `None` in the places of another model's layer uses and leaves.
       weights: per layer use (B, T), what its positions weigh in the loss.
+      wiring: the model that they are of; static.
+      around: how many layer uses, and leaves with explicit rows, of other models are before and behind; static.
     """
 
     factors: Factors
     weights: list[jax.Array]
+    wiring: Wiring = dataclasses.field(metadata={"static": True})
+    around: tuple[tuple[int, int], tuple[int, int]] = dataclasses.field(
+        default=((0, 0), (0, 0)), metadata={"static": True}
+    )
 
     def placed(self, uses: tuple[int, int], explicit: tuple[int, int]) -> Examples:
         """The same among several models' (`blocks.join_blocks`): how many layer uses, and leaves with explicit rows,
@@ -93,7 +99,15 @@ class Examples:
 
         own = self.factors
         factors = Factors(padded(own.activations, uses), padded(own.cotangents, uses), padded(own.explicit, explicit))
-        return Examples(factors, padded(self.weights, uses))
+        return Examples(factors, padded(self.weights, uses), self.wiring, (uses, explicit))
+
+    def check(self, blocks: KroneckerBlocks) -> None:
+        """Raises ValueError if the blocks are those of a model that uses its parameters in another way."""
+        if blocks.wiring.part(*self.around) != self.wiring:
+            raise ValueError(
+                "the state's Kronecker factors were made for a model that uses its parameters in another way (other "
+                "layers, or a bias in place of a gain): call init again with this model, or pass its own state."
+            )
 
     def here(self, uses: Sequence[int]) -> list[int]:
         """Those of some layer uses that are this model's."""
@@ -172,8 +186,9 @@ def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
 def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Examples:
     """Factors with the weights of their positions; what has none is zero, whatever it holds."""
     each = position_weights(capture, factors, weights)
+    wiring = Wiring.of(capture.structure.uses, capture.structure.explicit)
     if not weights.masks:
-        return Examples(factors, each)
+        return Examples(factors, each, wiring)
 
     def keep(counted: jax.Array, x: jax.Array, otherwise: int = 0) -> jax.Array:
         return jnp.where(
@@ -186,11 +201,16 @@ def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Exa
         activations.append(keep(w != 0, a, use.block[1] if isinstance(use, EmbeddingUse) else 0))
         cotangents.append(keep((w != 0)[:, None], d))
     explicit = [keep(weights.examples != 0, x) for x in factors.explicit]
-    return Examples(Factors(activations, cotangents, explicit), each)
+    return Examples(Factors(activations, cotangents, explicit), each, wiring)
 
 
 def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightSharing) -> FactorSums:
-    """The sums that make all Kronecker factors and diagonals."""
+    """The sums that make all Kronecker factors and diagonals.
+
+    Raises:
+      ValueError: the blocks are those of another model.
+    """
+    examples.check(blocks)
     inputs, outputs, weights, swapped = [], [], [], []
     for block in blocks.kronecker:
         uses, dtype = examples.here(block.uses), blocks.dtype

@@ -106,9 +106,10 @@ def position_weights(capture: Capture, factors: Factors, weights: LossWeights) -
     if not weights.within:
         each = weights.examples.astype(dtype)[:, None]
         return [jnp.broadcast_to(each / use.positions, (each.shape[0], use.positions)) for use in uses]
-    steps = weights.reach(capture, frozenset(use.path for use in uses)).steps
+    steps = weights.reach(capture, frozenset(path for use in uses for path in use.paths)).steps
     flat = weights.flat.astype(dtype)
-    return [_of_use(use, steps[use.path], flat, d) for use, d in zip(uses, factors.cotangents, strict=True)]
+    reaches = [functools.reduce(Reach.__or__, (steps[path] for path in use.paths)) for use in uses]
+    return [_of_use(use, reach, flat, d) for use, reach, d in zip(uses, reaches, factors.cotangents, strict=True)]
 
 
 def _of_use(use: LayerUse, reach: Reach, flat: jax.Array, d: jax.Array) -> jax.Array:

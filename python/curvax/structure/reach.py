@@ -121,7 +121,7 @@ def reach_of(program: Program, results: Sequence[Reach | None], wanted: frozense
         ]
         if (index,) in wanted:
             steps[(index,)] = outputs[0]
-        inside = frozenset(path[1:] for path in wanted if path[0] == index and len(path) > 1)
+        inside = _below(wanted, index)
         if not inside and all(reach is None for reach in asked):
             return None
         below = _step(step, outputs, inside)
@@ -132,6 +132,11 @@ def reach_of(program: Program, results: Sequence[Reach | None], wanted: frozense
     return ProgramReach([Reach.nowhere(0) if reach is None else reach for reach in arguments], steps)
 
 
+def _below(paths: frozenset[Path], index: int) -> frozenset[Path]:
+    """The paths inside a step, or a branch of one."""
+    return frozenset(path[1:] for path in paths if path[0] == index and len(path) > 1)
+
+
 def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> ProgramReach:
     name = step.primitive
     if name in REMATERIALIZED or name in CUSTOM:
@@ -139,9 +144,10 @@ def _step(step: Step, outputs: list[Reach], wanted: frozenset[Path]) -> ProgramR
     if name == SCAN:
         return _scan(step, outputs, wanted)
     if name == COND:
-        branches = [reach_of(body, outputs).arguments for body in step.bodies]
-        joined = [functools.reduce(Reach.__or__, parts) for parts in zip(*branches, strict=True)]
-        return ProgramReach([_everywhere(step, outputs)[0], *joined], {})
+        branches = [reach_of(body, outputs, _below(wanted, which)) for which, body in enumerate(step.bodies)]
+        joined = [functools.reduce(Reach.__or__, parts) for parts in zip(*(b.arguments for b in branches), strict=True)]
+        steps = {(i, *path): reach for i, branch in enumerate(branches) for path, reach in branch.steps.items()}
+        return ProgramReach([_everywhere(step, outputs)[0], *joined], steps)
     if name == BARRIER:
         return ProgramReach(outputs, {})
     if name in ("split", "unstack"):

@@ -34,8 +34,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.jaxprs import BARRIER, REMATERIALIZED, SCAN, Path, Program, Step, forward, scan_counts
+from curvax.jaxprs import BARRIER, COND, REMATERIALIZED, SCAN, Path, Program, Step, forward, scan_counts
 from curvax.structure.biases import with_biases
+from curvax.structure.branches import joined_branches
 from curvax.structure.entries import AddedUse, Entry, ExplicitUse, ScaledUse, Use
 from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse
 from curvax.structure.views import View, pieces, summand, view_of
@@ -279,9 +280,31 @@ def _scan(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> 
     return after
 
 
+def _branches(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+    """The predicate is the same for all examples, or this were no branch (`batch_axis`)."""
+    walk.explicit(operands[0].entry, "it chooses a branch")
+    fixed = operands[0].parameters_only
+    inside = [dataclasses.replace(o, parameters_only=o.parameters_only and fixed) for o in operands[1:]]
+    walks = [_Walk(walk.shapes) for _ in step.bodies]
+    results = [
+        own.program(body, inside, (*path, which))
+        for which, (own, body) in enumerate(zip(walks, step.bodies, strict=True))
+    ]
+    for leaf, uses in joined_branches([own.uses for own in walks]).items():
+        walk.uses[leaf] += uses
+    after: list[Entry | None] = []
+    for each in zip(*results, strict=True):
+        alike = all(entry == each[0] for entry in each)
+        after.append(each[0] if alike else None)
+        for entry in () if alike else each:
+            walk.explicit(entry, "a branch returns it")
+    return after
+
+
 _CONTROL: dict[str, Callable[[_Walk, Step, Sequence[_Operand], Path], list[Entry | None]]] = {
     **dict.fromkeys(REMATERIALIZED, _rematerialized),
     SCAN: _scan,
+    COND: _branches,
     BARRIER: _barrier,
 }
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
-from curvax.jaxprs import SCAN, Path, Program, Step, bind, evaluate, scan_counts
+from curvax.jaxprs import COND, SCAN, Path, Program, Step, bind, evaluate, scan_counts
 from curvax.live import live_part
 from curvax.structure.real_arithmetic import in_real_arithmetic, is_complex_program
 from curvax.tree import PyTree
@@ -60,7 +61,7 @@ class Hooks:
     recorded: frozenset[Place] = frozenset()
 
     def inside(self, index: int) -> Hooks:
-        """What of it concerns the body of a step."""
+        """What of it concerns the body of a step, or a branch of one."""
 
         def below(values: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
             return {path[1:]: x for path, x in values.items() if path[0] == index and len(path) > 1}
@@ -78,6 +79,9 @@ def replay(program: Program, arguments: Sequence[Any], hooks: Hooks) -> tuple[li
         records.update({(path, i): x for i, x in enumerate(operands) if (path, i) in hooks.recorded})
         if path in hooks.given:
             produced = [hooks.given[path]]
+        elif step.primitive == COND:
+            produced, inside = _replay_branches(step, operands, hooks.inside(index))
+            records.update({((index, *inner), i): value for (inner, i), value in inside.items()})
         elif step.body is not None:
             produced, inside = _replay_body(step, step.body, operands, hooks.inside(index))
             records.update({((index, *inner), i): value for (inner, i), value in inside.items()})
@@ -90,6 +94,34 @@ def replay(program: Program, arguments: Sequence[Any], hooks: Hooks) -> tuple[li
         return produced
 
     return evaluate(program, arguments, evaluated), records
+
+
+def _replay_branches(step: Step, operands: Sequence[Any], hooks: Hooks) -> tuple[list[Any], Records]:
+    """The branch that is taken; what others were to record is zero."""
+    if not (hooks.added or hooks.given or hooks.recorded):
+        return bind(step.eqn, operands), {}
+    which, *rest = operands
+
+    def branch(index: int, body: Program) -> Callable[[list[Any]], tuple[list[Any], Records]]:
+        def run(operands: list[Any]) -> tuple[list[Any], Records]:
+            results, records = replay(body, operands, hooks.inside(index))
+            return results, {((index, *path), i): value for (path, i), value in records.items()}
+
+        return run
+
+    runs = [branch(index, body) for index, body in enumerate(step.bodies)]
+    like: Records = {}
+    for run in runs:
+        like |= jax.eval_shape(run, rest)[1]
+
+    def filled(run: Callable[[list[Any]], tuple[list[Any], Records]]) -> Callable[..., tuple[list[Any], Records]]:
+        def with_all(operands: list[Any]) -> tuple[list[Any], Records]:
+            results, records = run(operands)
+            return results, {place: records.get(place, jnp.zeros(x.shape, x.dtype)) for place, x in like.items()}
+
+        return with_all
+
+    return jax.lax.switch(which, [filled(run) for run in runs], rest)
 
 
 def _replay_body(step: Step, body: Program, operands: Sequence[Any], hooks: Hooks) -> tuple[list[Any], Records]:

@@ -59,7 +59,8 @@ class LayerUse(abc.ABC):
     Attributes:
       leaf: index of the parameter leaf.
       views: from the leaf to the operand, scans' axes in front.
-      path: the step that multiplies.
+      path: the step that multiplies; inside a branch, the first branch that has this layer use.
+      twins: the steps that are the same layer use in further branches (`curvax.structure.branches`).
       stacked: for each scan around it, outermost first, whether it goes through stacked weights.
       operand: which operand of the step the weights are.
       operand_shape, activation_shape, output_shape: of one iteration.
@@ -79,6 +80,12 @@ class LayerUse(abc.ABC):
     output_dtype: Any
     lengths: tuple[int, ...]
     bias: Bias | None = None
+    twins: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The steps that multiply, of which one is evaluated."""
+        return (self.path, *self.twins)
 
     @property
     @abc.abstractmethod

@@ -82,6 +82,6 @@ def with_a_jvp_of_its_own(p: Any, x: jax.Array) -> jax.Array:
     return _snake(x @ p["w"] + p["b"], p["a"]) @ p["v"]
 
 
-@model("cond", (3,), dict(w=explicit(3, 2), b=explicit(2), s=scale()))
+@model("cond", (3,), dict(w=dense(3, 2), b=bias(2), s=scale()))
 def branched(p: Any, x: jax.Array) -> jax.Array:
     return lax.cond(jnp.sum(p["s"]) > 0, lambda: jnp.tanh(x @ p["w"]), lambda: x @ p["w"] + p["b"]) * p["s"]
