@@ -17,6 +17,7 @@ from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
 from curvax.jaxprs import Wanted
 from curvax.live import live_part
+from curvax.explicit_models import on_automatic_axes
 from curvax.losses.base import Loss, check_loss
 from curvax.losses.rounding import measured_rounding
 from curvax.structure.additive import additive_axes
@@ -87,7 +88,7 @@ class LossFunction(Objective):
         return None
 
     def traced_once(self) -> LossFunction:
-        return dataclasses.replace(self, loss_fn=traced_once(self.loss_fn))
+        return dataclasses.replace(self, loss_fn=traced_once(on_automatic_axes(self.loss_fn)))
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         for key in self.keys:

@@ -21,6 +21,7 @@ import optax.contrib
 from jax.tree_util import keystr
 
 from curvax.chain import check_rates
+from curvax.meshes import on_any_mesh
 
 # Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
 _TINY = 1e-30
@@ -105,4 +106,4 @@ def muon_adamw(
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
     )
     rest = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.partition({"muon": matrices, "adamw": rest}, hidden_matrices(*others))
+    return on_any_mesh(optax.partition({"muon": matrices, "adamw": rest}, hidden_matrices(*others)))

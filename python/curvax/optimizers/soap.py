@@ -25,6 +25,7 @@ from curvax import tree
 from curvax.chain import check_rates
 from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale
 from curvax.kernels.dense_linalg import qr
+from curvax.meshes import on_any_mesh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     corrected,
@@ -153,7 +154,7 @@ def scale_by_soap(
         return jax.tree.unflatten(structure, narrow), new_state
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
-    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
+    return on_any_mesh(optax.GradientTransformation(cast(Any, init), cast(Any, update)))
 
 
 def soap(
