@@ -4,9 +4,9 @@
     h = jax.sharding.reshard(h, P("data"))
 
 JAX refuses such words where the axes are automatic, as they are within a step (`curvax.meshes`). So the model is traced
-once more where they are explicit, and the program that this leaves is evaluated with every word as a constraint for
-XLA's partitioner, which is what `jax.lax.with_sharding_constraint` says on automatic axes. Control flow, rematerialized
-calls and functions with derivatives of their own stay what they are.
+once more where they are explicit, and the program that this leaves is evaluated without the words: XLA's partitioner
+goes by the shardings of parameters and batch. Control flow, rematerialized calls and functions with derivatives of
+their own stay what they are.
 
 The trace is on a mesh of the same axes with one device along each: whatever its shape, a batch of one example divides.
 """
@@ -18,8 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
 from curvax import meshes
 from curvax.jaxprs import (
@@ -40,7 +42,8 @@ from curvax.jaxprs import (
 )
 
 _WORDS = ("out_sharding", "sharding")
-_MOVES = {"reshard": "dst_sharding", "sharding_constraint": "sharding"}
+_NOBODYS = "curvax: all devices"
+_MOVES = frozenset({"reshard", "sharding_constraint"})
 
 
 def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,9 +71,12 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _traced(door: meshes.Door, function: Callable[..., Any], args: Any, keyword: Any) -> tuple[ClosedJaxpr, Any] | None:
     """(the program on explicit axes, structure of its results); `None` if it does not run there either."""
-    ones = AbstractMesh(tuple(1 for _ in door.mesh.axis_names), door.mesh.axis_names, axis_types=door.mesh.axis_types)
+    own = door.mesh
+    # JAX wants a mesh within another to be of its size: all devices are on an axis that nobody names.
+    sizes, names = (*(1 for _ in own.axis_names), own.size), (*own.axis_names, _NOBODYS)
+    ones = AbstractMesh(sizes, names, axis_types=(*own.axis_types, AxisType.Auto))
     # Of a model that names a mesh of devices only that one will do.
-    for mesh in (ones, door.mesh):
+    for mesh in (ones, own):
         shapes = meshes.typed((args, keyword), mesh)
         try:
             with jax.sharding.use_abstract_mesh(mesh):
@@ -89,7 +95,7 @@ def _step(index: int, step: Step, operands: list[Any]) -> Sequence[Any]:
     del index
     eqn, name = step.eqn, step.primitive
     if name in _MOVES:
-        return [_constrained(operands[0], eqn.params[_MOVES[name]])]
+        return [operands[0]]
     if name in CALLS:
         return _evaluated(bodies(eqn)[0].jaxpr, operands)
     rule = _RULES.get(name)
@@ -102,25 +108,7 @@ def _step(index: int, step: Step, operands: list[Any]) -> Sequence[Any]:
         )
     params = {key: None if key in _WORDS else value for key, value in eqn.params.items()}
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
-    results = list(results) if eqn.primitive.multiple_results else [results]
-    wanted = next((eqn.params[key] for key in _WORDS if eqn.params.get(key) is not None), None)
-    return results if wanted is None else [_constrained(x, wanted) for x in results]
-
-
-def _constrained(x: Any, sharding: NamedSharding) -> Any:
-    """A constraint, where it splits an axis at all and the axis can be split so."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-
-    def parts(names: Any) -> int:
-        size = 1
-        for name in names if isinstance(names, tuple) else (names,):
-            size *= 1 if name is None else sizes[name]
-        return size
-
-    spec = sharding.spec
-    if all(names is None for names in spec) or any(n % parts(s) for n, s in zip(x.shape, spec, strict=False)):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _scan(step: Step, operands: list[Any]) -> list[Any]:
@@ -152,7 +140,7 @@ def _while(step: Step, operands: list[Any]) -> list[Any]:
 
 def _cond(step: Step, operands: list[Any]) -> list[Any]:
     branches = [functools.partial(lambda jaxpr, *x: _evaluated(jaxpr, x), body.jaxpr) for body in bodies(step.eqn)]
-    index = operands[0].astype("int32")
+    index = operands[0].astype(jnp.int32)
     return jax.lax.switch(index, branches, *operands[1:])
 
 
@@ -178,18 +166,21 @@ def _on_its_own_axes(step: Step, function: Callable[..., Any], *shapes: Any) -> 
     return closed, shape
 
 
+def _smooth(step: Step) -> list[bool]:
+    """Which operands have derivatives."""
+    return [jnp.issubdtype(v.dtype, jnp.inexact) for v in step.input_avals]
+
+
 def _split(step: Step, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """(those of the operands with derivatives, the others)."""
-    smooth = [jax.numpy.issubdtype(v.dtype, jax.numpy.inexact) for v in step.input_avals]
-    first = [x for x, s in zip(values, smooth, strict=True) if s]
-    return first, [x for x, s in zip(values, smooth, strict=True) if not s]
+    pairs = list(zip(values, _smooth(step), strict=True))
+    return [x for x, smooth in pairs if smooth], [x for x, smooth in pairs if not smooth]
 
 
-def _call(step: Step, smooth: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The step itself, of operands as `_split` returns them."""
+def _joined(step: Step, smooth: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The inverse of `_split`."""
     first, rest = iter(smooth), iter(others)
-    inexact = [jax.numpy.issubdtype(v.dtype, jax.numpy.inexact) for v in step.input_avals]
-    return bind(step.eqn, [next(first if s else rest) for s in inexact])
+    return [next(first if own else rest) for own in _smooth(step)]
 
 
 def _custom_jvp(step: Step, operands: list[Any]) -> list[Any]:
@@ -197,14 +188,12 @@ def _custom_jvp(step: Step, operands: list[Any]) -> list[Any]:
 
     @jax.custom_jvp
     def call(smooth: list[Any], others: list[Any]) -> list[Any]:
-        first, rest = iter(smooth), iter(others)
-        inexact = [jax.numpy.issubdtype(v.dtype, jax.numpy.inexact) for v in step.input_avals]
-        return _evaluated(body.jaxpr, [next(first if s else rest) for s in inexact])
+        return _evaluated(body.jaxpr, _joined(step, smooth, others))
 
     @call.defjvp
     def rule(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
         def forward(smooth: Any, others: Any, along: Any) -> Any:
-            return jax.jvp(lambda x: _call(step, x, others), (smooth,), (along,))
+            return jax.jvp(lambda x: bind(step.eqn, _joined(step, x, others)), (smooth,), (along,))
 
         closed, shape = _on_its_own_axes(step, forward, *types, types[0])
         flat = _evaluated(closed, jax.tree.leaves((*primals, tangents[0])))
@@ -220,13 +209,11 @@ def _custom_vjp(step: Step, operands: list[Any]) -> list[Any]:
 
     @jax.custom_vjp
     def call(smooth: list[Any], others: list[Any]) -> list[Any]:
-        first, rest = iter(smooth), iter(others)
-        inexact = [jax.numpy.issubdtype(v.dtype, jax.numpy.inexact) for v in step.input_avals]
-        return _evaluated(body.jaxpr, [next(first if s else rest) for s in inexact])
+        return _evaluated(body.jaxpr, _joined(step, smooth, others))
 
     def forward(smooth: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
         def both(smooth: Any, others: Any) -> Any:
-            return jax.vjp(lambda x: _call(step, x, others), smooth)
+            return jax.vjp(lambda x: bind(step.eqn, _joined(step, x, others)), smooth)
 
         closed, kept["shape"] = _on_its_own_axes(step, both, *types)
         kept["types"] = [jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for v in closed.out_avals]
@@ -241,7 +228,7 @@ def _custom_vjp(step: Step, operands: list[Any]) -> list[Any]:
             return jax.tree.unflatten(structure, residuals)(cotangents)[0]
 
         closed, _ = _on_its_own_axes(step, pull, kept["types"][results:], kept["types"][:results])
-        zeros = [jax.numpy.zeros(x.shape, jax.dtypes.float0) for x in others]
+        zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in others]
         return _evaluated(closed, [*residuals, *cotangents]), zeros
 
     call.defvjp(forward, backward)

@@ -24,9 +24,10 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from curvax.tree import PyTree
 
@@ -123,6 +124,21 @@ def automatic(function: Callable[..., R], args: tuple[Any, ...], like: tuple[Lik
     return type(results)(door.left(part, of) for part, of in zip(results, like, strict=True))
 
 
+def refuse_manual_axes(params: PyTree, batch: PyTree) -> None:
+    """Raises ValueError inside `jax.shard_map`, where a device would step on its own part of the batch and drift off.
+
+    Models that are each device's own, whose parameters vary over all manual axes, may do so.
+    """
+    manual = frozenset(name for name, kind in _types(jax.sharding.get_abstract_mesh()) if kind == AxisType.Manual)
+    own = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    shared = manual - frozenset().union(*own)
+    if shared and jax.tree.leaves(batch):
+        raise ValueError(
+            f"step runs inside jax.shard_map over {', '.join(map(repr, sorted(shared)))}, where every device would "
+            "take a step of its own from its part of the batch: call it in jax.jit, with the batch sharded over the mesh."
+        )
+
+
 def sharded_like(tree: PyTree, params: PyTree) -> list[Any]:
     """For each leaf of a state the sharding of the parameter that it belongs to; `None` where it belongs to none.
 
@@ -148,7 +164,9 @@ def sharded_like(tree: PyTree, params: PyTree) -> list[Any]:
     found: list[Any] = []
     for node in jax.tree.leaves(tree, is_leaf=is_like):
         if is_like(node):
-            found += [_behind(sharding_of(p), x.ndim - p.ndim) for x, p in zip(jax.tree.leaves(node), leaves, strict=True)]
+            found += [
+                _behind(sharding_of(p), x.ndim - p.ndim) for x, p in zip(jax.tree.leaves(node), leaves, strict=True)
+            ]
         else:
             found.append(None)
     return found
@@ -163,7 +181,7 @@ def typed(tree: PyTree, mesh: AbstractMesh) -> PyTree:
     door = entered()
 
     def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        shape, dtype, place = jax.numpy.shape(x), jax.numpy.result_type(x), keystr(path[2:])
+        shape, dtype, place = jnp.shape(x), jnp.result_type(x), keystr(path[2:])
         spec = PartitionSpec() if door is None else door.spec_of(place, shape)
         divides = all(n % _parts(mesh, names) == 0 for n, names in zip(shape, spec, strict=False))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec if divides else PartitionSpec()))
@@ -237,7 +255,9 @@ def placed(make: Callable[..., R], params: PyTree, *others: PyTree) -> R:
     if not shardings or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return inside(arrays)
     shapes, mesh = jax.eval_shape(inside, arrays), shardings[0].mesh
-    out = [s or _whole(mesh, x.ndim) for s, x in zip(sharded_like(shapes, params), jax.tree.leaves(shapes), strict=True)]
+    out = [
+        s or _whole(mesh, x.ndim) for s, x in zip(sharded_like(shapes, params), jax.tree.leaves(shapes), strict=True)
+    ]
     return jax.jit(inside, out_shardings=jax.tree.unflatten(jax.tree.structure(shapes), out))(arrays)
 
 

@@ -231,6 +231,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
             raise ValueError("this method looks for a step size on no batch: drop search_batch, or set search=.")
         if inputs.gradient is not None and not self.takes_gradient:
             raise ValueError("this method takes its gradients itself: drop gradient.")
+        meshes.refuse_manual_axes(inputs.trainable, inputs.batch)
         args = tuple(getattr(inputs, field.name) for field in dataclasses.fields(inputs))
 
         def propose(*args: Any) -> tuple[PyTree, PyTree, StateT, dict[str, Any]]:
@@ -261,6 +262,7 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
           params, batch: arrays or `jax.ShapeDtypeStruct`s, the batch as for `step`.
           model_state: as for `init`.
         """
+
         def plan(params: PyTree, batch: Any, model_state: PyTree) -> tuple[PlanT]:
             trainable, frozen = self.partition.split(params)
             evaluation = self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan())

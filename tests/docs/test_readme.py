@@ -82,3 +82,12 @@ def test_the_optax_page_runs() -> None:
     exec(compile("\n".join(blocks), str(page), "exec"), found)
     assert found["state_specs"][0].mean == found["specs"]
     assert int(found["optimizer"].step[...]) == 1
+
+
+def test_the_page_on_meshes_runs() -> None:
+    page = README.parent / "docs" / "meshes.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "meshes"}
+    exec(compile(block, str(page), "exec"), scope)
+    assert bool(scope["info"]["finite"])
+    assert scope["params"]["w1"].sharding.spec == scope["specs"]["w1"]

@@ -1,6 +1,6 @@
-"""A process with eight devices that takes steps of one method on every layout, and compares with one device.
+"""A process with eight devices that takes steps of methods on layouts, and compares with one device.
 
-    python -m bench.suites.scale.worker METHOD [LAYOUT ...]
+    python -m bench.suites.scale.worker "METHOD[: LAYOUT]" ...
 
 Prints a line of JSON per layout.
 """
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -68,13 +67,13 @@ def layouts(name: str) -> Iterator[Layout]:
     tensor = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None)}
     both = {"w1": P(None, ("data", "model")), "b1": P("model"), "w2": P("model", "data")}
     flat, square = {"data": 8}, {"data": 4, "model": 2}
-    for explicit in (True, False):
-        yield Layout("data", flat, whole, explicit)
-        yield Layout("FSDP", flat, fully, explicit)
-        yield Layout("tensor", square, tensor, explicit)
-        yield Layout("FSDP x tensor", square, both, explicit)
-        if name in PIECES:
-            yield Layout("FSDP x tensor", square, both, explicit, _MICROBATCH)
+    yield Layout("data", flat, whole, explicit=True)
+    yield Layout("FSDP", flat, fully, explicit=True)
+    yield Layout("tensor", square, tensor, explicit=True)
+    yield Layout("FSDP x tensor", square, both, explicit=True)
+    yield Layout("FSDP x tensor", square, both, explicit=False)
+    if name in PIECES:
+        yield Layout("FSDP x tensor", square, both, explicit=True, microbatch=_MICROBATCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Steps:
     Attributes:
       params, state: after them.
       program: the compiled step.
-      again: whether a later step was compiled a second time.
+      again: whether a step returns another sharding than it takes, so that JAX would compile it a second time.
     """
 
     params: Any
@@ -97,11 +96,14 @@ def steps(name: str, params: Any, batch: Any, microbatch: int | None = None) -> 
     """A few steps of a method."""
     method = METHODS[name]() if microbatch is None else METHODS[name](microbatch_size=microbatch)
     step, state = _optimizer(method, params) if hasattr(method, "update") else _method(method, params, batch)
-    compiled = jax.jit(step)
-    program = compiled.lower(params, batch, state).compile()
+    program = jax.jit(step).lower(params, batch, state).compile()
+    taken, again = jax.tree.map(lambda x: x.sharding, (params, state)), False
     for _ in range(_STEPS):
-        params, state = compiled(params, batch, state)
-    return Steps(params, state, program, compiled._cache_size() > 1)
+        results = program(params, batch, state)
+        pairs = zip(jax.tree.leaves(results), jax.tree.leaves(taken), strict=True)
+        again |= any(not x.sharding.is_equivalent_to(s, x.ndim) for x, s in pairs)
+        params, state = jax.device_put(results, taken)
+    return Steps(params, state, program, again)
 
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -129,10 +131,13 @@ def compared(name: str, layout: Layout, alone: Steps) -> dict[str, str | float]:
     params, batch = layout.spread(*problem(name.endswith("mse_cg")))
     spread = steps(name, params, batch, layout.microbatch)
     pairs = zip(jax.tree.leaves(spread.params), jax.tree.leaves(alone.params), strict=True)
-    differences = [float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b)))) for a, b in pairs]
+    differences = [
+        float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b)))) for a, b in pairs
+    ]
     one, each = alone.program.memory_analysis(), spread.program.memory_analysis()
     kept = all(x.sharding.is_equivalent_to(params[k].sharding, x.ndim) for k, x in spread.params.items())
     return {
+        "method": name,
         "layout": layout.title,
         DIFFERENCE: max(differences),
         GATHERS: len(list(whole_gathers(spread.program.as_text() or "", params))),
@@ -152,16 +157,18 @@ def whole_gathers(program: str, params: Any) -> Iterator[str]:
             yield line
 
 
-def main(name: str, *wanted: str) -> None:
-    """Prints the entries of a method, on layouts whose titles begin with what is wanted."""
+def main(*wanted: str) -> None:
+    """Prints the entries of methods, each on the layouts whose titles begin with what stands behind its name."""
     jax.config.update("jax_enable_x64", True)
-    alone: dict[int | None, Steps] = {}
-    for layout in layouts(name):
-        if wanted and not layout.title.startswith(wanted):
-            continue
-        if layout.microbatch not in alone:
-            alone[layout.microbatch] = steps(name, *problem(name.endswith("mse_cg")), layout.microbatch)
-        print(json.dumps(compared(name, layout, alone[layout.microbatch])), flush=True)
+    for each in wanted:
+        name, _, title = each.partition(": ")
+        alone: dict[int | None, Steps] = {}
+        for layout in layouts(name):
+            if not layout.title.startswith(title):
+                continue
+            if layout.microbatch not in alone:
+                alone[layout.microbatch] = steps(name, *problem(name.endswith("mse_cg")), layout.microbatch)
+            print(json.dumps(compared(name, layout, alone[layout.microbatch])), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Lineariza
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
+from curvax.explicit_models import on_automatic_axes
 from curvax.jaxprs import Wanted
 from curvax.live import live_part
-from curvax.explicit_models import on_automatic_axes
 from curvax.losses.base import Loss, check_loss
 from curvax.losses.rounding import measured_rounding
 from curvax.structure.additive import additive_axes

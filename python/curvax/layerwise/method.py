@@ -145,6 +145,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
 
     def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
         """Begins a step in the streaming form; arguments as for `step`."""
+
         def begin(params: PyTree, state: OuterState, rng: jax.Array | None) -> tuple[Carry]:
             trainable, frozen = self.partition.split(params)
             return (self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng))),)
@@ -159,6 +160,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         Donating takes the parameters and the state that `start` got with it. The schedule counts on `inner_steps`
         minibatches: nothing refuses fewer or more, and those beyond get its last factor, 0 of the cosine.
         """
+        meshes.refuse_manual_axes(carry.params, minibatch)
 
         def advance(carry: Carry, minibatch: Any) -> tuple[Progress]:
             return (self._traced_once()._advance(carry, carry.progress, minibatch),)
