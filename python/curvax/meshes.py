@@ -135,7 +135,7 @@ def refuse_manual_axes(params: PyTree, batch: PyTree) -> None:
     if shared and jax.tree.leaves(batch):
         raise ValueError(
             f"step runs inside jax.shard_map over {', '.join(map(repr, sorted(shared)))}, where every device would "
-            "take a step of its own from its part of the batch: call it in jax.jit, with the batch sharded over the mesh."
+            "take a step of its own from its part of the batch: call it in jax.jit, the batch sharded over the mesh."
         )
 
 
