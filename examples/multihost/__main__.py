@@ -54,18 +54,17 @@ def started(rank: int, chosen: argparse.Namespace, coordinator: int) -> subproce
 
 def watched(processes: list[subprocess.Popen[bytes]], patience: float) -> int:
     """0 when all have ended well. When one has not, ends the others and says so."""
-    while any(process.poll() is None for process in processes):
-        lost = next((i for i, process in enumerate(processes) if process.poll()), None)
-        if lost is not None:
-            end(processes, patience)
-            break
+    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
         time.sleep(0.1)
-    lost = next((i for i, process in enumerate(processes) if process.returncode), None)
-    if lost is None:
+    ended = {i: process.returncode for i, process in enumerate(processes) if process.returncode}
+    end(processes, patience)
+    if not ended:
         return 0
+    # The others may have noticed already, and ended with an error of their own: a signal came first.
+    lost = min(ended, key=lambda i: ended[i])
     print(
-        f"process {lost} ended with code {processes[lost].returncode}, and the others with it: run the same command "
-        "again, with as many processes as there are, to go on from the last checkpoint.",
+        f"process {lost} ended with code {ended[lost]}, and the others with it: run the same command again, with as "
+        "many processes as there are, to go on from the last checkpoint.",
         file=sys.stderr,
     )
     return 1

@@ -71,7 +71,7 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _traced(door: meshes.Door, function: Callable[..., Any], args: Any, keyword: Any) -> tuple[ClosedJaxpr, Any] | None:
     """(the program on explicit axes, structure of its results); `None` if it does not run there either."""
-    own = door.mesh
+    own: Any = door.mesh
     # JAX wants a mesh within another to be of its size: all devices are on an axis that nobody names.
     sizes, names = (*(1 for _ in own.axis_names), own.size), (*own.axis_names, _NOBODYS)
     ones = AbstractMesh(sizes, names, axis_types=(*own.axis_types, AxisType.Auto))
@@ -157,7 +157,7 @@ def _types(step: Step) -> list[jax.ShapeDtypeStruct]:
 
 def _on_its_own_axes(step: Step, function: Callable[..., Any], *shapes: Any) -> tuple[ClosedJaxpr, Any]:
     """(a program, the structure of its results), traced where the step was."""
-    mesh = next((x.sharding.mesh for x in _types(step) if not x.sharding.mesh.empty), None)
+    mesh: Any = next((x.sharding.mesh for x in _types(step) if not x.sharding.mesh.empty), None)
     if mesh is None:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*shapes)
     else:

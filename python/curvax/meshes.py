@@ -26,13 +26,23 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from curvax.tree import PyTree
 
 R = TypeVar("R")
-Like: TypeAlias = PyTree | Callable[[PyTree], list[NamedSharding | None]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedBy:
+    """Shardings that follow from a result: a function from it to one for each of its leaves, `None` to replicate it."""
+
+    rule: Callable[[PyTree], list[NamedSharding | None]]
+
+
+Like: TypeAlias = PyTree | ShardedBy | None
 
 
 _entered: ContextVar[Door | None] = ContextVar("curvax_door", default=None)
@@ -60,7 +70,7 @@ class Door:
         """The door for these arrays, or `None` where no axis is explicit."""
         meshes = (_mesh_of(x) for x in jax.tree.leaves(trees))
         mesh = next((m for m in meshes if _is_explicit(m)), jax.sharding.get_abstract_mesh())
-        if not _is_explicit(mesh):
+        if mesh is None or not _is_explicit(mesh):
             return None
         paths = (leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree))
         return Door(mesh, tuple((keystr(path), x) for path, x in paths if _is_explicit(_mesh_of(x))))
@@ -95,10 +105,12 @@ class Door:
         """What was made inside for use outside, with the shardings of `like`."""
         leaves, structure = jax.tree.flatten(tree)
         if like is None:
-            models: list[Any] = [None] * len(leaves)
+            shardings: list[NamedSharding | None] = [None] * len(leaves)
+        elif isinstance(like, ShardedBy):
+            shardings = like.rule(tree)
         else:
-            models = like(tree) if callable(like) else [sharding_of(x) for x in jax.tree.leaves(like)]
-        return jax.tree.unflatten(structure, [self._one(x, s) for x, s in zip(leaves, models, strict=True)])
+            shardings = [sharding_of(x) for x in jax.tree.leaves(like)]
+        return jax.tree.unflatten(structure, [self._one(x, s) for x, s in zip(leaves, shardings, strict=True)])
 
     def _one(self, x: Any, sharding: NamedSharding | None) -> Any:
         if not isinstance(x, jax.Array):
@@ -113,8 +125,8 @@ def automatic(function: Callable[..., R], args: tuple[Any, ...], like: tuple[Lik
     Args:
       function: of pytrees; returns a tuple.
       args: its arguments.
-      like: for each part of the result the arrays whose shardings it leaves with, as many as it has, or a function from
-        the part to these shardings; `None` replicates it.
+      like: for each part of the result the arrays whose shardings it leaves with, as many as it has, or the rule
+        for these shardings; `None` replicates it.
     """
     door = Door.of(*args)
     if door is None:
@@ -194,11 +206,11 @@ def _parts(mesh: AbstractMesh, names: Any) -> int:
     return math.prod(sizes)
 
 
-def by_examples(inputs: PyTree) -> Callable[[PyTree], list[NamedSharding | None]]:
+def by_examples(inputs: PyTree) -> ShardedBy:
     """The shardings of results with the examples on their first axis, which is split as that of the inputs is."""
     shardings = (sharding_of(x) for x in jax.tree.leaves(inputs) if getattr(x, "ndim", 0))
     first = next((NamedSharding(s.mesh, PartitionSpec(*s.spec[:1])) for s in shardings if s is not None), None)
-    return lambda results: [first for _ in jax.tree.leaves(results)]
+    return ShardedBy(lambda results: [first for _ in jax.tree.leaves(results)])
 
 
 def on_any_mesh(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -219,7 +231,7 @@ def on_any_mesh(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 def sharding_of(x: Any) -> NamedSharding | None:
     """The sharding of an array, of a shape or of a traced array on explicit axes, if it has one on a mesh."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         sharding = jax.typeof(x).sharding
     else:
         sharding = getattr(x, "sharding", None)
@@ -248,11 +260,11 @@ def placed(make: Callable[..., R], params: PyTree, *others: PyTree) -> R:
     def inside(arrays: list[jax.Array | None]) -> R:
         filled = [x if a is None else a for x, a in zip(leaves, arrays, strict=True)]
         first, rest = jax.tree.unflatten(structure, filled)
-        like = (lambda state: sharded_like(state, params),)
+        like = (ShardedBy(lambda state: sharded_like(state, params)),)
         return automatic(lambda *args: (make(*args),), (first, *rest), like)[0]
 
     shardings = [s for s in map(sharding_of, jax.tree.leaves(params)) if s is not None and s.mesh.size > 1]
-    if not shardings or any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if not shardings or any(isinstance(x, Tracer) for x in leaves):
         return inside(arrays)
     shapes, mesh = jax.eval_shape(inside, arrays), shardings[0].mesh
     out = [

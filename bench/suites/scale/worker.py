@@ -116,7 +116,7 @@ def _method(method: Any, params: Any, batch: Any) -> tuple[Step, Any]:
 
 def _optimizer(tx: Any, params: Any) -> tuple[Step, Any]:
     def step(params: Any, batch: Any, state: Any) -> tuple[Any, Any]:
-        gradient = jax.grad(cross_entropy)
+        gradient: Any = jax.grad(cross_entropy)
         if AxisType.Explicit in jax.typeof(params["w1"]).sharding.mesh.axis_types:
             own = jax.tree.map(lambda p: jax.typeof(p).sharding, params)
             gradient = jax.sharding.auto_axes(gradient, out_sharding=own)

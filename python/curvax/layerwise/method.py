@@ -151,7 +151,7 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
             return (self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng))),)
 
         trainable = self.partition.split(params)[0]
-        like = (functools.partial(meshes.sharded_like, params=trainable),)
+        like = (meshes.ShardedBy(functools.partial(meshes.sharded_like, params=trainable)),)
         return meshes.automatic(begin, (params, state, rng), like)[0]
 
     def accumulate(self, carry: Carry, minibatch: Any) -> Carry:
