@@ -350,4 +350,4 @@ def _devices(platform: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_manual:
         return 1
-    return mesh.size if _mesh_device() is not None else jax.device_count(platform)
+    return jax.device_count(platform) if mesh.empty else mesh.size

@@ -62,17 +62,27 @@ def eigenbasis(
     pairs = eigh(factors, implementation=implementation)
     unknown = pairs.values <= rounding(pairs.values)
 
+    return pairs.values, with_fixed_rest(pairs.vectors, unknown, implementation)
+
+
+def with_fixed_rest(
+    vectors: jax.Array, unknown: jax.Array, implementation: Implementation | Choice | None = None
+) -> jax.Array:
+    """Orthonormal columns, (..., n, n), with a fixed basis of what the others leave in the place of `unknown` ones."""
+
     def fixed() -> jax.Array:
-        n, vectors = factors.shape[-1], pairs.vectors
+        n = vectors.shape[-1]
         known = jnp.where(unknown[..., None, :], jnp.zeros_like(vectors), vectors)
         others = jnp.eye(n, dtype=vectors.dtype) - _product(known, adjoint(known))
-        weighed = others * jnp.linspace(1, 2, n, dtype=pairs.values.dtype).astype(vectors.dtype)
+        weights = jnp.linspace(1, 2, n, dtype=jnp.finfo(vectors.dtype).dtype)
+        weighed = others * weights.astype(vectors.dtype)
         basis = eigh(_product(weighed, others), implementation=implementation).vectors
-        # As many of its last columns as there are unknown ones take their places, which are the first.
-        place = (jnp.arange(n) - jnp.sum(unknown, axis=-1, keepdims=True)) % n
+        # Its last columns, as many as there are unknown ones, take their places in order.
+        count = jnp.sum(unknown, axis=-1, keepdims=True)
+        place = (n - count + jnp.cumsum(unknown, axis=-1) - 1) % n
         return jnp.where(unknown[..., None, :], jnp.take_along_axis(basis, place[..., None, :], axis=-1), vectors)
 
-    return pairs.values, jax.lax.cond(jnp.any(unknown), fixed, lambda: pairs.vectors)
+    return jax.lax.cond(jnp.any(unknown), fixed, lambda: vectors)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, final
 import jax
 import jax.numpy as jnp
 
-from curvax import tree
+from curvax import meshes, tree
 from curvax.curvature import Curvature, Evaluation, TrainablePartition
 from curvax.execute import (
     AbstractState,
@@ -165,7 +165,11 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
                 + ("pass model_state." if model_state is None else "set has_state=True.")
             )
         register_if_imported(self.state_type)
-        return self._traced_once()._first_state(trainable, frozen, batch, model_state)
+        make = self._traced_once()._first_state
+        return meshes.placed(
+            lambda trainable, frozen, model_state: make(trainable, frozen, batch, model_state),
+            trainable, frozen, model_state,
+        )  # fmt: skip
 
     @final
     def step(
@@ -235,7 +239,14 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
             raise ValueError("this method looks for a step size on no batch: drop search_batch, or set search=.")
         if inputs.gradient is not None and not self.takes_gradient:
             raise ValueError("this method takes its gradients itself: drop gradient.")
-        return self._traced_once()._propose(self._checked(inputs))
+        meshes.refuse_manual_axes(inputs.trainable, inputs.batch)
+        args = tuple(getattr(inputs, field.name) for field in dataclasses.fields(inputs))
+
+        def propose(*args: Any) -> tuple[PyTree, PyTree, StateT, dict[str, Any]]:
+            made = self._traced_once()._propose(self._checked(StepInputs(*args)))
+            return made.params, made.update, made.state, made.info
+
+        return Proposal(*meshes.automatic(propose, args, (inputs.trainable, inputs.trainable, inputs.state, None)))
 
     @final
     def _checked(self, inputs: StepInputs[StateT]) -> StepInputs[StateT]:
@@ -259,9 +270,13 @@ class AbstractMethod(abc.ABC, Generic[StateT, PlanT]):
           params, batch: arrays or `jax.ShapeDtypeStruct`s, the batch as for `step`.
           model_state: as for `init`.
         """
-        trainable, frozen = self.partition.split(params)
-        evaluation = self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan())
-        return self._traced_once()._plan_for(trainable, evaluation)
+
+        def plan(params: PyTree, batch: Any, model_state: PyTree) -> tuple[PlanT]:
+            trainable, frozen = self.partition.split(params)
+            evaluation = self.evaluation(batch, frozen, model_state, StepKeys.of_a_plan())
+            return (self._traced_once()._plan_for(trainable, evaluation),)
+
+        return meshes.automatic(plan, (params, batch, model_state), (None,))[0]
 
     @final
     def evaluation(self, batch: Any, frozen: PyTree, model_state: PyTree, keys: StepKeys) -> Evaluation:
@@ -361,9 +376,10 @@ class Method(AbstractMethod[MethodState, Plan]):
                 f"{type(preconditioner).__name__} keeps a state per layer, and the layers are known from the shapes of "
                 "a batch: call init(params, batch=batch)."
             )
+        batch = _shapes(batch)
         evaluation = self.evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
         curvature.check(trainable, evaluation)
-        evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
+        evaluation = curvature.prepare(trainable, evaluation)
         state = preconditioner.init_on(curvature, trainable, evaluation)
         preconditioner.warn(state, tree.places(trainable))
         return state
@@ -416,7 +432,8 @@ class Method(AbstractMethod[MethodState, Plan]):
 
 
 def _shapes(batch: Any) -> Any:
-    return jax.eval_shape(lambda: batch)
+    """Shapes and dtypes alone: what a plan or a state is made for may come on any mesh."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: batch))
 
 
 @dataclasses.dataclass(frozen=True)

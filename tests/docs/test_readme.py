@@ -14,7 +14,7 @@ from tests.docs.pages import DOCS, ROOT, blocks, run
 
 README = ROOT / "README.md"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
-CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax", "fit"}
+CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax", "fit", "meshes"}
 WITH_A_FILE = {"extending"}  # test_extending.py
 
 
@@ -97,3 +97,9 @@ def test_the_page_on_fit_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert scope["result"].history["loss"][-1] < scope["results"]["adam"].history["loss"][-1] / 10
     assert len(scope["saved"].history) == 60 and len(scope["drawn"].history) == 20
     assert "adam  step 60 of 60" in capsys.readouterr().out
+
+
+def test_the_page_on_meshes_runs() -> None:
+    scope = run(DOCS / "meshes.md")
+    assert bool(scope["info"]["finite"])
+    assert scope["params"]["w1"].sharding.spec == scope["specs"]["w1"]

@@ -15,6 +15,7 @@ from curvax.curvature.base import Curvature, Evaluation, JacobianRows, Lineariza
 from curvax.curvature.differentiate import LinearModel, linear_model, second_order
 from curvax.curvature.model import Extras, Model
 from curvax.curvature.partition import TrainablePartition
+from curvax.explicit_models import on_automatic_axes
 from curvax.jaxprs import Wanted
 from curvax.live import live_part
 from curvax.losses.base import Loss, check_loss
@@ -90,7 +91,7 @@ class LossFunction(Objective):
         return None
 
     def traced_once(self) -> LossFunction:
-        return dataclasses.replace(self, loss_fn=traced_once(self.loss_fn))
+        return dataclasses.replace(self, loss_fn=traced_once(on_automatic_axes(self.loss_fn)))
 
     def check(self, params: PyTree, evaluation: Evaluation) -> None:
         for key in self.keys:

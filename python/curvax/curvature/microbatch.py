@@ -31,7 +31,7 @@ from curvax.loops import for_loop_body
 from curvax.losses.rounding import loss_rounding
 from curvax.output_space import FisherType
 from curvax.structure.axes import LeafAxes
-from curvax.structure.batch_axes import BatchAxes, ExampleAxes
+from curvax.structure.batch_axes import BatchAxes, ExampleAxes, collected, dealt
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import RowSource
@@ -95,7 +95,7 @@ class Pieces:
         # 1. Cut: the examples of the equal pieces along a new leading axis, shared leaves beside them.
         whole, batch = self.count * self.size, self.evaluation.batch
         parts, weighed = self.axes.parts(batch, self.size, self.count), (self.evaluation.weights, beside)
-        stacked = jax.tree.map(lambda x: x[:whole].reshape(self.count, self.size, *x.shape[1:]), weighed)
+        stacked = jax.tree.map(lambda x: dealt(x, self.count, self.size), weighed)
 
         @for_loop_body
         def run(part: Any, index: jax.Array, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -116,7 +116,7 @@ class Pieces:
         (total, state), values = jax.lax.scan(
             body, (zero, state), ((parts.held, stacked), jnp.arange(self.count, dtype=jnp.int32))
         )
-        values = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), values)
+        values = jax.tree.map(collected, values)
         # 3. The shorter rest.
         if whole < self.examples:
             tail = self.axes.slice(batch, whole, self.examples), jax.tree.map(lambda x: x[whole:], weighed)

@@ -16,6 +16,7 @@ from curvax.arity import check_takes
 from curvax.complex_parts import is_complex, real_view
 from curvax.curvature.base import Evaluation
 from curvax.curvature.partition import TrainablePartition
+from curvax.explicit_models import on_automatic_axes
 from curvax.losses.base import Loss, Shaped
 from curvax.structure.batch_axes import AxesPrefix, BatchAxes, ExampleAxes, expand_axes
 from curvax.structure.batch_axis import ExampleModel
@@ -127,7 +128,7 @@ class Model:
 
     def traced_once(self) -> Model:
         """The same model, whose Python runs once for each set of shapes."""
-        return dataclasses.replace(self, predict_fn=traced_once(self.predict_fn))
+        return dataclasses.replace(self, predict_fn=traced_once(on_automatic_axes(self.predict_fn)))
 
     def returning_to(self, loss: Loss) -> Model:
         """The model with complex outputs allowed if the loss takes them."""

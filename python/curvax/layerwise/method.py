@@ -13,12 +13,13 @@ One step from theta0, with delta = theta - theta0 and inner_steps = 3 (the paper
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 
-from curvax import tree
+from curvax import meshes, tree
 from curvax.curvature import Evaluation, GaussNewton, SumOfTerms
 from curvax.execute import Layout, Proposal, StepInputs
 from curvax.kernels._dispatch import Backend, Choice, check_backend, resolve
@@ -150,8 +151,14 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
 
     def start(self, params: PyTree, state: OuterState, rng: jax.Array | None = None) -> Carry:
         """Begins a step in the streaming form; arguments as for `step`."""
-        trainable, frozen = self.partition.split(params)
-        return self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng)))
+
+        def begin(params: PyTree, state: OuterState, rng: jax.Array | None) -> tuple[Carry]:
+            trainable, frozen = self.partition.split(params)
+            return (self._begin(self._checked(StepInputs(trainable, frozen, None, state, rng))),)
+
+        trainable = self.partition.split(params)[0]
+        like = (meshes.ShardedBy(functools.partial(meshes.sharded_like, params=trainable)),)
+        return meshes.automatic(begin, (params, state, rng), like)[0]
 
     def accumulate(self, carry: Carry, minibatch: Any) -> Carry:
         """One minibatch of the streaming form: one linearization, one inner update. Jit it, donate `carry`.
@@ -159,7 +166,12 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
         Donating takes the parameters and the state that `start` got with it. The schedule counts on `inner_steps`
         minibatches: nothing refuses fewer or more, and those beyond get its last factor, 0 of the cosine.
         """
-        progress = self._traced_once()._advance(carry, carry.progress, minibatch)
+        meshes.refuse_manual_axes(carry.params, minibatch)
+
+        def advance(carry: Carry, minibatch: Any) -> tuple[Progress]:
+            return (self._traced_once()._advance(carry, carry.progress, minibatch),)
+
+        progress = meshes.automatic(advance, (carry, minibatch), (carry.progress,))[0]
         return dataclasses.replace(carry, progress=progress)
 
     def finish(self, carry: Carry, search_batch: Any = None) -> tuple[PyTree, OuterState, Info]:
@@ -179,8 +191,13 @@ class InnerLoopMethod(AbstractMethod[OuterState, InnerLoopPlan]):
                 if search_batch is None
                 else "there is no line search to use search_batch: pass None, or set line_search."
             )
-        proposal = self._traced_once()._end(carry, search_batch)
-        return self.partition.merge(proposal.params, carry.frozen), proposal.state, proposal.info
+
+        def end(carry: Carry, search_batch: Any) -> tuple[PyTree, OuterState, Info]:
+            proposal = self._traced_once()._end(carry, search_batch)
+            return proposal.params, proposal.state, proposal.info
+
+        params, state, info = meshes.automatic(end, (carry, search_batch), (carry.params, carry.before, None))
+        return self.partition.merge(params, carry.frozen), state, info
 
     def _begin(self, inputs: StepInputs[OuterState]) -> Carry:
         trainable, state = inputs.trainable, inputs.state

@@ -24,6 +24,7 @@ import optax.contrib
 from jax.tree_util import keystr
 
 from curvax.chain import check_rates
+from curvax.meshes import on_any_mesh
 
 # Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
 _TINY = 1e-30
@@ -136,4 +137,4 @@ def muon_adamw(
     )
     rest = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     labels = hidden_matrices_by_name if others is None else hidden_matrices(*others)
-    return optax.partition({"muon": matrices, "adamw": rest}, labels)
+    return on_any_mesh(optax.partition({"muon": matrices, "adamw": rest}, labels))

@@ -25,6 +25,7 @@ from curvax.chain import check_rates
 from curvax.eigenbases import adjoint, rounding, unit_scale
 from curvax.kernels.dense_linalg import eigh
 from curvax.keywords import spread
+from curvax.meshes import on_any_mesh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     Factors,
@@ -137,7 +138,7 @@ def scale_by_shampoo(
         return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
-    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
+    return on_any_mesh(optax.GradientTransformation(cast(Any, init), cast(Any, update)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ import optax
 
 from curvax import tree
 from curvax.chain import check_rates
-from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale
+from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale, with_fixed_rest
 from curvax.kernels.dense_linalg import qr
+from curvax.meshes import on_any_mesh
 from curvax.numbers import Count, Number, check_fraction, check_positive, whole
 from curvax.optimizers.matrices import (
     corrected,
@@ -153,7 +154,7 @@ def scale_by_soap(
         return jax.tree.unflatten(structure, narrow), new_state
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
-    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
+    return on_any_mesh(optax.GradientTransformation(cast(Any, init), cast(Any, update)))
 
 
 def soap(
@@ -265,18 +266,18 @@ def _refreshed(
 def _iterated(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(QR of P Q with the columns of Q by falling q.P q, their order).
 
-    Columns whose eigenvalue is rounding keep their order and, by a shift of that size, which changes no eigenvector,
-    their place: without it QR would make them of rounding.
+    What QR makes of columns that the others before them span is rounding: those get a fixed basis (`eigenbases`).
     """
     scaled = factor / unit_scale(factor).astype(factor.dtype)
     product = jnp.matmul(scaled, basis, precision=jax.lax.Precision.HIGHEST)
     values = jnp.sum((basis.conj() * product).real, axis=-2)
     least = rounding(values)
     order = jnp.argsort(-jnp.where(values > least, values, jnp.zeros_like(values)), axis=-1)
-    product = product + least[..., None].astype(basis.dtype) * basis
     # Householder's reflector of column k is made at row k, and rounds there as at the largest: rows without gradients,
     # which have nothing but zeros until then, come last.
     rows = jnp.argsort(-jnp.diagonal(scaled, axis1=-2, axis2=-1).real, axis=-1)
     product = jnp.take_along_axis(product, rows[..., :, None], axis=-2)
-    turned = qr(jnp.take_along_axis(product, order[..., None, :], axis=-1)).q
-    return jnp.take_along_axis(turned, jnp.argsort(rows, axis=-1)[..., :, None], axis=-2), order
+    factors = qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))
+    turned = jnp.take_along_axis(factors.q, jnp.argsort(rows, axis=-1)[..., :, None], axis=-2)
+    unknown = jnp.abs(jnp.diagonal(factors.r, axis1=-2, axis2=-1)) <= least
+    return with_fixed_rest(turned, unknown), order

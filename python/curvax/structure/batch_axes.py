@@ -116,11 +116,15 @@ class BatchAxes:
         return self._map(lambda x, axis: _move(x, 0, axis), batch)
 
     def parts(self, batch: PyTree, size: int | None, count: int) -> Parts:
-        """The first `count` parts of `size` examples each; without a size, of all examples of each set."""
+        """The first `count` parts of `size` examples each, dealt out; without a size, of all examples of each set,
+        which follow one another.
+        """
         leaves, structure = jax.tree.flatten(self.to_front(batch))
 
         def stacked(x: jax.Array) -> jax.Array:
-            each = x.shape[0] // count if size is None else size
+            if size is not None:
+                return dealt(x, count, size)
+            each = x.shape[0] // count
             return x[: count * each].reshape(count, each, *x.shape[1:])
 
         held = [stacked(x) for x, axis in zip(leaves, self.axes, strict=True) if axis is not None]
@@ -131,6 +135,22 @@ class BatchAxes:
         leaves, structure = jax.tree.flatten(batch)
         mapped = [x if axis is None else function(x, axis) for x, axis in zip(leaves, self.axes, strict=True)]
         return jax.tree.unflatten(structure, mapped)
+
+
+def dealt(x: jax.Array, count: int, size: int) -> jax.Array:
+    """(count, size, ...): example i of the first count * size goes to part i modulo count, as cards are dealt.
+
+    Of a batch whose first axis is split over devices, every part is split over all of them, and nothing moves:
+
+        device    0        1                       0    1
+        examples  0 1 2 3  4 5 6 7      parts  0: 0 2  4 6    1: 1 3  5 7
+    """
+    return jnp.swapaxes(x[: count * size].reshape(size, count, *x.shape[1:]), 0, 1)
+
+
+def collected(parts: jax.Array) -> jax.Array:
+    """The inverse of `dealt`."""
+    return jnp.swapaxes(parts, 0, 1).reshape(parts.shape[0] * parts.shape[1], *parts.shape[2:])
 
 
 def _move(x: Any, source: int, target: int) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax import tree
+from curvax import meshes, tree
+from curvax.explicit_models import on_automatic_axes
 from curvax.kernels import Choice, Implementation
 from curvax.keys import check_key
 from curvax.keywords import spread
@@ -64,6 +65,20 @@ class RowArguments:
     _: dataclasses.KW_ONLY
     batch_axes: AxesPrefix | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
+
+    def on_any_mesh(self, function: Callable[[Any], PyTree], like: Any) -> PyTree:
+        """`function` of these arguments with automatic mesh axes; its result is sharded like `like`."""
+        names = tuple(f.name for f in dataclasses.fields(self) if f.name in _ARRAYS)
+
+        def called(*arrays: Any) -> tuple[PyTree]:
+            named = dict(zip(names, arrays, strict=True))
+            own = dataclasses.replace(self, predict_fn=on_automatic_axes(self.predict_fn), **named)
+            return (function(own),)
+
+        return meshes.automatic(called, tuple(getattr(self, name) for name in names), (like,))[0]
+
+
+_ARRAYS = ("params", "inputs", "targets", "weights", "key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +134,19 @@ def jacobian_gram(
     Raises:
       ValueError: there are no parameters.
     """
-    outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
-    check_outputs(outputs)
-    axes = leading_axes(batch_axes, inputs)
-    source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), _pull(vjp, outputs), axes)
-    kernel = row_gram(source, max_bytes, implementation)
-    examples = outputs.shape[0]
-    k = math.prod(outputs.shape[1:])
-    return kernel.reshape(examples, k, examples, k)
+    predict_fn = on_automatic_axes(predict_fn)
+
+    def gram(params: PyTree, inputs: Any) -> tuple[jax.Array]:
+        outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
+        check_outputs(outputs)
+        axes = leading_axes(batch_axes, inputs)
+        source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), _pull(vjp, outputs), axes)
+        kernel = row_gram(source, max_bytes, implementation)
+        examples = outputs.shape[0]
+        k = math.prod(outputs.shape[1:])
+        return (kernel.reshape(examples, k, examples, k),)
+
+    return meshes.automatic(gram, (params, inputs), (meshes.by_examples(inputs),))[0]
 
 
 @spread(DiagonalArguments)
@@ -144,6 +164,10 @@ def ggn_diagonal(arguments: DiagonalArguments) -> PyTree:
     Raises:
       ValueError: samples without a key, or fewer than one; targets or weights that do not fit.
     """
+    return arguments.on_any_mesh(_ggn_diagonal, arguments.params)
+
+
+def _ggn_diagonal(arguments: DiagonalArguments) -> PyTree:
     samples = arguments.samples
     keys = None if samples is None else arguments.draws(samples)
     at = _Point.of(arguments)
@@ -170,7 +194,7 @@ def empirical_fisher_diagonal(arguments: RowArguments) -> PyTree:
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
     Result and errors as in `ggn_diagonal`.
     """
-    return _Point.of(arguments).diagonal(ObservedFisher())
+    return arguments.on_any_mesh(lambda own: _Point.of(own).diagonal(ObservedFisher()), arguments.params)
 
 
 @spread(RowArguments)
@@ -187,6 +211,10 @@ def per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
     Raises:
       ValueError: the examples interact, so that no example has a gradient of its own.
     """
+    return arguments.on_any_mesh(_per_example_gradient_norms, meshes.by_examples(arguments.inputs))
+
+
+def _per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
     check_model(arguments.predict_fn, arguments.params, arguments.inputs)
     at = _Point.of(arguments)
     loss, params, inputs = at.loss, at.params, at.inputs
