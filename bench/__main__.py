@@ -1,4 +1,4 @@
-"""`python -m bench SUITE`, with one of the names in `SUITES`."""
+"""`python -m bench SUITE`, with one of the names in `SUITES`, or `all`, `compare`, `report`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,35 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LAPACK's threads against XLA's would make every factorization of the peers a lottery. curvax does not look at it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from bench import schema
+from bench import compare, everything, schema
 from curvax.pipes import until_closed
 
 SUITES = (
     *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
+<<<<<<< HEAD
     *("compile", "physics", "vmc", "scale"),
+=======
+    *("compile", "physics", "vmc", "estimators"),
+>>>>>>> w/bench
     *("gpu_compile", "gpu_steps"),
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs one suite, prints its table while it goes, and writes its rows."""
+def main(arguments: list[str] | None = None) -> int | None:
+    """Runs one suite, prints its table while it goes, and writes its rows; or does something with all rows."""
+    words = sys.argv[1:] if arguments is None else arguments
+    match words[:1]:
+        case ["all"]:
+            return everything.main(SUITES, words[1:])
+        case ["compare"]:
+            return compare.main(words[1:])
+        case ["report"]:
+            return importlib.import_module("bench.report").main(words[1:])
+        case _:
+            return _run(words)
+
+
+def _run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small cases, few rounds")
@@ -54,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{len(rows)} rows in {chosen.out / chosen.suite}.jsonl; `python -m bench.markdown` makes their table")
 
 
-def _suite(arguments: list[str] | None) -> Any:
+def _suite(arguments: list[str]) -> Any:
     """The module of the suite that is asked for; no other is imported, as some need packages that others do not."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("suite", nargs="?")

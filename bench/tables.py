@@ -11,6 +11,7 @@ from bench.schema import Row
 
 TIME = ("us", "ms", "ms/step")
 BANDWIDTH = "GB/s"
+RATES = (BANDWIDTH, "GFLOP/s")
 LAUNCHES = ("own kernels", "launches per iteration", "launches outside loops")
 MEMORY = "MiB temp"
 
@@ -28,6 +29,11 @@ def groups(rows: Sequence[Row]) -> dict[Key, list[Row]]:
 def value(rows: Sequence[Row], provider: str, metric: str) -> float | None:
     """The median of a provider's metric, if it was measured."""
     return next((r.p50 for r in rows if (r.provider, r.metric) == (provider, metric)), None)
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether a larger ratio of this metric is the better one: of rates, not of times, bytes, errors or counts."""
+    return metric in RATES
 
 
 def plain(rows: Sequence[Row]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from bench.generic import without_structure
-from bench.suites import kernels, lanes, layerwise, linalg, plan, steps, structure
+from bench.suites import estimators, kernels, lanes, layerwise, linalg, plan, steps, structure
 from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
@@ -18,8 +18,13 @@ from bench.workloads import CNN, MLP, SMALL
 import curvax
 from curvax.solvers import Automatic
 
-SUITES = (steps, plan, kernels, structure, linalg)
-ONLY = {"kernels": "dots, leaf_270k", "structure": "exact GGN diagonal", "linalg": "cholesky, float32"}
+SUITES = (steps, plan, kernels, structure, linalg, estimators)
+ONLY = {
+    "kernels": "dots, leaf_270k",
+    "structure": "exact GGN diagonal",
+    "linalg": "cholesky, float32",
+    "estimators": "low rank, fast",
+}
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda m: m.__name__.rsplit(".", 1)[-1])
