@@ -52,6 +52,14 @@ def test_the_page_on_batches_runs() -> None:
     assert bool(scope["info"]["accepted"])  # type: ignore[index]
 
 
+def test_the_page_on_operators_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = README.parent / "docs" / "operators.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "operators"}
+    exec(compile(block, str(page), "exec"), scope)
+    assert "sharpness" in capsys.readouterr().out and scope["sample"]["w1"].shape == (8, 16)
+
+
 def test_the_page_on_physics_runs(x64: None) -> None:
     page = README.parent / "docs" / "physics.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
