@@ -19,11 +19,7 @@ from curvax.pipes import until_closed
 
 SUITES = (
     *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
-<<<<<<< HEAD
-    *("compile", "physics", "vmc", "scale"),
-=======
-    *("compile", "physics", "vmc", "estimators"),
->>>>>>> w/bench
+    *("compile", "physics", "vmc", "scale", "estimators"),
     *("gpu_compile", "gpu_steps"),
 )
 

@@ -7,6 +7,7 @@ from curvax import damping as damping
 from curvax import estimators as estimators
 from curvax import layerwise as layerwise
 from curvax import losses as losses
+from curvax import operators as operators
 from curvax import optax as optax
 from curvax import optimizers as optimizers
 from curvax import preconditioners as preconditioners

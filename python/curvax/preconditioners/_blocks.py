@@ -163,26 +163,13 @@ def apply_blocks(
       diagonal: curvature of the diagonal blocks.
       inverse: (index of a Kronecker block, its entries (G, n, m)) -> the same of P^-1 v.
     """
-    leaves, structure = jax.tree.flatten(v)
-    upcast = [x.astype(blocks.dtype) for x in leaves]
-    solution: list[jax.Array | None] = [None] * len(upcast)
-    rest = {leaf: upcast[leaf] for leaf in blocks.partial()}
-    for index, block in enumerate(blocks.kronecker):
-        entries = block.take(upcast)
-        for leaf, part in block.put(inverse(index, entries)):
-            before = solution[leaf]
-            solution[leaf] = part if before is None else before + part
-        if block.leaf in rest:
-            rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
-    for block, d in zip(blocks.diagonal, diagonal, strict=True):
-        solution[block.leaf] = divide(upcast[block.leaf], d + lam, scale)
-    for leaf, idle in rest.items():
-        # No output depends on these entries: their curvature is zero.
-        other = divide(idle, jnp.broadcast_to(lam, idle.shape), scale)
-        before = solution[leaf]
-        solution[leaf] = other if before is None else before + other
-    cast = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, solution, strict=True)]
-    return jax.tree.unflatten(structure, cast)
+    return blocks.map_entries(
+        v,
+        inverse,
+        lambda index, entries: divide(entries, diagonal[index] + lam, scale),
+        # No output depends on what is in no block: its curvature is zero.
+        lambda idle: divide(idle, jnp.broadcast_to(lam, idle.shape), scale),
+    )
 
 
 def check_cadences(decay: float, every: int, inverse_every: int) -> None:

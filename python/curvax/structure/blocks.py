@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 from curvax.structure.recognize import GENERIC, Structure
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
 from curvax.structure.views import disjoint, through, unscaled
+from curvax.tree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,40 @@ class KroneckerBlocks:
         for block in self.kronecker:
             covered[block.leaf] += math.prod(block.use.block)
         return frozenset(leaf for leaf, count in covered.items() if count < math.prod(self.shapes[leaf]))
+
+    def map_entries(
+        self,
+        v: PyTree,
+        kronecker: Callable[[int, jax.Array], jax.Array],
+        diagonal: Callable[[int, jax.Array], jax.Array],
+        idle: Callable[[jax.Array], jax.Array],
+    ) -> PyTree:
+        """A block diagonal matrix times a vector, in the vector's dtypes.
+
+        Args:
+          v: the vector.
+          kronecker: (index of a Kronecker block, its entries (G, n, m)) -> the product's.
+          diagonal: (index of a diagonal block, its leaf) -> the product's.
+          idle: entries that belong to no block, zero elsewhere -> the product's.
+        """
+        leaves, structure = jax.tree.flatten(v)
+        upcast = [x.astype(self.dtype) for x in leaves]
+        product: list[jax.Array | None] = [None] * len(upcast)
+        rest = {leaf: upcast[leaf] for leaf in self.partial()}
+        for index, block in enumerate(self.kronecker):
+            entries = block.take(upcast)
+            for leaf, part in block.put(kronecker(index, entries)):
+                before = product[leaf]
+                product[leaf] = part if before is None else before + part
+            if block.leaf in rest:
+                rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
+        for index, block in enumerate(self.diagonal):
+            product[block.leaf] = diagonal(index, upcast[block.leaf])
+        for leaf, entries in rest.items():
+            other, before = idle(entries), product[leaf]
+            product[leaf] = other if before is None else before + other
+        cast = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, product, strict=True)]
+        return jax.tree.unflatten(structure, cast)
 
     def narrowed(self, max_width: int) -> KroneckerBlocks:
         """The same with a diagonal for every leaf that has a factor of more than `max_width` rows."""

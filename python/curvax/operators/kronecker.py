@@ -1,0 +1,168 @@
+"""Gauss-Newton matrices in factored form, from data: K-FAC, EKFAC, the exact diagonal, low rank.
+
+Sums over the examples of several batches are the batches' sums by their shares, so that factors of a data set in pieces
+are those of the data set in one piece, to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import tree
+from curvax.curvature import Evaluation, FisherType, GaussNewton, GeneralizedGaussNewton, Linearization, Model, Needs
+from curvax.eigenbases import eigenbasis
+from curvax.estimators import RandomizedNystrom
+from curvax.losses.base import Loss
+from curvax.operators.base import LinearOperator
+from curvax.operators.curvature import At, CurvatureOperator, StreamedCurvature, ggn
+from curvax.operators.factored import Diagonal, KroneckerEigen, LowRankPlusIdentity, low_rank
+from curvax.preconditioners._blocks import measured
+from curvax.preconditioners.factor_inverses import eigen
+from curvax.preconditioners.kfac import MAX_WIDTH
+from curvax.structure.blocks import KroneckerBlocks
+from curvax.structure.kronecker import FactorSums, WeightSharing, projected_squares
+from curvax.structure.memory import DEFAULT_MAX_BYTES
+from curvax.tree import PyTree
+
+Predict = Callable[..., jax.Array]
+Bases = list[tuple[jax.Array | None, jax.Array]]
+
+
+def kfac(
+    model: Model | Predict,
+    loss: Loss,
+    params: PyTree,
+    data: Any,
+    *,
+    fisher: FisherType = GeneralizedGaussNewton(),
+    key: jax.Array | None = None,
+    model_state: PyTree = None,
+) -> KroneckerEigen:
+    """One Kronecker product per layer for the Gauss-Newton matrix (Martens and Grosse 2015), a diagonal elsewhere.
+
+    Args:
+      model, loss, params, data, key, model_state: see `operators.ggn`.
+      fisher: whose rows the factors are made of. The default takes all columns of the loss Hessian's root, exactly, at
+        a backward pass per output; `MonteCarloFisher(n)` takes n.
+    """
+    source = _Source.of(ggn(model, loss, params, data, fisher=fisher, key=key, model_state=model_state), fisher)
+    sums = _total(source.matrix, source.factor_sums)
+    inputs, outputs = sums.factors()
+    pairs = eigen(inputs, outputs, eigenbasis)
+    values = [
+        jnp.maximum(e.input_values, 0)[..., :, None] * jnp.maximum(e.output_values, 0)[..., None, :] for e in pairs
+    ]
+    return source.operator([(e.input_vectors, e.output_vectors) for e in pairs], values, sums.diagonal)
+
+
+def ekfac(
+    model: Model | Predict,
+    loss: Loss,
+    params: PyTree,
+    data: Any,
+    *,
+    fisher: FisherType = GeneralizedGaussNewton(),
+    key: jax.Array | None = None,
+    model_state: PyTree = None,
+) -> KroneckerEigen:
+    """K-FAC's eigenvectors, and along them the true diagonal of the Gauss-Newton matrix (George et al. 2018).
+
+    Of all matrices with these eigenvectors it is the closest one in Frobenius norm. It walks the data twice.
+
+    Args:
+      model, loss, params, data, fisher, key, model_state: see `kfac`.
+    """
+    source = _Source.of(ggn(model, loss, params, data, fisher=fisher, key=key, model_state=model_state), fisher)
+    sums = _total(source.matrix, source.factor_sums)
+    inputs, outputs = sums.factors()
+    bases: Bases = [(e.input_vectors, e.output_vectors) for e in eigen(inputs, outputs, eigenbasis)]
+    values = _total(source.matrix, source.squares, bases)
+    return source.operator(bases, values, sums.diagonal)
+
+
+def diagonal(
+    model: Model | Predict, loss: Loss, params: PyTree, data: Any, *, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Diagonal:
+    """The exact diagonal of the Gauss-Newton matrix, from the model's layers and without its rows.
+
+    Args:
+      model, loss, params, data: see `operators.ggn`.
+      max_bytes: bound on the memory of factors and formed rows, 2 GiB by default.
+    """
+    matrix = ggn(model, loss, params, data)
+
+    def of_batch(params: PyTree, evaluation: Evaluation, _: None) -> PyTree:
+        rows = matrix.curvature.linearize(params, evaluation, Needs(rows=True)).rows
+        assert rows is not None
+        return rows.diagonal(max_bytes)
+
+    return Diagonal(_total(matrix, of_batch))
+
+
+def nystrom(operator: LinearOperator, rank: int, key: jax.Array) -> LowRankPlusIdentity:
+    """A positive semidefinite operator's dominant part, from `rank` products with random vectors.
+
+    See Frangella, Tropp and Udell, "Randomized Nystrom Preconditioning" (2023).
+
+    Args:
+      operator: symmetric and positive semidefinite; of an indefinite one the non-negative part, at twice the products.
+      rank: columns; a few more than the number of eigenvalues one is after.
+      key: random key.
+    """
+    estimator = RandomizedNystrom(rank, indefinite=not operator.is_positive)
+    pairs = estimator.low_rank(operator.linearized(), operator.domain, key)
+    return low_rank(pairs.basis, pairs.values, operator.domain)
+
+
+def _total(
+    matrix: CurvatureOperator | StreamedCurvature, measure: Callable[..., PyTree], beside: PyTree = None
+) -> PyTree:
+    """The sum over batches of `measure(params, evaluation, beside)` by their shares; one program for equal shapes."""
+
+    @jax.jit
+    def scaled(at: At, batch: Any, index: jax.Array, share: jax.Array, beside: PyTree) -> PyTree:
+        term = measure(at.params, at.evaluation(batch, index), beside)
+        return jax.tree.map(lambda x: share.astype(x.dtype) * x, term)
+
+    total = None
+    for index, (batch, share) in enumerate(zip(matrix.batches, matrix.shares, strict=True)):
+        term = scaled(matrix.at, batch, jnp.asarray(index, jnp.int32), share, beside)
+        total = term if total is None else tree.add(total, term)
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What factors are measured on."""
+
+    matrix: CurvatureOperator | StreamedCurvature
+    blocks: KroneckerBlocks
+    fisher: FisherType
+
+    @staticmethod
+    def of(matrix: CurvatureOperator | StreamedCurvature, fisher: FisherType) -> _Source:
+        assert isinstance(matrix.curvature, GaussNewton)
+        first = next(iter(matrix.batches))
+        evaluation = matrix.curvature.prepare(matrix.at.params, matrix.at.evaluation(first, 0))
+        return _Source(matrix, matrix.curvature.blocks(matrix.at.params, evaluation).narrowed(MAX_WIDTH), fisher)
+
+    def factor_sums(self, params: PyTree, evaluation: Evaluation, _: None) -> FactorSums:
+        return measured(self.blocks, *self._seen(params, evaluation), WeightSharing.EXPAND)[0]
+
+    def squares(self, params: PyTree, evaluation: Evaluation, bases: Bases) -> list[jax.Array]:
+        _, total = measured(self.blocks, *self._seen(params, evaluation), WeightSharing.EXPAND)
+        return total(lambda examples: projected_squares(self.blocks, examples, bases))
+
+    def _seen(self, params: PyTree, evaluation: Evaluation) -> tuple[Linearization, FisherType, jax.Array]:
+        linearization = self.matrix.curvature.linearize(params, evaluation, Needs(factors=True))
+        key = jax.random.key(0) if evaluation.sample_key is None else evaluation.sample_key
+        return linearization, self.fisher, key
+
+    def operator(self, bases: Bases, values: list[jax.Array], rest: list[jax.Array]) -> KroneckerEigen:
+        zero = jnp.zeros((), self.blocks.dtype)
+        return KroneckerEigen(bases, values, rest, zero, tree.zeros_like(self.matrix.domain), self.blocks)
