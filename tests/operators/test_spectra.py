@@ -68,7 +68,8 @@ DECAYING = 10.0 ** -np.linspace(0, 4, 120)
 def test_inverse(solver):
     p = problem(MLP_TANH)
     ggn = operators.ggn(p.model, LOSS, p.params, p.batches)
-    inverse = ggn.inverse(0.1, solver=solver)
+    inverse = operators.inverse(ggn, 0.1, solver=solver)
+    assert isinstance(inverse, operators.Inverse)
     want = np.linalg.inv(p.truth.ggn + 0.1 * np.eye(ggn.shape[0]))
     rhs = np.random.default_rng(0).normal(size=(ggn.shape[0], 3))
     found = inverse.solve_columns(jnp.asarray(rhs))
@@ -79,10 +80,12 @@ def test_inverse(solver):
 
 def test_inverse_says_how_it_ended():
     operator = of(DECAYING)
-    found = operator.inverse(0.0, solver=CG(tol=1e-12, maxiter=3)).solve(jnp.ones(120))
+    inverse = operators.inverse(operator, 0.0, solver=CG(tol=1e-12, maxiter=3))
+    assert isinstance(inverse, operators.Inverse)
+    found = inverse.solve(jnp.ones(120))
     assert Result(int(found.result)) is Result.MAX_ITERATIONS and float(found.residual) > 1e-6
     singular = of([1.0, 2.0, 0.0, 0.0])
-    pseudo = singular.inverse(solver=PseudoInverse()) @ jnp.ones(4)
+    pseudo = operators.inverse(singular, solver=PseudoInverse()) @ jnp.ones(4)
     np.testing.assert_allclose(pseudo, np.linalg.pinv(np.asarray(singular.matrix)) @ np.ones(4), atol=1e-8)
 
 
@@ -93,13 +96,15 @@ def test_scipy_and_lineax_take_operators():
     shifted = ggn.shift(0.1)
     rhs = np.random.default_rng(0).normal(size=n)
     want = np.linalg.solve(p.truth.ggn + 0.1 * np.eye(n), rhs)
-    got, info = scipy.sparse.linalg.cg(shifted.as_scipy(), rhs, rtol=1e-12)
+    got, info = scipy.sparse.linalg.cg(operators.as_scipy(shifted), rhs, rtol=1e-12)
     assert info == 0
     np.testing.assert_allclose(got, want, atol=1e-8)
-    np.testing.assert_allclose(shifted.as_scipy() @ np.eye(n), shifted.to_dense(), atol=1e-12)
+    np.testing.assert_allclose(operators.as_scipy(shifted) @ np.eye(n), shifted.to_dense(), atol=1e-12)
     lx = pytest.importorskip("lineax")
     _, unravel = ravel_pytree(p.params)
-    solution = lx.linear_solve(shifted.as_lineax(), unravel(jnp.asarray(rhs)), lx.CG(rtol=1e-12, atol=1e-12)).value
+    solution = lx.linear_solve(
+        operators.as_lineax(shifted), unravel(jnp.asarray(rhs)), lx.CG(rtol=1e-12, atol=1e-12)
+    ).value
     np.testing.assert_allclose(ravel_pytree(solution)[0], want, atol=1e-8)
 
 
@@ -155,13 +160,13 @@ def test_sums_over_the_spectrum_within_their_error_bars():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: c.inverse(-1.0), "lam must be a finite number of at least 0"),
-        (lambda c: c.inverse(0.1, solver=RowSpace(Cholesky())), "does not solve for parameters"),
+        (lambda c: operators.inverse(c, -1.0), "lam must be a finite number of at least 0"),
+        (lambda c: operators.inverse(c, 0.1, solver=RowSpace(Cholesky())), "does not solve for parameters"),
         (lambda c: operators.eigenpairs(c, 0), "k must be between 1 and the 4 parameters"),
         (lambda c: operators.eigenpairs(c, 2, cast("Any", "top")), "which must be one of largest"),
         (lambda c: operators.spectrum(cast("Any", np.eye(3)), KEY), "takes an operator of curvax.operators"),
         (lambda c: operators.spectrum(c, KEY, steps=0), "must be at least 1"),
-        (lambda c: c.inverse(0.1).solve_columns(jnp.ones(4)), "right-hand sides in columns"),
+        (lambda c: operators.Inverse(c, jnp.ones(()), Cholesky()).solve_columns(jnp.ones(4)), "right-hand sides in columns"),
         (lambda c: c + of(np.ones(3)), "do not add up"),
         (lambda c: c @ of(np.ones(3)), "do not multiply"),
     ],

@@ -25,6 +25,7 @@ from curvax.keywords import spread
 from curvax.losses import Loss
 from curvax.method import AbstractMethod, StepKeys
 from curvax.methods.options import LossRecordOptions, ModelOptions
+from curvax.origin import Origin
 from curvax.plan import Cost
 from curvax.plan.cost import trace
 from curvax.plan.plan import bytes_text, flops_text
@@ -45,6 +46,7 @@ class FirstOrderState(AbstractState):
       transform: the Optax optimizer's state, over upcast trainable parameters.
       model_state: mutable model state (BatchNorm statistics), or `None`.
       layout: what parameters the state belongs to; static.
+      origin: that a first-order method made it; static.
       version: of the form of the state; static.
     """
 
@@ -53,6 +55,7 @@ class FirstOrderState(AbstractState):
     transform: Any
     model_state: PyTree
     layout: Layout = dataclasses.field(metadata={"static": True})
+    origin: Origin = dataclasses.field(metadata={"static": True})
     version: int = dataclasses.field(default=STATE_VERSION, metadata={"static": True})
 
 
@@ -126,7 +129,13 @@ class FirstOrder(AbstractMethod[FirstOrderState, FirstOrderPlan]):
             transform=self.transform.init(tree.upcast(trainable)),
             model_state=tree.fixed(model_state),
             layout=Layout.of(trainable),
+            origin=self.origin,
         )
+
+    @property
+    def origin(self) -> Origin:
+        # What optimizer it is is said by the tree of its state, which `_check_parts` compares.
+        return Origin.of(method="first order")
 
     def _check_parts(self, state: FirstOrderState, trainable: PyTree) -> None:
         like = jax.eval_shape(self.transform.init, jax.eval_shape(tree.upcast, trainable))

@@ -1,19 +1,19 @@
 """Curvature outside of a step: matrices of a model and a loss as linear operators, their inverses and their spectra.
 
     C = operators.ggn(predict_fn, loss, params, data)      C @ v, C.T, 2 * C + D, C.shift(lam), C.restrict(kept)
-    C.inverse(lam) @ v                                     by a solver of curvax.solvers
+    operators.inverse(C, lam) @ v                          by a solver of curvax.solvers
     operators.eigenpairs(C, 10)                            sharpness
     operators.kfac(predict_fn, loss, params, data)         inverse, root and determinant in closed form
 
 `data` is one batch, a list of batches, or a loader that is walked anew for each product.
 """
 
-from curvax.operators.algebra import Product as Product
-from curvax.operators.algebra import Restricted as Restricted
-from curvax.operators.algebra import Scaled as Scaled
-from curvax.operators.algebra import Shifted as Shifted
-from curvax.operators.algebra import Sum as Sum
 from curvax.operators.base import LinearOperator as LinearOperator
+from curvax.operators.base import Product as Product
+from curvax.operators.base import Restricted as Restricted
+from curvax.operators.base import Scaled as Scaled
+from curvax.operators.base import Shifted as Shifted
+from curvax.operators.base import Sum as Sum
 from curvax.operators.convert import as_lineax as as_lineax
 from curvax.operators.convert import as_scipy as as_scipy
 from curvax.operators.curvature import CurvatureOperator as CurvatureOperator

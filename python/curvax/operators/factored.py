@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.operators.algebra import finite_float
 from curvax.operators.base import LinearOperator
 from curvax.preconditioners.factor_inverses import into_basis, out_of_basis
 from curvax.sketches import matmul
-from curvax.solvers import Solver
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.tree import PyTree
 
@@ -57,15 +55,8 @@ class Factored(LinearOperator):
         """C + lam I, factored likewise."""
         return self.mapped(lambda s: s + jnp.asarray(lam, s.dtype))
 
-    def inverse(self, lam: float | jax.Array = 0.0, *, solver: Solver | None = None) -> Self:  # type: ignore[override]
-        """(C + lam I)^-1, factored too; infinite where an eigenvalue of C + lam I is zero.
-
-        Raises:
-          ValueError: a solver, for which there is nothing to do; a negative lam.
-        """
-        if solver is not None:
-            raise ValueError("the inverse of a factored operator is known in closed form: leave `solver` out.")
-        finite_float("lam", lam)
+    def shifted_inverse(self, lam: float | jax.Array = 0.0) -> Self:
+        """(C + lam I)^-1, factored too; infinite where an eigenvalue of C + lam I is zero."""
         return self.mapped(lambda s: 1 / (s + jnp.asarray(lam, s.dtype)))
 
     def inverse_root(self, lam: float | jax.Array) -> Self:

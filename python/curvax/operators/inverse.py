@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.operators.algebra import check_square, finite_float
-from curvax.operators.base import LinearOperator
+from curvax.operators.base import LinearOperator, check_square, finite_float
 from curvax.operators.factored import Factored
 from curvax.solvers import CG, MINRES, Cholesky, Lane, Solution, Solver, System
 from curvax.tree import PyTree
@@ -112,13 +111,12 @@ def inverse(
     Raises:
       TypeError, ValueError: an operator that is not symmetric, a negative lam, a solver for another kind of system.
     """
-    return operator.inverse(lam, solver=solver)
-
-
-def solved_inverse(operator: LinearOperator, lam: float | jax.Array, solver: Solver | None) -> Inverse:
-    """`inverse` of an operator that has no closed form."""
     check_square(operator, "inverse")
     finite_float("lam", lam)
+    if isinstance(operator, Factored):
+        if solver is not None:
+            raise ValueError("the inverse of a factored operator is known in closed form: leave `solver` out.")
+        return operator.shifted_inverse(lam)
     solver = _default(operator) if solver is None else solver
     if solver.lane is not Lane.PARAMETER:
         raise ValueError(

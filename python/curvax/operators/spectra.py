@@ -23,8 +23,7 @@ import numpy as np
 
 from curvax.estimators import HutchinsonTrace, XTrace
 from curvax.estimators.base import TraceEstimate, TraceEstimator
-from curvax.operators.algebra import check_square, finite_float
-from curvax.operators.base import LinearOperator
+from curvax.operators.base import LinearOperator, check_square, finite_float
 from curvax.operators.convert import as_scipy
 from curvax.operators.factored import Factored
 from curvax.sketches import columns_product
