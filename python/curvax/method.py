@@ -333,7 +333,9 @@ class Method(AbstractMethod[MethodState, Plan]):
         return self._state(trainable, preconditioner, model_state)
 
     def _state(self, trainable: PyTree, preconditioner: Any, model_state: PyTree) -> MethodState:
-        first = LastStep(jax.tree.map(jnp.zeros_like, trainable), jnp.asarray(False))
+        last = None
+        if self.assembly.may_undo:
+            last = LastStep(jax.tree.map(jnp.zeros_like, trainable), jnp.asarray(False))
         return MethodState(
             step=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
@@ -344,7 +346,7 @@ class Method(AbstractMethod[MethodState, Plan]):
             scaling=self._first_scaling(upcast_shapes(trainable)),
             search=jnp.ones((), jnp.result_type(float)) if self._keeps_step_size else None,
             model_state=tree.fixed(model_state),
-            last=first if self.assembly.may_undo else None,
+            last=last,
             layout=Layout.of(trainable),
             origin=self.origin,
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -271,8 +272,9 @@ def rounding(dtype: Any) -> float:
     return 10 * float(jnp.finfo(dtype).eps)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def identities(groups: int, n: int, dtype: Any) -> jax.Array:
-    """(groups, n, n)."""
+    """(groups, n, n). Jitted, for outside a compiled step each operation is a program of its own."""
     return jnp.tile(jnp.eye(n, dtype=dtype), (groups, 1, 1))
 
 
