@@ -30,6 +30,14 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick_programs() -> Iterator[None]:
+    """What a page of the documentation or another library jits by itself compiles as by `quick_jit`, in one test."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def bounded_memory() -> Iterator[None]:
     """Drops compiled programs between tests once a worker holds a gigabyte: JAX keeps every one of them for ever."""

@@ -16,6 +16,8 @@ from bench.suites.robustness import least_squares, rows, table
 from bench.suites.robustness.case import Case, Compiled, Outcome, Task
 from bench.suites.robustness.classic import CLASSICS, Classic
 
+from tests.oracle.compiling import quick_jit
+
 QUADRATIC = Task("quadratic", loss_fn=lambda p, b: jnp.sum(jnp.square(p)) * b["x"])
 CASE = Case("case", QUADRATIC, np.ones(2), {"x": np.ones(())}, 1e-3, steps=8)
 
@@ -24,7 +26,7 @@ CASE = Case("case", QUADRATIC, np.ones(2), {"x": np.ones(())}, 1e-3, steps=8)
 def test_scipy_finds_a_published_minimum(problem: Classic):
     """From the published start; the start itself is at none."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        residuals, jacobian = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
+        residuals, jacobian = quick_jit(problem.residuals), quick_jit(jax.jacfwd(problem.residuals))
         start = np.asarray(problem.start)
         found = scipy.optimize.least_squares(
             lambda x: np.asarray(residuals(x)),

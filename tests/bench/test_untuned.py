@@ -19,6 +19,8 @@ from bench.suites.untuned.problems.physics import FREQUENCY, local_energy, poiss
 from bench.suites.untuned.rows import DIVERGED, START, WORST, Result, rows
 from bench.suites.untuned.runner import Clock, Compiled, Course, Effort, race
 
+from tests.oracle.compiling import quick_jit
+
 LOGISTIC = next(p for p in PROBLEMS if p.name == "logistic")
 EFFORT = Effort(0.05, Clock.CPU, 2)
 
@@ -27,13 +29,13 @@ EFFORT = Effort(0.05, Clock.CPU, 2)
 def test_problem_has_a_loss_and_examples_that_share_nothing(problem: Problem):
     with jax.enable_x64(problem.float64), jax.numpy_dtype_promotion("standard"):
         data = problem.data()
-        params = jax.jit(problem.init)(jax.random.key(0))
+        params = quick_jit(problem.init)(jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
             jnp.dtype("float64" if problem.float64 else "float32")
         }
         part = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), data.train)
         one = jax.tree.map(lambda leaf: leaf[3:4], part["x"])
-        calls = jax.jit(
+        calls = quick_jit(
             lambda p: (problem.predict_fn(p, part["x"]), problem.predict_fn(p, one), problem.objective(p, part))
         )
         outputs, alone, loss = calls(params)
@@ -54,14 +56,14 @@ def test_physics_is_solved_by_the_known_solutions():
     with jax.enable_x64(True):
         poisson = next(p for p in PROBLEMS if p.name == "poisson2d")
         points = jax.tree.map(jnp.asarray, poisson.data().train["x"])
-        residuals = jax.jit(lambda x: poisson_residuals(poisson_solution, x))(points)
+        residuals = quick_jit(lambda x: poisson_residuals(poisson_solution, x))(points)
         np.testing.assert_allclose(residuals, 0, atol=1e-12)
 
         def log_psi(x: jax.Array) -> jax.Array:
             return jnp.log1p(jnp.linalg.norm(x[:3] - x[3:]) / 2) - FREQUENCY * jnp.sum(x**2) / 2
 
         walkers = jax.random.normal(jax.random.key(0), (5, 6))
-        energies = jax.jit(jax.vmap(lambda x: local_energy(log_psi, x)))(walkers)
+        energies = quick_jit(jax.vmap(lambda x: local_energy(log_psi, x)))(walkers)
         np.testing.assert_allclose(energies, 2.0, rtol=1e-10)
 
 

@@ -18,6 +18,7 @@ def test_each_extension_is_short() -> None:
     assert max(len(block.splitlines()) for block in EXTENSIONS) < 40
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_the_page_runs_and_its_plans_show_every_module(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
 CHECKED_BELOW = {"structure", "layerwise", "batches", "physics", "vmc", "optax", "fit", "meshes"}
 WITH_A_FILE = {"extending"}  # test_extending.py
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 
 def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(blocks(README)) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,16 +11,17 @@ import pytest
 from curvax.kernels import Implementation
 from curvax.solvers import Result
 from curvax.solvers.dense import solve_dense
+from tests.oracle.compiling import quick_jit
 from tests.oracle.systems import IMPLEMENTATIONS, exact, positive, skip_unless_supported, vectors
 
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+SOLVE = quick_jit(solve_dense, static_argnames="implementation")
 LAM = 0.25
 
 
 def solve(implementation: Implementation, c: Any, b: Any) -> tuple[np.ndarray, int, float]:
     skip_unless_supported(implementation)
-    call = jax.jit(solve_dense, static_argnames="implementation")
-    x, result, residual = call(jnp.asarray(c), jnp.asarray(b), jnp.asarray(LAM), implementation=implementation)
+    x, result, residual = SOLVE(jnp.asarray(c), jnp.asarray(b), jnp.asarray(LAM), implementation=implementation)
     assert x.shape == b.shape and x.dtype == jnp.asarray(b).dtype
     return np.asarray(x), int(result), float(residual)
 

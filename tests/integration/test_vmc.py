@@ -16,6 +16,7 @@ import curvax
 from curvax.curvature import TrainablePartition
 from curvax.losses import SquaredError, VariationalEnergy
 from curvax.output_space import GeneralizedGaussNewton
+from tests.oracle.compiling import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64", "promotion")
 SAMPLES, SITES, HIDDEN, LAM = 9, 3, 4, 1e-2
@@ -98,7 +99,7 @@ def _rows(ansatz: Ansatz, params: Any, x: jax.Array) -> np.ndarray:
         f = ansatz.log_psi(jax.tree.unflatten(structure, own), x)
         return jnp.stack([f.real, jnp.imag(f)], -1)
 
-    return np.asarray(jax.jacfwd(outputs)(flat))
+    return np.asarray(quick_jit(jax.jacfwd(outputs))(flat))
 
 
 def dense_direction(rows: np.ndarray, energies: Any, weights: Any) -> np.ndarray:
@@ -113,7 +114,7 @@ def dense_direction(rows: np.ndarray, energies: Any, weights: Any) -> np.ndarray
 
 def _direction(method: curvax.Method, params: Any, batch: Any) -> tuple[np.ndarray, Any, dict[str, Any]]:
     state = method.init(params, batch=batch)
-    new, _, info = jax.jit(method.step)(params, batch, state, random.key(0))
+    new, _, info = quick_jit(method.step)(params, batch, state, random.key(0))
     return _parts(jax.tree.map(jnp.subtract, params, new)), new, info
 
 
@@ -144,7 +145,7 @@ def test_a_holomorphic_direction_is_the_complex_one() -> None:
     ansatz, x = ANSATZE["complex holomorphic"], _samples()
     params = ansatz.params()
     flat, unravel = ravel_pytree(params)
-    rows = np.asarray(jax.jacrev(lambda q: ansatz.log_psi(unravel(q), x), holomorphic=True)(flat))
+    rows = np.asarray(quick_jit(jax.jacrev(lambda q: ansatz.log_psi(unravel(q), x), holomorphic=True))(flat))
     rows, energies = rows - rows.mean(0), np.asarray(ENERGIES - ENERGIES.mean())
     matrix = rows.conj().T @ rows / SAMPLES + LAM * np.eye(len(flat))
     direction = np.linalg.solve(matrix, rows.conj().T @ energies / SAMPLES)
@@ -215,7 +216,7 @@ def test_general_methods_take_complex_parameters(name: str) -> None:
     if name in ("egn", "sgn", "sophia_g"):
         model["loss"] = SquaredError()
     method = curvax.make(name, **model)
-    step, state = jax.jit(method.step), method.init(params)
+    step, state = quick_jit(method.step), method.init(params)
     first = loss_fn(params, batch)
     for _ in range(5):
         params, state, info = step(params, batch, state, random.key(0))

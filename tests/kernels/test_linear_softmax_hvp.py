@@ -17,7 +17,7 @@ import pytest
 from curvax.kernels import Choice, Unsupported, _mosaic
 from curvax.kernels.linear_softmax_hvp import LINEAR_SOFTMAX_HVP, Cotangents, linear_softmax_hvp, pallas, reference
 from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT, Head, LogitBlocks, Tangent
-from tests.oracle.compiling import array
+from tests.oracle.compiling import array, quick_jit
 from tests.oracle.mosaic import interpret
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -112,7 +112,7 @@ def close(got: Cotangents, want: Cotangents, dtype: Any) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_values(case: Case, run: Run) -> None:
     at, tangent, weights = operands(case)
-    got = jax.jit(lambda at, tangent, w: run(at, tangent, w, case.blocks))(at, tangent, weights)
+    got = quick_jit(lambda at, tangent, w: run(at, tangent, w, case.blocks))(at, tangent, weights)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     close(got, exact(at, tangent, weights), case.dtype)
 

@@ -16,9 +16,12 @@ from curvax import layerwise
 from curvax.losses import SquaredError
 from tests.oracle.compiling import quick_jit
 
+pytestmark = pytest.mark.usefixtures("quick_programs")  # nnx.jit takes no options of the compiler
 LOSS = SquaredError()
-KEYS = jax.random.split(jax.random.key(0), 2)
-BATCH = {"x": jax.random.normal(KEYS[0], (12, 4)), "y": jax.random.normal(KEYS[1], (12, 2))}
+BATCH = {
+    name: jnp.array(np.random.default_rng(width).standard_normal((12, width)).astype(np.float32))
+    for name, width in (("x", 4), ("y", 2))
+}
 
 
 class Network(nnx.Module):

@@ -26,6 +26,7 @@ from curvax.requirements import Cadence, Requirement
 from curvax.solvers import CG, Automatic, Cholesky, Diagonal, Lane, Result, RowSpace, Solution, Solver, System
 from curvax.solvers.base import relative_residual
 from curvax.work import Cost, SolveCost, StepWork
+from tests.oracle.compiling import quick_jit
 
 # A linear model, whose counts a page of arithmetic gives: x @ w and its transpose take 2 B D K operations each.
 B, D, K = 64, 256, 8
@@ -65,7 +66,7 @@ def _steps(**modules: Any) -> dict[str, Any]:
     method = _assemble(**modules)
     draw = np.random.default_rng(0).normal
     params, batch = jax.tree.map(lambda s: jnp.asarray(abs(draw(size=s.shape)), s.dtype), (PARAMS, BATCH))
-    return jax.jit(method.step)(params, batch, method.init(params), jax.random.key(0))[2]
+    return quick_jit(method.step)(params, batch, method.init(params), jax.random.key(0))[2]
 
 
 OWN_OP = Op("own_op", (Variant("reference"),))
