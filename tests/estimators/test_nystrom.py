@@ -11,7 +11,7 @@ from curvax.estimators import RandomizedNystrom
 from curvax.tree import accumulation_dtype
 from tests.estimators import standin
 from tests.estimators.standin import SIZE, Dense, keys
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 
 N = 60
 BOTH = pytest.mark.parametrize("indefinite", [False, True], ids=["one-pass", "two-pass"])
@@ -117,7 +117,7 @@ def test_rounding_in_the_product_is_not_negative_curvature(indefinite):
     matrix = standin.low_rank(n, 3)
     noise = np.random.default_rng(0).normal(size=(5, n, n)) * 1e-6 / np.sqrt(n)
 
-    noisy = jnp.asarray(matrix + noise + noise.swapaxes(1, 2), jnp.float32)
+    noisy = array(matrix + noise + noise.swapaxes(1, 2), jnp.float32)
     found = _many(RandomizedNystrom(12, indefinite), noisy, keys(5), jnp.float32)
     got = np.einsum("mir,mr,mjr->mij", found.basis, found.values, found.basis)
     assert np.linalg.norm(got - matrix, 2, axis=(1, 2)).max() < 1e-3

@@ -11,7 +11,7 @@ from curvax.estimators import HutchinsonTrace, HutchPlusPlus, XTrace
 from curvax.estimators.xtrace import _leave_one_out
 from tests.estimators import standin
 from tests.estimators.standin import SIZE, Dense, assert_mean, keys
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 
 N = 60
 BUDGET = 12
@@ -30,7 +30,7 @@ _many = quick_jit(jax.vmap(_trace, in_axes=(None, None, 0, None)), static_argnum
 
 
 def once(estimator, matrix: np.ndarray, dtype=jnp.float32, seed: int = 0):
-    return _one(estimator, jnp.asarray(matrix, dtype), jax.random.key(seed), dtype)
+    return _one(estimator, array(matrix, dtype), jax.random.key(seed), dtype)
 
 
 def sample(estimator, matrix: np.ndarray, m: int = 1000):

@@ -42,8 +42,7 @@ Run = Callable[[np.random.Generator], Any]
 
 def optimizer(tx: optax.GradientTransformation, updates: int, *models: int) -> Run:
     """Updates of stacked layers; of several models at once where `models` says how many."""
-    init, update = (jax.vmap(tx.init), jax.vmap(tx.update)) if models else (tx.init, tx.update)
-    step = quick_jit(update)
+    init, step = map(quick_jit, (jax.vmap(tx.init), jax.vmap(tx.update)) if models else (tx.init, tx.update))
 
     def run(rng: np.random.Generator) -> Any:
         state, solution = init(stacks(rng, *models)), None
@@ -70,7 +69,7 @@ def method(made: curvax.Method, updates: int, *models: int) -> Run:
     def init(params: Any, batch: Any) -> Any:
         return made.init(params, batch=batch)
 
-    begin, compiled = (jax.vmap(init), quick_jit(jax.vmap(step))) if models else (init, quick_jit(step))
+    begin, compiled = map(quick_jit, (jax.vmap(init), jax.vmap(step)) if models else (init, step))
 
     def run(rng: np.random.Generator) -> Any:
         def normal(*shape: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from curvax.solvers import GeodesicAcceleration
 from curvax.solvers.dense import factorized
 from tests.integration.harness import key, moved
 from tests.oracle.compiling import quick_jit
+from tests.oracle.token_model import drawn
 
 LAM, EXACT = 0.3, {"tol": 1e-13, "maxiter": 200}
 RECORD = (curvax.telemetry.MetricRecord(curvax.telemetry.Metric.ACCELERATION),)
@@ -24,19 +26,20 @@ def _predict(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["w"]) @ params["v"]
 
 
+@functools.cache
 def _problem() -> tuple[Any, dict, np.ndarray, np.ndarray]:
     """(parameters, batch, direction s, correction c), dense."""
-    k = jax.random.split(jax.random.key(1), 4)
-    params = {"v": jax.random.normal(k[0], (4, 2)), "w": jax.random.normal(k[1], (3, 4))}
-    batch = {"x": jax.random.normal(k[2], (7, 3)), "y": jax.random.normal(k[3], (7, 2))}
+    params = {"v": drawn(0, 4, 2), "w": drawn(1, 3, 4)}
+    batch = {"x": drawn(2, 7, 3), "y": drawn(3, 7, 2)}
 
     def outputs(vector: jax.Array) -> jax.Array:
         return _predict({"v": vector[:8].reshape(4, 2), "w": vector[8:].reshape(3, 4)}, batch["x"]).ravel()
 
-    at = jnp.concatenate([params["v"].ravel(), params["w"].ravel()])
-    jacobian, hessians = np.asarray(jax.jacobian(outputs)(at)), np.asarray(jax.hessian(outputs)(at))
+    at = np.concatenate([np.ravel(params["v"]), np.ravel(params["w"])])
+    dense = quick_jit(lambda at: (outputs(at), jax.jacobian(outputs)(at), jax.hessian(outputs)(at)))
+    out, jacobian, hessians = map(np.asarray, dense(at))
     system = jacobian.T @ jacobian / 7 + LAM * np.eye(20)
-    s = np.linalg.solve(system, jacobian.T @ np.asarray(outputs(at) - batch["y"].ravel()) / 7)
+    s = np.linalg.solve(system, jacobian.T @ (out - np.ravel(batch["y"])) / 7)
     bent = np.einsum("kij,i,j->k", hessians, s, s)
     return params, batch, s, np.linalg.solve(system, jacobian.T @ bent / 7) / 2
 
@@ -72,8 +75,7 @@ def test_the_correction_is_the_dense_one(name: str, options: dict, x64: None) ->
 
 def test_one_factor_serves_several_right_hand_sides(x64: None) -> None:
     """Singular and indefinite systems go by eigenvalues, as they do without a factor."""
-    half = np.asarray(jax.random.normal(jax.random.key(2), (6, 4)))
-    b = np.asarray(jax.random.normal(jax.random.key(3), (6,)))
+    half, b = np.asarray(drawn(4, 6, 4)), np.asarray(drawn(5, 6))
     signs = np.diag([1.0, 2.0, -3.0, 4.0, 5.0, 6.0])
     solve = quick_jit(lambda c, lam, b: factorized(c, lam, "reference")(b))
     for c, lam, result in (

@@ -16,15 +16,14 @@ from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.solvers import CG, Result, System
 from curvax.telemetry import MetricRecord
 from tests.oracle.compiling import quick_jit
+from tests.oracle.token_model import drawn
 
 LAM = 0.1
 
 
 @pytest.fixture
 def problem(x64: None) -> Any:
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {"w": jax.random.normal(keys[0], (6, 8)), "v": jax.random.normal(keys[1], (8, 3))}
-    return params, {"x": jax.random.normal(keys[2], (5, 6)), "y": jax.random.normal(keys[3], (5, 3))}
+    return {"w": drawn(0, 6, 8), "v": drawn(1, 8, 3)}, {"x": drawn(2, 5, 6), "y": drawn(3, 5, 3)}
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
@@ -79,7 +78,8 @@ def test_batch_size_read_through_a_shape(problem: Any, predict: Callable[..., An
 def test_cg_never_returns_an_uphill_direction(x64: None) -> None:
     a, b = jnp.array([[1.0, 0.3], [0.3, -0.2]]), jnp.array([1.0, 0.1])
     start = jnp.array([0.5, 5.0])
-    solution = CG(tol=1e-10).iterate(System(lambda v: a @ v), b, start, jnp.asarray(0.0))
+    solve = quick_jit(lambda b, start: CG(tol=1e-10).iterate(System(lambda v: a @ v), b, start, jnp.asarray(0.0)))
+    solution = solve(b, start)
     assert float(b @ solution.value) > 0
     assert int(solution.result) == Result.NEGATIVE_CURVATURE
 
@@ -87,7 +87,8 @@ def test_cg_never_returns_an_uphill_direction(x64: None) -> None:
 def test_curvature_batch_without_damping_says_that_it_failed(problem: Any) -> None:
     params, batch = problem
     method = curvax.egn(predict_fn=mlp, loss=SquaredError(), lam0=0.0)
-    new, _, info = method.step(params, batch, method.init(params), curvature_batch=batch)
+    step = quick_jit(lambda p, b, s: method.step(p, b, s, curvature_batch=b))
+    new, _, info = step(params, batch, method.init(params))
     assert not bool(info["accepted"]) and info["result"] == Result.NON_FINITE
     assert all(np.array_equal(new[k], params[k]) for k in params)
 
@@ -95,7 +96,7 @@ def test_curvature_batch_without_damping_says_that_it_failed(problem: Any) -> No
 def test_spring_forgets_a_rejected_direction(problem: Any) -> None:
     params, batch = problem
     method = curvax.spring(predict_fn=mlp, lam0=1e-6, lam_policy="trust_region", learning_rate=1e6, momentum=0.9)
-    _, state, info = method.step(params, batch, method.init(params))
+    _, state, info = quick_jit(method.step)(params, batch, method.init(params))
     assert not bool(info["accepted"])
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.solver))
 
@@ -150,6 +151,6 @@ def test_the_report_gives_the_planners_reasons(problem: Any) -> None:
     params, batch = problem
     curvax.clear_report()
     method = curvax.sgn_mse(predict_fn=mlp)
-    method.step(params, batch, method.init(params))
+    jax.eval_shape(method.step, params, batch, method.init(params))
     reasons = [record.choice.reason for record in curvax.report()]
     assert reasons and all(reason.startswith("auto") for reason in reasons)

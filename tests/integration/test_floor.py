@@ -16,7 +16,7 @@ import curvax
 from curvax.damping import Constant, Damping, Outcome, TrustRegion
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from tests.integration.harness import precision, same_bits
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 
 # One refusal in twenty is what a trust region may spend at the floor (its docstring); the way there has some as well.
 ALLOWED = 0.08
@@ -44,12 +44,12 @@ def _problem(kind: str, dtype: Any) -> tuple[Any, dict[str, jax.Array]]:
     rng = np.random.default_rng(1)
     params = [
         {
-            "w": jnp.asarray(rng.standard_normal((a, b)) / np.sqrt(a), dtype),
-            "b": jnp.asarray(0.3 * rng.standard_normal(b), dtype),
+            "w": array(rng.standard_normal((a, b)) / np.sqrt(a), dtype),
+            "b": array(0.3 * rng.standard_normal(b), dtype),
         }
         for a, b in itertools.pairwise(widths)
     ]
-    return params, {"x": jnp.asarray(x, dtype), "y": jnp.asarray(y, jnp.int32 if kind == "classes" else dtype)}
+    return params, {"x": array(x, dtype), "y": array(y, jnp.int32 if kind == "classes" else dtype)}
 
 
 def _loss(kind: str) -> Any:
@@ -95,29 +95,44 @@ class _Run:
         return 1 - float(self.accepted.mean())
 
 
+def _steps(method: Any, params: Any, state: Any, batch: Any, steps: jax.Array) -> Any:
+    """The end of a run and its history, one program for any number of steps."""
+    keys = jax.random.split(jax.random.key(0), STEPS)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        params, state, history = carry
+        params, state, info = method.step(params, batch, state, keys[i])
+        now = {name: info[name] for name in history}
+        return params, state, jax.tree.map(lambda h, x: h.at[i].set(x.astype(h.dtype)), history, now)
+
+    empty = {"loss": 0.0, "lam": 0.0, "accepted": False, "finite": False}
+    history = {name: jnp.full((STEPS,), value) for name, value in empty.items()}
+    return jax.lax.fori_loop(0, steps, body, (params, state, history))
+
+
 @functools.cache
 def _compiled(method: Any) -> Any:
-    """(params, state, batch, number of steps) -> the end of a run and its history; one program for any number."""
-
-    def run(params: Any, state: Any, batch: Any, steps: jax.Array) -> Any:
-        keys = jax.random.split(jax.random.key(0), STEPS)
-
-        def body(i: jax.Array, carry: Any) -> Any:
-            params, state, history = carry
-            params, state, info = method.step(params, batch, state, keys[i])
-            now = {name: info[name] for name in history}
-            return params, state, jax.tree.map(lambda h, x: h.at[i].set(x.astype(h.dtype)), history, now)
-
-        empty = {"loss": 0.0, "lam": 0.0, "accepted": False, "finite": False}
-        history = {name: jnp.full((STEPS,), value) for name, value in empty.items()}
-        return jax.lax.fori_loop(0, steps, body, (params, state, history))
-
-    return quick_jit(run)
+    return quick_jit(functools.partial(_steps, method))
 
 
 def _run(method: Any, params: Any, state: Any, batch: Any, steps: int) -> _Run:
-    params, state, history = _compiled(method)(params, state, batch, jnp.asarray(steps, jnp.int32))
+    return _cut(_compiled(method)(params, state, batch, np.int32(steps)), steps)
+
+
+def _cut(end: Any, steps: int) -> _Run:
+    params, state, history = end
     return _Run(params, state, **{name: np.asarray(h)[:steps] for name, h in history.items()})
+
+
+@functools.cache
+def _from_any_damping(name: str, loss: Any, **options: Any) -> Any:
+    """(lam0, params, batch, number of steps) -> a run from its first state: one program for any first damping."""
+
+    def run(lam0: jax.Array, params: Any, batch: Any, steps: jax.Array) -> Any:
+        method = getattr(curvax, name)(predict_fn=_mlp, loss=loss, lam0=lam0, **options)
+        return _steps(method, params, method.init(params), batch, steps)
+
+    return quick_jit(run)
 
 
 def _start(method: Any, params: Any, batch: Any) -> Any:
@@ -179,9 +194,9 @@ def test_the_floor_of_float64_is_that_of_a_fresh_run(name):
 @pytest.mark.parametrize("lam0", [1e-12, 1e-6, 1.0, 1e6, 1e12])
 def test_any_first_damping_ends_at_the_same_floor(lam0):
     with precision("float32"):
-        method = curvax.gauss_newton(predict_fn=_mlp, loss=SquaredError(), lam0=lam0)
         params, batch = _problem("curve", jnp.float32)
-        run = _run(method, params, method.init(params), batch, 400)
+        steps = _from_any_damping("gauss_newton", SquaredError())
+        run = _cut(steps(np.float32(lam0), params, batch, np.int32(400)), 400)
         assert run.loss[-1] < 1e-8
         assert run.refused <= 2 * ALLOWED
         # Neither end of the range of lam is where it stays.
@@ -193,15 +208,14 @@ def test_the_scale_of_the_loss_changes_nothing(name, scale):
     """To the last bit where the scale is a power of four, so that its root is exact too."""
     with precision("float64"):
         params, batch = _problem("curve", jnp.float64)
-        runs = []
-        for factor in (1.0, scale):
-            make = getattr(curvax, name)
-            method = make(
-                predict_fn=_mlp, loss=SquaredError(reduction="sum"), weight_key="w", lam0=1e-2 * factor, **REGION
-            )
-            weights = jnp.full((24,), factor / 32, jnp.float64)
-            runs.append(_run(method, params, method.init(params), {**batch, "w": weights}, 60))
-        one, other = runs
+
+        steps = _from_any_damping(name, SquaredError(reduction="sum"), weight_key="w", **REGION)
+
+        def run(factor: float) -> _Run:
+            weights = array(np.full(24, factor / 32), jnp.float64)
+            return _cut(steps(np.float64(1e-2 * factor), params, {**batch, "w": weights}, np.int32(60)), 60)
+
+        one, other = run(1.0), run(scale)
         np.testing.assert_array_equal(one.accepted, other.accepted)
         if scale in (2.0**-20, 2.0**20):
             assert same_bits(one.params, other.params)
@@ -342,11 +356,15 @@ def test_an_undone_step_is_undone_in_optax_too():
         tx = curvax.as_gradient_transformation(method)
         params = {"w": jnp.asarray(1.0, jnp.float32)}
         batch, state = {"scale": jnp.asarray(1.0, jnp.float32)}, tx.init(params)
+
+        @quick_jit
+        def step(params: Any, state: Any) -> Any:
+            updates, state = tx.update(jax.grad(_root)(params, batch), state, params, batch=batch)
+            return jax.tree.map(jnp.add, params, updates), state
+
         values = [1.0]
         for _ in range(6):
-            gradient = jax.grad(_root)(params, batch)
-            updates, state = tx.update(gradient, state, params, batch=batch)
-            params = jax.tree.map(jnp.add, params, updates)
+            params, state = step(params, state)
             values.append(float(params["w"]))
     first = next(i for i, v in enumerate(values) if v < 0)
     assert values[first + 1] == pytest.approx(values[first - 1], rel=1e-6)

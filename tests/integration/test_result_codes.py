@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,12 +55,21 @@ def _matrix(size: int = 8) -> np.ndarray:
     return half @ half.T / size + np.eye(size)
 
 
-def _solve(solver: Solver, matrix: Any, rhs: Any, precondition: Any = None, dtype: Any = jnp.float32) -> Solution:
-    a = jnp.asarray(matrix, dtype)
-    system = System(lambda v: a @ v, precondition=precondition, matrix=lambda: a)
-    return quick_jit(lambda b: solver.solve(system, b, solver.init(b), jnp.asarray(0.0, dtype)))(
-        jnp.asarray(rhs, dtype)
-    )
+@functools.cache
+def _compiled(solver: Solver) -> Any:
+    """(matrix, right-hand side, diagonal of the preconditioner or None) -> solution, for all systems of one size."""
+
+    def solve(a: jax.Array, b: jax.Array, diagonal: jax.Array | None) -> Solution:
+        precondition = None if diagonal is None else lambda v: diagonal * v
+        system = System(lambda v: a @ v, precondition=precondition, matrix=lambda: a)
+        return solver.solve(system, b, solver.init(b), jnp.zeros((), b.dtype))
+
+    return quick_jit(solve)
+
+
+def _solve(solver: Solver, matrix: Any, rhs: Any, diagonal: Any = None, dtype: Any = np.float32) -> Solution:
+    given = (None if x is None else np.asarray(x).astype(dtype) for x in (matrix, rhs, diagonal))
+    return _compiled(solver)(*given)
 
 
 def _true_residual(matrix: np.ndarray, rhs: np.ndarray, value: Any) -> float:
@@ -70,11 +80,11 @@ def _true_residual(matrix: np.ndarray, rhs: np.ndarray, value: Any) -> float:
 
 
 PRECONDITIONERS = {
-    "zero": lambda v: jnp.zeros_like(v),
-    "negative": lambda v: -v,
-    "one negative entry": lambda v: v * jnp.asarray([-50.0] + [1.0] * 7, v.dtype),
-    "NaN": lambda v: v * jnp.asarray([jnp.nan] + [1.0] * 7, v.dtype),
-    "infinite": lambda v: v * jnp.asarray([jnp.inf] + [1.0] * 7, v.dtype),
+    "zero": [0.0] * 8,
+    "negative": [-1.0] * 8,
+    "one negative entry": [-50.0] + [1.0] * 7,
+    "NaN": [np.nan] + [1.0] * 7,
+    "infinite": [np.inf] + [1.0] * 7,
 }
 
 
@@ -84,7 +94,7 @@ PRECONDITIONERS = {
 def test_a_preconditioner_that_is_none_is_told(name, kind, dtype):
     rhs = np.ones(8)
     with precision(dtype):
-        solution = _solve(SOLVERS[name], _matrix(), rhs, PRECONDITIONERS[kind], jnp.dtype(dtype))
+        solution = _solve(SOLVERS[name], _matrix(), rhs, PRECONDITIONERS[kind], dtype)
     residual = _true_residual(_matrix(), rhs, np.nan_to_num(np.asarray(solution.value)))
     if residual > 1e-2:
         assert int(solution.result) == Result.BAD_PRECONDITIONER, Result(int(solution.result))
@@ -106,18 +116,21 @@ def test_right_hand_sides_up_to_the_end_of_the_range(name, size):
         assert not np.isfinite(np.asarray(solution.value)).any()
 
 
-@pytest.mark.parametrize("op", ["cg", "cholesky"])
+MANY = {
+    "cg": quick_jit(functools.partial(batched_cg, tol=1e-5, maxiter=100), static_argnames="implementation"),
+    "cholesky": quick_jit(batched_cholesky_solve, static_argnames="implementation"),
+}
+
+
+@pytest.mark.parametrize("op", MANY)
 @pytest.mark.parametrize("implementation", ["reference", "native"])
 @pytest.mark.parametrize("size", [1.0, 1e37, 5e37, 1e38, 3e38])
 def test_many_systems_up_to_the_end_of_the_range(op, implementation, size):
     rhs = np.random.default_rng(1).standard_normal((3, 8))
     rhs = rhs / np.abs(rhs).max(-1, keepdims=True) * np.asarray([[size], [1.0], [-size]])
     with precision("float32"):
-        matrices, b = jnp.asarray(np.stack([_matrix()] * 3), jnp.float32), jnp.asarray(rhs, jnp.float32)
-        if op == "cg":
-            found = batched_cg(matrices, b, tol=1e-5, maxiter=100, implementation=implementation)
-        else:
-            found = batched_cholesky_solve(matrices, b, implementation=implementation)
+        matrices, b = np.stack([_matrix()] * 3).astype(np.float32), rhs.astype(np.float32)
+        found = MANY[op](matrices, b, implementation=implementation)
     for result, value, own in zip(found.result, found.value, rhs, strict=True):
         if int(result) == Result.CONVERGED:
             assert _true_residual(_matrix(), own, value) < 1e-4
@@ -153,12 +166,6 @@ def test_random_systems_of_any_condition(name):
     """Indefinite, singular, ill-conditioned: CONVERGED goes with a small residual in float64 arithmetic, always."""
     rng = np.random.default_rng(7)
     with precision("float32"):
-        solver = SOLVERS[name]
-
-        def solve(a: jax.Array, b: jax.Array) -> Solution:
-            return solver.solve(System(lambda v: a @ v, matrix=lambda: a), b, (), jnp.asarray(0.0, jnp.float32))
-
-        compiled = quick_jit(solve)
         for trial in range(30):
             q, _ = np.linalg.qr(rng.standard_normal((8, 8)))
             values = np.geomspace(1, 10.0 ** rng.integers(0, 12), 8) * np.where(rng.random(8) < 0.2, -1, 1)
@@ -167,7 +174,7 @@ def test_random_systems_of_any_condition(name):
             matrix = (q * values) @ q.T
             matrix = ((matrix + matrix.T) / 2).astype(np.float32)
             rhs = rng.standard_normal(8).astype(np.float32)
-            solution = compiled(jnp.asarray(matrix), jnp.asarray(rhs))
+            solution = _solve(SOLVERS[name], matrix, rhs)
             if int(solution.result) == Result.CONVERGED:
                 assert _true_residual(matrix.astype(np.float64), rhs.astype(np.float64), solution.value) < 0.15
 
@@ -299,7 +306,7 @@ def test_a_batch_that_is_not_finite_counts_as_a_refused_refresh(name):
     assert counts == [0, 1, 1]
 
 
-@pytest.mark.parametrize("maxiter", [1, 2, 4, 7])
+@pytest.mark.parametrize("maxiter", [1, 7])
 def test_the_first_step_in_row_space_is_that_of_parameter_space(maxiter):
     """A warm start from nothing is none: it would cost a direction that the others are conjugate to."""
     with precision("float64"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def _predict(params: PyTree, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
 
 
+@functools.partial(quick_jit, static_argnums=0)
 def _problem(dtype: Any = jnp.float64) -> tuple[PyTree, dict, dict]:
     """(parameters, batch, another batch)."""
     k = jax.random.split(jax.random.key(4), 6)
@@ -53,9 +55,12 @@ def _one_step(method: Any, params: PyTree, batch: dict, **extra: Any) -> tuple[P
 def _dense(params: PyTree, batch: dict) -> tuple[np.ndarray, np.ndarray]:
     """(J, residuals)."""
     leaves, structure = jax.tree.flatten(params)
-    by_leaf = jax.jacobian(lambda p: _predict(p, batch["x"]).ravel())(params)
+    by_leaf = _jacobian(params, batch["x"])
     rows = [np.asarray(j).reshape(-1, p.size) for j, p in zip(structure.flatten_up_to(by_leaf), leaves, strict=True)]
     return np.concatenate(rows, 1), np.asarray(_predict(params, batch["x"]) - batch["y"]).ravel()
+
+
+_jacobian = quick_jit(jax.jacobian(lambda p, x: _predict(p, x).ravel()))
 
 
 def _along(params: PyTree, update: PyTree, size: float) -> PyTree:
@@ -222,7 +227,7 @@ def test_bounds_are_on_the_update_behind_the_learning_rate(name: str, x64: None)
         return dense.vector(programs[kind](bound)) - dense.vector(params)
 
     whole = moved(CurvatureBound, 1e9)
-    hessian = np.asarray(jax.hessian(lambda v: _flat_loss(params, batch, v))(jnp.zeros(whole.size)))
+    hessian = np.asarray(quick_jit(jax.hessian(lambda v: _flat_loss(params, batch, v)))(jnp.zeros(whole.size)))
     jacobian, _ = _dense(params, batch)
     curvature = hessian if name == "adahessian" else jacobian.T @ jacobian / 9
     norm, squared, entry = np.linalg.norm(whole), abs(whole @ curvature @ whole), np.abs(whole).max()

@@ -173,7 +173,7 @@ def test_refusals_in_a_row_find_a_damping_that_is_many_orders_off(region: dict, 
     state, count = policy.init(), 0
     one, yes = jnp.ones(()), jnp.asarray(True)
     worse = curvax.damping.Outcome(yes, yes, loss=one, loss_after=2 * one, predicted=one, curvature=one)
-    update = jax.jit(policy.update)
+    update = quick_jit(policy.update)
     while float(policy.lam(state)) < 1.0:
         state, count = update(state, worse, yes), count + 1
     assert count <= 20

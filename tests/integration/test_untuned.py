@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from curvax.tree import PyTree
 from tests.oracle.compiling import quick_jit
 
 
+@functools.partial(quick_jit, static_argnums=(1, 2, 3, 4))
 def _network(key: jax.Array, *widths: int) -> list[tuple[jax.Array, jax.Array]]:
     keys = jax.random.split(key, len(widths))
     return [
@@ -49,16 +51,21 @@ def _stiff() -> tuple[PyTree, dict[str, jax.Array]]:
 
 def _run(method: Any, params: PyTree, batches: PyTree, steps: int) -> tuple[PyTree, Any, dict[str, jax.Array]]:
     """(params, state, info of every step); leaves of `batches` have the step on their first axis."""
-    first = jax.tree.map(lambda x: x[0], batches)
+    start = (params, method.init(params, batch=jax.tree.map(lambda x: x[0], batches)))
+    (params, state), infos = _scanned(method)(start, (np.arange(steps), batches))
+    return params, state, infos
+
+
+@functools.lru_cache(maxsize=2)
+def _scanned(method: Any) -> Any:
+    """((params, state), (numbers of the steps, batches)) -> ((params, state), infos)."""
 
     def advance(carry: tuple[PyTree, Any], held: tuple[jax.Array, PyTree]) -> tuple[tuple[PyTree, Any], Any]:
         i, batch = held
         params, state, info = method.step(*carry[:1], batch, carry[1], jax.random.fold_in(jax.random.key(1), i))
         return (params, state), info
 
-    start = (params, method.init(params, batch=first))
-    (params, state), infos = quick_jit(lambda c, b: jax.lax.scan(advance, c, (jnp.arange(steps), b)))(start, batches)
-    return params, state, infos
+    return quick_jit(lambda carry, steps: jax.lax.scan(advance, carry, steps))
 
 
 def _repeated(batch: PyTree, steps: int) -> PyTree:
@@ -121,8 +128,8 @@ def test_the_first_damping_follows_the_units_of_loss_and_parameters(x64: None) -
     y = jnp.sin(x[:, :2])
     params = _network(jax.random.key(1), 4, 5, 2)
     losses, lams, ends = [], [], []
+    method = curvax.egn(predict_fn=_predict, loss=SquaredError(reduction="sum"), weight_key="w")
     for scale in (1.0, 1e-9, 1e9):
-        method = curvax.egn(predict_fn=_predict, loss=SquaredError(reduction="sum"), weight_key="w")
         batch = {"x": x, "y": y, "w": jnp.full(9, scale)}
         end, _, infos = _run(method, params, _repeated(batch, 4), 4)
         losses.append(np.asarray(infos["loss"]) / scale)
@@ -132,7 +139,7 @@ def test_the_first_damping_follows_the_units_of_loss_and_parameters(x64: None) -
     def loss(p: PyTree) -> jax.Array:
         return 0.5 * jnp.sum((_predict(p, x) - y) ** 2)
 
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = quick_jit(jax.value_and_grad(loss))(params)
     squared = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient))
     assert lams[0][0] == pytest.approx(squared / (20 * float(value)), rel=1e-12)
     for other in (1, 2):
@@ -159,13 +166,13 @@ def test_bounds_hold_from_the_first_damping_on(x64: None) -> None:
     x = jax.random.normal(jax.random.key(0), (6, 3))
     solved, unsolved = {"x": x, "y": jnp.zeros((6, 2))}, {"x": x, "y": jnp.ones((6, 2))}
     start = [(jnp.zeros((3, 2)), jnp.zeros(2))]
+    free = curvax.egn(predict_fn=_predict, loss=SquaredError())
+    _, _, other = quick_jit(free.step)(start, unsolved, free.init(start), jax.random.key(0))
     for bounds, lam in (({"min_lam": 50.0}, 50.0), ({"max_lam": 1e-9}, 1e-9), ({"min_lam": 1e-9}, None)):
         method = curvax.egn(predict_fn=_predict, loss=SquaredError(), lam_kwargs=bounds)
         step = quick_jit(method.step)
         params, state, _ = step(start, solved, method.init(start), jax.random.key(0))
         _, _, info = step(params, unsolved, state, jax.random.key(0))
-        free = curvax.egn(predict_fn=_predict, loss=SquaredError())
-        _, _, other = quick_jit(free.step)(start, unsolved, free.init(start), jax.random.key(0))
         assert float(info["lam"]) == pytest.approx(float(other["lam"]) if lam is None else lam, rel=1e-12)
 
 

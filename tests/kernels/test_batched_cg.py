@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from curvax.kernels import Choice, Implementation, Request, Unsupported, _mosaic
 from curvax.kernels.batched_cg import BATCHED_CG, BatchedSolution, batched_cg, native, on_chip, pallas
 from curvax.solvers import CG, Result, System
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 from tests.oracle.mosaic import interpret
 from tests.oracle.systems import (
     IMPLEMENTATIONS,
@@ -67,8 +67,8 @@ QUICK, OPTIMISED = (jit(called, static_argnames=("implementation",)) for jit in 
 def solve(
     implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, compiled: Any = QUICK, **options: Any
 ) -> BatchedSolution:
-    options = {k: jnp.asarray(v, dtype) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    options = {k: array(v, dtype) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    a, b = array(a, dtype), array(b, dtype)
     found = compiled(a, b, options, supported(implementation, a, b))
     if implementation == "pallas":
         jax.block_until_ready(found)
@@ -362,7 +362,7 @@ class TestBatches:
         assert np.all(relative_residual(a, b, found.value) < 1e-4)
 
     def test_vmap(self, implementation: Implementation) -> None:
-        a, b = jnp.asarray(positive((3, 2), 9, 10.0), jnp.float32), jnp.asarray(vectors(3, 2, 9), jnp.float32)
+        a, b = array(positive((3, 2), 9, 10.0), jnp.float32), array(vectors(3, 2, 9), jnp.float32)
         chosen = supported(implementation, a, b)
 
         def one(a: jax.Array, b: jax.Array, tol: jax.Array) -> BatchedSolution:
@@ -388,7 +388,7 @@ class TestBatches:
         np.testing.assert_allclose(twice.value, exact(np.asarray(a)[:, None, 0], np.asarray(b)[0]), rtol=0, atol=1e-2)
 
     def test_shard_map(self, implementation: Implementation) -> None:
-        a, b = jnp.asarray(positive((4,), 9, 10.0), jnp.float32), jnp.asarray(vectors(4, 9), jnp.float32)
+        a, b = array(positive((4,), 9, 10.0), jnp.float32), array(vectors(4, 9), jnp.float32)
         chosen = supported(implementation, a, b)
         mesh, along = Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec("x")
 
@@ -402,7 +402,7 @@ class TestBatches:
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
 
     def test_bfloat16_matrices_are_widened(self, implementation: Implementation) -> None:
-        a, b = jnp.asarray(positive((3,), 20, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, 20), jnp.float32)
+        a, b = array(positive((3,), 20, 10.0), jnp.bfloat16), array(vectors(3, 20), jnp.float32)
         chosen = supported(implementation, a, b)
         found = batched_cg(a, b, implementation=chosen)
         assert found.value.dtype == jnp.float32
@@ -419,7 +419,7 @@ class TestBatches:
 
 class TestProduct:
     def test_matrix_free(self) -> None:
-        a, b = jnp.asarray(positive((3,), 12), jnp.float32), jnp.asarray(vectors(3, 12), jnp.float32)
+        a, b = array(positive((3,), 12), jnp.float32), array(vectors(3, 12), jnp.float32)
 
         def product(v: jax.Array) -> jax.Array:
             return jnp.einsum("bij,bj->bi", a, v, precision="highest")
@@ -433,7 +433,7 @@ class TestProduct:
 
     def test_larger_systems(self) -> None:
         n = 3000
-        b = jnp.asarray(vectors(2, n), jnp.float32)
+        b = array(vectors(2, n), jnp.float32)
         weights = jnp.linspace(1, 5, n, dtype=jnp.float32)
         found = batched_cg(lambda v: weights * v, b, tol=1e-6)
         np.testing.assert_allclose(found.value, b / weights, rtol=1e-3, atol=1e-5)
@@ -446,7 +446,7 @@ class TestProduct:
 @pytest.mark.parametrize("n", [7, 16, 64, 130])
 def test_native_does_not_depend_on_threads(n: int) -> None:
     skip_unless_supported("native")
-    a, b = jnp.asarray(positive((37,), n), jnp.float32), jnp.asarray(vectors(37, n), jnp.float32)
+    a, b = array(positive((37,), n), jnp.float32), array(vectors(37, n), jnp.float32)
     tol, maxiter = jnp.full((1,), 1e-5), jnp.full((1,), 100)
     want = native.solve(a, b, None, tol, maxiter, None, (37,), threads=1)
     for threads in (0, 2, 3, 8):
@@ -536,7 +536,7 @@ class TestMosaic:
         assert found.result.shape == found.iterations.shape == found.residual.shape == (0,)
 
     def test_one_matrix_is_not_copied_for_its_right_hand_sides(self) -> None:
-        a, b = jnp.asarray(positive((1, 2), 8), jnp.float32), jnp.asarray(vectors(5, 2, 8), jnp.float32)
+        a, b = array(positive((1, 2), 8), jnp.float32), array(vectors(5, 2, 8), jnp.float32)
         chosen = supported("pallas", a, b)
         jaxpr = jax.make_jaxpr(partial(batched_cg, implementation=chosen))(a, b)
         assert "f32[2,8,8]" in str(jaxpr)

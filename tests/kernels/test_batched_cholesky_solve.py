@@ -19,7 +19,7 @@ from curvax.kernels.batched_cholesky_solve import (
     native,
 )
 from curvax.solvers import Result
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 from tests.oracle.systems import (
     IMPLEMENTATIONS,
     SIZES,
@@ -45,7 +45,7 @@ def compiled(a: jax.Array, b: jax.Array, damping: Any, implementation: Implement
 def solve(
     implementation: Implementation, a: Any, b: Any, *, dtype: Any = jnp.float32, damping: Any = None
 ) -> BatchedSolution:
-    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    a, b = array(a, dtype), array(b, dtype)
     skip_unless_supported(implementation, BATCHED_CHOLESKY_SOLVE, a, b)
     found = compiled(a, b, damping, implementation)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-1], np.shape(damping))
@@ -164,7 +164,7 @@ class TestBatches:
 
     def test_vmap(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation)
-        a, b = jnp.asarray(positive((3, 2), 9, 10.0), jnp.float32), jnp.asarray(vectors(3, 2, 9), jnp.float32)
+        a, b = array(positive((3, 2), 9, 10.0), jnp.float32), array(vectors(3, 2, 9), jnp.float32)
         one = partial(batched_cholesky_solve, implementation=implementation)
         jitted = jax.jit(one)
         cases: list[tuple[tuple[int | None, int | None], tuple[jax.Array, jax.Array]]] = [
@@ -180,7 +180,7 @@ class TestBatches:
 
     def test_shard_map(self, implementation: Implementation) -> None:
         skip_unless_supported(implementation)
-        a, b = jnp.asarray(positive((4,), 9, 10.0), jnp.float32), jnp.asarray(vectors(4, 9), jnp.float32)
+        a, b = array(positive((4,), 9, 10.0), jnp.float32), array(vectors(4, 9), jnp.float32)
         mesh, along = Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec("x")
         own = partial(batched_cholesky_solve, implementation=implementation)
         sharded = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(along, along), out_specs=along))
@@ -188,7 +188,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("n", [16, 261])
     def test_bfloat16_matrices_are_widened(self, n: int, implementation: Implementation) -> None:
-        a, b = jnp.asarray(positive((3,), n, 10.0), jnp.bfloat16), jnp.asarray(vectors(3, n), jnp.float32)
+        a, b = array(positive((3,), n, 10.0), jnp.bfloat16), array(vectors(3, n), jnp.float32)
         skip_unless_supported(implementation, BATCHED_CHOLESKY_SOLVE, a, b)
         found = batched_cholesky_solve(a, b, implementation=implementation)
         assert found.value.dtype == jnp.float32
@@ -202,7 +202,7 @@ class TestBatches:
 @pytest.mark.parametrize(("n", "count"), [(7, 37), (64, 37), (300, 1), (300, 5)])
 def test_native_does_not_depend_on_threads(n: int, count: int) -> None:
     skip_unless_supported("native")
-    a, b = jnp.asarray(positive((count,), n), jnp.float32), jnp.asarray(vectors(count, n), jnp.float32)
+    a, b = array(positive((count,), n), jnp.float32), array(vectors(count, n), jnp.float32)
     want = native.solve(a, b, jnp.zeros((1,)), (count,), threads=1)
     for threads in (0, 2, 3, 8):
         got = native.solve(a, b, jnp.zeros((1,)), (count,), threads=threads)

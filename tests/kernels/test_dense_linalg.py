@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from curvax.kernels import Implementation, Request, Unsupported
 from curvax.kernels.dense_linalg import EIGH, OPS, cholesky, eigh, native, qr, triangular_solve
 from curvax.solvers import Result
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 from tests.oracle.systems import eps, positive
 
 over_implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
@@ -87,7 +87,7 @@ def compiled(op: str, *operands: jax.Array, implementation: Implementation, tran
 
 
 def call(op: str, *operands: Any, implementation: Implementation, dtype: Any, **options: Any) -> Any:
-    arrays = [jnp.asarray(x, dtype) for x in operands]
+    arrays = [array(x, dtype) for x in operands]
     if implementation == "native" and native.cannot(Request.of(*arrays)) is not None:
         pytest.skip("no native module")
     found = compiled(op, *arrays, implementation=implementation, **options)
@@ -215,7 +215,7 @@ def test_vmap_and_scan(implementation: Implementation) -> None:
     stack = positive((2, 3), 9, 20.0)
     want = call("eigh", stack, implementation=implementation, dtype=np.float32)
     one = partial(eigh, implementation=implementation)
-    x = jnp.asarray(stack, jnp.float32)
+    x = array(stack, jnp.float32)
     found = jax.jit(jax.vmap(jax.vmap(one)))(x)
     np.testing.assert_allclose(found.values, want.values, rtol=1e-5)
     found = jax.jit(jax.vmap(one, in_axes=2))(jnp.moveaxis(x, 1, 2))
@@ -224,7 +224,7 @@ def test_vmap_and_scan(implementation: Implementation) -> None:
     np.testing.assert_allclose(found.values, want.values, rtol=1e-5)
     lower = jnp.linalg.cholesky(x)
     solve = partial(triangular_solve, implementation=implementation)
-    rhs = jnp.asarray(normal(9, 4), jnp.float32)
+    rhs = array(normal(9, 4), jnp.float32)
     found = jax.vmap(jax.vmap(solve, in_axes=(0, None)), in_axes=(0, None))(lower, rhs)
     np.testing.assert_allclose(found, solve(lower, rhs), rtol=1e-5)
     np.testing.assert_allclose(lower @ found, np.broadcast_to(rhs, found.shape), atol=1e-4)
@@ -234,7 +234,7 @@ def test_vmap_and_scan(implementation: Implementation) -> None:
 def test_inside_shard_map(implementation: Implementation) -> None:
     """Each device on its own matrices, with the check of what varies over the mesh."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
-    x = jnp.asarray(positive((2,), 12, 20.0), jnp.float32)
+    x = array(positive((2,), 12, 20.0), jnp.float32)
 
     def local(a: jax.Array) -> Any:
         factors = cholesky(a, implementation=implementation)
@@ -282,7 +282,7 @@ def test_threads_do_not_matter() -> None:
     if native.cannot(Request.of(jnp.zeros((1, 1)))) is not None:
         pytest.skip("no native module")
     for shape in ((1, 300, 300), (1, 1700, 60), (7, 40, 40)):
-        x = jnp.asarray(normal(*shape), jnp.float32)
+        x = array(normal(*shape), jnp.float32)
         square = x[:, : shape[2]] + x[:, : shape[2]].mT
         for run, operand in ((native.eigh, square), (native.qr, x), (native.cholesky, square @ square.mT)):
             one, *others = (jax.device_get(run(operand, threads=threads)) for threads in (1, 2, 5))
@@ -295,7 +295,7 @@ def test_a_matrix_beyond_the_caches() -> None:
     if native.cannot(Request.of(jnp.zeros((1, 1)))) is not None:
         pytest.skip("no native module")
     n = 1600
-    half = jnp.asarray(normal(n, n), jnp.float32)
+    half = array(normal(n, n), jnp.float32)
     x = half + half.T
     one, many = native.eigh(x, threads=1), native.eigh(x, threads=3)
     np.testing.assert_array_equal(one.vectors, many.vectors)

@@ -15,7 +15,7 @@ from curvax.kernels import Unsupported
 from curvax.kernels.linear_softmax_hvp.blocks import BYTES_PER_LOGIT
 from curvax.kernels.linear_softmax_residual import Tangent, linear_softmax_loss, linear_softmax_residual
 from curvax.losses import SoftmaxCrossEntropy
-from tests.oracle.compiling import quick_jit
+from tests.oracle.compiling import array, quick_jit
 
 ROWS, FEATURES, COLUMNS = 37, 3, 300
 # Three blocks of 13 rows, of which the last has two again; and each in three blocks of columns.
@@ -42,13 +42,13 @@ class Data:
     def of(dtype: Any = jnp.float64, rows: int = ROWS, seed: int = 0) -> Data:
         rng = np.random.default_rng(seed)
         shapes = ((rows, FEATURES), (FEATURES, COLUMNS), (COLUMNS,))
-        at = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-        moved = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+        at = [array(rng.standard_normal(shape), dtype) for shape in shapes]
+        moved = [array(rng.standard_normal(shape), dtype) for shape in shapes]
         weights = rng.uniform(0.1, 2, rows)
         weights[rows // 2] = 0.0
-        labels = jnp.asarray(rng.integers(0, COLUMNS, rows), jnp.int32)
+        labels = array(rng.integers(0, COLUMNS, rows), jnp.int32)
         hidden, head, bias = at
-        return Data(hidden, head, bias, Tangent(*moved), labels, jnp.asarray(weights, jnp.float32))
+        return Data(hidden, head, bias, Tangent(*moved), labels, array(weights, jnp.float32))
 
     def call(self, **options: Any) -> Any:
         options = {"bias": self.bias, "weights": self.weights, "precision": "highest", **options}

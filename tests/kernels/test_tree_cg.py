@@ -141,10 +141,11 @@ class TestValues:
         p, q = (make(SHAPES[case], dtype, seed) for seed in (9, 10))
         pairs = ((p, q), (p, p), (q, q))
         together = quick_jit(lambda p, q: dots(((p, q), (p, p), (q, q)), implementation=implementation))(p, q)
+        by_itself = quick_jit(partial(dots, implementation=implementation))
         for got, pair in zip(together, pairs, strict=True):
             close_dot(got, wide(pair[0]), wide(pair[1]))
             if implementation == "native":
-                (alone,) = quick_jit(partial(dots, implementation=implementation))((pair,))
+                (alone,) = by_itself((pair,))
                 np.testing.assert_array_equal(got, alone)
 
 

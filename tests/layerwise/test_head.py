@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from tests.oracle.compiling import quick_jit
 VOCABULARY, WIDTH, LENGTH, EXAMPLES = 11, 4, 3, 5
 
 
+@functools.partial(quick_jit, static_argnums=0)
 def params(dtype: Any = jnp.float64) -> dict[str, Any]:
     k = jax.random.split(jax.random.key(0), 6)
 
@@ -59,6 +61,7 @@ def logits_of(head: Any) -> Any:
     return predict
 
 
+@functools.partial(quick_jit, static_argnums=(0, 1))
 def batch(parts: int, dtype: Any = jnp.float64) -> dict[str, jax.Array]:
     k = jax.random.split(jax.random.key(7), 3)
     shape = (parts * EXAMPLES, LENGTH)

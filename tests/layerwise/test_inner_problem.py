@@ -140,6 +140,7 @@ def scanned(params: Any, x: jax.Array) -> jax.Array:
     return hidden @ params["head"]
 
 
+@quick_jit
 def scanned_params() -> Any:
     k = jax.random.split(jax.random.key(3), 4)
     return {

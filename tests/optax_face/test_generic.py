@@ -48,6 +48,7 @@ def inner_loop(make: Any) -> Any:
     return layerwise.as_gradient_transformation(inner)
 
 
+GRADIENT = quick_jit(jax.grad(loss))
 CHAIN = {"clip_norm": 1.0, "direction_momentum": 0.9, "weight_decay": 0.1}
 # The trees like the parameters that a state holds.
 TREES = {"sgn": 1, "newton_cg": 0, "egn": 0, "spring": 1, "kfac": 1, "ekfac": 1, "sophia_g": 3, "adahessian": 3}
@@ -152,16 +153,16 @@ INJECTED: dict[str, tuple[Any, tuple[Any, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("factory", "arguments", "static"), INJECTED.values(), ids=INJECTED)
 def test_every_number_can_be_traced(factory: Any, arguments: Any, static: Any) -> None:
     """`inject_hyperparams` traces every number that is not named, in `init` as well."""
-    grads = jax.grad(loss)(PARAMS, BATCH)
+    grads = GRADIENT(PARAMS, BATCH)
 
     def two_updates(tx: Any) -> Any:
         tx = optax.with_extra_args_support(tx)
 
         def run() -> Any:
-            state, updates = tx.init(PARAMS), grads
-            for _ in range(2):
-                updates, state = tx.update(grads, state, PARAMS, batch=BATCH, rng=jax.random.key(0))
-            return updates
+            def update(carry: Any, _: Any) -> Any:
+                return tx.update(grads, carry[1], PARAMS, batch=BATCH, rng=jax.random.key(0)), None
+
+            return jax.lax.scan(update, (grads, tx.init(PARAMS)), length=2)[0][0]
 
         return quick_jit(run)()
 

@@ -30,6 +30,11 @@ def predict(params: Any, x: jax.Array) -> jax.Array:
 
 @pytest.fixture
 def problem(x64: None) -> Any:
+    return _problem()
+
+
+@quick_jit
+def _problem() -> Any:
     k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
     params = {"first": {"w": jax.random.normal(k1, (4, 5))}, "last": jax.random.normal(k2, (5, 3))}
     batch = {"x": jax.random.normal(k3, (6, 4)), "y": jax.random.randint(k4, (6,), 0, 3)}
@@ -39,6 +44,9 @@ def problem(x64: None) -> Any:
 def loss(params: Any, batch: Any) -> jax.Array:
     logits = predict(params, batch["x"])
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+gradient_of = quick_jit(jax.grad(loss))
 
 
 def direction(params: Any, batch: Any, lam: float = LAM) -> Any:
@@ -61,7 +69,7 @@ def test_scale_by_ggn_is_the_dense_direction_in_a_jitted_chain(problem: Any) -> 
     params, batch = problem
     tx = optax.chain(ggn(), optax.scale_by_learning_rate(0.5))
     update = quick_jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
-    updates, _ = update(jax.grad(loss)(params, batch), tx.init(params), params)
+    updates, _ = update(gradient_of(params, batch), tx.init(params), params)
     assert_close(updates, direction(params, batch), -0.5)
 
 
@@ -73,24 +81,24 @@ def updated(tx: Any, gradients: Any, params: Any, **more: Any) -> Any:
 def test_egn_form_agrees_with_the_cg_form(problem: Any) -> None:
     params, batch = problem
     tx = curvax.transforms.scale_by_egn(predict, SoftmaxCrossEntropy(), LAM)
-    updates, _ = updated(tx, jax.grad(loss)(params, batch), params, batch=batch)
+    updates, _ = updated(tx, gradient_of(params, batch), params, batch=batch)
     assert_close(updates, direction(params, batch))
 
 
 def test_the_incoming_gradient_is_the_right_hand_side(problem: Any) -> None:
     params, batch = problem
     tx = optax.chain(optax.scale(3.0), ggn())
-    updates, _ = updated(tx, jax.grad(loss)(params, batch), params, batch=batch)
+    updates, _ = updated(tx, gradient_of(params, batch), params, batch=batch)
     assert_close(updates, direction(params, batch), 3.0)
 
 
 def test_newton_form_uses_the_hessian(problem: Any) -> None:
     params, batch = problem
     tx = curvax.transforms.scale_by_newton_cg(loss, 5.0, solver=Cholesky())
-    updates, _ = updated(tx, jax.grad(loss)(params, batch), params, batch=batch)
+    updates, _ = updated(tx, gradient_of(params, batch), params, batch=batch)
     flat, unravel = ravel_pytree(params)
-    hessian = np.asarray(jax.hessian(lambda v: loss(unravel(v), batch))(flat))
-    gradient = np.asarray(jax.grad(lambda v: loss(unravel(v), batch))(flat))
+    hessian = np.asarray(quick_jit(jax.hessian(lambda v: loss(unravel(v), batch)))(flat))
+    gradient = np.asarray(quick_jit(jax.grad(lambda v: loss(unravel(v), batch)))(flat))
     expected = np.linalg.solve(hessian + 5.0 * np.eye(flat.size), gradient)
     np.testing.assert_allclose(np.asarray(ravel_pytree(updates)[0]), expected, rtol=1e-8)
 
@@ -103,7 +111,7 @@ def test_faces_take_weights_and_microbatches_and_a_model_with_a_loss(problem: An
         "y": jnp.concatenate([batch["y"], batch["y"][:2]]),
         "weight": jnp.asarray([1.0] * 6 + [0.0] * 2),
     }
-    ce, key, grads = SoftmaxCrossEntropy(), jax.random.key(0), jax.grad(loss)(params, batch)
+    ce, key, grads = SoftmaxCrossEntropy(), jax.random.key(0), gradient_of(params, batch)
     objective = ModelLoss(Model(predict, weight_key="weight"), ce)
     plain = ModelLoss(Model(predict), ce)
     pieces = {"weight_key": "weight", "microbatch_size": 3}
@@ -136,9 +144,10 @@ def test_whole_method_equals_its_step(problem: Any) -> None:
     method = curvax.sgn_ce(predict_fn=predict, lam0=LAM, learning_rate=0.3, direction_momentum=0.5)
     tx = curvax.as_gradient_transformation(method)
     stepped, state, opt_state, moved = params, method.init(params), tx.init(params), params
+    step, update = quick_jit(method.step), quick_jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
     for _ in range(3):
-        stepped, state, _ = method.step(stepped, batch, state)
-        updates, opt_state = tx.update(jax.grad(loss)(moved, batch), opt_state, moved, batch=batch)
+        stepped, state, _ = step(stepped, batch, state)
+        updates, opt_state = update(gradient_of(moved, batch), opt_state, moved)
         moved = optax.apply_updates(moved, updates)
     assert_close(moved, stepped)
 
@@ -146,7 +155,7 @@ def test_whole_method_equals_its_step(problem: Any) -> None:
 def test_masked_solves_the_system_of_the_unmasked_part(problem: Any) -> None:
     params, batch = problem
     tx = optax.masked(ggn(), {"first": False, "last": True})
-    grads = jax.grad(loss)(params, batch)
+    grads = gradient_of(params, batch)
     updates: Any = updated(tx, grads, params, batch=batch, full_params=params)[0]
     assert_close(updates["first"], grads["first"])
     part = dense.truth(
@@ -164,7 +173,7 @@ def test_partition_with_sgd_for_the_rest(problem: Any) -> None:
     params, batch = problem
     labels = {"first": "sgd", "last": "ggn"}
     tx = optax.partition({"sgd": optax.sgd(0.1), "ggn": optax.chain(ggn(), optax.scale(-1.0))}, labels)
-    grads = jax.grad(loss)(params, batch)
+    grads = gradient_of(params, batch)
     answer: Any = updated(tx, grads, params, batch=batch, full_params=params)
     updates, state = answer
     assert_close(updates["first"], grads["first"], -0.1)
@@ -191,7 +200,7 @@ def kfac(problem: Any, predict_fn: Any = predict, **keywords: Any) -> Any:
 def test_kfac_of_a_part_is_kfac_of_a_model_with_that_part(problem: Any, wrap: Any) -> None:
     """The whole parameters may be given as shapes alone."""
     params, batch = problem
-    grads, key = jax.grad(loss)(params, batch), jax.random.key(0)
+    grads, key = gradient_of(params, batch), jax.random.key(0)
     part = kfac(problem, lambda last, x: predict({**params, "last": last}, x))
     alone = quick_jit(lambda g, s: part.update(g, s, params["last"], batch=batch, rng=key))
     expected, _ = alone(grads["last"], part.init(params["last"]))
@@ -210,7 +219,7 @@ def test_a_masked_whole_method_of_a_part(problem: Any) -> None:
         curvax.as_gradient_transformation(method, batch=batch, full_params=params), {"first": False, "last": True}
     )
     update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch, full_params=params, rng=jax.random.key(0)))
-    updates, _ = update(jax.grad(loss)(params, batch), tx.init(params))
+    updates, _ = update(gradient_of(params, batch), tx.init(params))
     assert np.any(updates["last"]) and np.all(np.isfinite(updates["last"]))
 
 
@@ -224,7 +233,7 @@ def test_masked_without_the_full_parameters_says_so(problem: Any) -> None:
     params, batch = problem
     tx = optax.masked(ggn(), {"first": False, "last": True})
     with pytest.raises(ValueError, match="full_params"):
-        tx.update(jax.grad(loss)(params, batch), tx.init(params), params, batch=batch)
+        tx.update(gradient_of(params, batch), tx.init(params), params, batch=batch)
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax's schedules compare integers with floats
@@ -232,7 +241,7 @@ def test_injected_damping_schedule(problem: Any) -> None:
     params, batch = problem
     make = optax.inject_hyperparams(curvax.transforms.scale_by_ggn, static_args=("predict_fn",))
     tx = make(predict, SoftmaxCrossEntropy(), optax.piecewise_constant_schedule(1.0, {1: 0.1}), solver=EXACT)
-    state, grads = tx.init(params), jax.grad(loss)(params, batch)
+    state, grads = tx.init(params), gradient_of(params, batch)
     update = quick_jit(lambda g, s: tx.update(g, s, params, batch=batch))
     for lam in (1.0, 0.1):
         updates, state = update(grads, state)
@@ -243,7 +252,7 @@ def test_injected_damping_schedule(problem: Any) -> None:
 def test_multi_steps_accumulates_the_gradient(problem: Any) -> None:
     params, batch = problem
     tx = optax.MultiSteps(ggn(), every_k_schedule=2)
-    state, grads = tx.init(params), jax.grad(loss)(params, batch)
+    state, grads = tx.init(params), gradient_of(params, batch)
     first, state = tx.update(grads, state, params, batch=batch)
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(first))
     double = jax.tree.map(lambda g: 3.0 * g, grads)
@@ -262,7 +271,7 @@ def test_multi_steps_accumulates_the_gradient(problem: Any) -> None:
 )
 def test_diagonal_forms_divide_by_a_positive_diagonal(problem: Any, make: Any) -> None:
     params, batch = problem
-    tx, grads = make(), jax.grad(loss)(params, batch)
+    tx, grads = make(), gradient_of(params, batch)
     updates, _ = updated(tx, grads, params, batch=batch, rng=jax.random.key(0))
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
         assert np.array_equal(np.sign(u), np.sign(g))
@@ -270,7 +279,7 @@ def test_diagonal_forms_divide_by_a_positive_diagonal(problem: Any, make: Any) -
 
 def test_missing_arguments_are_named(problem: Any) -> None:
     params, batch = problem
-    tx, grads = ggn(), jax.grad(loss)(params, batch)
+    tx, grads = ggn(), gradient_of(params, batch)
     with pytest.raises(ValueError, match=r"update\(grads, state, params"):
         tx.update(grads, tx.init(params), batch=batch)
     with pytest.raises(ValueError, match="batch=batch"):
@@ -284,6 +293,6 @@ def test_a_rejected_step_is_a_zero_update(problem: Any) -> None:
     params, batch = problem
     tx = ggn()
     bad = {**batch, "x": batch["x"].at[0, 0].set(jnp.nan)}
-    updates, state = updated(tx, jax.grad(loss)(params, bad), params, batch=bad)
+    updates, state = updated(tx, gradient_of(params, bad), params, batch=bad)
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(updates))
     assert int(state.rejected) == 1

@@ -12,7 +12,7 @@ PyTree = Any
 
 
 def drawn(seed: int, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return jnp.array(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 def tokens(params: PyTree, x: PyTree) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Problem:
     def evaluation(self) -> Evaluation:
         return Evaluation(self.batch)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> KroneckerBlocks:
         return self.curvature.blocks(self.params, self.evaluation)
 

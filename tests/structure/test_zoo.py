@@ -57,11 +57,16 @@ def _rows(captured: Capture, leaves: list[jax.Array], factors: Factors) -> list[
 
 @dataclass(frozen=True)
 class Studied:
-    """A model's structure, what was made of it, and the oracle's Jacobian."""
+    """A model's structure, what was made of it, and the oracle's Jacobian.
+
+    For each use a random block and row, and what `from_leaf` makes of the leaf and `to_leaf` of the block or the row.
+    """
 
     captured: Capture
     made: dict[str, np.ndarray]
     jacobian: np.ndarray
+    blocks: list[tuple[np.ndarray, np.ndarray]]
+    pairs: list[tuple[jax.Array, jax.Array]]
 
 
 @functools.cache
@@ -74,8 +79,18 @@ def study(predict: Callable[[Any, Any], jax.Array], params: Any, x: jax.Array) -
     """All of a model in one compilation, from one evaluation of its factors."""
     outputs = jax.eval_shape(predict, params, x)
     captured = capture(predict, params, x)
+    uses, rng = captured.structure.uses, np.random.default_rng(0)
+    blocks = [(rng.standard_normal(use.block), rng.standard_normal((use.block[0], use.block[2]))) for use in uses]
 
-    def everything(params: Any, x: jax.Array) -> dict[str, Any]:
+    def pairs(leaves: list[Any], blocks: list[Any]) -> list[tuple[jax.Array, jax.Array]]:
+        found = []
+        for use, (block, row) in zip(uses, blocks, strict=True):
+            found.append((use.from_leaf(leaves[use.leaf]), use.to_leaf(block)))
+            if use.bias is not None:
+                found.append((use.bias.from_leaf(leaves[use.bias.leaf]), use.bias.to_leaf(row)))
+        return found
+
+    def everything(params: Any, x: jax.Array, blocks: list[Any]) -> tuple[dict[str, Any], Any]:
         leaves = jax.tree.leaves(params)
         factors = _factors(captured, leaves, x, outputs)
         examples, count = x.shape[0], outputs.size // x.shape[0]
@@ -87,11 +102,11 @@ def study(predict: Callable[[Any, Any], jax.Array], params: Any, x: jax.Array) -
             "gram": gram(groups, 1 << 30),
             "squares": squared_rows(captured, factors, [leaf.shape for leaf in leaves]),
             "norms": squared_norms(captured, factors),
-        }
+        }, pairs(leaves, blocks)
 
-    made = quick_jit(everything)(params, x)
+    made, found = quick_jit(everything)(params, x, blocks)
     jacobian = dense.outputs_and_jacobian(predict, params, x)[1]
-    return Studied(captured, {name: dense.vector(value) for name, value in made.items()}, jacobian)
+    return Studied(captured, {name: dense.vector(value) for name, value in made.items()}, jacobian, blocks, found)
 
 
 def close(got: Any, want: Any, tolerance: float) -> None:
@@ -125,28 +140,15 @@ class TestZoo:
         close(studied(entry).made["norms"], squares.sum(1), 4 * entry.tolerance)
 
     def test_from_leaf_and_to_leaf_are_adjoint(self, entry: Entry) -> None:
-        rng, leaves = np.random.default_rng(0), [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
-        uses = studied(entry).captured.structure.uses
-        blocks = [rng.standard_normal(use.block) for use in uses]
-        outputs = [rng.standard_normal((use.block[0], use.block[2])) for use in uses]
-
-        @quick_jit
-        def both(leaves: Any, blocks: Any, outputs: Any) -> list[Any]:
-            pairs = []
-            for use, block, output in zip(uses, blocks, outputs, strict=True):
-                pairs.append((use.from_leaf(leaves[use.leaf]), use.to_leaf(block)))
-                if use.bias is not None:
-                    pairs.append((use.bias.from_leaf(leaves[use.bias.leaf]), use.bias.to_leaf(output)))
-            return pairs
-
-        results = iter(both(leaves, blocks, outputs))
-        for use, block, output in zip(uses, blocks, outputs, strict=True):
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(entry.params())]
+        results = iter(studied(entry).pairs)
+        for use, (block, row) in zip(studied(entry).captured.structure.uses, studied(entry).blocks, strict=True):
             there, back = (np.asarray(x) for x in next(results))
             assert there.shape == use.block and back.shape == leaves[use.leaf].shape
             close(np.vdot(there, block), np.vdot(leaves[use.leaf], back), 1e-12)
             if use.bias is not None:
                 there, back = (np.asarray(x) for x in next(results))
-                close(np.vdot(there, output), np.vdot(leaves[use.bias.leaf], back), 1e-12)
+                close(np.vdot(there, row), np.vdot(leaves[use.bias.leaf], back), 1e-12)
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.name in IN_BLOCKS], ids=str)
