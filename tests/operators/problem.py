@@ -35,7 +35,7 @@ class Problem:
 
     @property
     def batches(self) -> list[dict[str, np.ndarray]]:
-        cuts = (0, 2, 4, len(self.batch["x"]))
+        cuts = (0, 4, len(self.batch["x"]))
         return [{k: v[a:b] for k, v in self.batch.items()} for a, b in itertools.pairwise(cuts)]
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from tests.oracle import dense
 from tests.oracle.models import MLP_TANH
 
 CENTERED = SquaredError(centered=True)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_programs")
 
 
 class Loader:
@@ -121,7 +121,7 @@ def test_stream_is_walked_once_per_product_and_says_how_far():
     matrix = operators.StreamedCurvature(*_parts(p), loader, progress=seen.append)
     v = np.ones(matrix.shape[0])
     assert np.isfinite(matrix @ v).all()
-    assert (loader.walks, seen) == (2, [1, 2, 3])  # the shares, and the product
+    assert (loader.walks, seen) == (2, [1, 2])  # the shares, and the product
     assert (matrix @ np.ones((matrix.shape[0], 5))).shape == (matrix.shape[0], 5)
     assert loader.walks == 3
     with pytest.raises(TypeError, match="pass its batches as a list"):

@@ -14,7 +14,7 @@ from tests.operators.problem import LOSS, problem
 from tests.oracle import dense
 from tests.oracle.models import LINEAR, MLP_TANH, SHARED
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_programs")
 LAM = 0.3
 
 

@@ -18,7 +18,7 @@ from curvax.solvers import CG, MINRES, Cholesky, Eigen, PseudoInverse, Result, R
 from tests.operators.problem import LOSS, problem
 from tests.oracle.models import MLP_TANH
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_programs")
 KEY = jax.random.key(7)
 
 
