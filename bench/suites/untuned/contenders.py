@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,19 @@ class Trainer(NamedTuple):
         return Cost() if self.method is None else self.method.plan_for(params, batch).cost
 
 
+class Minimized(Protocol):
+    """What a first-order method wants of a problem."""
+
+    def objective(self, params: Params, batch: Batch, /) -> jax.Array:
+        """The loss of a batch."""
+        ...
+
+
+P = TypeVar("P")
+
+
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Contender(Generic[P]):
     """A method.
 
     Attributes:
@@ -55,7 +66,7 @@ class Contender:
     """
 
     name: str
-    build: Callable[[Problem], Trainer]
+    build: Callable[[P], Trainer]
     kind: Literal["untuned", "preset", "tuned"]
     rates: tuple[float, ...] = ()
     full_batch: bool = False
@@ -100,8 +111,10 @@ def _inner_loop(make: Callable[..., Any]) -> Callable[[Problem], Trainer]:
     return build
 
 
-def _first_order(make: Callable[[Any], optax.GradientTransformation]) -> Callable[[Problem], Trainer]:
-    def build(problem: Problem) -> Trainer:
+def first_order(make: Callable[[Any], optax.GradientTransformation]) -> Callable[[Minimized], Trainer]:
+    """A transformation that is made at each learning rate."""
+
+    def build(problem: Minimized) -> Trainer:
         def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
             del key
             loss, gradient = jax.value_and_grad(problem.objective)(params, batch)
@@ -113,7 +126,7 @@ def _first_order(make: Callable[[Any], optax.GradientTransformation]) -> Callabl
     return build
 
 
-def _lbfgs(problem: Problem) -> Trainer:
+def lbfgs(problem: Minimized) -> Trainer:
     """Optax's L-BFGS with its zoom line search, whose values and gradients the next step takes over."""
 
     def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
@@ -138,10 +151,10 @@ def _grid(low: float, high: float) -> tuple[float, ...]:
 ADAMW, GAUSS_NEWTON = "adamw", "gauss_newton"
 _RATES = _grid(1e-4, 0.3)
 _PRESETS = ("sgn", "egn", "spring", "kfac", "ekfac", "sophia_g", "sophia_h", "adahessian")
-CONTENDERS = (
-    Contender(ADAMW, _first_order(optax.adamw), "tuned", _RATES),
-    Contender("soap", _first_order(soap), "tuned", _RATES),
-    Contender("lbfgs", _lbfgs, "tuned", _grid(1e-2, 10.0), full_batch=True),
+CONTENDERS: tuple[Contender[Problem], ...] = (
+    Contender(ADAMW, first_order(optax.adamw), "tuned", _RATES),
+    Contender("soap", first_order(soap), "tuned", _RATES),
+    Contender("lbfgs", lbfgs, "tuned", _grid(1e-2, 10.0), full_batch=True),
     Contender(GAUSS_NEWTON, _by_name(GAUSS_NEWTON), "untuned"),
     *(Contender(name, _by_name(name), "preset") for name in _PRESETS),
     Contender("full_gn", _inner_loop(full_gn), "preset"),
@@ -149,7 +162,7 @@ CONTENDERS = (
 )
 
 
-def chosen(names: str) -> tuple[Contender, ...]:
+def chosen(names: str) -> tuple[Contender[Problem], ...]:
     """The contenders of a list of names with commas; all of them for no name.
 
     Raises:
