@@ -224,7 +224,8 @@ class TrustRegion(Damping):
         curvature = self._largest(state, outcome, seen)
         lam = jnp.where(better, state.lam * self.dec, state.lam)
         lam = jnp.where(silent, self._fallen(state), lam)
-        lam = jnp.where(climbs, state.lam * self.inc**0.5, lam)
+        # From a small first damping minibatches have a long way to go.
+        lam = jnp.where(climbs, state.lam * (self.inc if self.by_step_size else self.inc**0.5), lam)
         lam = jnp.where(worse & ~silent, state.lam * self.inc, lam)
         lam = jnp.where(silent & ~solved, state.lam * self.inc, lam)
         refusals = jnp.where(refused, state.refusals + 1, jnp.where(seen, 0, state.refusals))
