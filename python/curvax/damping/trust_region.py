@@ -113,7 +113,7 @@ class TrustRegion(Damping):
         1/200 and falls where it is at least 1/2. Along a line rho says little, as the best step size keeps about half
         of what the model promises for it, whatever the model is worth. The first damping is then 1e-8 of the one above:
         the search, not lam, keeps steps short. With `inc=4` the plan takes it for fits to the last digit
-        (docs/steps.md), where the path of small lam ends in wider valleys.
+        (docs/steps.md), which went further with small lam from the first step on.
     """
 
     lam0: ScalarLike | None = None
@@ -156,7 +156,9 @@ class TrustRegion(Damping):
 
     def beside_search(self) -> TrustRegion | None:
         # Whoever chose a number keeps the policy that it was chosen for.
-        return TrustRegion(by_step_size=True, inc=4.0) if self == TrustRegion() else None
+        # A lam0 may be traced, and compares with nothing.
+        untouched = self.lam0 is None and self == TrustRegion()
+        return TrustRegion(by_step_size=True, inc=4.0) if untouched else None
 
     def init(self) -> TrustRegionState:
         lam0 = scalar(0.0 if self.lam0 is None else self.lam0)
