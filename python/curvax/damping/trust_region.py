@@ -37,7 +37,7 @@ _FIRST = 0.1
 """First damping over the least curvature along the gradient that a loss of its size can have; see `TrustRegion`."""
 _FIRST_SEARCHED = 1e-9
 """The same where a search shortens steps."""
-_SHORT, _LONG = 1 / 200, 1 / 2
+_SHORT, _LONG = 1 / 500, 1 / 8
 """Step sizes below which a model was trusted too much, and from which on it may be trusted more."""
 _KEPT = 0.25
 """Share of the promised decrease that the next batches must see before lam falls."""
@@ -110,7 +110,7 @@ class TrustRegion(Damping):
         planner chose QR, which took 40 % fewer steps on the classic least-squares problems; lam alone elsewhere, and
         with a `lam0`, which is tried as it is.
       by_step_size: whether the step size that a search found speaks in the place of rho: lam rises where it is below
-        1/200 and falls where it is at least 1/2. Along a line rho says little, as the best step size keeps about half
+        1/500 and falls where it is at least 1/8. Along a line rho says little, as the best step size keeps about half
         of what the model promises for it, whatever the model is worth. The first damping is then 1e-8 of the one above:
         the search, not lam, keeps steps short. With `inc=4` the plan takes it for fits to the last digit
         (docs/steps.md), which went further with small lam from the first step on.
