@@ -33,7 +33,7 @@ from curvax.execute import (
     upcast_shapes,
 )
 from curvax.keys import check_key
-from curvax.plan import Assembly, Plan, plan_for_shapes, plan_method, settle, warn_of_expense
+from curvax.plan import Assembly, Plan, choose_solver, plan_for_shapes, plan_method, warn_of_expense
 from curvax.tree import PyTree
 
 StateT = TypeVar("StateT", bound=AbstractState)
@@ -361,11 +361,11 @@ class Method(AbstractMethod[MethodState, Plan]):
             searched = self._prepared(trainable, searched)
         # 2. The plan for these shapes.
         own_gradient = curved is None and inputs.gradient is None
-        assembly, plan = settle(self.assembly, trainable, curved or evaluation, own_gradient=own_gradient)
-        warn_of_expense(assembly, plan, trainable, curved or evaluation)
+        plan = choose_solver(self.assembly, trainable, curved or evaluation, own_gradient=own_gradient)
+        warn_of_expense(self.assembly, plan, trainable, curved or evaluation)
         # 3. The planned step.
         problem = Problem(evaluation, curved, searched, inputs.gradient, keys.estimator)
-        return propose(StepContext.of(assembly, plan, trainable, problem, state))
+        return propose(StepContext.of(self.assembly, plan, trainable, problem, state))
 
     def _prepared(self, trainable: PyTree, evaluation: Evaluation) -> Evaluation:
         self.assembly.curvature.check(trainable, evaluation)

@@ -1,4 +1,4 @@
-"""Sums of squares in float64 that can be fitted to their last digit: small lam and a search, chosen by the plan."""
+"""Sums of squares in float64 that can be fitted to their last digit: small lam that follows a search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 import curvax
 from curvax.damping import Outcome, TrustRegion
-from curvax.losses import SoftmaxCrossEntropy, SquaredError
 
 POINTS, HIDDEN = 40, 20
 
@@ -44,10 +43,11 @@ TERMS = curvax.Terms(inside=curvax.Term(_second), ends=curvax.Term(_ends))
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_stiff_fit_is_brought_to_its_last_digits_by_the_defaults() -> None:
+def test_a_stiff_fit_is_brought_to_its_last_digits() -> None:
     """Measured: 8e-16 and 3e-11 of the start after 160 steps, by rounding; 1.6e-9 under a lam that follows rho."""
     params, batch = _problem()
-    method = curvax.gauss_newton(loss=TERMS)
+    search = curvax.search.GridSearch(candidates=12)
+    method = curvax.gauss_newton(loss=TERMS, search=search, lam_kwargs={"by_step_size": True, "inc": 4.0})
     state, losses = method.init(params), []
     step = jax.jit(method.step)
     for _ in range(160):
@@ -58,26 +58,9 @@ def test_a_stiff_fit_is_brought_to_its_last_digits_by_the_defaults() -> None:
     assert 0 <= info["step_size"] <= 1
 
 
-def _is_searched(params: Any, batch: Any, **options: Any) -> bool:
-    text = curvax.gauss_newton(**options).plan_for(params, batch).explain()
-    assert ("by the step size" in text) == ("grid of 12 step sizes" in text)
-    return "by the step size" in text
-
-
-@pytest.mark.usefixtures("x64")
-def test_the_plan_searches_where_a_fit_can_be_exact_and_nowhere_else() -> None:
-    params, batch = _problem()
-    assert _is_searched(params, batch, loss=TERMS)
-    one, inside = {"predict_fn": _second, "loss": SquaredError()}, batch["inside"]
-    assert _is_searched(params, inside, **one)
-    # More residuals than parameters, other losses, a choice of the user's, single precision.
-    many = jax.tree.map(lambda leaf: jnp.tile(leaf, (20,) + (1,) * (leaf.ndim - 1)), inside)
-    assert not _is_searched(params, many, **one)
-    labels = {"x": inside["x"], "y": jnp.zeros(POINTS, int)}
-    assert not _is_searched(params, labels, predict_fn=_second, loss=SoftmaxCrossEntropy())
-    for choice in ({"lam0": 1e-3}, {"lam_kwargs": {"inc": 2.0}}, {"search": curvax.search.Backtracking()}):
-        assert not _is_searched(params, inside, **one, **choice)
-    assert not _is_searched(*_problem(jnp.float32), loss=TERMS)
+def test_a_policy_that_follows_the_search_needs_one() -> None:
+    with pytest.raises(ValueError, match="by_step_size reads the step size of a search: pass search="):
+        curvax.gauss_newton(loss=TERMS, lam_kwargs={"by_step_size": True})
 
 
 @pytest.mark.usefixtures("x64")
@@ -95,4 +78,3 @@ def test_lam_follows_the_step_size() -> None:
     assert lam_after(step_size=1.0) == 0.5 and lam_after(step_size=0.1) == 1.0
     assert lam_after(step_size=1e-3) == 4.0 and lam_after(step_size=1.0, solved=False) == 4.0
     assert lam_after(step_size=0.0, descends=False) == 4.0
-    assert TrustRegion().beside_search() == damping and TrustRegion(lam0=0.1).beside_search() is None

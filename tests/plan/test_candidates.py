@@ -13,7 +13,7 @@ import pytest
 import curvax
 from curvax.curvature import Evaluation
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
-from curvax.plan import Cost, Plan, settle
+from curvax.plan import Cost, Plan, choose_solver
 from curvax.plan import cost as costing
 from curvax.plan.machine import CPU, GPU, machine
 from curvax.solvers import CG, QR, Cholesky, RowSpace, Solver
@@ -150,9 +150,9 @@ def test_a_gradient_from_elsewhere_rules_out_cg_in_row_space() -> None:
     params = shapes(4, 64, 64, 3)
     batch = {"x": jax.ShapeDtypeStruct((2, 4), jnp.float32), "y": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
     evaluation = Evaluation(batch)
-    assert is_row_cg(settle(method.assembly, params, evaluation)[1].solver)
+    assert is_row_cg(choose_solver(method.assembly, params, evaluation).solver)
     # It could not serve; the other one can.
-    assert isinstance(settle(method.assembly, params, evaluation, own_gradient=False)[1].solver, CG)
+    assert isinstance(choose_solver(method.assembly, params, evaluation, own_gradient=False).solver, CG)
 
     def step(p: Any, b: Any) -> Any:
         return method.step(p, b, method.init(p), curvature_batch=b)[0]

@@ -336,11 +336,6 @@ class Curvature(ReadsBatches):
         return True
 
     @property
-    def least_squares(self) -> bool:
-        """Whether the loss is a sum of squared residuals, and the operator J^T W J of these."""
-        return False
-
-    @property
     def couples_examples(self) -> bool:
         """Whether examples enter each other's terms of the loss, so that it takes the outputs of all of them."""
         return False

@@ -96,10 +96,6 @@ class GaussNewton(Curvature):
         return self.loss.judges_steps
 
     @property
-    def least_squares(self) -> bool:
-        return self.loss.least_squares and self.fisher.uses_loss_hessian
-
-    @property
     def couples_examples(self) -> bool:
         return self.loss.couples_examples
 

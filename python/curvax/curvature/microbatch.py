@@ -201,10 +201,6 @@ class Microbatched(Curvature):
         return self.inner.judges_steps
 
     @property
-    def least_squares(self) -> bool:
-        return self.inner.least_squares
-
-    @property
     def couples_examples(self) -> bool:
         return self.inner.couples_examples
 

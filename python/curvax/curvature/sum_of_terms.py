@@ -175,10 +175,6 @@ class SumOfTerms(Curvature):
         return all(curvature.judges_steps for curvature in self._curvatures)
 
     @property
-    def least_squares(self) -> bool:
-        return all(curvature.least_squares for curvature in self._curvatures)
-
-    @property
     def is_random(self) -> bool:
         return any(curvature.is_random for curvature in self._curvatures)
 

@@ -102,9 +102,10 @@ class Damping(abc.ABC):
     def evaluate_every(self) -> int | None:
         """Every how many steps it needs the loss after the step and the predicted decrease; `None` for never."""
 
-    def beside_search(self) -> Damping | None:
-        """The policy for steps along which the plan searches; `None`, the default, where it is to add no search."""
-        return None
+    @property
+    def needs_search(self) -> bool:
+        """Whether it reads the step size that a search found; no by default."""
+        return False
 
     def requirements(self) -> tuple[Requirement, ...]:
         """The parts of a step that it asks for, with their cadence."""

@@ -112,8 +112,8 @@ class TrustRegion(Damping):
       by_step_size: whether the step size that a search found speaks in the place of rho: lam rises where it is below
         1/500 and falls where it is at least 1/8. Along a line rho says little, as the best step size keeps about half
         of what the model promises for it, whatever the model is worth. The first damping is then 1e-8 of the one above:
-        the search, not lam, keeps steps short. With `inc=4` the plan takes it for fits to the last digit
-        (docs/steps.md), which went further with small lam from the first step on.
+        the search, not lam, keeps steps short. It needs one, and goes with `inc=4` (docs/steps.md). False by default:
+        it takes some fits many digits further, and others not as far.
     """
 
     lam0: ScalarLike | None = None
@@ -154,11 +154,9 @@ class TrustRegion(Damping):
     def evaluate_every(self) -> int | None:
         return self.every
 
-    def beside_search(self) -> TrustRegion | None:
-        # Whoever chose a number keeps the policy that it was chosen for.
-        # A lam0 may be traced, and compares with nothing.
-        untouched = self.lam0 is None and self == TrustRegion()
-        return TrustRegion(by_step_size=True, inc=4.0) if untouched else None
+    @property
+    def needs_search(self) -> bool:
+        return self.by_step_size
 
     def init(self) -> TrustRegionState:
         lam0 = scalar(0.0 if self.lam0 is None else self.lam0)

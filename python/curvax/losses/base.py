@@ -77,11 +77,6 @@ class Loss(abc.ABC):
         return False
 
     @property
-    def least_squares(self) -> bool:
-        """Whether it is a sum of squared residuals of single examples, which a fit may bring to zero."""
-        return False
-
-    @property
     def by_example(self) -> Loss:
         """The loss whose curvature Kronecker factors take, example by example: itself if it couples none.
 

@@ -39,11 +39,6 @@ class SquaredError(ElementwiseLoss):
         return dataclasses.replace(self, centered=False)
 
     @property
-    def least_squares(self) -> bool:
-        """True unless `centered`."""
-        return not self.centered
-
-    @property
     def couples_examples(self) -> bool:
         """True if `centered`."""
         return self.centered

@@ -8,11 +8,11 @@ from curvax.plan.expense import warn_of_expense as warn_of_expense
 from curvax.plan.plan import Candidate as Candidate
 from curvax.plan.plan import PartCost as PartCost
 from curvax.plan.plan import Plan as Plan
+from curvax.plan.planner import choose_solver as choose_solver
 from curvax.plan.planner import flat_vectors as flat_vectors
 from curvax.plan.planner import kernel_choices as kernel_choices
 from curvax.plan.planner import plan_for_shapes as plan_for_shapes
 from curvax.plan.planner import plan_method as plan_method
-from curvax.plan.planner import settle as settle
 from curvax.plan.step_sizes import planned_search as planned_search
 from curvax.requirements import Cadence as Cadence
 from curvax.requirements import Part as Part

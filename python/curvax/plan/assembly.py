@@ -62,6 +62,10 @@ class Assembly:
         ):
             if part is not None and not isinstance(part, kind):
                 raise TypeError(_other_than(name, part, kind))
+        if self.damping.needs_search and self.search is None:
+            raise ValueError(
+                "by_step_size reads the step size of a search: pass search=curvax.search.GridSearch(candidates=12)."
+            )
         if not isinstance(self.undo, bool):
             raise TypeError(f"undo is a {type(self.undo).__name__}: pass True or False.")
         rate = learning_rate_of(self.transform)

@@ -23,7 +23,7 @@ from curvax.plan.plan import Candidate, PartCost, Plan
 from curvax.plan.predict import candidate, count_rows, preconditioner_state, refresh_needs, step_work
 from curvax.plan.step_sizes import at_once, copy_bytes
 from curvax.requirements import EVERY_STEP, Cadence, Part, Requirement
-from curvax.search import GridSearch, StepSearch
+from curvax.search import StepSearch
 from curvax.solvers import Lane, Solver
 from curvax.tree import PyTree
 from curvax.work import Cost, StepWork
@@ -42,10 +42,6 @@ _DIGITS_ARE_WORTH = 2.0
 """Time of the fastest exact solve up to which a small fit gets one that does not square its condition number."""
 
 
-_CANDIDATES = 12
-"""Step sizes that such a fit tries, down to 1/2048."""
-_EXACTLY = 8
-"""Bytes of a number from which on a fit is taken to its last digit."""
 _FACTORS = (0.01, 0.1, 1.0, 10.0)
 """Multiples of lam that small fits try: three smaller or larger ones in one batched forward pass of a small model."""
 
@@ -74,7 +70,6 @@ def plan_for_shapes(assembly: Assembly, params: PyTree, evaluation: Evaluation) 
         best = _best(candidates, work)
         solver, index = best.solver, best.index
         factors = _factors(assembly, best, work)
-        assembly = _searched(assembly, best, work)
     plan = _plan(assembly, solver, solver.lane, index, factors)
     choices = kernel_choices(assembly, plan, params, evaluation)
     raveled = flat_vectors(choices, params)
@@ -134,10 +129,8 @@ def flat_vectors(choices: tuple[Choice, ...], params: PyTree) -> str | None:
     return f"the {leaves} leaves are raveled for CG's vector work: launches would cost more than the two extra passes"
 
 
-def settle(
-    assembly: Assembly, params: PyTree, evaluation: Evaluation, *, own_gradient: bool = True
-) -> tuple[Assembly, Plan]:
-    """What execution follows: modules and plan with automatic choices made, no cost counted beyond what they need.
+def choose_solver(assembly: Assembly, params: PyTree, evaluation: Evaluation, *, own_gradient: bool = True) -> Plan:
+    """The plan that execution follows: automatic choices made, no cost counted beyond what they need.
 
     Args:
       assembly, params, evaluation: modules, trainable parameters, the batch of the curvature.
@@ -145,28 +138,10 @@ def settle(
     """
     solver = assembly.solver
     if not solver.candidates:
-        return assembly, _plan(assembly, solver, solver.lane, None)
+        return _plan(assembly, solver, solver.lane, None)
     work = step_work(assembly, params, evaluation)
     best = _best(_candidates(solver, work, own_gradient), work)
-    factors = _factors(assembly, best, work)
-    if own_gradient:
-        assembly = _searched(assembly, best, work)
-    return assembly, _plan(assembly, best.solver, best.solver.lane, best.index, factors)
-
-
-def _searched(assembly: Assembly, best: Candidate, work: StepWork) -> Assembly:
-    """The modules, with a search and the damping that goes with it where residuals can be fitted to their last digit.
-
-    These are sums of squares in float64 of no more residuals than parameters, solved exactly. With a small lam every
-    step then takes the nearest parameters that bring all of them to zero, as far as the line there goes downhill.
-    """
-    damping = assembly.damping.beside_search()
-    alone = assembly.search is None and assembly.acceleration is None and assembly.scaling is None
-    exactly = assembly.curvature.least_squares and best.solver.exact and work.itemsize >= _EXACTLY
-    tried = _factors(assembly, best, work) is not None
-    if damping is None or not alone or not exactly or tried or work.rows > work.parameters:
-        return assembly
-    return dataclasses.replace(assembly, damping=damping, search=GridSearch(candidates=_CANDIDATES))
+    return _plan(assembly, best.solver, best.solver.lane, best.index, _factors(assembly, best, work))
 
 
 def _factors(assembly: Assembly, best: Candidate, work: StepWork) -> tuple[float, ...] | None:
