@@ -23,6 +23,7 @@ from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
 from bench.suites.linalg.factorizations import ALONE, FREE
 from bench.suites.linalg.steps import UNSET
+from bench.suites.physics import table as physics
 from bench.suites.robustness import table as robustness
 from bench.suites.structure.exact import GENERIC
 from bench.suites.structure.measure import TOO_LARGE, TOO_LONG
@@ -239,6 +240,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
     "linalg": linalg,
     "untuned": untuned.table,
     "robustness": robustness.table,
+    "physics": physics.table,
     "kernels": tables.kernels,
     "kernels_spelt_out": tables.kernels,
     "gpu_compile": tables.programs,

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax.curvature import TrainablePartition
-from curvax.losses import SquaredError, VariationalEnergy
+from curvax.losses import BatchFault, SquaredError, VariationalEnergy
 from curvax.output_space import GeneralizedGaussNewton
 from tests.oracle.compiling import quick_jit
 
@@ -156,15 +156,38 @@ def test_a_holomorphic_direction_is_the_complex_one() -> None:
 
 def test_what_has_no_weight_is_not_there() -> None:
     """A singular determinant, an infinite energy and a NaN change no bit of a direction that does not count them."""
-    ansatz, params = ANSATZE["real determinant"], ANSATZE["real determinant"].params()
-    x = _samples()
+    ansatz, x = ANSATZE["real determinant"], _samples()
+    params = {**ansatz.params(), "shift": jnp.zeros((2, 2))}  # at x = 0 all orbitals are zero
     method = curvax.vmc(predict_fn=ansatz.log_psi, weight_key="w", lam0=LAM, learning_rate=1.0)
+    step = jax.jit(method.step)
     batch = {"x": x, "y": ENERGIES.real, "w": WEIGHTS}
-    masked, _, _ = _direction(method, params, batch)
-    broken = {**batch, "x": x.at[2].set(jnp.nan), "y": np.where(WEIGHTS == 0, np.inf, ENERGIES.real)}
-    got, _, info = _direction(method, params, broken)
-    np.testing.assert_array_equal(got, masked)
-    assert info["accepted"] and np.isfinite(info["loss"])
+    masked, _, info = step(params, batch, method.init(params))
+    energies = np.where(WEIGHTS == 0, np.inf, ENERGIES.real)
+    for singular in (0.0, jnp.nan):
+        broken = {**batch, "x": x.at[2].set(singular), "y": energies}
+        got, _, seen = step(params, broken, method.init(params))
+        jax.tree.map(np.testing.assert_array_equal, got, masked)
+        assert seen["accepted"] and seen["loss"] == info["loss"] and np.isfinite(seen["loss"])
+    assert ansatz.log_psi(params, x.at[2].set(0.0))[2] == -jnp.inf
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_batch_in_which_no_sample_counts_is_a_fault(momentum: float) -> None:
+    """No energy can be a mean over nothing: the step is not taken, under jit it says why, and the next one is sound."""
+    ansatz, x = ANSATZE["complex holomorphic"], _samples()
+    params = ansatz.params()
+    method = curvax.vmc(predict_fn=ansatz.log_psi, weight_key="w", lam0=LAM, momentum=momentum)
+    step, batch = jax.jit(method.step), {"x": x, "y": ENERGIES, "w": WEIGHTS}
+    new, state, info = step(params, {**batch, "w": np.zeros(SAMPLES)}, method.init(params))
+    assert int(info["batch_fault"]) == BatchFault.NO_SAMPLES and not info["accepted"]
+    assert "weight zero" in BatchFault(int(info["batch_fault"])).describe()
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+    after, _, info = step(new, batch, state)
+    expected, _, _ = step(params, batch, method.init(params))
+    assert int(info["batch_fault"]) == BatchFault.NONE and info["accepted"]
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+    with pytest.raises(ValueError, match="weight zero"):
+        VariationalEnergy().check_values(jnp.zeros((SAMPLES, 2)), np.zeros((SAMPLES, 2)), np.zeros(SAMPLES))
 
 
 def test_outlying_energies_are_clipped_as_in_the_paper() -> None:

@@ -166,7 +166,10 @@ def test_sums_over_the_spectrum_within_their_error_bars():
         (lambda c: operators.eigenpairs(c, 2, cast("Any", "top")), "which must be one of largest"),
         (lambda c: operators.spectrum(cast("Any", np.eye(3)), KEY), "takes an operator of curvax.operators"),
         (lambda c: operators.spectrum(c, KEY, steps=0), "must be at least 1"),
-        (lambda c: operators.Inverse(c, jnp.ones(()), Cholesky()).solve_columns(jnp.ones(4)), "right-hand sides in columns"),
+        (
+            lambda c: operators.Inverse(c, jnp.ones(()), Cholesky()).solve_columns(jnp.ones(4)),
+            "right-hand sides in columns",
+        ),
         (lambda c: c + of(np.ones(3)), "do not add up"),
         (lambda c: c @ of(np.ones(3)), "do not multiply"),
     ],

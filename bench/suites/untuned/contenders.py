@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -40,8 +40,19 @@ class Trainer(NamedTuple):
         return Cost() if self.method is None else self.method.plan_for(params, batch).cost
 
 
+class Minimized(Protocol):
+    """What a first-order method wants of a problem."""
+
+    def objective(self, params: Params, batch: Batch, /) -> jax.Array:
+        """The loss of a batch."""
+        ...
+
+
+P = TypeVar("P")
+
+
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Contender(Generic[P]):
     """A method.
 
     Attributes:
@@ -54,7 +65,7 @@ class Contender:
     """
 
     name: str
-    build: Callable[[Problem], Trainer]
+    build: Callable[[P], Trainer]
     kind: Literal["untuned", "preset", "tuned"]
     rates: tuple[float, ...] = ()
     full_batch: bool = False
@@ -105,13 +116,14 @@ def _inner_loop(make: Callable[..., Any]) -> Callable[[Problem], Trainer]:
     return build
 
 
-def _first_order(
+def first_order(
     make: Callable[[Any], optax.GradientTransformation], *, reuse_gradient: bool = False
-) -> Callable[[Problem], Trainer]:
-    def build(problem: Problem) -> Trainer:
+) -> Callable[[Minimized], Trainer]:
+    """A transformation that is made at each learning rate."""
+
+    def build(problem: Minimized) -> Trainer:
         def method(rate: Any) -> curvax.AbstractMethod:
-            tx, model, loss = make(rate), problem.predict_fn, problem.loss
-            return curvax.first_order(tx, predict_fn=model, loss=loss, reuse_gradient=reuse_gradient)
+            return curvax.first_order(make(rate), loss_fn=problem.objective, reuse_gradient=reuse_gradient)
 
         def step(params: Params, state: Any, batch: Batch, rate: jax.Array, key: jax.Array) -> Stepped:
             params, state, info = method(rate).step(params, batch, state, key)
@@ -122,6 +134,11 @@ def _first_order(
     return build
 
 
+def lbfgs(problem: Minimized) -> Trainer:
+    """Optax's L-BFGS with its zoom line search, whose values and gradients the next step takes over."""
+    return first_order(optax.lbfgs, reuse_gradient=True)(problem)
+
+
 def _grid(low: float, high: float) -> tuple[float, ...]:
     return tuple(float(f"{rate:.2g}") for rate in np.geomspace(low, high, 12))
 
@@ -129,20 +146,22 @@ def _grid(low: float, high: float) -> tuple[float, ...]:
 ADAMW, GAUSS_NEWTON = "adamw", "gauss_newton"
 _RATES = _grid(1e-4, 0.3)
 _PRESETS = ("sgn", "egn", "spring", "kfac", "ekfac", "sophia_g", "sophia_h", "adahessian")
-CONTENDERS = (
-    Contender(ADAMW, _first_order(optax.adamw), "tuned", _RATES),
-    Contender("soap", _first_order(soap), "tuned", _RATES),
-    Contender("lbfgs", _first_order(optax.lbfgs, reuse_gradient=True), "tuned", _grid(1e-2, 10.0), full_batch=True),
+CONTENDERS: tuple[Contender[Problem], ...] = (
+    Contender(ADAMW, first_order(optax.adamw), "tuned", _RATES),
+    Contender("soap", first_order(soap), "tuned", _RATES),
+    Contender("lbfgs", lbfgs, "tuned", _grid(1e-2, 10.0), full_batch=True),
     Contender(GAUSS_NEWTON, _by_name(GAUSS_NEWTON), "untuned"),
     *(Contender(name, _by_name(name), "preset") for name in _PRESETS),
     Contender("full_gn", _inner_loop(full_gn), "preset"),
     Contender("layerwise_gn", _inner_loop(layerwise_gn), "preset"),
 )
-ON_REQUEST = tuple(Contender(f"{name}_quadratic", _quadratic(name), "preset") for name in ("kfac", "ekfac"))
+ON_REQUEST: tuple[Contender[Problem], ...] = tuple(
+    Contender(f"{name}_quadratic", _quadratic(name), "preset") for name in ("kfac", "ekfac")
+)
 """Settings that were tried as defaults: they run where they are named."""
 
 
-def chosen(names: str) -> tuple[Contender, ...]:
+def chosen(names: str) -> tuple[Contender[Problem], ...]:
     """The contenders of a list of names with commas; all of them for no name.
 
     Raises:

@@ -8,14 +8,14 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench.suites.untuned.contenders import Contender, Step, Trainer
-from bench.suites.untuned.problems import Problem
-from bench.suites.untuned.problems.problem import Batch, Params
+from bench.suites.untuned.problems.problem import Batch, Data, Params
 
 # A run's loss is looked at whenever its time has grown by this factor: to some 20 % times are known.
 _GROWTH, _FIRST_LOOK = 1.2, 0.02
@@ -100,10 +100,24 @@ class Trajectory:
         return next((p.seconds for p in self.points if p.loss <= loss * (1 + 1e-6)), math.inf)
 
 
+class Raced(Protocol):
+    """What a race wants of a problem: a start, data, and two measures of parameters (`problems.Problem`)."""
+
+    def init(self, key: jax.Array, /) -> Params: ...
+
+    def data(self) -> Data: ...
+
+    def objective(self, params: Params, batch: Batch, /) -> jax.Array: ...
+
+    def evaluate(self, params: Params, batch: Batch, /) -> jax.Array: ...
+
+    def order(self, size: int, seed: int) -> np.ndarray | None: ...
+
+
 class Course:
     """A problem's data on the device, and what measures parameters there."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Raced) -> None:
         self.problem, data = problem, problem.data()
         self.size = data.size
         self.train, self.held_out = jax.tree.map(jnp.asarray, (data.train, data.held_out))
@@ -149,7 +163,7 @@ class Compiled:
       seconds: to trace and compile it.
     """
 
-    def __init__(self, contender: Contender, trainer: Trainer, course: Course, clock: Clock) -> None:
+    def __init__(self, contender: Contender[Any], trainer: Trainer, course: Course, clock: Clock) -> None:
         self.contender, self.trainer, self.course, self.clock = contender, trainer, course, clock
         carry, rate = self.carry(0), jnp.asarray(1.0)
         function = jax.jit(_stepper(trainer.step), donate_argnums=0)

@@ -33,6 +33,7 @@ class Outcome:
         NaN unless evaluated.
       norm: |d|.
       descends: a search along the step found a step size that lowers the loss; true without a search.
+      step_size: how much of the update the search took; 1 without a search.
       solved: the linear system behind the step was solved, as far as the solver can tell.
       at_boundary: the direction ends where the policy's radius stopped it.
     """
@@ -47,6 +48,7 @@ class Outcome:
     shown: ScalarLike = float("nan")
     norm: ScalarLike = 0.0
     descends: bool | jax.Array = True
+    step_size: ScalarLike = 1.0
     solved: bool | jax.Array = True
     at_boundary: bool | jax.Array = False
 
@@ -99,6 +101,11 @@ class Damping(abc.ABC):
     @abc.abstractmethod
     def evaluate_every(self) -> int | None:
         """Every how many steps it needs the loss after the step and the predicted decrease; `None` for never."""
+
+    @property
+    def needs_search(self) -> bool:
+        """Whether it reads the step size that a search found; no by default."""
+        return False
 
     def requirements(self) -> tuple[Requirement, ...]:
         """The parts of a step that it asks for, with their cadence."""

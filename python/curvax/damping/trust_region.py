@@ -35,6 +35,10 @@ _REFUSALS = 1 / 20
 """Share of steps that a trust region at the floor of its dtype may spend on refusals; see `TrustRegion`."""
 _FIRST = 0.1
 """First damping over the least curvature along the gradient that a loss of its size can have; see `TrustRegion`."""
+_FIRST_SEARCHED = 1e-9
+"""The same where a search shortens steps."""
+_SHORT, _LONG = 1 / 500, 1 / 8
+"""Step sizes below which a model was trusted too much, and from which on it may be trusted more."""
 _KEPT = 0.25
 """Share of the promised decrease that the next batches must see before lam falls."""
 _MEMORY = 0.99
@@ -105,6 +109,11 @@ class TrustRegion(Damping):
         of one solve. `None`, the default, leaves it to the plan: (1/100, 1/10, 1, 10) in small fits for which the
         planner chose QR, which took 40 % fewer steps on the classic least-squares problems; lam alone elsewhere, and
         with a `lam0`, which is tried as it is.
+      by_step_size: whether the step size that a search found speaks in the place of rho: lam rises where it is below
+        1/500 and falls where it is at least 1/8. Along a line rho says little, as the best step size keeps about half
+        of what the model promises for it, whatever the model is worth. The first damping is then 1e-8 of the one above:
+        the search, not lam, keeps steps short. It needs one, and goes with `inc=4` (docs/steps.md). False by default:
+        it takes some fits many digits further, and others not as far.
     """
 
     lam0: ScalarLike | None = None
@@ -117,6 +126,7 @@ class TrustRegion(Damping):
     max_lam: float | None = None
     accept: float = 0.0
     factors: tuple[float, ...] | None = None
+    by_step_size: bool = False
 
     def __post_init__(self) -> None:
         if self.lam0 is not None:
@@ -137,11 +147,16 @@ class TrustRegion(Damping):
     @property
     def name(self) -> str:
         first = "the curvature" if self.lam0 is None else _show(self.lam0)
-        return f"trust region (from {first}, every {self.every})"
+        by = ", by the step size" if self.by_step_size else ""
+        return f"trust region (from {first}, every {self.every}{by})"
 
     @property
     def evaluate_every(self) -> int | None:
         return self.every
+
+    @property
+    def needs_search(self) -> bool:
+        return self.by_step_size
 
     def init(self) -> TrustRegionState:
         lam0 = scalar(0.0 if self.lam0 is None else self.lam0)
@@ -159,7 +174,8 @@ class TrustRegion(Damping):
         least = jnp.square(gradient_norm().astype(dtype)) / (2 * jnp.abs(loss.astype(dtype)))
         # Where nothing can be learnt from the first batch, the next one says.
         usable = jnp.isfinite(least) & (least > 0)
-        first = jnp.where(usable, jnp.clip(_FIRST * least, self.min_lam, self.max_lam), jnp.zeros_like(least))
+        share = _FIRST_SEARCHED if self.by_step_size else _FIRST
+        first = jnp.where(usable, jnp.clip(share * least, self.min_lam, self.max_lam), jnp.zeros_like(least))
         return dataclasses.replace(state, lam=jnp.where(state.lam == 0, first, state.lam))
 
     def lam(self, state: TrustRegionState) -> jax.Array:
@@ -193,10 +209,13 @@ class TrustRegion(Damping):
         accepted = self.accepts(outcome)
         refused = (seen & ~accepted) | ~outcome.finite | ~jnp.asarray(outcome.descends)
         # 2.
-        worse = refused | (seen & (outcome.safe_rho < self.lower))
+        size, solved = jnp.asarray(outcome.step_size), jnp.asarray(outcome.solved)
+        fails = (size < _SHORT) | ~solved if self.by_step_size else outcome.safe_rho < self.lower
+        holds = size >= _LONG if self.by_step_size else outcome.safe_rho > self.upper
+        worse = refused | (seen & fails)
         # A promise below rounding: whatever became of it, it does not speak for the model.
         silent = seen & ~refused & (jnp.abs(outcome.predicted) <= outcome.rounding)
-        better = seen & ~worse & ~silent & (outcome.safe_rho > self.upper)
+        better = seen & ~worse & ~silent & holds
         # What the next batches see of earlier steps.
         fresh = state.fresh.after(outcome.loss, _promise(outcome, seen, refused))
         better &= fresh.kept(_KEPT, outcome.rounding)
@@ -205,9 +224,10 @@ class TrustRegion(Damping):
         curvature = self._largest(state, outcome, seen)
         lam = jnp.where(better, state.lam * self.dec, state.lam)
         lam = jnp.where(silent, self._fallen(state), lam)
-        lam = jnp.where(climbs, state.lam * self.inc**0.5, lam)
+        # From a small first damping minibatches have a long way to go.
+        lam = jnp.where(climbs, state.lam * (self.inc if self.by_step_size else self.inc**0.5), lam)
         lam = jnp.where(worse & ~silent, state.lam * self.inc, lam)
-        lam = jnp.where(silent & ~jnp.asarray(outcome.solved), state.lam * self.inc, lam)
+        lam = jnp.where(silent & ~solved, state.lam * self.inc, lam)
         refusals = jnp.where(refused, state.refusals + 1, jnp.where(seen, 0, state.refusals))
         lam = jnp.where(refused, state.lam * self.inc ** refusals.astype(lam.dtype), lam)
         # 4.

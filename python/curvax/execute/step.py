@@ -348,6 +348,7 @@ def _evaluate(
         shown=curvature + 2 * (decrease - (loss - behind)) / squared,
         norm=norm,
         descends=length.descends,
+        step_size=1.0 if length.searched is None else length.searched.step_size,
         solved=solved(solution.result),
         at_boundary=bounded(solution.result),
     )

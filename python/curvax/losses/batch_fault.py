@@ -18,6 +18,7 @@ class BatchFault(enum.IntEnum):
     NONE = 0
     NEGATIVE_WEIGHT = 1
     LABEL_OUT_OF_RANGE = 2
+    NO_SAMPLES = 3
 
     def describe(self) -> str:
         """What is wrong and what to do about it."""
@@ -31,6 +32,8 @@ _SENTENCES = {
     "updates of curvax.transforms.scale_by_ggn (or another scale_by_*).",
     BatchFault.LABEL_OUT_OF_RANGE: "A label that counts is not in 0 .. classes - 1: give such positions weight zero by "
     "weight_key, or name their label by SoftmaxCrossEntropy(ignore_index=).",
+    BatchFault.NO_SAMPLES: "All samples have weight zero, and an energy is a mean over samples: give at least one of "
+    "them a positive weight.",
 }
 
 

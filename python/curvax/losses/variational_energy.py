@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.losses.base import Loss, Shaped, accumulation_dtype, append_axes, is_real, shaped, weigh
+from curvax.losses.batch_fault import BatchFault
 from curvax.losses.squared_error import SquaredError
 
 
@@ -60,6 +61,19 @@ class VariationalEnergy(Loss):
     def by_example(self) -> VariationalEnergy:
         """Without centering of the curvature."""
         return dataclasses.replace(self, centered=False)
+
+    def effective_weights(self, outputs: Shaped, weights: Any = None) -> jax.Array:
+        """See `Loss.effective_weights`; NaN where all weights are zero, as no sample has no energy."""
+        w = super().effective_weights(outputs, weights)
+        return jnp.where(jnp.all(w == 0), jnp.full((), jnp.nan, w.dtype), w)
+
+    def batch_fault(self, outputs: Shaped, targets: Any, weights: Any = None, *, signed: bool = True) -> jax.Array:
+        """Looks for a sample that counts too; see `Loss.batch_fault`."""
+        fault = super().batch_fault(outputs, targets, weights, signed=signed)
+        if weights is None:
+            return fault
+        empty = jnp.where(jnp.all(jnp.asarray(weights) == 0), int(BatchFault.NO_SAMPLES), int(BatchFault.NONE))
+        return jnp.maximum(fault, empty.astype(fault.dtype))
 
     def value(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         """The energy; see `Loss.value`."""

@@ -69,6 +69,10 @@ class Assembly:
             ("scaling", self.scaling, Scaling),
         ):
             check_instance(name, part, kind, optional=True)
+        if self.damping.needs_search and self.search is None:
+            raise ValueError(
+                "by_step_size reads the step size of a search: pass search=curvax.search.GridSearch(candidates=12)."
+            )
         if not isinstance(self.undo, bool):
             raise TypeError(f"undo is a {type(self.undo).__name__}: pass True or False.")
         rate = learning_rate_of(self.transform)

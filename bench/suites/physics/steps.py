@@ -1,4 +1,4 @@
-"""Physics-informed networks: what a loss of several terms costs beside its parts and beside sets joined by hand."""
+"""What a loss of several terms costs beside its parts and beside sets joined by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from bench.schema import Row
 from curvax import Term, Terms
 from curvax.losses import SquaredError
 
-SUITE = "physics"
 JOINED = "curvax, sets joined by hand in predict_fn"
 PARTS = "curvax, interior alone"
 EXPERT = "an expert's own: explicit rows by vmap of grad, Cholesky"
@@ -70,10 +69,11 @@ def batch(interior: int, boundary: int) -> dict[str, Any]:
     }
 
 
-def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
+def step_rows(suite: str, quick: bool, only: str) -> Iterator[list[Row]]:
     """Rows, case by case.
 
     Args:
+      suite: theirs.
       quick: few points and rounds.
       only: substring of the case names to run.
     """
@@ -84,7 +84,7 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
             with jax.enable_x64(True):
                 candidates = _candidates(parameters(widths), batch(interior, boundary))
                 timings = run.time_all(candidates, 2 if quick else 7, budget=240.0)
-            yield run.rows(SUITE, case, f"{interior} + {boundary} points", timings)
+            yield run.rows(suite, case, f"{interior} + {boundary} points", timings)
 
 
 def _candidates(params: Params, data: dict[str, Any]) -> list[run.Candidate]:
