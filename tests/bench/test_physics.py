@@ -47,7 +47,7 @@ def test_the_solution_has_no_residual(make):
 
 def test_a_race_makes_rows_and_the_expert_descends():
     pde = few(poisson_1d())
-    adam = Contender(ADAM, first_order(optax.adam), "tuned", (1e-3, 1e-2))
+    adam: Contender[Pde] = Contender(ADAM, first_order(optax.adam), "tuned", (1e-3, 1e-2))
     # The expert's code under the name of a preset: what the rows compare is not who runs.
     contenders = (adam, Contender(DEFAULTS[0], expert, "tuned", (1e-8,)), Contender(EXPERT, expert, "tuned", (1e-6,)))
     rows = list(rows_of("physics", pde, Effort(0.1, Clock.CPU, 1), contenders))

@@ -134,6 +134,7 @@ def test_quadrature():
     np.testing.assert_allclose(density, exact, atol=0.05 * exact.max())
 
 
+@pytest.mark.fast
 def test_quadrature_ends_with_the_krylov_space():
     """Three different eigenvalues are found in three steps; the rest of sixty adds nothing, not even rounding."""
     operator = of([1.0] * 40 + [2.0] * 40 + [7.0] * 20)
