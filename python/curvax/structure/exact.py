@@ -68,14 +68,18 @@ class RowArguments:
 
     def on_any_mesh(self, function: Callable[[Any], PyTree], like: Any) -> PyTree:
         """`function` of these arguments with automatic mesh axes; its result is sharded like `like`."""
+        return self.parts_on_any_mesh(lambda own: (function(own),), (like,))[0]
+
+    def parts_on_any_mesh(self, function: Callable[[Any], tuple[PyTree, ...]], like: tuple[Any, ...]) -> Any:
+        """The same of a function of several results, each with a `like` of its own."""
         names = tuple(f.name for f in dataclasses.fields(self) if f.name in _ARRAYS)
 
-        def called(*arrays: Any) -> tuple[PyTree]:
+        def called(*arrays: Any) -> tuple[PyTree, ...]:
             named = dict(zip(names, arrays, strict=True))
             own = dataclasses.replace(self, predict_fn=on_automatic_axes(self.predict_fn), **named)
-            return (function(own),)
+            return function(own)
 
-        return meshes.automatic(called, tuple(getattr(self, name) for name in names), (like,))[0]
+        return meshes.automatic(called, tuple(getattr(self, name) for name in names), like)
 
 
 _ARRAYS = ("params", "inputs", "targets", "weights", "key")
@@ -140,7 +144,7 @@ def jacobian_gram(
         outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
         check_outputs(outputs)
         axes = leading_axes(batch_axes, inputs)
-        source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), _pull(vjp, outputs), axes)
+        source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), pull(vjp, outputs), axes)
         kernel = row_gram(source, max_bytes, implementation)
         examples = outputs.shape[0]
         k = math.prod(outputs.shape[1:])
@@ -170,7 +174,7 @@ def ggn_diagonal(arguments: DiagonalArguments) -> PyTree:
 def _ggn_diagonal(arguments: DiagonalArguments) -> PyTree:
     samples = arguments.samples
     keys = None if samples is None else arguments.draws(samples)
-    at = _Point.of(arguments)
+    at = Point.of(arguments)
     if samples is None or keys is None:
         return at.diagonal(GeneralizedGaussNewton())
     loss, targets, outputs = at.loss, at.targets, at.outputs
@@ -194,7 +198,7 @@ def empirical_fisher_diagonal(arguments: RowArguments) -> PyTree:
     It is that of the curvature `ObservedFisher`: positions (all axes of the outputs but the last) count as examples.
     Result and errors as in `ggn_diagonal`.
     """
-    return arguments.on_any_mesh(lambda own: _Point.of(own).diagonal(ObservedFisher()), arguments.params)
+    return arguments.on_any_mesh(lambda own: Point.of(own).diagonal(ObservedFisher()), arguments.params)
 
 
 @spread(RowArguments)
@@ -215,19 +219,31 @@ def per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
 
 
 def _per_example_gradient_norms(arguments: RowArguments) -> jax.Array:
+    return norms_of(*examples_of(arguments))
+
+
+def examples_of(arguments: RowArguments) -> tuple[Point, Capture]:
+    """The model and loss at a point, and the model's layers, of examples that have gradients of their own.
+
+    Raises:
+      ValueError: the examples interact.
+    """
     check_model(arguments.predict_fn, arguments.params, arguments.inputs)
-    at = _Point.of(arguments)
-    loss, params, inputs = at.loss, at.params, at.inputs
+    at = Point.of(arguments)
     try:
-        if loss.couples_examples:
+        if at.loss.couples_examples:
             raise Mixed("the loss couples them")
-        captured = capture(at.predict, params, inputs, at.axes)
+        return at, capture(at.predict, at.params, at.inputs, at.axes)
     except Mixed as mixed:
         because = f"examples have no gradients of their own ({mixed}): use a model and loss without that."
         raise ValueError(because) from None
-    residual = loss.gradient(at.outputs, at.targets, at.weights.values)
-    filled = fill_idle_inputs(captured, jax.tree.leaves(inputs), at.weights)
-    norms = _norms(captured, params, filled, residual, at.max_bytes)
+
+
+def norms_of(at: Point, captured: Capture) -> jax.Array:
+    """(B,) norms of the examples' parts of the gradient."""
+    residual = at.loss.gradient(at.outputs, at.targets, at.weights.values)
+    filled = fill_idle_inputs(captured, jax.tree.leaves(at.inputs), at.weights)
+    norms = _norms(captured, at.params, filled, residual, at.max_bytes)
     return jnp.where(at.weights.examples == 0, jnp.zeros_like(norms), norms) if at.weights.masks else norms
 
 
@@ -268,7 +284,7 @@ def _norms(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Point:
+class Point:
     """A model and loss at a point; attributes as in `RowArguments`, with what follows from them."""
 
     predict: Predict
@@ -283,7 +299,7 @@ class _Point:
     max_bytes: int
 
     @staticmethod
-    def of(arguments: RowArguments) -> _Point:
+    def of(arguments: RowArguments) -> Point:
         """Checks the arguments and evaluates the model."""
         predict, loss, params, inputs = arguments.predict_fn, arguments.loss, arguments.params, arguments.inputs
         targets, weights = arguments.targets, arguments.weights
@@ -294,8 +310,8 @@ class _Point:
         loss.check_values(outputs, targets, weights)
         observed = loss.observed_weights(outputs, targets, weights)
         counted = LossWeights.of(loss.effective_weights(outputs, observed), outputs, observed)
-        axes, pull = leading_axes(arguments.batch_axes, inputs), _pull(vjp, outputs)
-        return _Point(predict, loss, params, inputs, targets, outputs, counted, pull, axes, arguments.max_bytes)
+        axes, back = leading_axes(arguments.batch_axes, inputs), pull(vjp, outputs)
+        return Point(predict, loss, params, inputs, targets, outputs, counted, back, axes, arguments.max_bytes)
 
     def diagonal(self, fisher: FisherType) -> PyTree:
         """The diagonal of J^T Q J for the Q of a Fisher type."""
@@ -311,7 +327,8 @@ class _Point:
         return tree.where(jnp.any(weights.flat != 0), diagonal, tree.zeros_like(diagonal))
 
 
-def _pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
+def pull(vjp: Callable[[jax.Array], tuple[PyTree]], outputs: jax.Array) -> Callable[[jax.Array], PyTree]:
+    """u -> J^T u, upcast."""
     return lambda u: tree.upcast(vjp(u.reshape(outputs.shape).astype(outputs.dtype))[0])
 
 
