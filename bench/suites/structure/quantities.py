@@ -1,4 +1,4 @@
-"""Quantities of the rows over a gradient: diagonal of the GGN, per-example gradient norms, Kronecker factors."""
+"""Quantities of the rows over a gradient: diagonal of the GGN, norms and clipped sums of gradients, Kronecker factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.workloads import CNN, MLP, SMALL, PyTree, Workload
 from curvax.curvature import Evaluation, GaussNewton, GeneralizedGaussNewton, Model, MonteCarloFisher, Needs
 from curvax.losses import SoftmaxCrossEntropy
 from curvax.preconditioners._blocks import measured
-from curvax.structure import ggn_diagonal, per_example_gradient_norms
+from curvax.structure import clipped_gradient, ggn_diagonal, per_example_gradient_norms
 from curvax.structure.diagonal import example_diagonal
 from curvax.structure.kronecker import FactorSums, WeightSharing
 from curvax.structure.memory import DEFAULT_MAX_BYTES
@@ -45,6 +45,9 @@ def _quantities(work: Workload) -> Iterator[tuple[str, dict[str, _Function], dic
     yield "exact GGN diagonal", {"curvax": _diagonal(work, loss), REVERSE: _generic(work)}, goal
     norms = {"curvax": _norms(work, loss), VMAPPED: _vmapped_norms(work)}
     yield "per-example gradient norms", norms, {}
+    clipped = {"curvax": _clipped(work, loss), VMAPPED: _vmapped_clipped(work)}
+    # Two passes back; a convolution also forms its gradient of every example.
+    yield "sum of clipped gradients", clipped, {"curvax": 2.0} if work is MLP else {}
     yield "Kronecker factors of K-FAC", {"curvax": _kronecker(work, loss)}, {"curvax": 1.5} if work is MLP else {}
 
 
@@ -81,6 +84,31 @@ def _vmapped_norms(work: Workload) -> _Function:
         return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)))
 
     return lambda params, batch: jax.vmap(one, (None, 0, 0))(params, batch["x"], batch["y"]) / batch["y"].shape[0]
+
+
+_MAX_NORM = 1e-2
+
+
+def _clipped(work: Workload, loss: SoftmaxCrossEntropy) -> _Function:
+    def clipped(params: PyTree, batch: dict[str, jax.Array]) -> PyTree:
+        return clipped_gradient(work.predict, loss, params, batch["x"], batch["y"], max_norm=_MAX_NORM).gradient
+
+    return clipped
+
+
+def _vmapped_clipped(work: Workload) -> _Function:
+    """As one writes it: a gradient per example, clipped, and their sum."""
+
+    def one(params: PyTree, x: jax.Array, y: jax.Array, share: float) -> PyTree:
+        gradient = jax.tree.map(lambda g: share * g, jax.grad(work.cross_entropy)(params, {"x": x[None], "y": y[None]}))
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)))
+        return jax.tree.map(lambda g: g * jnp.minimum(1, _MAX_NORM / norm), gradient)
+
+    def total(params: PyTree, batch: dict[str, jax.Array]) -> PyTree:
+        each = jax.vmap(one, (None, 0, 0, None))(params, batch["x"], batch["y"], 1 / batch["y"].shape[0])
+        return jax.tree.map(lambda g: g.sum(axis=0), each)
+
+    return total
 
 
 def _kronecker(work: Workload, loss: SoftmaxCrossEntropy) -> _Function:
