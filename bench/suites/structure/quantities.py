@@ -1,4 +1,4 @@
-"""Quantities of the rows over a gradient: diagonal of the GGN, norms and clipped sums of gradients, Kronecker factors."""
+"""Quantities of the rows over a gradient: diagonal, norms and clipped sums of gradients, Kronecker factors."""
 
 from __future__ import annotations
 
