@@ -20,7 +20,7 @@ def build_transform(
     learning_rate: ScalarOrSchedule = 1.0,
     clip_norm: float | None = None,
     clip_value: float | None = None,
-    weight_decay: float | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | None = None,
     direction_momentum: float | None = None,
     nesterov: bool = False,

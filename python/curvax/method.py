@@ -378,10 +378,11 @@ class Method(AbstractMethod[MethodState, Plan]):
                 f"{type(preconditioner).__name__} keeps a state per layer, and the layers are known from the shapes of "
                 "a batch: call init(params, batch=batch)."
             )
-        batch = _shapes(batch)
-        evaluation = self.evaluation(batch, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
+        # Its values are looked at where they can be; behind the door of a mesh they are another type's.
+        seen = _shapes(batch) if meshes.entered() is not None else batch
+        evaluation = self.evaluation(seen, tree.hollow(frozen), tree.hollow(model_state), StepKeys.of_a_plan())
         curvature.check(trainable, evaluation)
-        evaluation = curvature.prepare(trainable, evaluation)
+        evaluation = curvature.prepare(trainable, dataclasses.replace(evaluation, batch=_shapes(batch)))
         state = preconditioner.init_on(curvature, trainable, evaluation)
         preconditioner.warn(state, tree.places(trainable))
         return state

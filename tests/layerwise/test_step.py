@@ -503,7 +503,10 @@ def test_errors_name_the_mend() -> None:
         (lambda: LineSearch(candidates=0), "candidates of a line search must be at least 1"),
         (lambda: ConjugateGradients(mix=2.0), "mix must be between 0 and 1"),
         (lambda: build(frozen=True).init(params), "there are no trainable parameters"),
-        (lambda: build(has_state=True).init(params), "pass model_state"),
+        (
+            lambda: build(has_state=True, predict_fn=lambda p, x, s: (MODEL.predict(p, x), s)).init(params),
+            "pass model_",
+        ),
     ):
         with pytest.raises((ValueError, TypeError, KeyError), match=message):
             call()

@@ -148,7 +148,7 @@ CASES = (
     Case("custom_vjp_call", _custom_vjp, rule="explicit rows"),
     Case(SCAN, _scan, times=2),
     Case(WHILE, _while, rule="explicit rows"),
-    Case(COND, _cond, rule="explicit rows"),
+    Case(COND, _cond),
     Case(LINEAR_SOLVE, _linear_solve, rule="explicit rows"),
     Case("shard_map", _shard_map, rule="explicit rows", followed=False),
 )

@@ -12,6 +12,7 @@ import numpy as np
 from curvax.spelling import described
 
 _SWITCHES, _COUNTS, _NUMBERS = ("bool",), ("int", "int | None"), ("float", "float | None")
+_RATES = ("ScalarOrSchedule | None",)
 _MAPPINGS = ("Mapping[str, Any]", "Mapping[str, Any] | None")
 
 
@@ -30,5 +31,7 @@ def check_fields(options: Any) -> None:
             raise TypeError(f"{field.name} is {described(value)}: pass a whole number.")
         if kind in _NUMBERS and (isinstance(value, str | bool | Mapping) or callable(value)):
             raise TypeError(f"{field.name} is {described(value)}: pass a number.")
+        if kind in _RATES and isinstance(value, str | bool | Mapping):
+            raise TypeError(f"{field.name} is {described(value)}: pass a number or an Optax schedule.")
         if kind in _MAPPINGS and not isinstance(value, Mapping):
             raise TypeError(f"{field.name} is {described(value)}: pass a mapping from names to values.")

@@ -39,7 +39,7 @@ class SophiaTransformOptions:
     """
 
     learning_rate: ScalarOrSchedule = 1e-3
-    weight_decay: float = 0.2
+    weight_decay: ScalarOrSchedule | None = 0.2
     clip_value: float = 1.0
     weight_decay_mask: Any | None = None
     mask: Any | None = None

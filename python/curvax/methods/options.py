@@ -279,7 +279,7 @@ class TransformOptions:
       learning_rate: scalar or schedule.
       clip_norm: bound on the direction's global norm.
       clip_value: bound on each of its entries.
-      weight_decay, weight_decay_mask: decoupled weight decay and what it applies to.
+      weight_decay, weight_decay_mask: decoupled weight decay, a number or a schedule, and what it applies to.
       direction_momentum, nesterov: momentum on the direction.
       tx: an Optax chain in place of all of these, which turns the direction into the update, sign included: end it with
         `optax.scale_by_learning_rate`.
@@ -288,7 +288,7 @@ class TransformOptions:
     learning_rate: ScalarOrSchedule = 1.0
     clip_norm: float | None = None
     clip_value: float | None = None
-    weight_decay: float | None = None
+    weight_decay: ScalarOrSchedule | None = None
     weight_decay_mask: Any | None = None
     direction_momentum: float | None = None
     nesterov: bool = False
@@ -304,7 +304,7 @@ class TransformOptions:
                 check_positive(name, bound)
         if self.direction_momentum is not None:
             check_fraction("direction_momentum", self.direction_momentum)
-        if self.weight_decay is not None:
+        if self.weight_decay is not None and not callable(self.weight_decay):
             check_not_negative("weight_decay", self.weight_decay)
         return build_transform(
             learning_rate=self.learning_rate,
