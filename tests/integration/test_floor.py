@@ -20,6 +20,7 @@ from tests.oracle.compiling import array, quick_jit
 
 # One refusal in twenty is what a trust region may spend at the floor (its docstring); the way there has some as well.
 ALLOWED = 0.08
+AT_THE_FLOOR = 1 / 20
 STEPS = 2000
 
 
@@ -399,8 +400,8 @@ def test_cancellation_inside_a_model_is_no_refusal(x64: None) -> None:
     params = jnp.asarray([5.0, 2.5, 0.15])
     batch = {"x": jnp.arange(40), "y": jnp.zeros(40)}
     end = _run(method, params, method.init(params), batch, 250)
-    assert end.loss[-1] < 1e-28, "not at the floor, and the rest says nothing"
-    # From step 100 on it is there. Were rounding a refusal, nearly all steps would be refused, and each multiplies lam:
-    # it would end far above its start, which was taken from the first batch. As few may be refused as at other floors.
-    assert 1 - end.accepted[100:].mean() <= ALLOWED
+    assert end.loss[100:].max() < 1e-28, "not at the floor, and the rest says nothing"
+    # Were rounding a refusal, nearly all steps would be refused there, and each multiplies lam: it would end far above
+    # its start, which was taken from the first batch. One in twenty is what the policy promises at the floor.
+    assert 1 - end.accepted[100:].mean() <= AT_THE_FLOOR
     assert end.lam[100:].max() < end.lam[0]

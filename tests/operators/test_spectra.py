@@ -13,7 +13,7 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 from curvax import operators
-from curvax.operators import LinearOperator
+from curvax.operators import SymmetricOperator
 from curvax.solvers import CG, MINRES, Cholesky, Eigen, PseudoInverse, Result, RowSpace
 from tests.operators.problem import LOSS, problem
 from tests.oracle.models import MLP_TANH
@@ -24,7 +24,7 @@ KEY = jax.random.key(7)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense(LinearOperator):
+class Dense(SymmetricOperator):
     """A symmetric matrix as somebody's own operator."""
 
     matrix: jax.Array
@@ -35,22 +35,11 @@ class Dense(LinearOperator):
         return jax.ShapeDtypeStruct(self.matrix.shape[1:], self.matrix.dtype)
 
     @property
-    def codomain(self):
-        return self.domain
-
-    @property
-    def is_symmetric(self):
-        return True
-
-    @property
     def is_positive(self):
         return self.positive
 
-    def apply(self, v):
-        return self.matrix @ v
-
-    def transpose(self):
-        return self
+    def linearized(self):
+        return lambda v: self.matrix @ v
 
 
 def of(values, positive=True):
@@ -161,7 +150,7 @@ def test_sums_over_the_spectrum_within_their_error_bars():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: operators.inverse(c, -1.0), "lam must be a finite number of at least 0"),
+        (lambda c: operators.inverse(c, -1.0), "lam must be non-negative and finite, got -1"),
         (lambda c: operators.inverse(c, 0.1, solver=RowSpace(Cholesky())), "does not solve for parameters"),
         (lambda c: operators.eigenpairs(c, 0), "k must be between 1 and the 4 parameters"),
         (lambda c: operators.eigenpairs(c, 2, cast("Any", "top")), "which must be one of largest"),

@@ -134,9 +134,8 @@ def first_order(
     return build
 
 
-def lbfgs(problem: Minimized) -> Trainer:
-    """Optax's L-BFGS with its zoom line search, whose values and gradients the next step takes over."""
-    return first_order(optax.lbfgs, reuse_gradient=True)(problem)
+lbfgs = first_order(optax.lbfgs, reuse_gradient=True)
+"""Optax's L-BFGS with its zoom line search, whose values and gradients the next step takes over."""
 
 
 def _grid(low: float, high: float) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from curvax.operators.base import Restricted as Restricted
 from curvax.operators.base import Scaled as Scaled
 from curvax.operators.base import Shifted as Shifted
 from curvax.operators.base import Sum as Sum
+from curvax.operators.base import SymmetricOperator as SymmetricOperator
 from curvax.operators.convert import as_lineax as as_lineax
 from curvax.operators.convert import as_scipy as as_scipy
 from curvax.operators.curvature import CurvatureOperator as CurvatureOperator

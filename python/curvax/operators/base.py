@@ -33,8 +33,8 @@ MAX_DENSE = 2**26
 class LinearOperator(abc.ABC):
     """A linear map from trees like `domain` to trees like `codomain`.
 
-    An implementor is a frozen dataclass that is registered as a pytree. It must say both shapes, multiply one tree
-    (`apply`) and know its transpose; `linearized` is for those whose products share work.
+    An implementor is a frozen dataclass that is registered as a pytree. It must say both shapes, make a function that
+    multiplies one tree (`linearized`), and know its transpose. Products are compiled once for equal shapes.
     """
 
     @property
@@ -58,20 +58,20 @@ class LinearOperator(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def apply(self, v: PyTree) -> PyTree:
-        """The product with one tree like `domain`."""
+    def linearized(self) -> Callable[[PyTree], PyTree]:
+        """v -> the product with one tree like `domain`, with whatever products have in common done now."""
 
     @abc.abstractmethod
     def transpose(self) -> LinearOperator:
         """The transpose."""
 
-    def linearized(self) -> Callable[[PyTree], PyTree]:
-        """`apply`, with whatever all products have in common done now: what a loop of products should call."""
-        return self.apply
+    def apply(self, v: PyTree) -> PyTree:
+        """The product with one tree like `domain`."""
+        return _product(self, v)
 
     def columns(self, matrix: jax.Array) -> jax.Array:
         """The products with the columns of a matrix, (n, k) -> (rows, k), as one batched product."""
-        return columns_product(self.linearized(), self.domain)(matrix)
+        return _columns(self, matrix)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,6 +147,31 @@ class LinearOperator(abc.ABC):
         return self @ jnp.eye(columns, dtype=self.dtype)
 
 
+@jax.jit
+def _product(operator: LinearOperator, v: PyTree) -> PyTree:
+    return operator.linearized()(v)
+
+
+@jax.jit
+def _columns(operator: LinearOperator, matrix: jax.Array) -> jax.Array:
+    return columns_product(operator.linearized(), operator.domain)(matrix)
+
+
+class SymmetricOperator(LinearOperator):
+    """One that is its own transpose."""
+
+    @property
+    def codomain(self) -> PyTree:
+        return self.domain
+
+    @property
+    def is_symmetric(self) -> bool:
+        return True
+
+    def transpose(self) -> LinearOperator:
+        return self
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum(LinearOperator):
@@ -177,9 +202,6 @@ class Sum(LinearOperator):
     def is_positive(self) -> bool:
         return self.first.is_positive and self.second.is_positive
 
-    def apply(self, v: PyTree) -> PyTree:
-        return tree.add(self.first.apply(v), self.second.apply(v))
-
     def linearized(self) -> Callable[[PyTree], PyTree]:
         first, second = self.first.linearized(), self.second.linearized()
         return lambda v: tree.add(first(v), second(v))
@@ -209,9 +231,6 @@ class Product(LinearOperator):
     def codomain(self) -> PyTree:
         return self.first.codomain
 
-    def apply(self, v: PyTree) -> PyTree:
-        return self.first.apply(self.second.apply(v))
-
     def linearized(self) -> Callable[[PyTree], PyTree]:
         first, second = self.first.linearized(), self.second.linearized()
         return lambda v: first(second(v))
@@ -220,13 +239,11 @@ class Product(LinearOperator):
         return Product(self.second.transpose(), self.first.transpose())
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scaled(LinearOperator):
-    """factor A. Its sign may be traced, so that it says of no multiple that it is positive."""
+class _Combined(LinearOperator):
+    """An operator and a multiple of the identity or of itself: of its shapes, and symmetric where it is."""
 
     operator: LinearOperator
-    factor: jax.Array
 
     @property
     def domain(self) -> PyTree:
@@ -240,55 +257,41 @@ class Scaled(LinearOperator):
     def is_symmetric(self) -> bool:
         return self.operator.is_symmetric
 
-    def apply(self, v: PyTree) -> PyTree:
-        return tree.scale(self.factor, self.operator.apply(v))
+    def transpose(self) -> LinearOperator:
+        return dataclasses.replace(self, operator=self.operator.transpose())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled(_Combined):
+    """factor A. Its sign may be traced, so that it says of no multiple that it is positive."""
+
+    factor: jax.Array
 
     def linearized(self) -> Callable[[PyTree], PyTree]:
         product = self.operator.linearized()
         return lambda v: tree.scale(self.factor, product(v))
 
-    def transpose(self) -> LinearOperator:
-        return Scaled(self.operator.transpose(), self.factor)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shifted(LinearOperator):
+class Shifted(_Combined):
     """A + lam I, of a square A. It is positive where A is and lam is not negative, which is the caller's to see to."""
 
-    operator: LinearOperator
     lam: jax.Array
-
-    @property
-    def domain(self) -> PyTree:
-        return self.operator.domain
-
-    @property
-    def codomain(self) -> PyTree:
-        return self.operator.codomain
-
-    @property
-    def is_symmetric(self) -> bool:
-        return self.operator.is_symmetric
 
     @property
     def is_positive(self) -> bool:
         return self.operator.is_positive
 
-    def apply(self, v: PyTree) -> PyTree:
-        return tree.axpy(self.lam, v, self.operator.apply(v))
-
     def linearized(self) -> Callable[[PyTree], PyTree]:
         product = self.operator.linearized()
         return lambda v: tree.axpy(self.lam, v, product(v))
 
-    def transpose(self) -> LinearOperator:
-        return Shifted(self.operator.transpose(), self.lam)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Restricted(LinearOperator):
+class Restricted(SymmetricOperator):
     """The rows and columns of some leaves of a symmetric operator's domain.
 
     Attributes:
@@ -318,26 +321,12 @@ class Restricted(LinearOperator):
         return self._kept(self.operator.domain)
 
     @property
-    def codomain(self) -> PyTree:
-        return self.domain
-
-    @property
-    def is_symmetric(self) -> bool:
-        return True
-
-    @property
     def is_positive(self) -> bool:
         return self.operator.is_positive
-
-    def apply(self, v: PyTree) -> PyTree:
-        return self._kept(self.operator.apply(self._filled(v)))
 
     def linearized(self) -> Callable[[PyTree], PyTree]:
         product = self.operator.linearized()
         return lambda v: self._kept(product(self._filled(v)))
-
-    def transpose(self) -> LinearOperator:
-        return self
 
     def _kept(self, v: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(v)
@@ -362,12 +351,6 @@ def check_square(operator: Any, what: str) -> LinearOperator:
     if not operator.is_symmetric:
         raise ValueError(f"{what} takes a symmetric operator, and this one is not known to be one.")
     return operator
-
-
-def finite_float(name: str, value: float | jax.Array) -> None:
-    """Raises for a known number that is negative or not finite."""
-    if isinstance(value, int | float | np.floating) and not (0 <= float(value) < float("inf")):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 def _fits(domain: PyTree, v: Any) -> bool:

@@ -26,13 +26,15 @@ from curvax.curvature import (
 )
 from curvax.curvature.hessian import LossFunction
 from curvax.keys import check_key
+from curvax.keywords import spread
 from curvax.losses.base import Loss
 from curvax.numbers import is_known
-from curvax.operators.base import LinearOperator
+from curvax.operators.base import SymmetricOperator
 from curvax.operators.batches import is_mean, is_one_batch, raw_weight, shares, walked
 from curvax.tree import PyTree
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class At:
     """What a curvature depends on beside its batch.
@@ -57,12 +59,26 @@ class At:
         return Evaluation(batch, self.frozen, self.model_state, *keys)
 
 
-jax.tree_util.register_dataclass(At, ["params", "frozen", "model_state", "key"], [])
+@dataclasses.dataclass(frozen=True)
+class _AtParameters(SymmetricOperator):
+    """A curvature at fixed parameters, whatever its batches are."""
+
+    curvature: Curvature = dataclasses.field(metadata={"static": True})
+    at: At
+
+    @property
+    def domain(self) -> PyTree:
+        return jax.eval_shape(tree.upcast, self.at.params)
+
+    @property
+    def is_positive(self) -> bool:
+        # Of a loss that is convex in the model's outputs, as all of `curvax.losses` are.
+        return self.curvature.has_rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CurvatureOperator(LinearOperator):
+class CurvatureOperator(_AtParameters):
     """The curvature of a loss over one batch or several, at fixed parameters.
 
     Attributes:
@@ -72,33 +88,8 @@ class CurvatureOperator(LinearOperator):
       shares: the factor of each.
     """
 
-    curvature: Curvature = dataclasses.field(metadata={"static": True})
-    at: At
     batches: tuple[Any, ...]
     shares: tuple[jax.Array, ...]
-
-    @property
-    def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.at.params)
-
-    @property
-    def codomain(self) -> PyTree:
-        return self.domain
-
-    @property
-    def is_symmetric(self) -> bool:
-        return True
-
-    @property
-    def is_positive(self) -> bool:
-        # Of a loss that is convex in the model's outputs, as all of `curvax.losses` are.
-        return self.curvature.has_rows
-
-    def transpose(self) -> LinearOperator:
-        return self
-
-    def apply(self, v: PyTree) -> PyTree:
-        return _product(self, v)
 
     def linearized(self) -> Callable[[PyTree], PyTree]:
         products = [_linearize(self.curvature, self.at, batch, i) for i, batch in enumerate(self.batches)]
@@ -111,7 +102,7 @@ class CurvatureOperator(LinearOperator):
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedCurvature(LinearOperator):
+class StreamedCurvature(_AtParameters):
     """The same over batches that are walked anew for every product; it lives outside of `jax.jit`.
 
     One compiled program serves all batches of equal shapes. Of its inverses those of `scipy` work on it (`as_scipy`).
@@ -122,8 +113,6 @@ class StreamedCurvature(LinearOperator):
       progress: called as (number of batches done) after each batch of a product; `None` for nobody.
     """
 
-    curvature: Curvature
-    at: At
     batches: Iterable[Any]
     progress: Callable[[int], None] | None = None
 
@@ -136,24 +125,8 @@ class StreamedCurvature(LinearOperator):
         )
         return shares(weights, is_mean(self.curvature))
 
-    @property
-    def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.at.params)
-
-    @property
-    def codomain(self) -> PyTree:
-        return self.domain
-
-    @property
-    def is_symmetric(self) -> bool:
-        return True
-
-    @property
-    def is_positive(self) -> bool:
-        return self.curvature.has_rows
-
-    def transpose(self) -> LinearOperator:
-        return self
+    def linearized(self) -> Callable[[PyTree], PyTree]:
+        return self.apply
 
     def apply(self, v: PyTree) -> PyTree:
         return self._walk(v, _add_batch)
@@ -181,11 +154,6 @@ def _linearize(curvature: Curvature, at: At, batch: Any, index: jax.Array | int)
     linearization = curvature.linearize(at.params, at.evaluation(batch, index), Needs(product=True))
     assert linearization.product is not None
     return linearization.product
-
-
-@jax.jit
-def _product(operator: CurvatureOperator, v: PyTree) -> PyTree:
-    return operator.linearized()(v)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -258,26 +226,39 @@ def hessian(
     return of_curvature(Hessian(whole), params, data, key=key, model_state=model_state)
 
 
-def ggn(
-    model: Model | Callable[..., jax.Array],
-    loss: Loss,
-    params: PyTree,
-    data: Any,
-    *,
-    fisher: FisherType = GeneralizedGaussNewton(),
-    key: jax.Array | None = None,
-    model_state: PyTree = None,
-) -> CurvatureOperator | StreamedCurvature:
-    """The generalized Gauss-Newton matrix J^T Q J, Q the Hessian of the loss in the outputs (Schraudolph 2002).
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """Arguments of the matrices of a model and a loss.
 
-    Args:
+    Attributes:
       model: `predict_fn(params, inputs)`, or a `curvature.Model` with the keys of its batch and what else it takes.
       loss: a loss of `curvax.losses`.
-      params, data, key, model_state: see `of_curvature`.
-      fisher: another Q: `MonteCarloFisher(n)` or `ObservedFisher()`.
+      params, data: see `of_curvature`.
+      fisher: Q. By default the whole Hessian of the loss in the outputs, for factors at a backward pass per output;
+        `MonteCarloFisher(n)` draws n targets and takes n; `ObservedFisher()` takes those of the data.
+      key, model_state: see `of_curvature`.
     """
-    whole = model if isinstance(model, Model) else Model(model)
-    return of_curvature(GaussNewton(whole, loss, fisher), params, data, key=key, model_state=model_state)
+
+    model: Model | Callable[..., jax.Array]
+    loss: Loss
+    params: PyTree
+    data: Any
+    _: dataclasses.KW_ONLY
+    fisher: FisherType = GeneralizedGaussNewton()
+    key: jax.Array | None = None
+    model_state: PyTree = None
+
+    def matrix(self) -> CurvatureOperator | StreamedCurvature:
+        """J^T Q J."""
+        model = self.model if isinstance(self.model, Model) else Model(self.model)
+        curvature = GaussNewton(model, self.loss, self.fisher)
+        return of_curvature(curvature, self.params, self.data, key=self.key, model_state=self.model_state)
+
+
+@spread(ModelArguments)
+def ggn(arguments: ModelArguments) -> CurvatureOperator | StreamedCurvature:
+    """The generalized Gauss-Newton matrix J^T Q J, Q the Hessian of the loss in the outputs (Schraudolph 2002)."""
+    return arguments.matrix()
 
 
 def fisher(

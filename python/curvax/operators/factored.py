@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.operators.base import LinearOperator
+from curvax.operators.base import SymmetricOperator
 from curvax.preconditioners.factor_inverses import into_basis, out_of_basis
 from curvax.sketches import matmul
 from curvax.structure.blocks import KroneckerBlocks
@@ -29,8 +29,12 @@ from curvax.tree import PyTree
 Function = Callable[[jax.Array], jax.Array]
 
 
-class Factored(LinearOperator):
-    """A symmetric operator with known eigenvalues. An implementor writes `mapped` and `summed`."""
+class Factored(SymmetricOperator):
+    """A symmetric operator with known eigenvalues. An implementor writes `multiply`, `mapped` and `summed`."""
+
+    @abc.abstractmethod
+    def multiply(self, v: PyTree) -> PyTree:
+        """The product with one tree."""
 
     @abc.abstractmethod
     def mapped(self, function: Function) -> Self:
@@ -40,16 +44,8 @@ class Factored(LinearOperator):
     def summed(self, function: Function) -> jax.Array:
         """The sum of `function` over all eigenvalues."""
 
-    @property
-    def is_symmetric(self) -> bool:
-        return True
-
-    @property
-    def codomain(self) -> PyTree:
-        return self.domain
-
-    def transpose(self) -> LinearOperator:
-        return self
+    def linearized(self) -> Callable[[PyTree], PyTree]:
+        return self.multiply
 
     def shift(self, lam: float | jax.Array) -> Self:
         """C + lam I, factored likewise."""
@@ -75,7 +71,7 @@ class Diagonal(Factored):
     def domain(self) -> PyTree:
         return jax.eval_shape(tree.upcast, self.values)
 
-    def apply(self, v: PyTree) -> PyTree:
+    def multiply(self, v: PyTree) -> PyTree:
         return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, self.values, v)
 
     def mapped(self, function: Function) -> Diagonal:
@@ -108,7 +104,7 @@ class LowRankPlusIdentity(Factored):
     def domain(self) -> PyTree:
         return jax.eval_shape(tree.upcast, self.like)
 
-    def apply(self, v: PyTree) -> PyTree:
+    def multiply(self, v: PyTree) -> PyTree:
         flat, unravel = tree.ravel(v)
         inside = matmul(self.basis.T, flat)
         return unravel(self.rest * flat + matmul(self.basis, (self.values - self.rest) * inside))
@@ -148,7 +144,7 @@ class KroneckerEigen(Factored):
     def domain(self) -> PyTree:
         return jax.eval_shape(tree.upcast, self.like)
 
-    def apply(self, v: PyTree) -> PyTree:
+    def multiply(self, v: PyTree) -> PyTree:
         def multiply(index: int, entries: jax.Array) -> jax.Array:
             u, w = self.bases[index]
             return out_of_basis(u, w, self.values[index] * into_basis(u, w, entries))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.operators.base import LinearOperator, check_square, finite_float
+from curvax.numbers import check_not_negative
+from curvax.operators.base import LinearOperator, SymmetricOperator, check_square
 from curvax.operators.factored import Factored
 from curvax.solvers import CG, MINRES, Cholesky, Lane, Solution, Solver, System
 from curvax.tree import PyTree
@@ -20,7 +21,7 @@ EXACT_UP_TO = 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inverse(LinearOperator):
+class Inverse(SymmetricOperator):
     """(C + lam I)^-1, each product one solve.
 
     Attributes:
@@ -38,22 +39,8 @@ class Inverse(LinearOperator):
         return self.operator.domain
 
     @property
-    def codomain(self) -> PyTree:
-        return self.operator.domain
-
-    @property
-    def is_symmetric(self) -> bool:
-        return True
-
-    @property
     def is_positive(self) -> bool:
         return self.operator.is_positive
-
-    def transpose(self) -> LinearOperator:
-        return self
-
-    def apply(self, v: PyTree) -> PyTree:
-        return self.solve(v).value
 
     def linearized(self) -> Callable[[PyTree], PyTree]:
         solve = self._repeated()
@@ -112,7 +99,7 @@ def inverse(
       TypeError, ValueError: an operator that is not symmetric, a negative lam, a solver for another kind of system.
     """
     check_square(operator, "inverse")
-    finite_float("lam", lam)
+    check_not_negative("lam", lam)
     if isinstance(operator, Factored):
         if solver is not None:
             raise ValueError("the inverse of a factored operator is known in closed form: leave `solver` out.")

@@ -50,9 +50,6 @@ class Jacobian(LinearOperator):
     def transpose(self) -> LinearOperator:
         return dataclasses.replace(self, transposed=not self.transposed)
 
-    def apply(self, v: PyTree) -> PyTree:
-        return _product(self, v)
-
     def linearized(self) -> Callable[[PyTree], PyTree]:
         def outputs(upcast: PyTree) -> PyTree:
             # The model runs in the parameters' own dtypes; tangents and cotangents are upcast.
@@ -63,11 +60,6 @@ class Jacobian(LinearOperator):
             _, vjp = jax.vjp(outputs, at)
             return lambda u: vjp(u)[0]
         return jax.linearize(outputs, at)[1]
-
-
-@jax.jit
-def _product(operator: Jacobian, v: PyTree) -> PyTree:
-    return operator.linearized()(v)
 
 
 def jacobian(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Jacobian:

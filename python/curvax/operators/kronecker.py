@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, FisherType, GaussNewton, GeneralizedGaussNewton, Linearization, Model, Needs
+from curvax.curvature import Evaluation, FisherType, GaussNewton, Linearization, Model, Needs
 from curvax.eigenbases import eigenbasis
 from curvax.estimators import RandomizedNystrom
+from curvax.keywords import spread
 from curvax.losses.base import Loss
 from curvax.operators.base import LinearOperator
-from curvax.operators.curvature import At, CurvatureOperator, StreamedCurvature, ggn
+from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature, ggn
 from curvax.operators.factored import Diagonal, KroneckerEigen, LowRankPlusIdentity, low_rank
 from curvax.preconditioners._blocks import measured
 from curvax.preconditioners.factor_inverses import eigen
@@ -33,24 +34,10 @@ Predict = Callable[..., jax.Array]
 Bases = list[tuple[jax.Array | None, jax.Array]]
 
 
-def kfac(
-    model: Model | Predict,
-    loss: Loss,
-    params: PyTree,
-    data: Any,
-    *,
-    fisher: FisherType = GeneralizedGaussNewton(),
-    key: jax.Array | None = None,
-    model_state: PyTree = None,
-) -> KroneckerEigen:
-    """One Kronecker product per layer for the Gauss-Newton matrix (Martens and Grosse 2015), a diagonal elsewhere.
-
-    Args:
-      model, loss, params, data, key, model_state: see `operators.ggn`.
-      fisher: whose rows the factors are made of. The default takes all columns of the loss Hessian's root, exactly, at
-        a backward pass per output; `MonteCarloFisher(n)` takes n.
-    """
-    source = _Source.of(ggn(model, loss, params, data, fisher=fisher, key=key, model_state=model_state), fisher)
+@spread(ModelArguments)
+def kfac(arguments: ModelArguments) -> KroneckerEigen:
+    """One Kronecker product per layer for the Gauss-Newton matrix (Martens and Grosse 2015), a diagonal elsewhere."""
+    source = _Source.of(arguments)
     sums = _total(source.matrix, source.factor_sums)
     inputs, outputs = sums.factors()
     pairs = eigen(inputs, outputs, eigenbasis)
@@ -60,24 +47,13 @@ def kfac(
     return source.operator([(e.input_vectors, e.output_vectors) for e in pairs], values, sums.diagonal)
 
 
-def ekfac(
-    model: Model | Predict,
-    loss: Loss,
-    params: PyTree,
-    data: Any,
-    *,
-    fisher: FisherType = GeneralizedGaussNewton(),
-    key: jax.Array | None = None,
-    model_state: PyTree = None,
-) -> KroneckerEigen:
+@spread(ModelArguments)
+def ekfac(arguments: ModelArguments) -> KroneckerEigen:
     """K-FAC's eigenvectors, and along them the true diagonal of the Gauss-Newton matrix (George et al. 2018).
 
     Of all matrices with these eigenvectors it is the closest one in Frobenius norm. It walks the data twice.
-
-    Args:
-      model, loss, params, data, fisher, key, model_state: see `kfac`.
     """
-    source = _Source.of(ggn(model, loss, params, data, fisher=fisher, key=key, model_state=model_state), fisher)
+    source = _Source.of(arguments)
     sums = _total(source.matrix, source.factor_sums)
     inputs, outputs = sums.factors()
     bases: Bases = [(e.input_vectors, e.output_vectors) for e in eigen(inputs, outputs, eigenbasis)]
@@ -145,11 +121,14 @@ class _Source:
     fisher: FisherType
 
     @staticmethod
-    def of(matrix: CurvatureOperator | StreamedCurvature, fisher: FisherType) -> _Source:
+    def of(arguments: ModelArguments) -> _Source:
+        matrix = arguments.matrix()
         assert isinstance(matrix.curvature, GaussNewton)
         first = next(iter(matrix.batches))
         evaluation = matrix.curvature.prepare(matrix.at.params, matrix.at.evaluation(first, 0))
-        return _Source(matrix, matrix.curvature.blocks(matrix.at.params, evaluation).narrowed(MAX_WIDTH), fisher)
+        return _Source(
+            matrix, matrix.curvature.blocks(matrix.at.params, evaluation).narrowed(MAX_WIDTH), arguments.fisher
+        )
 
     def factor_sums(self, params: PyTree, evaluation: Evaluation, _: None) -> FactorSums:
         return measured(self.blocks, *self._seen(params, evaluation), WeightSharing.EXPAND)[0]

@@ -23,7 +23,8 @@ import numpy as np
 
 from curvax.estimators import HutchinsonTrace, XTrace
 from curvax.estimators.base import TraceEstimate, TraceEstimator
-from curvax.operators.base import LinearOperator, check_square, finite_float
+from curvax.numbers import check_not_negative
+from curvax.operators.base import LinearOperator, check_square
 from curvax.operators.convert import as_scipy
 from curvax.operators.factored import Factored
 from curvax.sketches import columns_product
@@ -246,7 +247,7 @@ def log_determinant(
       lam: the shift; positive, unless C is definite.
       key, steps, probes: see `spectrum`.
     """
-    finite_float("lam", lam)
+    check_not_negative("lam", lam)
     shift = jnp.asarray(lam, operator.dtype)
     if isinstance(operator, Factored):
         value = operator.summed(lambda s: jnp.log(s + shift))
@@ -264,7 +265,7 @@ def effective_dimension(
     Args:
       operator, lam, key, steps, probes: see `log_determinant`; lam is positive.
     """
-    finite_float("lam", lam)
+    check_not_negative("lam", lam)
     shift = jnp.asarray(lam, operator.dtype)
 
     def part(t: jax.Array) -> jax.Array:
@@ -284,7 +285,7 @@ def condition_number(operator: LinearOperator, lam: float | jax.Array = 0.0, *, 
       lam: the shift; without one the answer of a singular matrix is infinite, or as large as rounding allows.
       tol: relative accuracy of the two eigenvalues.
     """
-    finite_float("lam", lam)
+    check_not_negative("lam", lam)
     largest = eigenpairs(operator, 1, "largest", tol=tol).values[0] + lam
     smallest = jnp.maximum(eigenpairs(operator, 1, "smallest", tol=tol).values[0], 0) + lam
     return largest / smallest
