@@ -4,7 +4,8 @@
 #   bench/gpu_wheels.sh --triton   before, where there are network and nvcc: puts packages into wheelhouse/
 #   bench/gpu.sh                   there, with wheelhouse/ beside the sources: all parts
 #   bench/gpu.sh cuda 1            doctor, and the tests of kernels and steps
-#   bench/gpu.sh cuda 2            limits, kernels, whole steps
+#   bench/gpu.sh cuda 2            rates for the planner, limits, kernels, whole steps
+#   bench/gpu.sh cuda 3            a language model of 45M parameters, physics, wave functions
 #   bench/gpu.sh cpu [PARTS]       the same on the CPU and in small, to try the script itself
 #
 # Wants python3 (3.12 or newer; PYTHON names another) with JAX for CUDA, optax, numpy, pytest. Without a wheel of curvax
@@ -15,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PLATFORM=${1:-cuda}
-PARTS=${2:-12}
+PARTS=${2:-123}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 mkdir -p "$OUT"
@@ -27,8 +28,10 @@ export PYTHONUNBUFFERED=1 JAX_PLATFORMS=$PLATFORM
 [[ $PLATFORM == cuda ]] && export JAX_PLATFORMS=cuda,cpu
 # Several test processes share the GPU.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-QUICK=() FEWER=()
-[[ $PLATFORM == cpu ]] && QUICK=(--quick) FEWER=(-k odd)
+# What is measured of the machine comes back with the rows, and the plans of all parts follow it.
+export CURVAX_CALIBRATION=$OUT/calibration
+QUICK=() FEWER=() STUDY=(--only "45M, 224 sequences, cost of a step")
+[[ $PLATFORM == cpu ]] && QUICK=(--quick) FEWER=(-k odd) STUDY=(--quick --only "cost of a step")
 FAILED=()
 
 # part NAME SECONDS COMMAND...: runs a part under a time limit, its output in $OUT/NAME.log and its end on the screen.
@@ -62,7 +65,7 @@ install() {
 
 facts() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv 2>/dev/null
-  "$PYTHON" -m curvax.cli doctor
+  "$PYTHON" -m curvax doctor
 }
 
 part install 60 bash -c "$(declare -f install); PYTHON='$PYTHON' SITE='$SITE' PLATFORM='$PLATFORM'; install"
@@ -73,9 +76,15 @@ if [[ $PARTS == *1* ]]; then
     --junitxml="$OUT/tests.xml" -m "not slow" ${FEWER[@]+"${FEWER[@]}"} --ignore=tests/kernels/test_dispatch.py tests/gpu tests/kernels
 fi
 if [[ $PARTS == *2* ]]; then
+  LINES_SHOWN=12 part calibrate 30 "$PYTHON" -m curvax calibrate
   MAY_BE_CUT=1 part limits 30 "$PYTHON" -m bench limits ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
-  MAY_BE_CUT=1 part kernels 130 "$PYTHON" -m bench kernels ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+  MAY_BE_CUT=1 part kernels 120 "$PYTHON" -m bench kernels ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
   MAY_BE_CUT=1 part gpu_steps 60 "$PYTHON" -m bench gpu_steps ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
+fi
+if [[ $PARTS == *3* ]]; then
+  MAY_BE_CUT=1 part layerwise 130 "$PYTHON" -m bench layerwise "${STUDY[@]}" --update --out "$OUT"
+  MAY_BE_CUT=1 part physics 70 "$PYTHON" -m bench physics --seconds 2 --only Poisson --update --out "$OUT"
+  MAY_BE_CUT=1 part vmc 40 "$PYTHON" -m bench vmc ${QUICK[@]+"${QUICK[@]}"} --out "$OUT"
 fi
 # Few files come back from some machines: the logs as one.
 tar -C "$OUT" -czf "$SITE/logs.tgz" --exclude=logs.tgz . && mv "$SITE/logs.tgz" "$OUT" && rm -f "$OUT"/*.log

@@ -18,7 +18,7 @@ from bench import schema, tables
 from bench.libraries import CURVAX, SOMAX
 from bench.schema import Row
 from bench.suites import compile as compilation
-from bench.suites import scale
+from bench.suites import growth, scale
 from bench.suites.lanes import DIAGONAL, PARAM_CG, PICKED, ROW_CG, ROW_CHOLESKY
 from bench.suites.layerwise.study import RATE
 from bench.suites.linalg.factorizations import ALONE, FREE
@@ -246,6 +246,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
     "gpu_compile": tables.programs,
     "compile": compilation.table,
     "scale": scale.table,
+    "growth": growth.table,
 }
 
 if __name__ == "__main__":

@@ -129,3 +129,8 @@ def percentiles(values: np.ndarray) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     p20, p50, p80 = np.percentile(values, (20, 50, 80))
     return float(p20), float(p50), float(p80)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The p of values ~ sizes^p: the slope of log(values) over log(sizes), by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

@@ -97,10 +97,14 @@ def _residual(params: PyTree, points: jax.Array) -> jax.Array:
     return jax.vmap(residual)(points)
 
 
+def layered(*widths: int) -> Workload:
+    """A network of dense layers, from inputs over hidden layers to outputs."""
+    return Workload(f"mlp {'-'.join(map(str, widths))}", _layers(*widths), _dense, widths[:1], widths[-1])
+
+
 def mlp(width: int, outputs: int, inputs: int = 784) -> Workload:
     """A network with two hidden layers of one width."""
-    widths = (inputs, width, width, outputs)
-    return Workload(f"mlp {'-'.join(map(str, widths))}", _layers(*widths), _dense, (inputs,), outputs)
+    return layered(inputs, width, width, outputs)
 
 
 def cnn(width: int, outputs: int) -> Workload:

@@ -36,11 +36,10 @@ def methods(work: Workload, loss: str, *, diagonal: bool = False) -> dict[str, c
     return results
 
 
-def automatic(work: Workload, loss: Loss) -> curvax.Method:
+def automatic(work: Workload, loss: Loss, iterations: int = 20) -> curvax.Method:
     """The method whose solver the planner chooses; damped so little that CG does not converge in its iterations."""
-    return curvax.gauss_newton(
-        predict_fn=work.predict, loss=loss, lam_policy="const", lam0=1e-4, learning_rate=1e-3, tol=0.0, maxiter=20
-    )
+    constant = {"lam_policy": "const", "lam0": 1e-4, "learning_rate": 1e-3}
+    return curvax.gauss_newton(predict_fn=work.predict, loss=loss, **constant, tol=0.0, maxiter=iterations)
 
 
 def _with_solver(method: curvax.Method, solver: Solver) -> curvax.Method:

@@ -1,4 +1,4 @@
-"""The command line: `curvax methods | plan | doctor | bench`.
+"""The command line: `curvax methods | plan | doctor | calibrate | bench`.
 
 What it says comes from the library itself: presets from the registry, keywords from their signatures and docstrings,
 plans from `Method.plan_for`, kernels from their own probes. Exit codes: 0 for success, 1 for something broken (or a
@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import curvax
-from curvax import ffi, kernels, methods, versions
+from curvax import calibrate, ffi, kernels, methods, versions
 from curvax.kernels import (
     batched_cg,
     batched_cholesky_solve,
@@ -47,6 +47,7 @@ from curvax.kernels.sampled_softmax_residual import SAMPLED_SOFTMAX_RESIDUAL, sa
 from curvax.kernels.softmax_hvp import SOFTMAX_HVP, softmax_hvp
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError, VariationalEnergy
 from curvax.pipes import until_closed
+from curvax.plan import machine
 from curvax.tree import PyTree
 
 _MODEL_KEYWORDS = ("predict_fn", "loss", "loss_fn", "x_key", "y_key", "weight_key", "backend", "inner")
@@ -99,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     commands.add_parser("doctor", help="check versions, devices and kernels").set_defaults(run=_doctor)
+    rates = commands.add_parser("calibrate", help="measure this machine's rates, which plans are predicted from")
+    rates.add_argument("--dry-run", action="store_true", help="measure and print, store nothing")
+    rates.set_defaults(run=_calibrate)
     bench = commands.add_parser("bench", help="run the benchmarks of a source checkout", add_help=False)
     bench.set_defaults(run=_bench)
     return parser
@@ -221,6 +225,7 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"{name:<9} {version:<12} {'ok' if warning is None else f'WARNING: {warning}'}")
     for device in jax.devices():
         print(f"device    {device.platform}:{device.id} {device.device_kind}")
+    print(f"planner   {machine.machine()}")
     findings = [_native("cpu"), _native("cuda"), *(finding for check in _CHECKS for finding in _implementations(check))]
     findings += [_unchecked(op) for op in _ops() if op not in {check.op for check in _CHECKS}]
     for finding in findings:
@@ -467,6 +472,15 @@ def _ops() -> list[Op]:
 
 def _unchecked(op: Op) -> _Finding:
     return _Finding(op.name, ", ".join(variant.name for variant in op.variants), "unknown", "the doctor has no call")
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    """`curvax calibrate`: the planner's rates on this machine, measured and stored."""
+    rates = calibrate.calibrate(lambda what: print(f"measuring {what}", file=sys.stderr))
+    print(rates.name)
+    print(calibrate.comparison(rates))
+    print("nothing stored" if options.dry_run else f"stored in {machine.store(rates)}")
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

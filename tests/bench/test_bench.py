@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from bench.generic import without_structure
 from bench.suites import estimators, kernels, lanes, layerwise, linalg, plan, steps, structure
+from bench.suites import growth as step_growth
 from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
 from bench.workloads import CNN, MLP, SMALL
@@ -94,6 +95,25 @@ def test_growth_is_the_slope_in_logarithms():
     ]
     ((found,),) = growth.tables("s", rows)
     assert found.p50 == pytest.approx(2.0) and found.x == "batch 8 to 64"
+
+
+def test_growth_of_a_step_sweeps_one_size_at_a_time_and_its_table_has_exponents_first():
+    for axis, points in step_growth.sweeps().items():
+        assert [p.size for p in points] == sorted({p.size for p in points}) and len(points) > 4
+        same = {"batch": lambda p: p.batch, "iterations": lambda p: p.iterations}.get(axis, lambda p: p.work.name)
+        assert len({same(p) for p in points}) == len(points)
+        assert sum(len({of(p) for p in points}) > 1 for of in (lambda p: p.batch, lambda p: p.iterations)) == (
+            axis in ("batch", "iterations")
+        )
+    rows = [
+        [schema.Row("growth", "batch", "kfac", metric, str(n), 1.0, 3.0 * n**power, 9e9) for metric, power in sizes]
+        for n in (8, 16, 32, 64)
+        for sizes in [(("ms/step", 2), ("MiB temp", 1))]
+    ]
+    fitted = list(step_growth._exponents("batch", rows))
+    assert [row.p50 for row in fitted] == pytest.approx([2.0, 1.0]) and {row.x for row in fitted} == {"16 to 64"}
+    text = list(step_growth.table([row for group in rows for row in group] + fitted))
+    assert text[2] == "| batch | ms/step | 2.00 |" and "| 64 | 1.23e+04 / 192 / - |  |" in text
 
 
 def test_generic_route_is_the_same_method():

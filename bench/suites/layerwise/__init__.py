@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from bench.schema import Row
 from bench.suites.layerwise import cost, head
 from bench.suites.layerwise.contenders import ABLATIONS, contenders_in
-from bench.suites.layerwise.setting import LARGEST, MAIN, PAPER, QUICK, SMALL, WIDER
+from bench.suites.layerwise.setting import GLIMPSE, LARGEST, MAIN, PAPER, QUICK, SMALL, WIDER
 from bench.suites.layerwise.study import SUITE as SUITE
 from bench.suites.layerwise.study import Study, compare
 
@@ -24,15 +24,16 @@ def run_suite(quick: bool = False, only: str = "") -> Iterator[list[Row]]:
 
     Args:
       quick: a smoke run of about a minute: one rate, one seed, few steps, the methods that matter most.
-      only: text in the case's name, such as "45M" for the paper's configuration on a GPU, "ablations", or "head of".
+      only: text in the case's name, such as "45M" for the paper's configuration on a GPU, "45M, 224" for a batch of
+        minutes there, "ablations", or "head of".
     """
     yield from head.cases(SUITE, quick, only)
-    for setting in (QUICK,) if quick else (PAPER,) if "45M" in only else (MAIN, LARGEST, SMALL, WIDER):
+    for setting in (QUICK,) if quick else (PAPER, GLIMPSE) if "45M" in only else (MAIN, LARGEST, SMALL, WIDER):
         cases = {name: f"{setting.case}, {text}" for name, text in _CASES.items()}
         if not any(only in case for case in cases.values()):
             continue
         study, chosen = Study(setting), contenders_in(setting)
-        if only in cases["inner"] and setting not in (SMALL, LARGEST, WIDER):  # minibatches are those of MAIN
+        if only in cases["inner"] and setting not in (SMALL, LARGEST, WIDER, GLIMPSE):  # minibatches are those of MAIN
             yield cost.inner_loops(study, cases["inner"])
         if only in cases["methods"]:
             yield cost.methods(study, cases["methods"], (*chosen, *(ABLATIONS if setting is MAIN else ())))

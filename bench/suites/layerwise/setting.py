@@ -94,3 +94,5 @@ QUICK = Setting(
 )
 # The paper's: 32 sequences of 1,024 tokens in an inner minibatch, 122 of them; for a GPU.
 PAPER = Setting("45M", parts=140, part=32, search=18, target=3.25, steps=200, checkpoint=1000, goals=True)
+# The same model at a 20th of that batch: what a step costs, where a GPU is at hand for minutes.
+GLIMPSE = Setting("45M", parts=7, part=32, search=1, target=3.25, steps=10, rounds=2, checkpoint=10, brief=True)

@@ -67,7 +67,7 @@ class Case:
       task: shared with similar cases.
       start: parameters.
       batch: the clean batch, on which progress is measured.
-      poison: what some steps get instead.
+      poison: what some steps get instead; several batches take turns.
       poisoned: which steps these are.
       steps: of the run.
       minimum: loss at or below which the minimum counts as reached.
@@ -78,13 +78,14 @@ class Case:
     start: Params
     batch: Batch
     minimum: float
-    poison: Batch | None = None
+    poison: Batch | tuple[Batch, ...] = ()
     poisoned: Callable[[int], bool] = always
     steps: int = 200
 
     def batch_of(self, step: int) -> Batch:
         """What a step gets."""
-        return self.poison if self.poison is not None and self.poisoned(step) else self.batch
+        several = self.poison if isinstance(self.poison, tuple) else (self.poison,)
+        return several[step % len(several)] if several and self.poisoned(step) else self.batch
 
 
 class Stepper(Protocol):

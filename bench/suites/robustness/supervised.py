@@ -17,6 +17,7 @@ from bench.suites.robustness.case import Batch, Case, Params, Task
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 
 _FEATURES, _WIDTH, _EXAMPLES, _CLASSES = 5, 16, 64, 3
+_SOAK = 20_000
 
 
 def _tanh_network(params: Params, x: jax.Array) -> jax.Array:
@@ -163,14 +164,27 @@ def _contradiction(start: Params, x: np.ndarray) -> float:
     return 1.01 * float(-np.sum(shares * np.log(shares))) / _loss(_CLASSES_TASK, start, batch)
 
 
+def _spoilt(good: Batch, key: str, value: float, examples: int = 1) -> Batch:
+    """A batch with one value in the last column of the first examples."""
+    leaf = good[key].copy()
+    leaf[:examples, -1] = value
+    return {**good, key: leaf}
+
+
+def soak() -> Iterator[Case]:
+    """A long run in which one batch in twenty, at random, is one of six that no method can learn from."""
+    good = _in_units(1.0)
+    values = (("x", math.nan), ("y", math.inf), ("x", 1e30), ("y", math.nan), ("x", -math.inf), ("y", 1e15))
+    poison = tuple(_spoilt(good, key, value) for key, value in values)
+    bad = np.random.default_rng(3).random(_SOAK) < 0.05
+    name = f"{_SOAK:,} steps, one batch in twenty poisoned"
+    yield _case(name, _REGRESSION, _start(1), good, 1e-2, poison=poison, poisoned=lambda i: bool(bad[i]), steps=_SOAK)
+
+
 def poisons() -> Iterator[Case]:
     """Batches that no method can learn from, between batches that it can."""
     good, start = _in_units(1.0), _start(1)
-
-    def spoilt(key: str, value: float, examples: int = 1) -> Batch:
-        leaf = good[key].copy()
-        leaf[:examples, -1] = value
-        return {**good, key: leaf}
+    spoilt = functools.partial(_spoilt, good)
 
     def third(step: int) -> bool:
         return step == 3
@@ -279,5 +293,5 @@ def explosions() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for family in (scales, starts, data, poisons, dtypes, singular, explosions):
+    for family in (scales, starts, data, poisons, dtypes, singular, explosions, soak):
         yield from family()

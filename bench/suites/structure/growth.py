@@ -6,8 +6,7 @@ import collections
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
+from bench import run
 from bench.schema import Row
 
 _MLP = re.compile(r"(?P<preset>\w+), mlp 784-(?P<width>\d+)-(?P=width)-(?P<outputs>\d+)")
@@ -34,6 +33,6 @@ def tables(suite: str, rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _row(suite: str, axis: str, case: str, provider: str, metric: str, points: _Points) -> Row:
     sizes = sorted(points)
-    slope = float(np.polyfit(np.log(sizes), np.log([points[s] for s in sizes]), 1)[0])
+    slope = run.exponent(sizes, [points[s] for s in sizes])
     name, x = f"exponent of {metric} over {axis}, {case}", f"{axis} {sizes[0]:g} to {sizes[-1]:g}"
     return Row(suite, name, provider, f"exponent, {metric}", x, slope, slope, slope)

@@ -1,9 +1,16 @@
-"""What predicted work takes on a machine, in seconds, from a few rates: to choose between solvers, and no more."""
+"""What predicted work takes on a machine, in seconds, from a few rates: to choose between solvers, and no more.
+
+Rates of a kind of device are those that `curvax calibrate` has measured and stored for it, else those written here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
+import re
+from pathlib import Path
 
 import jax
 
@@ -105,5 +112,61 @@ def memory() -> int | None:
 
 
 def machine() -> Machine:
-    """The machine that JAX's default backend runs on; TPUs count as GPUs."""
+    """The machine that JAX's default backend runs on: as calibrated, else as written here; TPUs count as GPUs.
+
+    Raises:
+      ValueError: a stored calibration can't be read.
+    """
+    return _stored(calibration_file()) or uncalibrated()
+
+
+def uncalibrated() -> Machine:
+    """What is known of such a machine without `curvax calibrate`."""
     return CPU if jax.default_backend() == "cpu" else GPU
+
+
+def calibration_file() -> Path:
+    """Where the rates of the default device are stored.
+
+    In the folder that the environment variable `CURVAX_CALIBRATION` names, else in `curvax` in the user's cache.
+    """
+    named = os.environ.get("CURVAX_CALIBRATION")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kind = re.sub(r"[^a-z0-9]+", "-", jax.local_devices()[0].device_kind.lower()).strip("-")
+    return (Path(named) if named else cache / "curvax") / f"{jax.default_backend()}-{kind}.json"
+
+
+def store(rates: Machine) -> Path:
+    """Stores the rates of the default device for all later processes; answers where.
+
+    Plans that this process has made stay as they are.
+    """
+    path = calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and renamed: no other process reads half a file.
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(dataclasses.asdict(rates), indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+    _stored.cache_clear()
+    return path
+
+
+@functools.cache
+def _stored(path: Path) -> Machine | None:
+    """A calibration, read once: a plan must not change under a running program."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rates = Machine(**values)
+        numbers = [value for name, value in values.items() if name != "name"]
+        sound = all(isinstance(value, int | float) and 0 < value < float("inf") for value in numbers)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(_unreadable(path)) from error
+    if not sound:
+        raise ValueError(_unreadable(path))
+    return rates
+
+
+def _unreadable(path: Path) -> str:
+    return f"{path} is no calibration of this version of curvax: delete it, or run `curvax calibrate` again."

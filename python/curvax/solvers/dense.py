@@ -87,6 +87,10 @@ class Cholesky(MatrixSolver):
     def takes_radius(self) -> bool:
         return True
 
+    @property
+    def solves_several(self) -> bool:
+        return True
+
     def kernels(self, like: PyTree, rows: Callable[[], int]) -> tuple[tuple[Op, Request], ...]:
         size, dtype = tree.size(like), tree.scalar_dtype(like)
         matrix, rhs = jax.ShapeDtypeStruct((size, size), dtype), jax.ShapeDtypeStruct((size,), dtype)
@@ -100,6 +104,17 @@ class Cholesky(MatrixSolver):
         else:
             value, result, residual = _solve_in_ball(c.astype(b.dtype), b, lam, system)
         return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
+
+    def solve_several(self, system: System, rhs: PyTree, lams: jax.Array) -> Solution:
+        b, unravel = tree.ravel(rhs)
+        c = assemble(system, rhs).astype(b.dtype)
+
+        def at(lam: jax.Array) -> Solution:
+            value, result, residual = solve_dense(c, b, lam, system.factorize)
+            return Solution(unravel(value), result, jnp.zeros((), jnp.int32), residual, ())
+
+        # In turns: each has the whole machine, one factor is alive, and only a factorization that fails costs more.
+        return jax.lax.map(at, lams)
 
     def repeated(self, system: System, like: PyTree, lam: jax.Array) -> Callable[[PyTree], Solution]:
         dtype = tree.scalar_dtype(like)
