@@ -136,7 +136,7 @@ def _solve_several_rows(solver: RowSpace, rows: JacobianRows, task: Task, t: jax
         return inner.several_least_squares(problem, t, gradient, task.lam)
     if t is None:
         raise ValueError(
-            "several lam in row space need the exact gradient of their own batch: take QR(), or Eigen() or "
+            "several lam in row space need the exact gradient of their own batch: take QR(), or Cholesky() or "
             "MultiShiftCG() in parameter space."
         )
     t = t.astype(tree.scalar_dtype(task.gradient))

@@ -9,6 +9,7 @@ from curvax.damping import Scaling
 from curvax.losses import Loss, SoftmaxCrossEntropy, SquaredError
 from curvax.method import Method
 from curvax.methods.options import (
+    SHORTENED,
     AssemblyOptions,
     CGOptions,
     DampingOptions,
@@ -18,7 +19,8 @@ from curvax.methods.options import (
     TransformOptions,
 )
 from curvax.methods.registry import preset
-from curvax.solvers import QR, Automatic, Cholesky, Eigen, GeodesicAcceleration, MultiShiftCG, RowSpace, Solver
+from curvax.search import StepSearch
+from curvax.solvers import QR, Automatic, Cholesky, GeodesicAcceleration, MultiShiftCG, RowSpace, Solver
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 
 
@@ -44,11 +46,6 @@ class GaussNewtonOptions(SolveRecordOptions, TransformOptions, DampingOptions, M
     def correction(self) -> GeodesicAcceleration | None:
         return self.acceleration
 
-    @property
-    def exact(self) -> Solver:
-        """A direct solver of a matrix, of several lam where the damping tries them."""
-        return Eigen() if _tries_several(self) else Cholesky()
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGNFixedOptions(PrecondOptions, CGOptions, GaussNewtonOptions):
@@ -73,9 +70,12 @@ class EGNFixedOptions(GaussNewtonOptions):
     """Keywords of `egn_ce` and `egn_mse`.
 
     Attributes:
+      search: as in other presets. By default a step that the trust region would refuse is halved up to five times
+        before; `None` refuses it at once.
       max_bytes: bound on the memory of explicit rows.
     """
 
+    search: StepSearch | None = SHORTENED
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
@@ -98,6 +98,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
 
     Attributes:
       lam_policy: a trust region, whether it gets a `lam0` or not.
+      search: as in `egn`.
       max_bytes: bound on the memory of explicit rows.
       loss, fisher: as in `sgn`.
     """
@@ -105,6 +106,7 @@ class AutomaticOptions(CGOptions, GaussNewtonOptions):
     loss: Loss | Terms
     fisher: FisherType = GeneralizedGaussNewton()
     lam_policy: object = "trust_region"
+    search: StepSearch | None = SHORTENED
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
@@ -168,19 +170,19 @@ def sgn_mse(options: SGNFixedOptions) -> Method:
 @preset("EGN: exact Gauss-Newton direction by Cholesky in row space, any loss.", EGNOptions)
 def egn(options: EGNOptions) -> Method:
     """Exact Gauss-Newton (Korbit et al. 2024): the damped system solved exactly through its batch x outputs rows."""
-    return _build(options, options.loss, RowSpace(options.exact, max_bytes=options.max_bytes), options.fisher)
+    return _build(options, options.loss, RowSpace(Cholesky(), max_bytes=options.max_bytes), options.fisher)
 
 
 @preset("EGN (CE): exact Gauss-Newton direction in row space, softmax cross entropy.", EGNFixedOptions)
 def egn_ce(options: EGNFixedOptions) -> Method:
     """`egn` with softmax cross entropy."""
-    return _build(options, SoftmaxCrossEntropy(), RowSpace(options.exact, max_bytes=options.max_bytes))
+    return _build(options, SoftmaxCrossEntropy(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
 
 
 @preset("EGN (MSE): exact Gauss-Newton direction in row space, squared error.", EGNFixedOptions)
 def egn_mse(options: EGNFixedOptions) -> Method:
     """`egn` with squared error."""
-    return _build(options, SquaredError(), RowSpace(options.exact, max_bytes=options.max_bytes))
+    return _build(options, SquaredError(), RowSpace(Cholesky(), max_bytes=options.max_bytes))
 
 
 @preset("EGN (MSE) by CG in row space.", RowCGOptions)
@@ -192,13 +194,13 @@ def egn_mse_cg(options: RowCGOptions) -> Method:
 @preset("Gauss-Newton (CE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_ce(options: GaussNewtonOptions) -> Method:
     """The dense parameters x parameters matrix of softmax cross entropy, factorized: exact, for small models."""
-    return _build(options, SoftmaxCrossEntropy(), options.exact)
+    return _build(options, SoftmaxCrossEntropy(), Cholesky())
 
 
 @preset("Gauss-Newton (MSE) by dense Cholesky in parameter space (small models).", GaussNewtonOptions)
 def ggn_direct_mse(options: GaussNewtonOptions) -> Method:
     """The dense parameters x parameters matrix of squared error, factorized: exact, for small models."""
-    return _build(options, SquaredError(), options.exact)
+    return _build(options, SquaredError(), Cholesky())
 
 
 @preset("Gauss-Newton, solver and lane chosen by the planner: start here.", AutomaticOptions)
@@ -211,8 +213,8 @@ def gauss_newton(options: AutomaticOptions) -> Method:
     lam.
     """
     cg = _iterative(options)
-    rowwise = (RowSpace(options.exact, max_bytes=options.max_bytes), RowSpace(cg), RowSpace(QR()))
-    candidates = (cg, *rowwise, options.exact)
+    rowwise = (RowSpace(Cholesky(), max_bytes=options.max_bytes), RowSpace(cg), RowSpace(QR()))
+    candidates = (cg, *rowwise, Cholesky())
     return _build(options, options.loss, Automatic(candidates), options.fisher)
 
 

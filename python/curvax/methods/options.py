@@ -38,7 +38,7 @@ from curvax.methods.names import build_damping, build_estimator, build_precondit
 from curvax.numbers import check_fraction, check_not_negative, check_positive
 from curvax.plan import Assembly, PlanMode
 from curvax.preconditioners import IdentityPreconditioner, Preconditioner
-from curvax.search import StepBound, StepSearch
+from curvax.search import Backtracking, StepBound, StepSearch
 from curvax.solvers import CG, GeodesicAcceleration, MartensStop, Solver
 from curvax.spelling import check_instance, described
 from curvax.structure.batch_axes import AxesPrefix
@@ -74,6 +74,14 @@ class CommonOptions:
         return Extras(self.has_state, self.has_aux, self.has_rng, TrainablePartition(self.frozen))
 
 
+SHORTENED = Backtracking(candidates=6, chunk=1)
+"""Halves a step that the trust region would refuse, up to five times, before it is refused.
+
+One forward pass, that of the trust region, where the full step is good. On ten differential equations it lost on none
+and was on the hardest, Helmholtz' with two scales, a thousand times further after 40 steps (docs/steps.md).
+"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssemblyOptions(CommonOptions):
     """Keywords of presets that solve one linear system a step.
@@ -97,6 +105,11 @@ class AssemblyOptions(CommonOptions):
     def correction(self) -> GeodesicAcceleration | None:
         """The second-order correction of the direction, of presets that have the keyword."""
         return None
+
+    def _search(self, damping: Damping | None) -> StepSearch | None:
+        """The search, that of the default only where a trust region looks at every step."""
+        judged = isinstance(damping, TrustRegion) and damping.every == 1 and not damping.by_step_size
+        return self.search if judged or self.search is not SHORTENED else None
 
     def build(
         self,
@@ -124,7 +137,7 @@ class AssemblyOptions(CommonOptions):
                 telemetry=telemetry,
                 acceleration=self.correction,
                 step_bound=self.step_bound,
-                search=self.search,
+                search=self._search(damping),
                 undo=self.undo,
                 backend=self.backend,
                 mode=PlanMode(self.plan),

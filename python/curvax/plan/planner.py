@@ -164,8 +164,10 @@ def _factors(assembly: Assembly, best: Candidate, work: StepWork) -> tuple[float
     given = assembly.damping.factors
     if given is not None:
         return given
-    if assembly.acceleration is not None or assembly.search is not None:
-        return None  # which look at one direction
+    search = assembly.search
+    # They look at one direction; a search that evaluates one step size at a time does no more for the best of several.
+    if assembly.acceleration is not None or (search is not None and search.chunk != 1):
+        return None
     return _FACTORS if best.solver.keeps_digits and best.solver.solves_several and _is_fit(work) else None
 
 
@@ -275,7 +277,7 @@ def _check(assembly: Assembly, solver: Solver) -> None:
             raise ValueError("row-space solvers take no preconditioner: drop it, or use parameter-space CG.")
         if (assembly.damping.factors or (1.0,)) != (1.0,) and not each.solves_several:
             raise ValueError(f"{each.name} solves for one lam at a time, its own, and the damping tries multiples: "
-                             "take Eigen or MultiShiftCG, or drop factors.")  # fmt: skip
+                             "take Cholesky, Eigen or MultiShiftCG, or drop factors.")  # fmt: skip
         if each.lane is Lane.DIAGONAL and assembly.scaling is not None:
             raise ValueError("the diagonal lane is scaled by its own diagonal: drop scaling.")
         if each.lane is Lane.DIAGONAL and preconditioner.is_identity:

@@ -187,7 +187,7 @@ class Solver(abc.ABC):
         The residual may be NaN, which says that nobody has looked.
         """
         del system, rhs, lams
-        raise ValueError(f"{self.name} solves for one lam at a time: take Eigen, or MultiShiftCG.")
+        raise ValueError(f"{self.name} solves for one lam at a time: take Cholesky, Eigen or MultiShiftCG.")
 
     def repeated(self, system: System, like: PyTree, lam: jax.Array) -> Callable[[PyTree], Solution]:
         """rhs -> solution, for several right-hand sides of one system in turn; one that factorizes does so once.
