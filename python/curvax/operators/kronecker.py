@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, FisherType, GaussNewton, Linearization, Model, Needs
+from curvax.curvature import Evaluation, FisherType, GaussNewton, Linearization, Needs
 from curvax.eigenbases import eigenbasis
 from curvax.estimators import RandomizedNystrom
 from curvax.keywords import spread
-from curvax.losses.base import Loss
 from curvax.operators.base import LinearOperator
-from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature, ggn
+from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature
 from curvax.operators.factored import Diagonal, KroneckerEigen, LowRankPlusIdentity, low_rank
 from curvax.preconditioners._blocks import measured
 from curvax.preconditioners.factor_inverses import eigen
@@ -30,7 +29,6 @@ from curvax.structure.kronecker import FactorSums, WeightSharing, projected_squa
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
 
-Predict = Callable[..., jax.Array]
 Bases = list[tuple[jax.Array | None, jax.Array]]
 
 
@@ -61,21 +59,27 @@ def ekfac(arguments: ModelArguments) -> KroneckerEigen:
     return source.operator(bases, values, sums.diagonal)
 
 
-def diagonal(
-    model: Model | Predict, loss: Loss, params: PyTree, data: Any, *, max_bytes: int = DEFAULT_MAX_BYTES
-) -> Diagonal:
-    """The exact diagonal of the Gauss-Newton matrix, from the model's layers and without its rows.
+@dataclasses.dataclass(frozen=True)
+class DiagonalArguments(ModelArguments):
+    """The same, and a bound.
 
-    Args:
-      model, loss, params, data: see `operators.ggn`.
+    Attributes:
       max_bytes: bound on the memory of factors and formed rows, 2 GiB by default.
     """
-    matrix = ggn(model, loss, params, data)
+
+    _: dataclasses.KW_ONLY
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+@spread(DiagonalArguments)
+def diagonal(arguments: DiagonalArguments) -> Diagonal:
+    """The exact diagonal of the Gauss-Newton matrix, from the model's layers and without its rows."""
+    matrix = arguments.matrix()
 
     def of_batch(params: PyTree, evaluation: Evaluation, _: None) -> PyTree:
         rows = matrix.curvature.linearize(params, evaluation, Needs(rows=True)).rows
         assert rows is not None
-        return rows.diagonal(max_bytes)
+        return rows.diagonal(arguments.max_bytes)
 
     return Diagonal(_total(matrix, of_batch))
 

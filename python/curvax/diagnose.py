@@ -1,0 +1,2 @@
+"""x"""
+Diagnosis = diagnose = None
