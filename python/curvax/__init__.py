@@ -25,8 +25,8 @@ from curvax.check import StepsRefused as StepsRefused
 from curvax.curvature import Term as Term
 from curvax.curvature import Terms as Terms
 from curvax.curvature import balanced_weights as balanced_weights
-from curvax.diagnose import Diagnosis as Diagnosis
-from curvax.diagnose import diagnose as diagnose
+from curvax.diagnosis import Diagnosis as Diagnosis
+from curvax.diagnosis import diagnose as diagnose
 from curvax.execute import MethodState as MethodState
 from curvax.kernels import Unsupported as Unsupported
 from curvax.kernels import clear_report as clear_report

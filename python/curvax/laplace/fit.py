@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.curvature import Evaluation, GaussNewton, Model
+from curvax.curvature import GaussNewton, Model
 from curvax.keywords import spread
 from curvax.laplace.forms import KFAC, Form
 from curvax.laplace.posterior import Laplace
@@ -15,7 +17,7 @@ from curvax.laplace.prior import Prior
 from curvax.laplace.subsets import Subset, restricted
 from curvax.numbers import Number, check_positive
 from curvax.operators.batches import raw_weight
-from curvax.operators.curvature import ModelArguments
+from curvax.operators.curvature import At, ModelArguments
 from curvax.tree import PyTree
 
 
@@ -67,10 +69,8 @@ def fit(arguments: FitArguments) -> Laplace:
     assert isinstance(matrix.curvature, GaussNewton)
     loss, count = jnp.zeros((), matrix.dtype), jnp.zeros((), matrix.dtype)
     for index, batch in enumerate(matrix.batches):
-        evaluation = matrix.curvature.prepare(matrix.at.params, matrix.at.evaluation(batch, index))
-        loss = loss + matrix.curvature.value(matrix.at.params, evaluation).astype(loss.dtype)
-        weight = raw_weight(matrix.curvature, matrix.at.params, evaluation)
-        count = count + weight.astype(count.dtype) * _outputs(matrix.curvature, matrix.at.params, evaluation)
+        more, numbers = _counted(matrix.curvature, matrix.at, batch, jnp.asarray(index, jnp.int32))
+        loss, count = loss + more.astype(loss.dtype), count + numbers.astype(count.dtype)
     prior = Prior.of(arguments.prior_precision, matrix.at.params)
     fitted = Laplace(
         model, summed.loss, matrix.at, curvature, loss, count, prior,
@@ -81,8 +81,10 @@ def fit(arguments: FitArguments) -> Laplace:
     return fitted
 
 
-def _outputs(curvature: GaussNewton, params: PyTree, evaluation: Evaluation) -> int:
-    """Outputs of a position."""
-    shape = jax.eval_shape(curvature.forward, params, evaluation).shape
-    return shape[-1] if len(shape) > 1 else 1
-
+@functools.partial(jax.jit, static_argnums=0)
+def _counted(curvature: GaussNewton, at: At, batch: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The summed loss of a batch, and how many numbers its targets are, by their weights."""
+    evaluation = curvature.prepare(at.params, at.evaluation(batch, index))
+    shape = jax.eval_shape(curvature.forward, at.params, evaluation).shape
+    weight = raw_weight(curvature, at.params, evaluation)
+    return curvature.value(at.params, evaluation), weight * (shape[-1] if len(shape) > 1 else 1)

@@ -109,8 +109,11 @@ class SpectralCurvature(WeightCurvature):
     def whitened(self, scale: jax.Array, prior: Prior) -> LowRankPlusIdentity:
         if prior.uniform:
             return dataclasses.replace(self.operator, values=scale / prior.leaves[0] * self.operator.values)
-        # M = W W^T has the eigenvalues of W^T W = Q d Q^T, and the eigenvectors W Q d^(-1/2).
         w = self._columns(scale, prior)
+        if w.shape[1] >= w.shape[0]:
+            pairs = eigh(matmul(w, w.T))
+            return dataclasses.replace(self.operator, basis=pairs.vectors, values=jnp.maximum(pairs.values, 0))
+        # M = W W^T has the eigenvalues of W^T W = Q d Q^T, and the eigenvectors W Q d^(-1/2).
         pairs = eigh(matmul(w.T, w))
         least = w.shape[1] * jnp.finfo(w.dtype).eps * pairs.values[-1]
         kept = pairs.values > least

@@ -10,6 +10,7 @@ Predictions are those of f(theta) + J (w - theta), which is the model whose post
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -141,10 +142,7 @@ class Laplace:
           prior_precision: a number, or a tree of numbers that is a prefix of the parameters; by default the posterior's.
           noise: by default the posterior's; losses other than `SquaredError` have none, and do not look at it.
         """
-        other = self.replace(prior_precision=prior_precision, noise=noise)
-        prior, theta = other.prior, tree.upcast(self.at.params)
-        log_det = self.curvature.log_det(other._scale, prior)
-        return other.log_likelihood() - (prior.quadratic(theta) + log_det) / 2
+        return _evidence(self.replace(prior_precision=prior_precision, noise=noise))
 
     def covariance(self) -> LinearOperator:
         """The covariance of the parameters that have a posterior, an operator of `curvax.operators`."""
@@ -165,12 +163,8 @@ class Laplace:
         Returns:
           Parameters as the model takes them with a leading axis of n on every leaf, in their own dtypes.
         """
-
-        def one(change: PyTree) -> PyTree:
-            drawn = tree.add(tree.upcast(self.at.params), change)
-            return self.model.extras.partition.merge(tree.cast_like(drawn, self.at.params), self.at.frozen)
-
-        return jax.vmap(one)(self._deviations(key, n))
+        check_key("key", key)
+        return _drawn(self, key, n)
 
     def predict(self, inputs: Any, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Predictive:
         """The outputs of the linearized model, a Gaussian for each example.
@@ -179,8 +173,7 @@ class Laplace:
           inputs: as the model takes them.
           max_bytes: bound on the memory of rows and factors, 2 GiB by default.
         """
-        outputs = self._outputs(inputs)
-        return Predictive(outputs, _functional_covariance(self, inputs, tree.upcast(outputs), max_bytes))
+        return _predictive(self, inputs, max_bytes)
 
     def sample_outputs(self, inputs: Any, key: jax.Array, n: int = 1, *, linearized: bool = True) -> jax.Array:
         """Outputs at parameters drawn from the posterior, (n, B, ...); examples of one draw belong together.
@@ -190,11 +183,8 @@ class Laplace:
           key, n: as in `sample`.
           linearized: f(theta) + J (w - theta), by a product forward (default); else f(w), the model itself.
         """
-        if linearized:
-            outputs, jvp = jax.linearize(self._upcast_model(inputs), tree.upcast(self.at.params))
-            return outputs + jax.vmap(jvp)(self._deviations(key, n))
-        at = tree.upcast(self.at.params)
-        return jax.vmap(lambda change: self._upcast_model(inputs)(tree.add(at, change)))(self._deviations(key, n))
+        check_key("key", key)
+        return _drawn_outputs(self, inputs, key, n, linearized)
 
     def probabilities(self, inputs: Any, key: jax.Array | None = None, n: int = 100) -> jax.Array:
         """Probabilities of classes (or of a one, with `SigmoidBinaryCrossEntropy`), the posterior averaged over.
@@ -226,7 +216,6 @@ class Laplace:
         return self.curvature.whitened(self._scale, self.prior)
 
     def _deviations(self, key: jax.Array, n: int) -> PyTree:
-        check_key("key", key)
         like = jax.eval_shape(tree.upcast, self.at.params)
         leaves, structure = jax.tree.flatten(like)
         keys = jax.random.split(key, max(len(leaves), 1))
@@ -237,11 +226,41 @@ class Laplace:
         evaluation = Evaluation(None, self.at.frozen, self.at.model_state, self.at.key)
         return check_outputs(self.model.extras.call(self.model.predict_fn, params, inputs, evaluation)[0])
 
-    def _outputs(self, inputs: Any) -> jax.Array:
-        return self._model(self.at.params, inputs)
-
     def _upcast_model(self, inputs: Any) -> Callable[[PyTree], jax.Array]:
         return lambda p: tree.upcast(self._model(tree.cast_like(p, self.at.params), inputs))
+
+
+@jax.jit
+def _evidence(posterior: Laplace) -> jax.Array:
+    theta = tree.upcast(posterior.at.params)
+    log_det = posterior.curvature.log_det(posterior._scale, posterior.prior)
+    return posterior.log_likelihood() - (posterior.prior.quadratic(theta) + log_det) / 2
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _drawn(posterior: Laplace, key: jax.Array, n: int) -> PyTree:
+    at, partition = posterior.at, posterior.model.extras.partition
+
+    def one(change: PyTree) -> PyTree:
+        drawn = tree.cast_like(tree.add(tree.upcast(at.params), change), at.params)
+        return partition.merge(drawn, at.frozen)
+
+    return jax.vmap(one)(posterior._deviations(key, n))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _drawn_outputs(posterior: Laplace, inputs: Any, key: jax.Array, n: int, linearized: bool) -> jax.Array:
+    at, changes, model = tree.upcast(posterior.at.params), posterior._deviations(key, n), posterior._upcast_model(inputs)
+    if not linearized:
+        return jax.vmap(lambda change: model(tree.add(at, change)))(changes)
+    outputs, jvp = jax.linearize(model, at)
+    return outputs + jax.vmap(jvp)(changes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _predictive(posterior: Laplace, inputs: Any, max_bytes: int) -> Predictive:
+    outputs = posterior._model(posterior.at.params, inputs)
+    return Predictive(outputs, _functional_covariance(posterior, inputs, tree.upcast(outputs), max_bytes))
 
 
 def _functional_covariance(posterior: Laplace, inputs: Any, outputs: jax.Array, max_bytes: int) -> jax.Array:

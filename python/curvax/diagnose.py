@@ -1,2 +1,0 @@
-"""x"""
-Diagnosis = diagnose = None
