@@ -1,15 +1,16 @@
 """What training examples do to the loss of other examples: influence functions.
 
-Without training example j, whose part of the gradient is g_j, the minimum of the training loss moves by C^-1 g_j to first
-order, C its curvature (Cook and Weisberg 1980; Koh and Liang 2017). So the loss of test point i changes by
+Without training example j, whose part of the gradient is g_j, the minimum of the training loss moves by C^-1 g_j to
+first order, C its curvature (Cook and Weisberg 1980; Koh and Liang 2017). So the loss of test point i changes by
 
     influence_ij = grad l_i . C^-1 g_j
 
-An example: f(w) = w, squared error, targets 0 and 1, a sum: w = 1/2, C = 2, g_0 = 1/2. Without example 0 the estimate is
-w = 1/2 + 1/4 to first order (and 1 in truth, as the curvature is gone with the example too); the loss of a test target 0,
-(1/2)^2 / 2, rises by 1/2 * 1/4 = 1/8.
+An example: f(w) = w, squared error, targets 0 and 1, a sum: w = 1/2, C = 2, g_0 = 1/2. Without example 0 the estimate
+is w = 1/2 + 1/4 to first order (and 1 in truth, as the curvature is gone with the example too); the loss of a test
+target 0, (1/2)^2 / 2, rises by 1/2 * 1/4 = 1/8.
 
-No gradient of a training example is made. Of a test point s_i = C^-1 grad l_i is one solve, and s_i . g_j for all examples
+No gradient of a training example is made. Of a test point s_i = C^-1 grad l_i is one solve, and s_i . g_j for all
+examples
 of a batch one product forward: the tangents J s_i of the outputs, times the residuals of each example.
 """
 
@@ -30,7 +31,6 @@ from curvax.keywords import spread
 from curvax.operators.base import LinearOperator, check_square
 from curvax.operators.batches import walked
 from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature
-from curvax.operators.inverse import Inverse
 from curvax.tree import PyTree
 
 
@@ -39,14 +39,14 @@ class InfluenceArguments:
     """Whose influence on whom.
 
     Attributes:
-      inverse: C^-1, any operator of `curvax.operators`: `operators.inverse(C, lam)`, of a Hessian, a Gauss-Newton matrix or
-        its Kronecker factors, or the covariance of a `curvax.laplace` posterior.
+      inverse: C^-1, any operator of `curvax.operators`: `operators.inverse(C, lam)`, of a Hessian, a Gauss-Newton
+        matrix or its Kronecker factors, or the covariance of a `curvax.laplace` posterior.
       train: model, loss, parameters and training data, as `operators.ggn` takes them (`influence.Data(...)`). With
         `reduction="mean"` an example's part of the gradient has the share 1 / N of the mean over all N.
-      test: model, loss and data of the test points; each position of the outputs (all axes but the last) counts in the loss
-        of its example, with its weight.
-      at_once: test points whose solves are made in one batched pass, 32 by default; so many vectors like the parameters are
-        alive.
+      test: model, loss and data of the test points; each position of the outputs (all axes but the last) counts in the
+        loss of its example, with its weight.
+      at_once: test points whose solves are made in one batched pass, 32 by default; so many vectors like the parameters
+        are alive.
     """
 
     inverse: LinearOperator
@@ -79,7 +79,8 @@ def scores(arguments: InfluenceArguments) -> np.ndarray:
       (test points, training examples), in the order of the data; on the host.
 
     Raises:
-      ValueError, TypeError: a loss that couples examples, an inverse for other parameters, data that cannot be walked twice.
+      ValueError, TypeError: a loss that couples examples, an inverse for other parameters, data that cannot be walked
+        twice.
     """
     train, test = arguments.train.matrix(), arguments.test.matrix()
     if jax.tree.map(lambda x: x.shape, arguments.inverse.domain) != jax.tree.map(lambda x: x.shape, train.domain):
@@ -94,7 +95,8 @@ def scores(arguments: InfluenceArguments) -> np.ndarray:
 
 @spread(InfluenceArguments)
 def self_influences(arguments: InfluenceArguments) -> np.ndarray:
-    """grad l_i . C^-1 g_i of each example on itself: how hard it is to predict from the others. `test` is `train`'s data.
+    """grad l_i . C^-1 g_i of each example on itself: how hard it is to predict from the others. `test` is `train`'s
+    data.
 
     Returns:
       (examples,), on the host.
@@ -156,6 +158,7 @@ def _gradients(
     test: CurvatureOperator | StreamedCurvature, batch: Any, index: int, at_once: int
 ) -> Iterable[jax.Array]:
     """Gradients of the test points' own losses in columns, (n, k) for up to `at_once` of them at a time."""
+    assert isinstance(test.curvature, GaussNewton)
     summed = dataclasses.replace(test.curvature, loss=dataclasses.replace(test.curvature.loss, reduction="sum"))
     shape = jax.eval_shape(lambda p, e: summed.model.outputs(p, e)[0], test.at.params, test.at.evaluation(batch, index))
     for start in range(0, shape.shape[0], at_once):

@@ -66,7 +66,8 @@ def sharpness(history: Columns, ax: Any = None, *, label: str | None = None) -> 
     """Draws the sharpness along training, from a run with `MetricRecord("sharpness", every=k)`.
 
     Where the run recorded its learning rate, 2 / learning_rate stands beside it, above which a step of plain gradient
-    descent overshoots (Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021).
+    descent overshoots (Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
+    2021).
 
     Args:
       history: what `curvax.fit` returns, or anything else with the columns "step" and "sharpness"; NaN is not due.

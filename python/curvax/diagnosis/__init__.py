@@ -1,6 +1,6 @@
 """One page about a training run: noise of its gradient, curvature, structure, what steps would cost, and what follows.
 
-    print(curvax.diagnose(predict_fn, loss, params, batch))
+print(curvax.diagnose(predict_fn, loss, params, batch))
 """
 
 from curvax.diagnosis.advice import Advice as Advice

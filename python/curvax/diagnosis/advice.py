@@ -1,9 +1,9 @@
 """The method that follows from a diagnosis, by the rules of docs/choose.md, first match.
 
-    noise below the signal of the batch   few unknowns (residuals, or parameters)   gauss_newton, egn: the exact direction
-                                          more                                      sgn: CG
-    noise above it                        layers known                              kfac: curvature averaged over batches
-                                          structure lost                            sophia_g, or sophia_h
+noise below the signal of the batch   few unknowns (residuals, or parameters)   gauss_newton, egn: the exact direction
+                                      more                                      sgn: CG
+noise above it                        layers known                              kfac: curvature averaged over batches
+                                      structure lost                            sophia_g, or sophia_h
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The gradient noise scale: the batch size at which noise and signal of a gradient are equal.
 
-With the gradients g_i of single examples of weight w_i, one in sum, and G = sum w_i g_i (McCandlish et al., "An Empirical
-Model of Large-Batch Training", 2018, in its simple form)
+With the gradients g_i of single examples of weight w_i, one in sum, and G = sum w_i g_i (McCandlish et al., "An
+Empirical Model of Large-Batch Training", 2018, in its simple form)
 
     tr S   = sum w_i |g_i - G|^2 / (1 - sum w_i^2)         the noise of one example
     |G|^2 - tr S sum w_i^2                                 the signal, without what noise adds to the square
     B      = tr S / signal
 
 An example: g = 0 and g = 2, weights 1/2: G = 1, tr S = 1 / (1/2) = 2, signal 1 - 2/2 = 0: these two say nothing of a
-direction, and B is infinite. Norms of single gradients come from the layers (`curvax.structure`). Where examples interact,
-batches take the place of examples, and B counts in examples all the same.
+direction, and B is infinite. Norms of single gradients come from the layers (`curvax.structure`). Where examples
+interact, batches take the place of examples, and B counts in examples all the same.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GradientNoise:
 
     @property
     def suggested_batch(self) -> int | None:
-        """The power of two next to B, in logarithms: beyond it more examples in a step buy little; `None` if B is not known."""
+        """The power of two next to B: beyond it more examples in a step buy little; `None` if B is not known."""
         if not math.isfinite(self.scale):
             return None
         return 2 ** max(0, round(math.log2(max(self.scale, 1.0))))

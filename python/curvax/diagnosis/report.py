@@ -109,7 +109,7 @@ class DiagnoseArguments:
       key: random key of the probes, `jax.random.key(0)` by default, and of models that take one.
       model_state: the model's state, for models that have one.
       eigenvalues: how many of the largest are shown, 5 by default.
-      steps: of Lanczos for the spectrum, 32 by default, with four products each.
+      steps: of Lanczos for the spectrum, 32 by default, with four products each; up to 512 parameters it is exact.
       max_batches: of something that is walked, so many are read, 8 by default.
     """
 

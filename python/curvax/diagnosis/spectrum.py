@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax.curvature import GaussNewton, Hessian, ModelLoss
 from curvax.operators import CurvatureOperator, Quadrature, eigenpairs, spectrum
@@ -18,7 +19,7 @@ class Curved:
     Attributes:
       parameters: that train.
       top: the largest eigenvalues, descending.
-      trace: sum of all eigenvalues, estimated.
+      trace: sum of all eigenvalues, estimated beyond 512 parameters.
       effective_rank: (tr C)^2 / tr C^2: how many eigenvalues there would be if all that count were equal.
       condition: the largest eigenvalue over the smallest that is more than rounding, among those that were seen.
       lowest: the smallest eigenvalue of the Hessian; `None` where it cannot be taken.
@@ -45,15 +46,25 @@ class Curved:
             f"effective rank {self.effective_rank:.3g}, condition {self.condition:.2g} or more",
         ]
         if self.lowest is not None:
-            lines.append(f"lowest eigenvalue of the Hessian {self.lowest:.3g}" + (": a saddle" if self.negative else ""))
+            lines.append(
+                f"lowest eigenvalue of the Hessian {self.lowest:.3g}" + (": a saddle" if self.negative else "")
+            )
         return "\n".join(lines)
+
+
+EXACT_UP_TO = 512
+"""Parameters up to which all eigenvalues are taken, by as many products in one batched pass."""
 
 
 def curved(matrix: CurvatureOperator, key: jax.Array, eigenvalues: int, steps: int) -> Curved:
     """Of a Gauss-Newton matrix: `4 * steps` products for the spectrum, and what Lanczos takes for both ends."""
     n = matrix.shape[0]
-    top = eigenpairs(matrix, min(eigenvalues, n), tol=1e-3).values
-    quadrature = spectrum(matrix, key, steps=steps, probes=4)
+    if n <= EXACT_UP_TO:
+        values = jnp.asarray(np.linalg.eigvalsh(np.asarray(matrix.to_dense()))[::-1])
+        top, quadrature = values[:eigenvalues], Quadrature(values[None], jnp.full_like(values[None], 1 / n), n)
+    else:
+        top = eigenpairs(matrix, eigenvalues, tol=1e-3).values
+        quadrature = spectrum(matrix, key, steps=steps, probes=4)
     trace = quadrature.total(lambda t: t).value
     squares = quadrature.total(jnp.square).value
     least = n * jnp.finfo(matrix.dtype).eps * top[0]
@@ -74,4 +85,3 @@ def _lowest(matrix: CurvatureOperator) -> float | None:
         return float(eigenpairs(whole, 1, "smallest", tol=1e-2).values[0])
     except TypeError:  # a custom_vjp has no second derivative forward
         return None
-

@@ -42,7 +42,7 @@ class StepCost:
 
 
 def step_costs(model: Model, loss: Loss, params: PyTree, batch: Any, model_state: PyTree) -> tuple[StepCost, ...]:
-    """Of the presets for a model and a loss, on one batch. Eigenvectors and inverses of `kfac` and `ekfac` are not counted."""
+    """Of the presets for a model and a loss, on one batch, without eigenvectors and inverses of Kronecker factors."""
     options = {
         "predict_fn": model.predict_fn,
         "loss": loss,

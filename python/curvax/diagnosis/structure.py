@@ -1,4 +1,4 @@
-"""Which leaves lost their structure, and why: they take explicit rows, or a diagonal in the place of Kronecker factors."""
+"""Which leaves lost their structure, and why: they take explicit rows, or a diagonal in place of Kronecker factors."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@
     posterior.predict(x)                                   mean and covariance of the linearized model's outputs
     posterior.probabilities(x)                             of classes
 
-With negative log-likelihoods l_i and a prior N(0, P^-1) the posterior is N(theta, (H + P)^-1), H the Gauss-Newton matrix of
-sum_i l_i (MacKay 1992; Ritter et al. 2018; Daxberger et al., "Laplace Redux", 2021). Of a linear model with Gaussian noise
+With negative log-likelihoods l_i and a prior N(0, P^-1) the posterior is N(theta, (H + P)^-1), H the Gauss-Newton
+matrix of sum_i l_i (MacKay 1992; Ritter et al. 2018; Daxberger et al., "Laplace Redux", 2021). Of a linear model with
+Gaussian noise
 it is exact: y = theta x + noise, x = (1, 2), noise 1, P = 1 have H = 1 + 4 = 5 and a posterior variance of 1/6.
 """
 

@@ -26,15 +26,16 @@ class FitArguments(ModelArguments):
     """The same, and what the posterior is like.
 
     Attributes:
-      loss: negative log-likelihood of an example, one of `curvax.losses`. The posterior is that of its sum over the data,
-        whatever its `reduction`; weights count as repetitions.
+      loss: negative log-likelihood of an example, one of `curvax.losses`. The posterior is that of its sum over the
+        data, whatever its `reduction`; weights count as repetitions.
       params: trained parameters, where the loss and the prior's -log together have their minimum.
       form: `KFAC()` by default, `EKFAC()`, `Diagonal()`, `LowRank(rank)` or `Full()`.
-      subset: which parameters have a posterior, by default all: a path such as "layers/2", a function of paths, or a tree
-        of booleans such as `last_layer` makes.
+      subset: which parameters have a posterior, by default all: a path such as "layers/2", a function of paths, or a
+        tree of booleans such as `last_layer` makes.
       prior_precision: of N(0, P^-1): a number, or a tree of numbers like the parameters or a prefix of them. 1 by
         default; `tune_prior` finds better ones.
-      noise: standard deviation of the targets of a `SquaredError` around the model, 1 by default; other losses have none.
+      noise: standard deviation of the targets of a `SquaredError` around the model, 1 by default; other losses have
+        none.
     """
 
     _: dataclasses.KW_ONLY
@@ -53,8 +54,8 @@ class FitArguments(ModelArguments):
 def fit(arguments: FitArguments) -> Laplace:
     """The Laplace approximation of a posterior around trained parameters.
 
-    `data` is one batch, a list of batches, or a loader that starts anew at each iteration; it is walked once, by `EKFAC`
-    and full or low-rank forms more often.
+    `data` is one batch, a list of batches, or a loader that starts anew at each iteration; it is walked once, by
+    `EKFAC` and full or low-rank forms more often.
 
     Raises:
       ValueError, TypeError, KeyError: a batch or a tree that does not fit, a loss that couples examples, a noise for a
@@ -77,7 +78,9 @@ def fit(arguments: FitArguments) -> Laplace:
         jnp.asarray(arguments.noise, matrix.dtype),
     )  # fmt: skip
     if not fitted.has_noise and not (isinstance(arguments.noise, float | int) and arguments.noise == 1):
-        raise ValueError(f"{arguments.loss} has no noise: leave it out, it is the standard deviation of a SquaredError.")
+        raise ValueError(
+            f"{arguments.loss} has no noise: leave it out, it is the standard deviation of a SquaredError."
+        )
     return fitted
 
 

@@ -30,7 +30,6 @@ from curvax.operators import (
     LowRankPlusIdentity,
     diagonal,
     ekfac,
-    ggn,
     kfac,
     low_rank,
     nystrom,
@@ -172,7 +171,7 @@ class Full(Form):
     """All of it, n x n: n products and an eigendecomposition, for up to a few thousand parameters."""
 
     def measure(self, arguments: ModelArguments) -> WeightCurvature:
-        matrix = ggn_of(arguments).to_dense()
+        matrix = arguments.matrix().to_dense()
         pairs = eigh((matrix + matrix.T) / 2)
         return SpectralCurvature(low_rank(pairs.vectors, jnp.maximum(pairs.values, 0), _like(arguments)))
 
@@ -190,7 +189,7 @@ class LowRank(Form):
     seed: int = 0
 
     def measure(self, arguments: ModelArguments) -> WeightCurvature:
-        return SpectralCurvature(nystrom(ggn_of(arguments), self.rank, jax.random.key(self.seed)))
+        return SpectralCurvature(nystrom(arguments.matrix(), self.rank, jax.random.key(self.seed)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +214,6 @@ class EKFAC(Form):
 
     def measure(self, arguments: ModelArguments) -> WeightCurvature:
         return KroneckerCurvature(ekfac(**_keywords(arguments)))
-
-
-def ggn_of(arguments: ModelArguments) -> Factored:
-    """The matrix itself."""
-    return ggn(**_keywords(arguments))
 
 
 def _keywords(arguments: ModelArguments) -> dict[str, PyTree]:

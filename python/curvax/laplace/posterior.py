@@ -4,7 +4,8 @@ Predictions are those of f(theta) + J (w - theta), which is the model whose post
 (Khan et al. 2019; Immer, Korzepa and Bauer 2021). Their covariance J Sigma J^T is made example by example:
 
     Kronecker factors, diagonal   from activations and cotangents in the factors' basis, no Jacobian (`structure`)
-    full, low rank                J P^(-1/2) U by a product forward per eigenvector, and what is orthogonal to U from J J^T
+    full, low rank                J P^(-1/2) U by a product forward per eigenvector, and what is orthogonal to U from J
+    J^T
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Covariance(SymmetricOperator):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """A Gaussian posterior N(theta, (H / noise^2 + P)^-1), as `fit` returns it. It is a pytree, and works under `jax.jit`.
+    """A Gaussian posterior N(theta, (H / noise^2 + P)^-1), as `fit` returns it. It is a pytree, and works under
+    `jax.jit`.
 
     Attributes:
       model, loss: static; the loss is summed.
@@ -127,7 +129,7 @@ class Laplace:
         return changed if noise is None else dataclasses.replace(changed, noise=jnp.asarray(noise, self.noise.dtype))
 
     def log_likelihood(self, noise: Number | None = None) -> jax.Array:
-        """Of the data at theta. Of a Poisson loss and a loss of your own it leaves out what depends on targets alone."""
+        """Of the data at theta. Of a Poisson loss and one of your own it leaves out what depends on targets alone."""
         if not self.has_noise:
             return -self.fit_loss
         sigma = self.noise if noise is None else jnp.asarray(noise, self.noise.dtype)
@@ -139,7 +141,8 @@ class Laplace:
             log p(data | theta) - theta.P theta / 2 - log det (I + M) / 2,    M = P^(-1/2) H P^(-1/2) / noise^2
 
         Args:
-          prior_precision: a number, or a tree of numbers that is a prefix of the parameters; by default the posterior's.
+          prior_precision: a number, or a tree of numbers that is a prefix of the parameters; by default the
+            posterior's.
           noise: by default the posterior's; losses other than `SquaredError` have none, and do not look at it.
         """
         return _evidence(self.replace(prior_precision=prior_precision, noise=noise))
@@ -191,8 +194,8 @@ class Laplace:
 
         Args:
           inputs: as the model takes them.
-          key: averages over `n` draws of the linearized model's outputs; by default, `None`, MacKay's approximation of a
-            probit (1992): outputs divided by sqrt(1 + pi variance / 8), without draws.
+          key: averages over `n` draws of the linearized model's outputs; by default, `None`, MacKay's approximation of
+            a probit (1992): outputs divided by sqrt(1 + pi variance / 8), without draws.
           n: draws, 100 by default.
 
         Raises:
@@ -250,7 +253,11 @@ def _drawn(posterior: Laplace, key: jax.Array, n: int) -> PyTree:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _drawn_outputs(posterior: Laplace, inputs: Any, key: jax.Array, n: int, linearized: bool) -> jax.Array:
-    at, changes, model = tree.upcast(posterior.at.params), posterior._deviations(key, n), posterior._upcast_model(inputs)
+    at, changes, model = (
+        tree.upcast(posterior.at.params),
+        posterior._deviations(key, n),
+        posterior._upcast_model(inputs),
+    )
     if not linearized:
         return jax.vmap(lambda change: model(tree.add(at, change)))(changes)
     outputs, jvp = jax.linearize(model, at)
@@ -276,18 +283,19 @@ def _functional_covariance(posterior: Laplace, inputs: Any, outputs: jax.Array, 
 
 def _block_diagonal(posterior: Laplace, captured: Capture) -> BlockDiagonal:
     """The covariance in the form that an example's layers meet it in."""
-    prior, inner = posterior.prior, posterior._whitened.shifted_inverse(1.0)
-    curvature = posterior.curvature
+    prior, scale, curvature = posterior.prior, posterior._scale, posterior.curvature
     if isinstance(curvature, KroneckerCurvature):
         # (I + M)^-1 with P^(-1/2) on both sides, in the blocks' own bases.
-        blocks = curvature.operator.blocks
-        covariance = dataclasses.replace(
-            inner,
-            values=[v / prior.leaves[b.leaf].astype(v.dtype) for v, b in zip(inner.values, blocks.kronecker, strict=True)],
-            diagonal=[v / prior.leaves[b.leaf].astype(v.dtype) for v, b in zip(inner.diagonal, blocks.diagonal, strict=True)],
-        )
-        return BlockDiagonal(blocks, list(covariance.bases), covariance.values, covariance.diagonal)
+        inner, blocks = curvature.whitened(scale, prior).shifted_inverse(1.0), curvature.operator.blocks
+
+        def over(values: jax.Array, leaf: int) -> jax.Array:
+            return values / prior.leaves[leaf].astype(values.dtype)
+
+        values = [over(v, block.leaf) for v, block in zip(inner.values, blocks.kronecker, strict=True)]
+        diagonal = [over(v, block.leaf) for v, block in zip(inner.diagonal, blocks.diagonal, strict=True)]
+        return BlockDiagonal(blocks, list(inner.bases), values, diagonal)
     assert isinstance(curvature, DiagonalCurvature)
+    inner = curvature.whitened(scale, prior).shifted_inverse(1.0)
     leaves = jax.tree.leaves(prior.scaled(inner.values, -1.0))
     blocks = find_blocks(captured.structure, [x.shape for x in leaves], captured.dtype)
     return BlockDiagonal(

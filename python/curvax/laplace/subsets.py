@@ -38,7 +38,9 @@ def restricted(model: Model, params: PyTree, subset: Subset) -> Model:
     Raises:
       ValueError: no leaf that trains is in it, or the tree does not fit.
     """
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [
+        jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
     chosen = _chosen(subset, paths, params)
     _, frozen = model.extras.partition.split(params)
     idle = [x is not None for x in jax.tree.leaves(frozen, is_leaf=lambda x: x is None)]
@@ -57,12 +59,15 @@ def _chosen(subset: Subset, paths: list[str], params: PyTree) -> list[bool]:
     try:
         full = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: bool(keep), part), subset, params)
     except ValueError as error:
-        raise ValueError("subset must be a path, a function of paths, or a tree of booleans like the parameters.") from error
+        raise ValueError(
+            "subset must be a path, a function of paths, or a tree of booleans like the parameters."
+        ) from error
     return jax.tree.leaves(full)
 
 
 def last_layer(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> PyTree:
-    """The weights of a model's last layer and their bias, as a subset for `fit`: what is linear in the outputs, usually.
+    """The weights of a model's last layer and their bias, as a subset for `fit`: what is linear in the outputs,
+    usually.
 
     Args:
       predict_fn: (params, inputs) -> outputs.
@@ -76,7 +81,9 @@ def last_layer(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, i
     """
     uses = capture(predict_fn, params, inputs).structure.uses
     if not uses:
-        raise ValueError("no layer was recognized in the model: pass the subset as paths, curvax.structure.report names them.")
+        raise ValueError(
+            "no layer was recognized in the model: pass the subset as paths, curvax.structure.report names them."
+        )
     last = uses[-1]
     leaves = {last.leaf} if last.bias is None else {last.leaf, last.bias.leaf}
     flags = [i in leaves for i in range(len(jax.tree.leaves(params)))]

@@ -47,7 +47,7 @@ def tune_prior(posterior: Laplace, *, per_leaf: bool = False, noise: bool = Fals
         logs["noise"] = jnp.log(posterior.noise)
     # The gradient in log p is half of (effective parameters - p |theta|^2): it has the scale of their number.
     size = tree.size(posterior.at.params)
-    best = _minimized(cost, logs, max_steps, jnp.finfo(posterior.noise.dtype).eps ** 0.5 * size)
+    best = _minimized(cost, logs, max_steps, float(jnp.finfo(posterior.noise.dtype).eps) ** 0.5 * size)
     return posterior.replace(prior_precision=precision(best), noise=jnp.exp(best["noise"]) if noise else None)
 
 

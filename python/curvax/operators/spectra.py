@@ -207,8 +207,8 @@ def _lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps:
 
 
 SHARPNESS_STEPS = 10
-"""Of Lanczos for a largest eigenvalue on the way: from the gradient, which lies along sharp directions, they are within a
-few percent."""
+"""Of Lanczos for a largest eigenvalue on the way: from the gradient, which lies along sharp directions, they are within
+a few percent."""
 
 
 def largest_eigenvalue(product: Callable[[Any], Any], start: Any, steps: int = SHARPNESS_STEPS) -> jax.Array:
@@ -226,7 +226,7 @@ def largest_eigenvalue(product: Callable[[Any], Any], start: Any, steps: int = S
     alphas, betas = _lanczos(matrix, first, min(steps, len(flat)))
     off = jnp.diag(betas[0, :-1], 1)
     # The vectors of a space that is complete are zero: so are their entries, which must not pass for eigenvalues.
-    alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(betas[0, :1]), betas[0, :-1] > 0]).astype(betas.dtype))
+    alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(betas[0, :1]), jnp.sign(betas[0, :-1])]))
     values = eigh(jnp.diag(jnp.where(alive > 0, alphas[0], jnp.min(alphas[0]))) + off + off.T).values
     return values[-1]
 

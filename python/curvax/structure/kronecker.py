@@ -435,7 +435,8 @@ def _formed_squares(
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """Some of the layer uses of a block, in the block's basis: their rows are `einsum(form, first, second)`, (B, R, G, n, m).
+    """Some of the layer uses of a block, in the block's basis: their rows are `einsum(form, first, second)`, (B, R, G,
+    n, m).
 
     Attributes:
       form: "btgk,brtgl->brgkl", or with both sides exchanged for transposed uses.

@@ -3,8 +3,8 @@
     K(x, x') = J(x) J(x')^T           K x K outputs for each pair of examples
 
 An example: f(w, x) = w . x has J(x) = x, so K(x, x') = x . x', the linear kernel. Of a dense layer h = a W the part of
-the kernel is (a . a') times the inner products of cotangents (`structure.joint`), so that rows as long as the parameters
-are never made. See Novak, Sohl-Dickstein and Schoenholz, "Fast Finite Width Neural Tangent Kernel" (2022).
+the kernel is (a . a') times the inner products of cotangents (`structure.joint`), so that rows as long as the
+parameters are never made. See Novak, Sohl-Dickstein and Schoenholz, "Fast Finite Width Neural Tangent Kernel" (2022).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class KernelArguments:
       params: parameters, at least one.
       inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
         ids) keep their shape.
-      traced: sums over the outputs of an example, K(x, x') -> tr K(x, x'), for the price of one output and in the memory
-        of it. By default, False, all pairs of outputs.
+      traced: sums over the outputs of an example, K(x, x') -> tr K(x, x'), for the price of one output and in the
+        memory of it. By default, False, all pairs of outputs.
       batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
         `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
       max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
@@ -106,7 +106,9 @@ def jacobian_gram(arguments: PairArguments) -> jax.Array:
         second = first if other is None else arguments.source(params, other)
         c, *others = second.output.row_shape
         if arguments.traced and math.prod(others) != k:
-            raise ValueError(f"outputs of shapes {tuple(shape)} and {tuple(others)} have no trace: leave out traced=True.")
+            raise ValueError(
+                f"outputs of shapes {tuple(shape)} and {tuple(others)} have no trace: leave out traced=True."
+            )
         kernel = cross_gram(first, second, max_bytes, implementation, traced=arguments.traced)
         return (kernel if arguments.traced else kernel.reshape(b, k, c, math.prod(others)),)
 

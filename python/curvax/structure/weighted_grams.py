@@ -1,10 +1,12 @@
 """J_b D J_b^T of single examples, for a D that is diagonal in the basis of Kronecker blocks: variances of outputs.
 
-In the basis (U, V) of a block an example's row r is Z_r = U^T (sum_t a_t d_rt^T) V, and D is a number D_nm for each entry:
+In the basis (U, V) of a block an example's row r is Z_r = U^T (sum_t a_t d_rt^T) V, and D is a number D_nm for each
+entry:
 
     (J D J^T)_rs = sum_nm Z_r,nm D_nm Z_s,nm
 
-Of one position Z_r = a d_r^T, and no row is formed: the sum is d_r . (a^2 D) d_s, with a^2 D one vector of m numbers. An
+Of one position Z_r = a d_r^T, and no row is formed: the sum is d_r . (a^2 D) d_s, with a^2 D one vector of m numbers.
+An
 example: a = (1, 2), one output with d = (3), D = (1, 1/2)^T: a^2 D = 1 + 2 = 3, and the variance is 9 * 3 = 27.
 """
 
@@ -115,8 +117,8 @@ def _looked_up(
     if v is not None:
         d = jnp.einsum("brtm,ml->brtl", d, v[0], precision="highest")
     same = (indices[:, :, None] == indices[:, None, :]).astype(d.dtype)
-    # Sum over rows of the table of (sum of d at its positions)^2 D: over all pairs of positions with one index. An index
-    # past the end finds nothing.
+    # Sum over rows of the table of (sum of d at its positions)^2 D: over all pairs of positions with one index. An
+    # index past the end finds nothing.
     at = jnp.take(values[0], indices, axis=0, mode="fill", fill_value=0)
     together = jnp.einsum("btu,brul,btl->brtl", same, d, at, precision="highest")
     return jnp.einsum("brtl,bstl->brs", d, together, precision="highest")
@@ -132,8 +134,6 @@ def _leaf_rows(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples
         a, d = [factors.activations[i] for i in uses], [factors.cotangents[i] for i in uses]
         found.append(jax.vmap(functools.partial(formed_rows, blocks, block, chosen))(a, d))
     biases = [(blocks.uses[i].bias, factors.cotangents[i]) for i in examples.here(block.bias_of)]
-    summed = [
-        jax.vmap(jax.vmap(bias.to_leaf))(jnp.sum(d, axis=2)) for bias, d in biases if bias is not None
-    ]
+    summed = [jax.vmap(jax.vmap(bias.to_leaf))(jnp.sum(d, axis=2)) for bias, d in biases if bias is not None]
     # Rows of one leaf add up before they are squared.
     return [functools.reduce(jnp.add, [*found, *summed])] if found or summed else []
