@@ -41,7 +41,7 @@ class Jacobian(LinearOperator):
 
     @property
     def _params(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.params)
+        return tree.upcast_shapes(self.params)
 
     @property
     def _outputs(self) -> PyTree:
