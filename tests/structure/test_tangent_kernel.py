@@ -11,10 +11,10 @@ from curvax import operators
 from curvax.structure import jacobian_gram, jacobian_gram_diagonal
 from tests.oracle import dense
 from tests.oracle.compiling import quick_jit
-from tests.oracle.models import ATTENTION, CNN, EMBEDDING, MLP_TANH, RECURRENT
+from tests.oracle.models import ATTENTION, CNN, EMBEDDING, MLP_TANH
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_programs")
-MODELS = (CNN, ATTENTION, EMBEDDING, RECURRENT)
+MODELS = (CNN, ATTENTION, EMBEDDING)
 
 
 def batches(model, dtype=jnp.float64):

@@ -67,13 +67,13 @@ def run_suite(quick: bool = False, only: str = "", options: Options | None = Non
             continue
         made = case.make(work.params(), work.batch(size), work)
         candidates = [
-            run.Candidate(name, _step(function), lambda: None, baseline=None if name == case.baseline else case.baseline)
+            run.Candidate(
+                name, _step(function), lambda: None, baseline=None if name == case.baseline else case.baseline
+            )
             for name, function in made.items()
         ]
         with peers.started(chosen.peer_python, case.name, work, size) as others:
-            candidates += [
-                run.Candidate(peer.name, peer.step, lambda: None, baseline=case.baseline) for peer in others
-            ]
+            candidates += [run.Candidate(peer.name, peer.step, lambda: None, baseline=case.baseline) for peer in others]
             timings = run.time_all(candidates, 2 if quick else 15, budget=30)
         yield run.rows(SUITE, title, f"batch {size}", timings, metric="ms")
 

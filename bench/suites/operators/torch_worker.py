@@ -54,10 +54,12 @@ def _curvlinops(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str,
         "Gauss-Newton product": {"curvlinops": lambda: ggn @ one},
         "8 Gauss-Newton products": {"curvlinops": lambda: ggn @ eight},
         "K-FAC fit": {
-            "curvlinops": lambda: curvlinops.KFACLinearOperator(
-                model, loss, params, [(x, y)], check_deterministic=False, fisher_type="type-2"
+            "curvlinops": lambda: (
+                curvlinops.KFACLinearOperator(
+                    model, loss, params, [(x, y)], check_deterministic=False, fisher_type="type-2"
+                )
+                @ one
             )
-            @ one
         },
         "trace to 1 %": {"curvlinops": lambda: curvlinops.xtrace(ggn, num_matvecs=64)},
         "top 10 eigenpairs": {"curvlinops": lambda: eigsh(ggn.to_scipy(), k=10, which="LA", tol=1e-3)},
