@@ -2,8 +2,8 @@
 
     python -m bench.suites.operators.agree PATH/bin/python
 
-Prints relative differences of the evidence and of the covariances of five points' outputs. Full and diagonal ones are the
-same quantity; Kronecker factors differ, as laplace-torch keeps biases in factors of their own.
+Prints relative differences of the evidence and of the covariances of five points' outputs. Full and diagonal ones are
+the same quantity; Kronecker factors differ, as laplace-torch keeps biases in factors of their own.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _diagonal(params: PyTree, batch: _Batch, work: Workload) -> _Functions:
 
 
 def _kfac(params: PyTree, batch: _Batch, work: Workload) -> _Functions:
-    """By hand: one vmapped reverse pass a class for what a dense layer's factors take, without recording activations."""
+    """Factors and their eigenvectors, from the data."""
     return {
         CURVAX: lambda: operators.kfac(work.predict, _LOSS, params, batch).values,
         "curvax, EKFAC": lambda: operators.ekfac(work.predict, _LOSS, params, batch).values,

@@ -1,10 +1,11 @@
 """Runs under a Python with torch: `torch_worker.py CASE WIDTHS BATCH` computes a case with each package that has it.
 
-It answers with the names of these packages, then, whenever it reads a name, computes the case once and answers with null.
+It answers with the names of these packages, then, whenever it reads a name, computes the case once and answers null.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 def network(widths: list[int]) -> nn.Sequential:
     """The workload's network with its very weights (`bench.workloads.Workload.params`)."""
     rng, layers = np.random.default_rng(0), []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layer = nn.Linear(a, b)
         weight = np.ascontiguousarray((rng.normal(size=(a, b)) * np.sqrt(2 / a)).T)
         layer.weight.data = torch.tensor(weight, dtype=torch.float32)
@@ -81,7 +82,7 @@ def _laplace(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, di
     return {
         "Laplace fit and evidence, K-FAC": {"laplace-torch": lambda: fitted().log_marginal_likelihood()},
         "Laplace predictive, K-FAC, 32 points": {
-            "laplace-torch": lambda: posterior._glm_predictive_distribution(x[:32])  # noqa: SLF001
+            "laplace-torch": lambda: posterior._glm_predictive_distribution(x[:32])
         },
     }
 
@@ -96,7 +97,7 @@ def agreement(widths: list[int], size: int) -> dict[str, Any]:
     for structure in ("full", "diag", "kron"):
         posterior = Laplace(model, "classification", subset_of_weights="all", hessian_structure=structure)
         posterior.fit(DataLoader(TensorDataset(x, y), batch_size=size))
-        _, covariance = posterior._glm_predictive_distribution(x[:5])  # noqa: SLF001
+        _, covariance = posterior._glm_predictive_distribution(x[:5])
         evidence = posterior.log_marginal_likelihood()
         found[structure] = [evidence.item(), covariance.detach().numpy().tolist()]
     return found
