@@ -5,30 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import curvax
+from curvax import operators
+from curvax.curvature import Model, ModelLoss
+from curvax.diagnosis import Diagnosis, steps
 from curvax.diagnosis.advice import Evidence, advise
 from curvax.diagnosis.noise import GradientNoise, gradient_noise
-from curvax.diagnosis.spectrum import Curved
+from curvax.diagnosis.spectrum import Curved, curved
 from curvax.diagnosis.steps import StepCost
 from curvax.diagnosis.structure import LostLeaf, lost_leaves
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.operators import CurvatureOperator, Quadrature, ggn
 from tests.operators.problem import LOSS, problem
 from tests.oracle.models import MLP_TANH
-
-
-class Loader:
-    """Starts anew at each iteration."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 def linear(w, x):
@@ -63,19 +57,33 @@ def test_noise_scale_is_that_of_explicit_gradients(x64):
     assert np.isnan(one.scale) and one.suggested_batch is None
 
 
-def test_page_of_a_masked_run_from_a_loader(x64, quick_programs, tmp_path):
+def test_curvature_of_a_masked_run_in_pieces(x64, quick_programs):
     p = problem(MLP_TANH)
-    page = curvax.diagnose(p.model, LOSS, p.params, Loader(p.batches))
+    found = curved(_matrix(p.model, LOSS, p.params, p.batches), jax.random.key(0), 5, 8)
     values = np.linalg.eigvalsh(p.truth.ggn)[::-1]
-    np.testing.assert_allclose(page.curvature.top, values[:5], rtol=1e-3)
-    assert page.curvature.trace == pytest.approx(values.sum(), rel=1e-9)
-    assert 1 <= page.curvature.effective_rank <= len(values)
-    assert page.lost == ()
-    assert {step.preset for step in page.steps if step.seconds} >= {"egn", "kfac", "sgn", "sophia_g"}
-    text = str(page)
-    for title in ("gradient ", "curvature ", "structure ", "a step ", "advice "):
-        assert f"\n{title}" in f"\n{text}"
-    assert json.loads(json.dumps(page.as_dict()))["advice"]["method"] == page.advice.method
+    np.testing.assert_allclose(found.top, values[:5], rtol=1e-9)
+    assert found.trace == pytest.approx(values.sum(), rel=1e-9)
+    assert found.effective_rank == pytest.approx(values.sum() ** 2 / np.sum(values**2), rel=1e-9)
+    hessian = operators.hessian(ModelLoss(p.model, LOSS), p.params, p.batch).to_dense()
+    assert found.condition > 1 and found.lowest == pytest.approx(np.linalg.eigvalsh(hessian)[0], rel=0.02)
+
+
+def test_steps_are_those_of_plans(monkeypatch):
+    monkeypatch.setattr(steps, "PRESETS", ("egn", "sophia_g"))
+    w, batch = jnp.zeros((3, 1)), {"x": jnp.ones((4, 3)), "y": jnp.zeros((4, 1))}
+    direct, sampled = steps.step_costs(Model(linear), SquaredError(), w, batch, None)
+    plan = curvax.egn(predict_fn=linear, loss=SquaredError()).plan_for(w, batch)
+    assert direct.bytes == plan.cost.memory and direct.seconds and direct.seconds > 0
+    assert sampled.seconds is None or sampled.seconds < 1
+
+
+def test_the_page_reads_and_is_plain_data(tmp_path):
+    found = evidence(500.0, SoftmaxCrossEntropy())
+    lost, costs = (LostLeaf("w", 900, "why"),), (*found.steps, StepCost("spring", None, None, "no rows"))
+    page = Diagnosis(found.noise, found.curvature, lost, costs, "CPU", advise(found))
+    for line in ("gradient ", "curvature ", "structure  w (900): why", "a step ", "advice     curvax.kfac"):
+        assert f"\n{line}" in f"\n{page}"
+    assert json.loads(json.dumps(page.as_dict()))["advice"]["method"] == "kfac"
     page.plot()[0].get_figure().savefig(tmp_path / "page.png")
 
 
@@ -95,8 +103,8 @@ def evidence(scale, loss, **changes):
     quadrature = Quadrature(jnp.ones((1, 1)), jnp.ones((1, 1)), 1000)
     curvature = Curved(1000, (1.0,), 10.0, 10.0, 1e9, -0.01, quadrature)
     noise = GradientNoise(1.0, 1.0, 640, 64, scale, "")
-    steps = [StepCost(name, 1.0, 1.0) for name in ("gauss_newton", "egn", "sgn", "kfac", "sophia_g", "sophia_h")]
-    found = Evidence(loss, 640, 4, noise, curvature, (), steps)
+    served = [StepCost(name, 1.0, 1.0) for name in ("gauss_newton", "egn", "sgn", "kfac", "sophia_g", "sophia_h")]
+    found = Evidence(loss, 640, 4, noise, curvature, (), served)
     return dataclasses.replace(found, **changes)
 
 
