@@ -11,6 +11,7 @@ import pytest
 
 from curvax import laplace
 from curvax.curvature import Model
+from curvax.laplace.forms import SpectralCurvature
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from tests.operators.problem import LOSS, problem
 from tests.oracle import dense
@@ -221,6 +222,7 @@ def test_tuning_by_block_and_under_jit():
 def test_low_rank_under_a_prior_by_leaf():
     r, precision = regression(), {"b": 0.5, "w": 2.0}
     posterior = fitted(r, laplace.LowRank(2)).replace(prior_precision=precision)
+    assert isinstance(posterior.curvature, SpectralCurvature)
     h = np.asarray(posterior.curvature.operator.to_dense()) / NOISE**2
     flat = np.array([0.5, 2.0, 2.0, 2.0])
     sigma = np.linalg.inv(h + np.diag(flat))
