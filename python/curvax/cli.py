@@ -1,4 +1,4 @@
-"""The command line: `curvax methods | plan | doctor | calibrate | bench`.
+"""The command line: `curvax methods | plan | diagnose | doctor | calibrate | bench`.
 
 What it says comes from the library itself: presets from the registry, keywords from their signatures and docstrings,
 plans from `Method.plan_for`, kernels from their own probes. Exit codes: 0 for success, 1 for something broken (or a
@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a keyword of the preset")
     plan.add_argument("--backend", choices=get_args(Backend), default="auto", help="preferred kernels (auto)")
     plan.set_defaults(run=_plan)
+
+    diagnose = commands.add_parser("diagnose", help="print a page about a run: noise, curvature, cost of steps, advice")
+    diagnose.add_argument("setup", metavar="MODULE:FUNCTION", help="returns predict_fn, loss, params, data")
+    diagnose.set_defaults(run=_diagnose)
 
     commands.add_parser("doctor", help="check versions, devices and kernels").set_defaults(run=_doctor)
     rates = commands.add_parser("calibrate", help="measure this machine's rates, which plans are predicted from")
@@ -215,6 +219,23 @@ def _predict(params: PyTree, x: jax.Array) -> jax.Array:
     for layer in params[:-1]:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
     return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    """`curvax diagnose MODULE:FUNCTION`."""
+    module, separator, name = options.setup.partition(":")
+    if not (separator and module and name.isidentifier()):
+        raise UsageError(f"diagnose takes MODULE:FUNCTION, such as train:setup, not {options.setup!r}.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        setup = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UsageError(f"{options.setup}: {error}.") from error
+    run = setup()
+    if not isinstance(run, tuple) or len(run) != 4:
+        raise UsageError(f"{options.setup} must return (predict_fn, loss, params, data), not a {type(run).__name__}.")
+    print(curvax.diagnose(*run))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -85,6 +85,7 @@ class Part(enum.Enum):
     SEARCH = "step size"
     LOSS_AFTER = "loss after the step"
     PREDICTED = "predicted decrease"
+    SHARPNESS = "largest eigenvalue"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Metric(enum.StrEnum):
     DIRECTION_NORM = "direction_norm"
     UPDATE_NORM = "update_norm"
     LEARNING_RATE = "learning_rate"
+    SHARPNESS = "sharpness"
     REFRESHES_REJECTED = "refreshes_rejected"
     STEP_SIZE = "step_size"
     SEARCH_LOSS = "search_loss"
@@ -102,6 +103,7 @@ _MEANING = {
     Metric.DIRECTION_NORM: "Euclidean norm of the solution of the linear system",
     Metric.UPDATE_NORM: "Euclidean norm of the proposed update; of an inner loop that of the update taken, 0 for none",
     Metric.LEARNING_RATE: "learning rate of this step",
+    Metric.SHARPNESS: "largest eigenvalue of the curvature, by ten products in the steps that are due",
     Metric.REFRESHES_REJECTED: "refreshes of the preconditioner that were not finite so far, this step's included",
     Metric.STEP_SIZE: "step size that the search took, 0 for none",
     Metric.SEARCH_LOSS: "loss before the step on the search's data",
@@ -160,7 +162,12 @@ class Telemetry:
         """The parts of a step that its metrics ask for, one for each period."""
         evaluated = [r for r in self.records if r.metric.evaluates]
         predicted = [r for r in self.records if r.metric.predicts]
-        return (*_by_period(Part.LOSS_AFTER, evaluated), *_by_period(Part.PREDICTED, predicted))
+        sharp = [r for r in self.records if r.metric is Metric.SHARPNESS]
+        return (
+            *_by_period(Part.LOSS_AFTER, evaluated),
+            *_by_period(Part.PREDICTED, predicted),
+            *_by_period(Part.SHARPNESS, sharp),
+        )
 
     def collect(self, step: jax.Array, values: Mapping[Metric, jax.Array]) -> dict[str, jax.Array]:
         """The info of one step from the values of its metrics."""

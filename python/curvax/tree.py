@@ -32,6 +32,16 @@ def upcast(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def upcast_shapes(tree: PyTree) -> PyTree:
+    """`jax.ShapeDtypeStruct`s of `upcast(tree)`, without tracing anything: products ask for them again and again."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+        return jax.ShapeDtypeStruct(np.shape(x), accumulation_dtype(dtype))
+
+    return jax.tree.map(one, tree)
+
+
 def hollow(tree: PyTree) -> PyTree:
     """Zeros that take no memory in the place of every `jax.ShapeDtypeStruct`, for functions that must be traced."""
 

@@ -128,6 +128,19 @@ def test_plan_usage_errors(capsys, arguments, sentence):
     assert sentence in usage_error(capsys, "plan", "sgn_ce", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("setup", "sentence"),
+    [
+        ("train.setup", "diagnose takes MODULE:FUNCTION, such as train:setup"),
+        ("nowhere_at_all:setup", "No module named 'nowhere_at_all'"),
+        ("json:setup", "module 'json' has no attribute 'setup'"),
+        ("os:getcwd", "must return (predict_fn, loss, params, data), not a str"),
+    ],
+)
+def test_diagnose_usage_errors(capsys, setup, sentence):
+    assert sentence in usage_error(capsys, "diagnose", setup)
+
+
 def test_doctor_calls_every_implementation(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out

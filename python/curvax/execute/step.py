@@ -31,6 +31,7 @@ from curvax.execute.branch import when
 from curvax.execute.context import Attempt, Point, Proposal, StepContext
 from curvax.execute.directions import Task, over, solve, solve_scaled, with_residual
 from curvax.execute.entrywise import update_in_one_pass
+from curvax.execute.sharpness import sharpness_of
 from curvax.execute.state import MethodState
 from curvax.execute.step_size import Length, bounded_update, length_of, moved, rounding_of
 from curvax.execute.undo import judged
@@ -377,6 +378,7 @@ def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array)
         Metric.RHO: outcome.rho,
         Metric.GRADIENT_NORM: tree.norm(point.gradient),
         Metric.LEARNING_RATE: _learning_rate(ctx),
+        Metric.SHARPNESS: sharpness_of(ctx, point),
         Metric.REFRESHES_REJECTED: getattr(point.preconditioner, "rejected", Metric.REFRESHES_REJECTED.missing()),
     }
     if solution.acceleration is not None:

@@ -32,7 +32,9 @@ from curvax.operators.factored import low_rank as low_rank
 from curvax.operators.inverse import Inverse as Inverse
 from curvax.operators.inverse import inverse as inverse
 from curvax.operators.jacobian import Jacobian as Jacobian
+from curvax.operators.jacobian import TangentKernel as TangentKernel
 from curvax.operators.jacobian import jacobian as jacobian
+from curvax.operators.jacobian import tangent_kernel as tangent_kernel
 from curvax.operators.kronecker import diagonal as diagonal
 from curvax.operators.kronecker import ekfac as ekfac
 from curvax.operators.kronecker import kfac as kfac

@@ -69,6 +69,10 @@ class LinearOperator(abc.ABC):
         """The product with one tree like `domain`."""
         return _product(self, v)
 
+    def flat(self, v: jax.Array) -> jax.Array:
+        """The product with one flat vector, (n,) -> (rows,)."""
+        return _flat_product(self, v)
+
     def columns(self, matrix: jax.Array) -> jax.Array:
         """The products with the columns of a matrix, (n, k) -> (rows, k), as one batched product."""
         return _columns(self, matrix)
@@ -92,14 +96,12 @@ class LinearOperator(abc.ABC):
         """The product with a tree, a flat vector (n,), the columns of a matrix (n, k), or another operator."""
         if isinstance(v, LinearOperator):
             return Product(self, v)
-        if _fits(self.domain, v):
-            return self.apply(jax.tree.map(lambda x, like: jnp.asarray(x).astype(like.dtype), v, self.domain))
+        domain = self.domain
+        if _fits(domain, v):
+            return self.apply(jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), v, domain))
         if isinstance(v, jax.Array | np.ndarray) and v.ndim in (1, 2) and v.shape[0] == self.shape[1]:
             flat = jnp.asarray(v).astype(self.dtype)
-            if flat.ndim == 2:
-                return self.columns(flat)
-            _, unravel = tree.ravel(tree.zeros_like(self.domain))
-            return tree.ravel(self.apply(unravel(flat)))[0]
+            return self.columns(flat) if flat.ndim == 2 else self.flat(flat)
         raise ValueError(
             f"an operator of shape {self.shape} multiplies trees like its domain, vectors ({self.shape[1]},) and "
             f"matrices ({self.shape[1]}, k), and got {_described(v)}."
@@ -150,6 +152,12 @@ class LinearOperator(abc.ABC):
 @jax.jit
 def _product(operator: LinearOperator, v: PyTree) -> PyTree:
     return operator.linearized()(v)
+
+
+@jax.jit
+def _flat_product(operator: LinearOperator, v: jax.Array) -> jax.Array:
+    _, unravel = tree.ravel(tree.zeros_like(operator.domain))
+    return tree.ravel(operator.linearized()(unravel(v)))[0]
 
 
 @jax.jit

@@ -68,7 +68,7 @@ class _AtParameters(SymmetricOperator):
 
     @property
     def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.at.params)
+        return tree.upcast_shapes(self.at.params)
 
     @property
     def is_positive(self) -> bool:
@@ -130,6 +130,10 @@ class StreamedCurvature(_AtParameters):
 
     def apply(self, v: PyTree) -> PyTree:
         return self._walk(v, _add_batch)
+
+    def flat(self, v: jax.Array) -> jax.Array:
+        _, unravel = tree.ravel(tree.zeros_like(self.domain))
+        return tree.ravel(self.apply(unravel(v)))[0]
 
     def columns(self, matrix: jax.Array) -> jax.Array:
         _, unravel = tree.ravel(tree.zeros_like(self.domain))

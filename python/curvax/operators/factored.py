@@ -69,7 +69,7 @@ class Diagonal(Factored):
 
     @property
     def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.values)
+        return tree.upcast_shapes(self.values)
 
     def multiply(self, v: PyTree) -> PyTree:
         return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, self.values, v)
@@ -102,7 +102,7 @@ class LowRankPlusIdentity(Factored):
 
     @property
     def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.like)
+        return tree.upcast_shapes(self.like)
 
     def multiply(self, v: PyTree) -> PyTree:
         flat, unravel = tree.ravel(v)
@@ -142,7 +142,7 @@ class KroneckerEigen(Factored):
 
     @property
     def domain(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.like)
+        return tree.upcast_shapes(self.like)
 
     def multiply(self, v: PyTree) -> PyTree:
         def multiply(index: int, entries: jax.Array) -> jax.Array:

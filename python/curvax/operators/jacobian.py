@@ -1,4 +1,4 @@
-"""The Jacobian of a model's outputs in its parameters."""
+"""The Jacobian of a model's outputs in its parameters, and the tangent kernel J J^T, which multiplies outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from curvax import tree
-from curvax.operators.base import LinearOperator
+from curvax.operators.base import LinearOperator, Product, SymmetricOperator
 from curvax.structure.outputs import check_outputs
 from curvax.tree import PyTree
 
@@ -41,7 +41,7 @@ class Jacobian(LinearOperator):
 
     @property
     def _params(self) -> PyTree:
-        return jax.eval_shape(tree.upcast, self.params)
+        return tree.upcast_shapes(self.params)
 
     @property
     def _outputs(self) -> PyTree:
@@ -75,3 +75,45 @@ def jacobian(predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inp
     """
     check_outputs(jax.eval_shape(predict_fn, params, inputs))
     return Jacobian(predict_fn, params, inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TangentKernel(SymmetricOperator):
+    """J J^T: outputs to outputs, a pass back and a pass forward for each product.
+
+    Attributes:
+      of: J.
+    """
+
+    of: Jacobian
+
+    @property
+    def domain(self) -> PyTree:
+        return self.of.codomain
+
+    @property
+    def is_positive(self) -> bool:
+        return True
+
+    def linearized(self) -> Callable[[PyTree], PyTree]:
+        jvp = self.of.linearized()
+        vjp = jax.linear_transpose(jvp, self.of.domain)
+        return lambda u: jvp(vjp(u)[0])
+
+
+def tangent_kernel(
+    predict_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, other: Any = None
+) -> TangentKernel | Product:
+    """The empirical neural tangent kernel J1 J2^T as an operator on outputs; `structure.jacobian_gram` is its matrix.
+
+    Args:
+      predict_fn, params, inputs: see `jacobian`.
+      other: inputs of a second batch, whose outputs it multiplies; by default `None`, the first, and the operator is
+        symmetric.
+
+    Raises:
+      TypeError: the model returns something else than one array.
+    """
+    first = jacobian(predict_fn, params, inputs)
+    return TangentKernel(first) if other is None else first @ jacobian(predict_fn, params, other).T

@@ -7,6 +7,7 @@ are those of the data set in one piece, to rounding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import tree
-from curvax.curvature import Evaluation, FisherType, GaussNewton, Linearization, Model, Needs
+from curvax.curvature import Curvature, Evaluation, FisherType, GaussNewton, Linearization, Needs
 from curvax.eigenbases import eigenbasis
 from curvax.estimators import RandomizedNystrom
 from curvax.keywords import spread
-from curvax.losses.base import Loss
 from curvax.operators.base import LinearOperator
-from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature, ggn
+from curvax.operators.curvature import At, CurvatureOperator, ModelArguments, StreamedCurvature
 from curvax.operators.factored import Diagonal, KroneckerEigen, LowRankPlusIdentity, low_rank
 from curvax.preconditioners._blocks import measured
 from curvax.preconditioners.factor_inverses import eigen
@@ -30,21 +30,17 @@ from curvax.structure.kronecker import FactorSums, WeightSharing, projected_squa
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.tree import PyTree
 
-Predict = Callable[..., jax.Array]
 Bases = list[tuple[jax.Array | None, jax.Array]]
 
 
 @spread(ModelArguments)
 def kfac(arguments: ModelArguments) -> KroneckerEigen:
     """One Kronecker product per layer for the Gauss-Newton matrix (Martens and Grosse 2015), a diagonal elsewhere."""
-    source = _Source.of(arguments)
-    sums = _total(source.matrix, source.factor_sums)
-    inputs, outputs = sums.factors()
-    pairs = eigen(inputs, outputs, eigenbasis)
-    values = [
-        jnp.maximum(e.input_values, 0)[..., :, None] * jnp.maximum(e.output_values, 0)[..., None, :] for e in pairs
-    ]
-    return source.operator([(e.input_vectors, e.output_vectors) for e in pairs], values, sums.diagonal)
+    matrix = arguments.matrix()
+    source = _Source.of(matrix, arguments.fisher)
+    sums = _total(matrix, source, _Source.factor_sums)
+    bases, values = _decomposed(sums)
+    return source.operator(matrix, bases, values, sums.diagonal)
 
 
 @spread(ModelArguments)
@@ -53,31 +49,31 @@ def ekfac(arguments: ModelArguments) -> KroneckerEigen:
 
     Of all matrices with these eigenvectors it is the closest one in Frobenius norm. It walks the data twice.
     """
-    source = _Source.of(arguments)
-    sums = _total(source.matrix, source.factor_sums)
-    inputs, outputs = sums.factors()
-    bases: Bases = [(e.input_vectors, e.output_vectors) for e in eigen(inputs, outputs, eigenbasis)]
-    values = _total(source.matrix, source.squares, bases)
-    return source.operator(bases, values, sums.diagonal)
+    matrix = arguments.matrix()
+    source = _Source.of(matrix, arguments.fisher)
+    sums = _total(matrix, source, _Source.factor_sums)
+    bases, _ = _decomposed(sums)
+    values = _total(matrix, source, _Source.squares, bases)
+    return source.operator(matrix, bases, values, sums.diagonal)
 
 
-def diagonal(
-    model: Model | Predict, loss: Loss, params: PyTree, data: Any, *, max_bytes: int = DEFAULT_MAX_BYTES
-) -> Diagonal:
-    """The exact diagonal of the Gauss-Newton matrix, from the model's layers and without its rows.
+@dataclasses.dataclass(frozen=True)
+class DiagonalArguments(ModelArguments):
+    """The same, and a bound.
 
-    Args:
-      model, loss, params, data: see `operators.ggn`.
+    Attributes:
       max_bytes: bound on the memory of factors and formed rows, 2 GiB by default.
     """
-    matrix = ggn(model, loss, params, data)
 
-    def of_batch(params: PyTree, evaluation: Evaluation, _: None) -> PyTree:
-        rows = matrix.curvature.linearize(params, evaluation, Needs(rows=True)).rows
-        assert rows is not None
-        return rows.diagonal(max_bytes)
+    _: dataclasses.KW_ONLY
+    max_bytes: int = DEFAULT_MAX_BYTES
 
-    return Diagonal(_total(matrix, of_batch))
+
+@spread(DiagonalArguments)
+def diagonal(arguments: DiagonalArguments) -> Diagonal:
+    """The exact diagonal of the Gauss-Newton matrix, from the model's layers and without its rows."""
+    matrix = arguments.matrix()
+    return Diagonal(_total(matrix, _RowSquares(matrix.curvature, arguments.max_bytes), _RowSquares.of_batch))
 
 
 def nystrom(operator: LinearOperator, rank: int, key: jax.Array) -> LowRankPlusIdentity:
@@ -95,40 +91,74 @@ def nystrom(operator: LinearOperator, rank: int, key: jax.Array) -> LowRankPlusI
     return low_rank(pairs.basis, pairs.values, operator.domain)
 
 
+@jax.jit
+def _decomposed(sums: FactorSums) -> tuple[Bases, list[jax.Array]]:
+    """Eigenvectors of both factors of each block, and the products of their eigenvalues."""
+    pairs = eigen(*sums.factors(), eigenbasis)
+    values = [
+        jnp.maximum(e.input_values, 0)[..., :, None] * jnp.maximum(e.output_values, 0)[..., None, :] for e in pairs
+    ]
+    return [(e.input_vectors, e.output_vectors) for e in pairs], values
+
+
 def _total(
-    matrix: CurvatureOperator | StreamedCurvature, measure: Callable[..., PyTree], beside: PyTree = None
+    matrix: CurvatureOperator | StreamedCurvature,
+    source: _Source | _RowSquares,
+    measure: Callable[..., PyTree],
+    beside: PyTree = None,
 ) -> PyTree:
-    """The sum over batches of `measure(params, evaluation, beside)` by their shares; one program for equal shapes."""
+    """The sum over batches of `measure(source, params, evaluation, beside)` by their shares.
 
-    @jax.jit
-    def scaled(at: At, batch: Any, index: jax.Array, share: jax.Array, beside: PyTree) -> PyTree:
-        term = measure(at.params, at.evaluation(batch, index), beside)
-        return jax.tree.map(lambda x: share.astype(x.dtype) * x, term)
-
+    One program serves all batches of equal shapes, and later calls with an equal source.
+    """
     total = None
     for index, (batch, share) in enumerate(zip(matrix.batches, matrix.shares, strict=True)):
-        term = scaled(matrix.at, batch, jnp.asarray(index, jnp.int32), share, beside)
+        term = _scaled(source, measure, matrix.at, batch, jnp.asarray(index, jnp.int32), (share, beside))
         total = term if total is None else tree.add(total, term)
     return total
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scaled(
+    source: _Source | _RowSquares,
+    measure: Callable[..., PyTree],
+    at: At,
+    batch: Any,
+    index: jax.Array,
+    by: tuple[jax.Array, PyTree],
+) -> PyTree:
+    share, beside = by
+    term = measure(source, at.params, at.evaluation(batch, index), beside)
+    return jax.tree.map(lambda x: share.astype(x.dtype) * x, term)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowSquares:
+    """Where the diagonal is measured; it can be hashed, as programs are known by it."""
+
+    curvature: Curvature
+    max_bytes: int
+
+    def of_batch(self, params: PyTree, evaluation: Evaluation, _: None) -> PyTree:
+        rows = self.curvature.linearize(params, evaluation, Needs(rows=True)).rows
+        assert rows is not None
+        return rows.diagonal(self.max_bytes)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What factors are measured on."""
+    """What factors are measured of; it can be hashed likewise."""
 
-    matrix: CurvatureOperator | StreamedCurvature
+    curvature: GaussNewton
     blocks: KroneckerBlocks
     fisher: FisherType
 
     @staticmethod
-    def of(arguments: ModelArguments) -> _Source:
-        matrix = arguments.matrix()
-        assert isinstance(matrix.curvature, GaussNewton)
-        first = next(iter(matrix.batches))
-        evaluation = matrix.curvature.prepare(matrix.at.params, matrix.at.evaluation(first, 0))
-        return _Source(
-            matrix, matrix.curvature.blocks(matrix.at.params, evaluation).narrowed(MAX_WIDTH), arguments.fisher
-        )
+    def of(matrix: CurvatureOperator | StreamedCurvature, fisher: FisherType) -> _Source:
+        curvature = matrix.curvature
+        assert isinstance(curvature, GaussNewton)
+        evaluation = curvature.prepare(matrix.at.params, matrix.at.evaluation(next(iter(matrix.batches)), 0))
+        return _Source(curvature, curvature.blocks(matrix.at.params, evaluation).narrowed(MAX_WIDTH), fisher)
 
     def factor_sums(self, params: PyTree, evaluation: Evaluation, _: None) -> FactorSums:
         return measured(self.blocks, *self._seen(params, evaluation), WeightSharing.EXPAND)[0]
@@ -138,10 +168,16 @@ class _Source:
         return total(lambda examples: projected_squares(self.blocks, examples, bases))
 
     def _seen(self, params: PyTree, evaluation: Evaluation) -> tuple[Linearization, FisherType, jax.Array]:
-        linearization = self.matrix.curvature.linearize(params, evaluation, Needs(factors=True))
+        linearization = self.curvature.linearize(params, evaluation, Needs(factors=True))
         key = jax.random.key(0) if evaluation.sample_key is None else evaluation.sample_key
         return linearization, self.fisher, key
 
-    def operator(self, bases: Bases, values: list[jax.Array], rest: list[jax.Array]) -> KroneckerEigen:
+    def operator(
+        self,
+        matrix: CurvatureOperator | StreamedCurvature,
+        bases: Bases,
+        values: list[jax.Array],
+        rest: list[jax.Array],
+    ) -> KroneckerEigen:
         zero = jnp.zeros((), self.blocks.dtype)
-        return KroneckerEigen(bases, values, rest, zero, tree.zeros_like(self.matrix.domain), self.blocks)
+        return KroneckerEigen(bases, values, rest, zero, tree.zeros_like(matrix.domain), self.blocks)

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import tree
 from curvax.estimators import HutchinsonTrace, XTrace
 from curvax.estimators.base import TraceEstimate, TraceEstimator
+from curvax.kernels.dense_linalg import eigh
 from curvax.numbers import check_not_negative
 from curvax.operators.base import LinearOperator, check_square
 from curvax.operators.convert import as_scipy
@@ -202,6 +204,31 @@ def _lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps:
     carry = (basis, start, jnp.zeros((probes,), start.dtype))
     _, (alphas, betas) = jax.lax.scan(step, carry, jnp.arange(steps))
     return alphas.T, betas.T
+
+
+SHARPNESS_STEPS = 10
+"""Of Lanczos for a largest eigenvalue on the way: from the gradient, which lies along sharp directions, they are within
+a few percent."""
+
+
+def largest_eigenvalue(product: Callable[[Any], Any], start: Any, steps: int = SHARPNESS_STEPS) -> jax.Array:
+    """The largest eigenvalue of a symmetric matrix, from below, by some steps of Lanczos; it works under `jax.jit`.
+
+    Args:
+      product: v -> C v on trees.
+      start: the first vector, a tree; a zero one is taken for ones.
+      steps: products; 10 by default. As many vectors are alive.
+    """
+    flat = tree.ravel(start)[0]
+    flat = jnp.where(jnp.any(flat != 0), flat, jnp.ones_like(flat))
+    matrix = columns_product(product, start)
+    first = (flat / tree.norm(flat))[:, None]
+    alphas, betas = _lanczos(matrix, first, min(steps, len(flat)))
+    off = jnp.diag(betas[0, :-1], 1)
+    # The vectors of a space that is complete are zero: so are their entries, which must not pass for eigenvalues.
+    alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(betas[0, :1]), jnp.sign(betas[0, :-1])]))
+    values = eigh(jnp.diag(jnp.where(alive > 0, alphas[0], jnp.min(alphas[0]))) + off + off.T).values
+    return values[-1]
 
 
 def trace(operator: LinearOperator, key: jax.Array, *, estimator: TraceEstimator = _XTRACE) -> TraceEstimate:

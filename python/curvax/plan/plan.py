@@ -85,6 +85,12 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def sharpness(self) -> Cadence:
+        """The steps that measure the largest eigenvalue of the curvature."""
+        periods = (period for r in self.requirements if r.part is Part.SHARPNESS for period in r.cadence.periods)
+        return Cadence(tuple(periods))
+
+    @property
     def cost(self) -> Cost:
         """Predicted work of an average step."""
         total = Cost()

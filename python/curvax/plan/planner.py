@@ -14,6 +14,7 @@ from curvax.jaxprs import uses_custom_vjp
 from curvax.kernels import tree_cg
 from curvax.kernels._dispatch import Choice, Op, Request, resolve
 from curvax.kernels.diagonal_update import DIAGONAL_UPDATE
+from curvax.operators.spectra import SHARPNESS_STEPS
 from curvax.plan import machine as machines
 from curvax.plan.assembly import Assembly, PlanMode
 from curvax.plan.cost import nbytes
@@ -439,6 +440,7 @@ def _costs(assembly: Assembly, plan: Plan, work: StepWork, params: PyTree) -> tu
     parts += [
         (Part.LOSS_AFTER, plan.evaluate, work.linearize, float(work.residuals)),
         (Part.PREDICTED, plan.predict, work.product, float(work.residuals)),
+        (Part.SHARPNESS, plan.sharpness, work.linearize + work.product.times(SHARPNESS_STEPS), None),
     ]
     return tuple(
         PartCost(

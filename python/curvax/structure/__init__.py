@@ -37,8 +37,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
    have sums of squares; `blocks.py` and `kronecker.py` have Kronecker factors.
 6. For callers.
    `memory.py` and `outputs.py` have defaults and checks; `rows.py` serves the row lane and `joint.py` that of several
-   models with the same parameters, `exact.py` and `clipped.py` people who want the quantities by themselves, and
-   `report.py` people who want to know what was recognized.
+   models with the same parameters, `exact.py`, `clipped.py` and `tangent_kernel.py` people who want the quantities by
+   themselves, `weighted_grams.py` posteriors, and `report.py` people who want to know what was recognized.
 """
 
 from curvax.structure.batch_axis import examples_independent as examples_independent
@@ -47,10 +47,11 @@ from curvax.structure.clipped import Clipped as Clipped
 from curvax.structure.clipped import clipped_gradient as clipped_gradient
 from curvax.structure.exact import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.structure.exact import ggn_diagonal as ggn_diagonal
-from curvax.structure.exact import jacobian_gram as jacobian_gram
 from curvax.structure.exact import per_example_gradient_norms as per_example_gradient_norms
 from curvax.structure.kronecker import WeightSharing as WeightSharing
 from curvax.structure.report import LeafStructure as LeafStructure
 from curvax.structure.report import report as report
 from curvax.structure.rows import RowSource as RowSource
 from curvax.structure.rows import row_gram as row_gram
+from curvax.structure.tangent_kernel import jacobian_gram as jacobian_gram
+from curvax.structure.tangent_kernel import jacobian_gram_diagonal as jacobian_gram_diagonal

@@ -1,4 +1,4 @@
-"""Exact quantities of a model's rows, for use by themselves: Gram matrix, diagonals, norms.
+"""Exact quantities of the rows of a model and a loss, for use by themselves: diagonals, norms of gradients.
 
 All of them see a model through its structure (`curvax.structure.report`) and never form the Jacobian. Where examples
 interact they form whole rows instead, which costs time and changes no answer.
@@ -7,7 +7,6 @@ interact they form whole rows instead, which costs time and changes no answer.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 
 from curvax import meshes, tree
 from curvax.explicit_models import on_automatic_axes
-from curvax.kernels import Choice, Implementation
 from curvax.keys import check_key
 from curvax.keywords import spread
 from curvax.losses.base import Loss, check_loss
@@ -24,7 +22,6 @@ from curvax.output_space import (
     FisherType,
     GeneralizedGaussNewton,
     GradientOuterProduct,
-    IdentityCurvature,
     ObservedFisher,
     OutputCurvature,
 )
@@ -34,7 +31,7 @@ from curvax.structure.capture import Capture, Factors, capture
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.outputs import check_model, check_outputs
 from curvax.structure.positions import LossWeights, fill_idle_inputs
-from curvax.structure.rows import RowSource, row_diagonal, row_gram
+from curvax.structure.rows import RowSource, row_diagonal
 from curvax.structure.squares import formed_bytes, squared_norms
 from curvax.tree import PyTree
 
@@ -107,50 +104,6 @@ class DiagonalArguments(RowArguments):
             raise ValueError("the Monte Carlo diagonal draws targets: pass a random key and at least one sample.")
         check_key("key", self.key)
         return jax.random.split(self.key, samples)
-
-
-def jacobian_gram(
-    predict_fn: Predict,
-    params: PyTree,
-    inputs: Any,
-    *,
-    batch_axes: AxesPrefix | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    implementation: Implementation | Choice | None = None,
-) -> jax.Array:
-    """J J^T of a model, the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), of every output.
-
-    Args:
-      predict_fn: (params, inputs) -> outputs (B, ...).
-      params: parameters, at least one.
-      inputs: inputs, with B examples on the first axis of some leaves; leaves that all examples share (a grid, position
-        ids) keep their shape.
-      batch_axes: a prefix tree of the inputs, 0 for leaves that hold examples and `None` for those that are shared, as
-        `in_axes` of `jax.vmap`; by default `None`, the model says it (docs/structure.md).
-      max_bytes: bound on the memory of factors and formed rows, beside the result. The default is 2 GiB; less makes
-        factors anew for each pair of blocks of examples that meet.
-      implementation: of the op `gram_accumulate`; `None` for the best supported one.
-
-    Returns:
-      (B, K, B, K) with K outputs per example, flattened; symmetric; in the widest dtype of the parameters and at least
-      float32, products at highest precision.
-
-    Raises:
-      ValueError: there are no parameters.
-    """
-    predict_fn = on_automatic_axes(predict_fn)
-
-    def gram(params: PyTree, inputs: Any) -> tuple[jax.Array]:
-        outputs, vjp = jax.vjp(lambda p: predict_fn(p, inputs), params)
-        check_outputs(outputs)
-        axes = leading_axes(batch_axes, inputs)
-        source = RowSource(predict_fn, params, inputs, IdentityCurvature(outputs), pull(vjp, outputs), axes)
-        kernel = row_gram(source, max_bytes, implementation)
-        examples = outputs.shape[0]
-        k = math.prod(outputs.shape[1:])
-        return (kernel.reshape(examples, k, examples, k),)
-
-    return meshes.automatic(gram, (params, inputs), (meshes.by_examples(inputs),))[0]
 
 
 @spread(DiagonalArguments)

@@ -114,6 +114,35 @@ def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i)]
 
 
+def cross_gram(
+    first: RowSource,
+    second: RowSource,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    implementation: Implementation | Choice | None = None,
+    *,
+    traced: bool = False,
+) -> jax.Array:
+    """S1^T J1 J2^T S2, the inner products of the rows of one source with those of another at the same parameters.
+
+    Args:
+      first, second: neither couples examples in its S.
+      max_bytes, implementation: as in `joint_gram`.
+      traced: sums the inner products of row r of one example with row r of another over r; both then have as many rows
+        an example. No matrix of all rows is made, unless examples interact. False by default.
+
+    Returns:
+      (rows of the first, rows of the second); with `traced` (examples, examples).
+    """
+    sets = _RowSet.of(first), _RowSet.of(second)
+    if not traced:
+        return _tiles(_Pair.of(*sets), max_bytes, implementation)
+    if all(rows.captured is not None for rows in sets):
+        return _tiles(dataclasses.replace(_Pair.of(*sets), traced=True), max_bytes, implementation)
+    whole = _tiles(_Pair.of(*sets), max_bytes, implementation)
+    (b, c), k = (source.output.row_shape[0] for source in (first, second)), math.prod(first.output.row_shape[1:])
+    return jnp.einsum("bkck->bc", whole.reshape(b, k, c, k))
+
+
 def _tiles(pair: _Pair, max_bytes: int, implementation: Implementation | Choice | None) -> jax.Array:
     """One model's rows with another's, tile by tile."""
     (left, n), (right, m) = (
@@ -124,7 +153,7 @@ def _tiles(pair: _Pair, max_bytes: int, implementation: Implementation | Choice 
     # The last tile is filled up by repeating the last group; the surplus is cut off below.
     rows = jnp.minimum(jnp.arange(many * n, dtype=jnp.int32), left.count - 1).reshape(many, n)
     columns = jnp.minimum(jnp.arange(others * m, dtype=jnp.int32), right.count - 1).reshape(others, m)
-    height, width = n * left.rows, m * right.rows
+    height, width = (size * (1 if pair.traced else side.rows) for size, side in ((n, left), (m, right)))
     empty = jnp.zeros((height, width), left.dtype)
 
     def band(i: jax.Array, block: jax.Array) -> jax.Array:
@@ -138,7 +167,7 @@ def _tiles(pair: _Pair, max_bytes: int, implementation: Implementation | Choice 
 
     block = jnp.zeros((many * height, others * width), left.dtype)
     block = jax.lax.fori_loop(jnp.zeros((), jnp.int32), jnp.asarray(many, jnp.int32), band, block)
-    return block[: left.total, : right.total]
+    return block[: left.count, : right.count] if pair.traced else block[: left.total, : right.total]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,11 +287,13 @@ class _Pair:
     Attributes:
       first, second: the models.
       parts: of each, for one group.
+      traced: whether rows of one number meet, and add up.
     """
 
     first: _RowSet
     second: _RowSet
     parts: tuple[_Part, ...]
+    traced: bool = False
 
     @staticmethod
     def of(first: _RowSet, second: _RowSet) -> _Pair:
@@ -279,11 +310,15 @@ class _Pair:
 
     def left(self, made: Any) -> list[Layer]:
         """The parts of several groups of the first."""
-        return jax.vmap(lambda own: [part(self.first, own) for part in self.parts])(made)
+        return self._of(self.first, made)
 
     def right(self, made: Any) -> list[Layer]:
         """The parts of several groups of the second."""
-        return jax.vmap(lambda own: [part(self.second, own) for part in self.parts])(made)
+        return self._of(self.second, made)
+
+    def _of(self, rows: _RowSet, made: Any) -> list[Layer]:
+        parts = jax.vmap(lambda own: [part(rows, own) for part in self.parts])(made)
+        return [layer.joined() for layer in parts] if self.traced else parts
 
 
 def _leaf_count(*sets: _RowSet) -> int:

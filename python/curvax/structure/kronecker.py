@@ -52,7 +52,7 @@ from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBloc
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
-from curvax.structure.uses import EmbeddingUse
+from curvax.structure.uses import EmbeddingUse, LayerUse
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
 _ENTRIES_AT_ONCE = 1 << 24
@@ -222,7 +222,7 @@ def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightShar
             w = _weights(uses, examples)
             make = _embedding_input_sum if block.embedding else _input_sum
             inputs.append(make(block, examples, w, sharing))
-            outputs.append(_output_sum(_cotangents(uses, examples), sharing))
+            outputs.append(_output_sum(cotangents_of(uses, examples), sharing))
             weights.append(jnp.sum(w))
         swapped.append(_swapped_sums(block, examples, sharing, dtype) if block.swapped else None)
     diagonal = [_diagonal_sum(blocks, block, examples) for block in blocks.diagonal]
@@ -282,7 +282,7 @@ def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
 
 def _swapped_cotangents(block: KroneckerBlock, examples: Examples, uses: Sequence[int]) -> jax.Array:
     """(B, R, T, G, n) at transposed layer uses, scaled as the block's own activations, with the zeros of a bias."""
-    c = _cotangents(uses, examples)
+    c = cotangents_of(uses, examples)
     if block.scale != 1:
         c = c * jnp.asarray(block.scale, c.dtype)
     return c if block.bias is None else jnp.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, 1)])
@@ -293,12 +293,12 @@ def _swapped_activations(examples: Examples, uses: Sequence[int]) -> jax.Array:
     return jnp.concatenate([examples.factors.activations[i] for i in uses], axis=1)
 
 
-def _indices(block: KroneckerBlock, examples: Examples) -> jax.Array:
+def indices_of(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, T) of an embedding."""
     return jnp.concatenate([examples.factors.activations[i] for i in examples.here(block.uses)], axis=1)
 
 
-def _cotangents(uses: Sequence[int], examples: Examples) -> jax.Array:
+def cotangents_of(uses: Sequence[int], examples: Examples) -> jax.Array:
     """(B, R, T, G, m)."""
     return jnp.concatenate([examples.factors.cotangents[i] for i in uses], axis=2)
 
@@ -345,7 +345,7 @@ def _embedding_input_sum(
     block: KroneckerBlock, examples: Examples, weights: jax.Array, sharing: WeightSharing
 ) -> jax.Array:
     """Expand: how often each row is looked up. Reduce: the diagonal of A, squares of each example's frequencies."""
-    indices, rows = _indices(block, examples), block.shape[1]
+    indices, rows = indices_of(block, examples), block.shape[1]
     each = weights
     if sharing is WeightSharing.REDUCE:
         # Positions with one index have the frequency f together; each brings its share of the weight times f.
@@ -400,6 +400,22 @@ def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examp
     return total
 
 
+def formed_rows(
+    blocks: KroneckerBlocks,
+    block: DiagonalBlock,
+    uses: Sequence[LayerUse],
+    a: Sequence[jax.Array],
+    d: Sequence[jax.Array],
+) -> jax.Array:
+    """The rows (R, *leaf) of one example of a leaf that keeps a diagonal, from its factors at these layer uses."""
+    total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
+    for use, x, y in zip(uses, a, d, strict=True):
+        dense = one_hot(use, x, blocks.dtype) if isinstance(use, EmbeddingUse) else x
+        formed = jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest")
+        total = total + jax.vmap(use.to_leaf)(formed)
+    return total
+
+
 def _formed_squares(
     blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples, indices: Sequence[int]
 ) -> jax.Array:
@@ -408,16 +424,8 @@ def _formed_squares(
     """
     uses = [blocks.uses[i] for i in indices]
 
-    def rows(a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
-        total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
-        for use, x, y in zip(uses, a, d, strict=True):
-            dense = one_hot(use, x, blocks.dtype) if isinstance(use, EmbeddingUse) else x
-            formed = jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest")
-            total = total + jax.vmap(use.to_leaf)(formed)
-        return total
-
     def some(part: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
-        return jnp.sum(jnp.square(jax.vmap(rows)(*part)), axis=(0, 1))
+        return jnp.sum(jnp.square(jax.vmap(functools.partial(formed_rows, blocks, block, uses))(*part)), axis=(0, 1))
 
     activations = [examples.factors.activations[i] for i in indices]
     cotangents = [examples.factors.cotangents[i] for i in indices]
@@ -425,31 +433,59 @@ def _formed_squares(
     return _over_examples(some, (activations, cotangents), entries)
 
 
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Some of the layer uses of a block, in the block's basis: their rows are `einsum(form, first, second)`, (B, R, G,
+    n, m).
+
+    Attributes:
+      form: "btgk,brtgl->brgkl", or with both sides exchanged for transposed uses.
+      first, second: activations and cotangents, or the other way round.
+    """
+
+    form: str
+    first: jax.Array
+    second: jax.Array
+
+    def rows(self) -> jax.Array:
+        """All rows, formed."""
+        return jnp.einsum(self.form, self.first, self.second, precision="highest")
+
+
+def projections(
+    block: KroneckerBlock, examples: Examples, u: jax.Array | None, v: jax.Array | None
+) -> list[Projection]:
+    """The rows of a block whose activations are not one-hot, U^T (sum_t a d^T) V; `None` is the identity."""
+
+    def turned(x: jax.Array, basis: jax.Array | None) -> jax.Array:
+        return x if basis is None else jnp.einsum("...gn,gnk->...gk", x, basis, precision="highest")
+
+    parts: list[Projection] = []
+    if uses := examples.here(block.uses):
+        a, d = turned(_activations(block, examples), u), turned(cotangents_of(uses, examples), v)
+        parts.append(Projection("btgk,brtgl->brgkl", a, d))
+    if swapped := examples.here(block.swapped):
+        c = turned(_swapped_cotangents(block, examples, swapped), u)
+        parts.append(Projection("brtgk,btgl->brgkl", c, turned(_swapped_activations(examples, swapped), v)))
+    return parts
+
+
 def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array, v: jax.Array) -> jax.Array:
-    total, uses = jnp.zeros(block.shape, v.dtype), examples.here(block.uses)
-    parts: list[tuple[str, jax.Array, jax.Array]] = []
-    if uses:
-        a = jnp.einsum("btgn,gnk->btgk", _activations(block, examples), u, precision="highest")
-        d = jnp.einsum("brtgm,gml->brtgl", _cotangents(uses, examples), v, precision="highest")
-        parts.append(("btgk,brtgl->brgkl", a, d))
-    swapped = examples.here(block.swapped)
-    if swapped:
-        c = jnp.einsum("brtgn,gnk->brtgk", _swapped_cotangents(block, examples, swapped), u, precision="highest")
-        g = jnp.einsum("btgm,gml->btgl", _swapped_activations(examples, swapped), v, precision="highest")
-        parts.append(("brtgk,btgl->brgkl", c, g))
+    parts = projections(block, examples, u, v)
     if not parts:
-        return total
-    if uses and not swapped and parts[0][1].shape[1] == 1:
+        return jnp.zeros(block.shape, v.dtype)
+    if len(parts) == 1 and not examples.here(block.swapped) and parts[0].first.shape[1] == 1:
         # One position: the square of a product is the product of squares.
-        _, a, d = parts[0]
+        a, d = parts[0].first, parts[0].second
         return jnp.einsum("bgk,bgl->gkl", jnp.square(a[:, 0]), jnp.sum(jnp.square(d[:, :, 0]), 1), precision="highest")
-    forms, arrays = [form for form, _, _ in parts], [(x, y) for _, x, y in parts]
+    forms, arrays = [part.form for part in parts], [(part.first, part.second) for part in parts]
 
     def some(part: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-        rows = [jnp.einsum(form, *pair, precision="highest") for form, pair in zip(forms, part, strict=True)]
+        rows = [Projection(form, *pair).rows() for form, pair in zip(forms, part, strict=True)]
         return jnp.sum(jnp.square(functools.reduce(jnp.add, rows)), axis=(0, 1))
 
-    count = examples.factors.cotangents[[*uses, *swapped][0]].shape[1]
+    used = [*examples.here(block.uses), *examples.here(block.swapped)]
+    count = examples.factors.cotangents[used[0]].shape[1]
     return _over_examples(some, arrays, count * block.size)
 
 
@@ -458,8 +494,8 @@ def _embedding_squares(block: KroneckerBlock, examples: Examples, v: jax.Array) 
     uses, (_, rows, m) = examples.here(block.uses), block.shape
     if not uses:
         return jnp.zeros(block.shape, v.dtype)
-    indices = _indices(block, examples)
-    d = jnp.einsum("brtm,ml->brtl", _cotangents(uses, examples)[..., 0, :], v[0], precision="highest")
+    indices = indices_of(block, examples)
+    d = jnp.einsum("brtm,ml->brtl", cotangents_of(uses, examples)[..., 0, :], v[0], precision="highest")
     if block.scale != 1:
         d = d * jnp.asarray(block.scale, d.dtype)
     same = (indices[:, :, None] == indices[:, None, :]).astype(d.dtype)

@@ -37,6 +37,27 @@ class Layer:
     activations: jax.Array | None
     cotangents: jax.Array
 
+    def joined(self) -> Layer:
+        """All rows of an example as one long row: inner products of such are traces of those of the rows."""
+        d = self.cotangents
+        if self.activations is None:
+            return Layer(None, d.reshape(*d.shape[:-2], 1, -1))
+        moved = jnp.moveaxis(d, -3, -2)
+        return Layer(self.activations, moved.reshape(*moved.shape[:-3], 1, moved.shape[-3], -1))
+
+    def own_gram(self) -> jax.Array:
+        """(R, R) inner products of the rows of one example."""
+        a, d = self.activations, self.cotangents
+        highest = jax.lax.Precision.HIGHEST
+        if a is not None:
+            (_, t, n), (_, r, _, m) = a.shape, d.shape
+            if t * t * (n + r * r * m) <= r * n * m * (t + r):
+                inner = jnp.einsum("gtn,gun->gtu", a, a, precision=highest)
+                together = jnp.einsum("gtu,gsum->gstm", inner, d, precision=highest)
+                return jnp.einsum("grtm,gstm->rs", d, together, precision=highest)
+            d = jnp.einsum("gtn,grtm->grnm", a, d, precision=highest).reshape(d.shape[0], r, -1)
+        return jnp.einsum("grw,gsw->rs", d, d, precision=highest)
+
 
 def layers(capture: Capture, factors: Factors) -> list[Layer]:
     """All parts of the rows of one example."""
