@@ -129,20 +129,16 @@ class ByPath(MatrixRule):
     """The axes by regular expressions that are searched for in the path; the first one that is there counts.
 
     Attributes:
-      patterns: pattern -> axes, or `None` for what is no matrix. A mapping, kept as pairs.
+      patterns: pattern -> axes, or `None` for what is no matrix.
       otherwise: the rule of all other leaves.
     """
 
-    patterns: Mapping[str, MatrixAxes | None] | tuple[tuple[str, MatrixAxes | None], ...]
+    patterns: Mapping[str, MatrixAxes | None]
     otherwise: MatrixRule = LastTwoAxes()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.patterns, Mapping):
-            object.__setattr__(self, "patterns", tuple(self.patterns.items()))
 
     def axes(self, path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
         """Of the first pattern."""
-        for pattern, axes in self.patterns:
+        for pattern, axes in self.patterns.items():
             if re.search(pattern, path):
                 return axes
         return self.otherwise.axes(path, shape)

@@ -1,6 +1,7 @@
 """Which leaves Muon takes: hidden matrices. AdamW takes the rest.
 
-Only matrices between two hidden layers have a spectrum to even out, so a label sends each leaf to one of two optimizers:
+Only matrices between two hidden layers have a spectrum to even out, so a label sends each leaf to one of two
+optimizers:
 
     {"embed": (V, d), "layers": {"w": (L, d, d), "b": (L, d)}, "head": (d, V)}
       adamw                      muon, L matrices  adamw         adamw
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from curvax.optimizers.axes import LastTwoAxes, MatrixRule, paths
 
 Other: TypeAlias = str | re.Pattern[str] | Callable[[str, tuple[int, ...]], bool]
-"""What is no hidden matrix: a path and all below it, a pattern searched for in paths, or a function of path and shape."""
+"""What is no hidden matrix: a path and all below it, a pattern that paths are searched for, or a function of both."""
 
 _OUTER_WORDS = frozenset(
     """embed embeds embedding embeddings embedder emb wte wpe vocab vocabulary unembed unembedding head lmhead logits
@@ -93,7 +94,7 @@ def _label(path: str, leaf: Any, outer: Callable[[str, tuple[int, ...]], bool], 
         return "adamw"
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(
-            f"{path} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
+            f"{path!r} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
             "optax.contrib.split_real_and_imaginary, or name its entry in others=."
         )
     return "muon"

@@ -9,7 +9,6 @@ import jax
 import optax
 
 from curvax.optimizers.axes import paths
-from curvax.plan.plan import bytes_text
 from curvax.tree import PyTree
 
 
@@ -32,8 +31,8 @@ class StateBytes:
 
     def explain(self) -> str:
         """A line per leaf and one for all."""
-        lines = [f"{path}: {bytes_text(own)}" for path, own in self.by_leaf]
-        return "\n".join([*lines, f"state of the optimizer: {bytes_text(self.total)}"])
+        lines = [f"{path}: {own:,} bytes" for path, own in self.by_leaf]
+        return "\n".join([*lines, f"state of the optimizer: {self.total:,} bytes"])
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 
 import optax
 
@@ -80,7 +81,7 @@ def muon_adamw(options: MuonAdamWOptions) -> optax.GradientTransformationExtraAr
     )
     adam = scale_by_soap(b1=options.b1, b2=options.b2, matrices=NoMatrices())
     own = options.adamw_learning_rate
-    parts = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         "muon": _rated(muon, options.learning_rate, options.weight_decay),
         "adamw": _rated(adam, options.learning_rate if own is None else own, options.weight_decay),
     }

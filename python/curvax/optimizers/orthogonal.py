@@ -97,7 +97,7 @@ POLAR_EXPRESS = NewtonSchulz(
         (1.875, -1.25, 0.375),
     )
 )
-"""Eight of the best polynomials for values down to 1e-3, with the authors' margin (Amsel et al. 2025, arXiv 2505.16932)."""
+"""Eight of the best polynomials for values down to 1e-3, with a margin (Amsel et al. 2025, arXiv 2505.16932)."""
 
 
 class UpdateScale(abc.ABC):
