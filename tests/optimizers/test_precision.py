@@ -185,12 +185,13 @@ def test_bases_stay_orthogonal_and_rank_one_gradients_finite() -> None:
     def step(states: Any, key: jax.Array) -> Any:
         full, size = jax.random.normal(key, (6, 9)), jax.random.normal(key, ())
         grads = {"full": full, "one": line * size}
-        pairs = [of.update(grads, state) for of, state in zip((tx, shampoo), states, strict=True)]
+        pairs: list[Any] = [of.update(grads, state) for of, state in zip((tx, shampoo), states, strict=True)]
         return [state for _, state in pairs], jnp.stack([jnp.sum(jnp.abs(u["one"])) for u, _ in pairs])
 
     run = quick_jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 1000)))
     (soaped, _), sizes = run([tx.init(shapes), shampoo.init(shapes)])
-    assert np.all(np.isfinite(sizes)) and np.all(np.asarray(sizes)[-1] > 0)
+    sizes = np.asarray(sizes)
+    assert np.all(np.isfinite(sizes)) and np.all(sizes[-1] > 0)
     for basis in jax.tree.leaves(soaped.bases):
         q = np.asarray(basis, np.float64)
         np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
@@ -201,7 +202,8 @@ def test_a_matrix_that_waits_for_its_first_gradient_gets_an_exact_basis() -> Non
     rng = np.random.default_rng(12)
     zero, later = np.zeros((5, 8)), [rng.standard_normal((5, 8)) for _ in range(2)]
     tx, grads = scale_by_soap(every=10), [{"w": g} for g in (zero, zero, *later)]
-    state, update = tx.init(single(grads[0])), quick_jit(tx.update)
+    state: Any = tx.init(single(grads[0]))
+    update = quick_jit(tx.update)
     for g in single(grads[:3]):
         _, state = update(g, state)
     for side, basis in state.bases[0].items():

@@ -90,7 +90,7 @@ class Soap:
             update = ql @ (inside / (root + self.eps * np.sqrt(np.mean(root**2)))) @ qr.T
             for side in self.sides if t % self.every == 0 and t > self.start else ():
                 basis, factor = bases[side], factors[side]
-                order = np.argsort(-np.diag(basis.conj().T @ factor @ basis).real)
+                order = np.argsort(-np.real(np.diag(basis.conj().T @ factor @ basis)))
                 square = square[order] if side == 0 else square[:, order]
                 exact = np.linalg.eigh(factor)[1][:, ::-1] if self.exact else None
                 bases[side] = np.linalg.qr(factor @ basis[:, order])[0] if exact is None else exact
@@ -102,7 +102,7 @@ class Soap:
             return x @ x.conj().T
         if t == 1 or other not in self.sides:
             return x @ x.conj().T / np.sqrt(np.mean(np.abs(g) ** 2)) / x.shape[1]
-        values = np.diag(bases[other].conj().T @ factors[other] @ bases[other]).real / (1 - self.b2 ** (t - 1))
+        values = np.real(np.diag(bases[other].conj().T @ factors[other] @ bases[other])) / (1 - self.b2 ** (t - 1))
         turned = x @ bases[other].conj()
         return turned / (values + 1e-4 * np.mean(values)) @ turned.conj().T / x.shape[1]
 

@@ -29,7 +29,7 @@ from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale, with_fi
 from curvax.kernels.dense_linalg import qr
 from curvax.keywords import spread
 from curvax.meshes import on_any_mesh
-from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, whole
+from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known, whole
 from curvax.optimizers.axes import LastTwoAxes, MatrixRule
 from curvax.optimizers.choices import BasisMethod, FactorTerms, Sides
 from curvax.optimizers.matrices import (
@@ -304,12 +304,16 @@ class _Step:
         if not known:
             return bases, moments
 
+        # Without any updates before the first bases the moments are zero, in whatever basis.
+        turned = moments if not is_known(self.options.start) or self.options.start > 0 else []
+
         def begin() -> tuple[tuple[BySide, ...], list[jax.Array]]:
-            pairs = [_begun(*of) for of in zip(factors, bases, moments, first, strict=True)]
-            return tuple(basis for basis, _ in pairs), [square for _, square in pairs]
+            new = tuple(_begun(*of) for of in zip(factors, bases, first, strict=True))
+            return new, [_turned(v, *of) for v, *of in zip(turned, new, first, strict=bool(turned))]
 
         due = self.finite & (self.count >= self.options.start) & jnp.any(jnp.stack(known))
-        return jax.lax.cond(due, begin, lambda: (bases, moments))
+        bases, turned = jax.lax.cond(due, begin, lambda: (bases, turned))
+        return bases, turned or moments
 
     def adam(
         self,
@@ -344,15 +348,20 @@ def _identities(factor: jax.Array) -> jax.Array:
     return factor + jnp.eye(factor.shape[-1], dtype=factor.dtype)
 
 
-def _begun(factors: BySide, bases: BySide, square: jax.Array, first: dict[int, jax.Array]) -> tuple[BySide, jax.Array]:
-    """First bases where `first` says so. Moments of independent entries, turned, are |Q_L^H|^2 V |Q_R|^2."""
-    turned = {}
-    for side, factor in factors.items():
-        begins = first[side][..., None, None]
-        turned[side] = jnp.where(begins, _eigenvectors(factor), bases[side])
-        weights = jnp.square(jnp.abs(adjoint(turned[side])))
-        square = jnp.where(begins, multiply(weights, square, side), square)
-    return turned, square
+def _begun(factors: BySide, bases: BySide, first: dict[int, jax.Array]) -> BySide:
+    """First bases where `first` says so."""
+    return {
+        side: jnp.where(first[side][..., None, None], _eigenvectors(factor), bases[side])
+        for side, factor in factors.items()
+    }
+
+
+def _turned(square: jax.Array, bases: BySide, first: dict[int, jax.Array]) -> jax.Array:
+    """Second moments of the parameters' basis in first bases: |Q_L^H|^2 V |conj(Q_R)|^2, of independent entries."""
+    for side, basis in bases.items():
+        turned = multiply(jnp.square(jnp.abs(adjoint(basis))), square, side)
+        square = jnp.where(first[side][..., None, None], turned, square)
+    return square
 
 
 def _into(x: jax.Array, bases: BySide) -> jax.Array:
