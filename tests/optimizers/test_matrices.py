@@ -101,7 +101,7 @@ SHAPES = {
     "kernel": (3, 3, 2, 6),
     "depthwise": (3, 3, 1, 6),
     "bias": (6,),
-    "layers": (3, 6, 6),
+    "layers": (2, 6, 6),
     "q": (6, 2, 4),
     "out": (2, 4, 4),
 }
@@ -120,7 +120,7 @@ def test_a_model_says_what_its_matrices_are() -> None:
         views = MatrixViews.of(shapes, axes_of_model(model, shapes, inputs, **options)).views
         return {view.path: view.stacks for view in views if view.axes is not None}
 
-    assert stacks() == {"kernel": ((18, 6),), "layers": ((3, 6, 6),), "q": ((6, 8),), "out": ((8, 4),)}
+    assert stacks() == {"kernel": ((18, 6),), "layers": ((2, 6, 6),), "q": ((6, 8),), "out": ((8, 4),)}
     assert stacks(heads_apart=True) == stacks() | {"q": ((2, 6, 4),), "out": ((2, 4, 4),)}
 
 

@@ -82,9 +82,9 @@ def test_one_sided_shampoo_and_its_start(x64: None) -> None:
 
 @pytest.mark.parametrize("make", [scale_by_soap, scale_by_shampoo], ids=["soap", "shampoo"])
 def test_blocks_step_as_matrices_of_their_own(make: Any, x64: None) -> None:
-    grads = history((2, 5, 4), 3)
+    grads = history((2, 3, 5), 3)
     found = run(make(every=2, block_dim=3), [jnp.asarray(g) for g in grads])
-    edges = {"rows": [(0, 3), (3, 5)], "columns": [(0, 3), (3, 4)]}
+    edges = {"rows": [(0, 3)], "columns": [(0, 3), (3, 5)]}
     places = [(slice(*r), slice(*c)) for r in edges["rows"] for c in edges["columns"]]
     alone = run(make(every=2), [[jnp.asarray(g[:, r, c]) for r, c in places] for g in grads])
     for update, blocks in zip(found, alone, strict=True):

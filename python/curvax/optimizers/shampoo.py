@@ -24,7 +24,7 @@ import optax
 
 from curvax import tree
 from curvax.chain import check_rates
-from curvax.eigenbases import adjoint, rounding, unit_scale
+from curvax.eigenbases import adjoint, rounding, unit_of, unit_scale
 from curvax.kernels.dense_linalg import eigh
 from curvax.keywords import spread
 from curvax.meshes import on_any_mesh
@@ -325,15 +325,23 @@ def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int, eps: Numbe
     if not factor.size:
         return factor
     if not _is_dense(factor, gradient):
-        return _damped_power(factor, order, eps)
+        unit = unit_of(jnp.mean(factor, axis=-1, keepdims=True))
+        return _damped_power(factor / unit, order, eps) * _inverse_root_of_unit(unit, order)
     scale = unit_scale(factor)
     pairs = eigh(factor / scale.astype(factor.dtype))
     values, vectors = pairs.values, pairs.vectors
     # Alike where they are rounding, so that the root there is a multiple of the identity on what has no gradient.
     values = jnp.where(values > rounding(values), values, jnp.zeros_like(values))
-    powers = _damped_power(values, order, eps) * scale[..., 0] ** (-1 / order)
+    powers = _damped_power(values, order, eps) * _inverse_root_of_unit(scale[..., 0], order)
     scaled = vectors * powers[..., None, :].astype(vectors.dtype)
     return jnp.matmul(scaled, adjoint(vectors), precision=jax.lax.Precision.HIGHEST)
+
+
+def _inverse_root_of_unit(unit: jax.Array, order: int) -> jax.Array:
+    """unit^(-1/order) of a power of two, whose whole part is exact: 2^k and 2^(k + order) have the same digits."""
+    _, above = jnp.frexp(unit)
+    whole_part, rest = jnp.divmod(above - 1, order)
+    return jnp.ldexp(jnp.exp2(-rest.astype(unit.dtype) / order), -whole_part)
 
 
 def _damped_power(values: jax.Array, order: int, eps: Number) -> jax.Array:
