@@ -7,7 +7,7 @@ values that are not too small near 1 (Newton-Schulz iterations):
     M / |M|_F = U S V^T  --a X + (b A + c A A) X, A = X X^T-->  U p(S) V^T  --...-->  about U V^T
 
     singular values      0.01   0.1   0.9
-    five times JORDAN    0.88   0.76  0.77
+    five times JORDAN    0.70   0.71  0.68
 """
 
 from __future__ import annotations
