@@ -19,7 +19,7 @@ from curvax.pipes import until_closed
 
 SUITES = (
     *("steps", "plan", "structure", "lanes", "kernels", "limits", "layerwise", "linalg", "untuned", "robustness"),
-    *("compile", "physics", "vmc", "scale", "estimators", "growth", "operators"),
+    *("compile", "physics", "vmc", "scale", "estimators", "growth", "operators", "kronecker"),
     *("gpu_compile", "gpu_steps"),
 )
 

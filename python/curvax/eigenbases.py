@@ -34,10 +34,14 @@ def unit_scale(factor: jax.Array) -> jax.Array:
     Divided by it, factors of gradients that differ by a power of two are the same bits: no factorization underflows,
     and none sees the scale of the loss.
     """
-    mean = jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-    _, exponent = jnp.frexp(mean)
-    scale = jnp.ldexp(jnp.ones_like(mean), exponent)
-    return jnp.where((mean > 0) & jnp.isfinite(mean), scale, jnp.ones_like(mean))[..., None, None]
+    return unit_of(jnp.mean(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1))[..., None, None]
+
+
+def unit_of(means: jax.Array) -> jax.Array:
+    """A power of two near each mean; 1 where it is zero or not finite."""
+    _, exponent = jnp.frexp(means)
+    scale = jnp.ldexp(jnp.ones_like(means), exponent)
+    return jnp.where((means > 0) & jnp.isfinite(means), scale, jnp.ones_like(means))
 
 
 def rounding(eigenvalues: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from bench.generic import without_structure
-from bench.suites import estimators, kernels, lanes, layerwise, linalg, plan, steps, structure
+from bench.suites import estimators, kernels, kronecker, lanes, layerwise, linalg, plan, steps, structure
 from bench.suites import growth as step_growth
 from bench.suites.layerwise.contenders import CONTENDERS
 from bench.suites.structure import growth
@@ -20,12 +20,13 @@ import curvax
 from curvax.solvers import Automatic
 from tests.oracle.compiling import quick_jit
 
-SUITES = (steps, plan, kernels, structure, linalg, estimators)
+SUITES = (steps, plan, kernels, structure, linalg, estimators, kronecker)
 ONLY = {
     "kernels": "dots, leaf_270k",
     "structure": "exact GGN diagonal",
     "linalg": "cholesky, float32",
     "estimators": "low rank, fast",
+    "kronecker": "Muon",
 }
 
 

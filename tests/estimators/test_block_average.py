@@ -83,6 +83,7 @@ LAYERS = {
     "experts": Layer(lambda w, x: jnp.einsum("bgd,gdf->bgf", x, w), (2, 3, 4), (2, 3), (2,)),
     "convolution in 1 dimension": Layer(lambda w, x: conv(x, w), (3, 2, 4), (6, 2), (0,)),
     "convolution in 2 dimensions": Layer(lambda w, x: conv(x, w, "HWIO"), (2, 3, 2, 3), (3, 4, 2), (0, 1)),
+    "convolution in 3 dimensions": Layer(lambda w, x: conv(x, w, "DHWIO"), (2, 1, 2, 2, 3), (2, 3, 2, 2), (0, 2)),
     "convolution, channels first": Layer(lambda w, x: conv(x, w, "OIHW"), (3, 2, 2, 3), (3, 4, 2), (2, 3)),
     "bias": Layer(lambda w, x: x + w, (5,), (5,), ()),
     "gain": Layer(lambda w, x: x * w, (5,), (5,), ()),
@@ -164,7 +165,7 @@ def test_layers_of_a_stack_are_averaged_each_for_itself(kind: Any, x64: None) ->
     after, _, _ = quick_jit(method.step)(params, batch, method.init(params), jax.random.key(0))
     for name in LAYERS:
         moved = jnp.stack([a - b for a, b in zip(params[name], after[name], strict=True)])
-        np.testing.assert_allclose(moved / 0.15, directions[name], rtol=1e-9, err_msg=name)
+        np.testing.assert_allclose(moved / 0.15, directions[name], rtol=1e-12, err_msg=name)
 
 
 def test_a_model_with_a_loss_and_microbatches_average_alike(x64: None) -> None:

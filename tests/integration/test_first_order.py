@@ -109,6 +109,15 @@ def test_errors() -> None:
     assert "first order" in method.explain()
 
 
+def test_the_plan_says_what_the_optimizer_keeps() -> None:
+    method = curvax.first_order(optax.scale_by_adam(), predict_fn=predict, loss=SquaredError())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), START)
+    plan = method.plan_for(shapes, {"x": jnp.asarray(X, jnp.float32), "y": jnp.asarray(Y, jnp.float32)})
+    entries = sum(x.size for x in jax.tree.leaves(shapes))
+    assert plan.state_bytes == 4 * (2 * entries + 1)
+    assert f"state of the optimizer {plan.state_bytes} B" in plan.explain()
+
+
 def test_a_step_that_is_not_finite_is_not_taken() -> None:
     method = curvax.first_order(optax.sgd(jnp.float32(jnp.inf)), predict_fn=predict, loss=SquaredError())
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), START)

@@ -85,6 +85,7 @@ MAKERS: dict[str, Any] = {
     "scale_by_kfac": lambda c: scaled(curvax.transforms.scale_by_kfac(c.predict, LOSS, BATCH, 1.0), 0.5),
     "scale_by_sophia_g": lambda c: scaled(curvax.transforms.scale_by_sophia_g(c.predict, LOSS), 0.01),
     "soap": lambda c: curvax.optimizers.soap(0.02),
+    "muon_adamw": lambda c: curvax.optimizers.muon_adamw(0.02, others=("last",)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -51,29 +52,92 @@ def shampoo_by_hand(history: list[np.ndarray], eps: float, every: int, beta2: fl
     return power(left, -0.25) @ g @ power(right, -0.25)
 
 
+@dataclasses.dataclass(frozen=True)
+class Soap:
+    """Algorithm 3 of the paper, with Adam's bias corrections and a relative epsilon, and its variants.
+
+    `sides` have a basis, which the updates after `start` use; `exact` bases are eigenvectors at every refresh. `kl`
+    weighs each term of a factor by the inverse of the other (arXiv 2509.03378), damped by 1e-4 of its mean.
+    """
+
+    b1: float
+    b2: float
+    eps: float
+    every: int
+    sides: tuple[int, ...] = (0, 1)
+    start: int = 0
+    exact: bool = False
+    kl: bool = False
+
+    def last(self, history: list[np.ndarray]) -> np.ndarray:
+        """The last update."""
+        shape, dtype = history[0].shape, history[0].dtype
+        factors, bases = [np.zeros((d, d), dtype) for d in shape], [np.eye(d, dtype=dtype) for d in shape]
+        mean, square, update = np.zeros(shape, dtype), np.zeros(shape), np.zeros(shape)
+        for t, g in enumerate(history, 1):
+            terms = [self._term(g, side, t, factors, bases) for side in (0, 1)]
+            factors = [self.b2 * old + (1 - self.b2) * new for old, new in zip(factors, terms, strict=True)]
+            if t == self.start + 1:
+                for side in self.sides:
+                    bases[side] = np.linalg.eigh(factors[side])[1][:, ::-1]
+                    weights = np.abs(bases[side].conj().T) ** 2
+                    square = weights @ square if side == 0 else square @ weights.T
+            ql, qr = bases
+            mean = self.b1 * mean + (1 - self.b1) * g
+            square = self.b2 * square + (1 - self.b2) * np.abs(ql.conj().T @ g @ qr.conj()) ** 2
+            root = np.sqrt(square / (1 - self.b2**t))
+            inside = ql.conj().T @ mean @ qr.conj() / (1 - self.b1**t)
+            update = ql @ (inside / (root + self.eps * np.sqrt(np.mean(root**2)))) @ qr.T
+            for side in self.sides if t % self.every == 0 and t > self.start else ():
+                basis, factor = bases[side], factors[side]
+                order = np.argsort(-np.real(np.diag(basis.conj().T @ factor @ basis)))
+                square = square[order] if side == 0 else square[:, order]
+                exact = np.linalg.eigh(factor)[1][:, ::-1] if self.exact else None
+                bases[side] = np.linalg.qr(factor @ basis[:, order])[0] if exact is None else exact
+        return update
+
+    def _term(self, g: np.ndarray, side: int, t: int, factors: list[np.ndarray], bases: list[np.ndarray]) -> np.ndarray:
+        x, other = (g if side == 0 else g.T), 1 - side
+        if not self.kl:
+            return x @ x.conj().T
+        if t == 1 or other not in self.sides:
+            return x @ x.conj().T / np.sqrt(np.mean(np.abs(g) ** 2)) / x.shape[1]
+        values = np.real(np.diag(bases[other].conj().T @ factors[other] @ bases[other])) / (1 - self.b2 ** (t - 1))
+        turned = x @ bases[other].conj()
+        return turned / (values + 1e-4 * np.mean(values)) @ turned.conj().T / x.shape[1]
+
+
 def soap_by_hand(history: list[np.ndarray], b1: float, b2: float, eps: float, every: int, long: bool) -> np.ndarray:
-    """Algorithm 3 of the paper, with Adam's bias corrections and a relative epsilon; the last update."""
-    m, n = history[0].shape
-    dtype = history[0].dtype
-    left, right, mean, square = np.zeros((m, m)), np.zeros((n, n)), np.zeros((m, n), dtype), np.zeros((m, n))
-    ql, qr, update = np.eye(m), np.eye(n), np.zeros((m, n))
+    """The last update of SOAP, of a matrix whose rows are too many for a basis if it is `long`."""
+    return Soap(b1, b2, eps, every, (1,) if long else (0, 1)).last(history)
+
+
+def kl_shampoo_by_hand(history: list[np.ndarray], b2: float, eps: float, every: int) -> np.ndarray:
+    """The last update of KL-Shampoo (arXiv 2509.03378), L^(-1/2) G R^(-1/2), with damped roots of the last refresh."""
+    factors = [np.zeros((d, d)) for d in history[0].shape]
+    roots: list[np.ndarray] = []
     for t, g in enumerate(history, 1):
-        left, right = b2 * left + (1 - b2) * g @ g.conj().T, b2 * right + (1 - b2) * g.conj().T @ g
-        if t == 1:
-            ql = ql if long else np.linalg.eigh(left)[1][:, ::-1]
-            qr = np.linalg.eigh(right)[1][:, ::-1]
-        mean = b1 * mean + (1 - b1) * g
-        square = b2 * square + (1 - b2) * np.abs(ql.conj().T @ g @ qr) ** 2
-        root = np.sqrt(square / (1 - b2**t))
-        inside = (ql.conj().T @ mean @ qr / (1 - b1**t)) / (root + eps * np.sqrt(np.mean(root**2)))
-        update = ql @ inside @ qr.conj().T
-        if t % every == 0:
-            if not long:
-                order = np.argsort(-np.diag(ql.conj().T @ left @ ql).real)
-                ql, square = np.linalg.qr(left @ ql[:, order])[0], square[order]
-            order = np.argsort(-np.diag(qr.conj().T @ right @ qr).real)
-            qr, square = np.linalg.qr(right @ qr[:, order])[0], square[:, order]
-    return update
+        scale = np.sqrt(np.mean(g**2))
+        inverses = [root @ root for root in roots] if roots else [np.eye(d) / scale for d in g.shape]
+        terms = [g @ inverses[1] @ g.T / g.shape[1], g.T @ inverses[0] @ g / g.shape[0]]
+        factors = [b2 * old + (1 - b2) * new for old, new in zip(factors, terms, strict=True)]
+        if (t - 1) % every == 0:
+            means = [f / (1 - b2**t) for f in factors]
+            roots = [power(f + eps * np.mean(np.diag(f)) * np.eye(len(f)), -0.5) for f in means]
+    return roots[0] @ history[-1] @ roots[1]
+
+
+def muon_by_hand(history: list[np.ndarray], beta: float, nesterov: bool, coefficients: Any) -> np.ndarray:
+    """The last update of Muon before any scaling, by its author's formulas on singular values."""
+    mean = np.zeros_like(history[0])
+    for g in history:
+        mean = beta * mean + (1 - beta) * g
+    ahead = beta * mean + (1 - beta) * history[-1] if nesterov else mean
+    u, values, vt = np.linalg.svd(ahead, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for a, b, c in coefficients:
+        values = a * values + b * values**3 + c * values**5
+    return (u * values) @ vt
 
 
 def adam_by_hand(history: list[np.ndarray], b1: float, b2: float, eps: float) -> np.ndarray:

@@ -25,6 +25,7 @@ from curvax.keywords import spread
 from curvax.losses import Loss
 from curvax.method import AbstractMethod, StepKeys
 from curvax.methods.options import LossRecordOptions, ModelOptions
+from curvax.optimizers.memory import total_bytes
 from curvax.origin import Origin
 from curvax.plan import Cost
 from curvax.plan.cost import trace
@@ -66,10 +67,12 @@ class FirstOrderPlan:
     Attributes:
       loss: what is differentiated.
       cost: predicted work of the gradient; `None` without shapes.
+      state_bytes: what the optimizer keeps; `None` without shapes. `curvax.optimizers.state_bytes` has it by leaf.
     """
 
     loss: str
     cost: Cost | None = None
+    state_bytes: int | None = None
 
     def explain(self) -> str:
         """The plan as text."""
@@ -79,6 +82,8 @@ class FirstOrderPlan:
         ]
         if self.cost is not None:
             lines.append(f"  gradient {flops_text(self.cost.flops)}, {bytes_text(self.cost.bytes)} moved")
+        if self.state_bytes is not None:
+            lines.append(f"  state of the optimizer {bytes_text(self.state_bytes)}")
         return "\n".join(lines)
 
 
@@ -147,7 +152,8 @@ class FirstOrder(AbstractMethod[FirstOrderState, FirstOrderPlan]):
         def gradient(p: PyTree, e: Evaluation) -> PyTree:
             return self.objective.linearize(p, e, Needs(gradient=True)).gradient
 
-        return dataclasses.replace(self.plan, cost=trace(gradient, trainable, evaluation))
+        kept = total_bytes(self.transform, jax.eval_shape(tree.upcast, trainable))
+        return dataclasses.replace(self.plan, cost=trace(gradient, trainable, evaluation), state_bytes=kept)
 
     def _propose(self, inputs: StepInputs[FirstOrderState]) -> Proposal[FirstOrderState]:
         state, params = inputs.state, inputs.trainable

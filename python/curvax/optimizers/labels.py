@@ -1,33 +1,29 @@
-"""Muon for hidden matrices, AdamW for the rest: the paper's inner optimizer, by labels.
+"""Which leaves Muon takes: hidden matrices. AdamW takes the rest.
 
-Muon replaces the momentum M = U S V^T of a matrix by about U V^T, with all singular values 1, by a few Newton-Schulz
-iterations (Optax's). Only matrices between two hidden layers have a spectrum to even out, so a label sends each leaf
-to one of two optimizers:
+Only matrices between two hidden layers have a spectrum to even out, so a label sends each leaf to one of two
+optimizers:
 
     {"embed": (V, d), "layers": {"w": (L, d, d), "b": (L, d)}, "head": (d, V)}
       adamw                      muon, L matrices  adamw         adamw
 
-Which matrices are embeddings and heads is said by the user, or by their names (`hidden_matrices_by_name`).
+Which matrices are embeddings and heads is said by the user, by their paths, a regular expression or a function, or by
+their names (`hidden_matrices_by_name`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
-import optax.contrib
-from jax.tree_util import keystr
 
-from curvax.chain import check_rates
-from curvax.meshes import on_any_mesh
+from curvax.optimizers.axes import LastTwoAxes, MatrixRule, paths
 
-# Beside any norm it adds nothing, and a gradient of zero stays zero: Optax's 1e-8 would give gradients a unit.
-_TINY = 1e-30
+Other: TypeAlias = str | re.Pattern[str] | Callable[[str, tuple[int, ...]], bool]
+"""What is no hidden matrix: a path and all below it, a pattern that paths are searched for, or a function of both."""
 
 _OUTER_WORDS = frozenset(
     """embed embeds embedding embeddings embedder emb wte wpe vocab vocabulary unembed unembedding head lmhead logits
@@ -35,106 +31,90 @@ _OUTER_WORDS = frozenset(
 )
 """Words in the names of matrices that stand before the first hidden layer or behind the last one."""
 
+_VECTOR_WORDS = frozenset(("bias", "scale"))
+"""Names of what acts entry by entry: two axes make a stack of it, no matrix."""
 
-def hidden_matrices(*others: str) -> Callable[[Any], Any]:
+_LAST_TWO = LastTwoAxes()
+
+
+def hidden_matrices(*others: Other, matrices: MatrixRule = _LAST_TWO) -> Callable[[Any], Any]:
     """Labels for `optax.partition`: "muon" for matrices, "adamw" for vectors, scalars and the named entries.
 
     Args:
-      others: top-level entries of the parameters, such as "embed" and "head", whose matrices are no hidden ones.
+      others: what matrices are no hidden ones. A string is a path, "embed" or "params/embed", and names all below it; a
+        compiled pattern is searched for in each path; a function says it of (path, shape).
+      matrices: which leaves are matrices; by default all with two axes or more.
 
     Returns:
       A function from parameters to a tree of labels. A leaf with more than two axes is a stack of matrices; one without
       entries is none.
 
     Raises (the returned function):
-      ValueError: a name is no top-level entry of the parameters.
+      ValueError: a path is no part of the parameters.
       TypeError: a hidden matrix is complex.
     """
 
     def labels(params: Any) -> Any:
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        if not paths:
+        known = paths(params)
+        if not known:
             return params  # `optax.tree.map_params` asks without parameters
-        groups = {keystr(path[:1], simple=True) for path, _ in paths}
         for name in others:
-            if name not in groups:
-                raise ValueError(
-                    f"{name!r} is no entry of the parameters that train, which are {', '.join(sorted(groups))}: name "
-                    "those whose matrices AdamW takes, as muon_adamw's others= or hidden_matrices(...), or none."
-                )
-
-        def label(path: Any, leaf: Any) -> str:
-            return _label(path, leaf, outer=keystr(path[:1], simple=True) in others)
-
-        return jax.tree_util.tree_map_with_path(label, params)
+            if isinstance(name, str) and not any(_is_below(path, name) for path in known):
+                raise ValueError(_not_there(name, known))
+        return _labeled(params, lambda path, shape: any(_names(other, path, shape) for other in others), matrices)
 
     return labels
 
 
-def hidden_matrices_by_name(params: Any) -> Any:
+def hidden_matrices_by_name(params: Any, matrices: MatrixRule = _LAST_TWO) -> Any:
     """The labels of `hidden_matrices`, with embeddings and heads told by their names.
 
     AdamW takes every leaf with a word such as "embed", "wte", "head", "logits" or "classifier" in its path, in any
-    spelling (`lm_head`, `TokenEmbedding_0`), and every leaf that has at most one axis longer than 1. "heads", "output"
-    and "out" are no such words: attention has them within.
+    spelling (`lm_head`, `TokenEmbedding_0`), every leaf named "bias" or "scale", and every leaf that has at most one
+    axis longer than 1. "heads", "output" and "out" are no such words: attention has them within.
     """
 
-    def label(path: Any, leaf: Any) -> str:
-        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", keystr(path))
-        outer = any(word.lower() in _OUTER_WORDS for word in words)
-        return _label(path, leaf, outer=outer or sum(size > 1 for size in leaf.shape) < 2)
+    def outer(path: str, shape: tuple[int, ...]) -> bool:
+        words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", path))
+        entrywise = path.rpartition("/")[2] in _VECTOR_WORDS or sum(size > 1 for size in shape) < 2
+        return entrywise or any(word in _OUTER_WORDS for word in words)
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return _labeled(params, outer, matrices)
 
 
-def _label(path: Any, leaf: Any, *, outer: bool) -> str:
-    if outer or len(leaf.shape) < 2 or not math.prod(leaf.shape):
+def _labeled(params: Any, outer: Callable[[str, tuple[int, ...]], bool], matrices: MatrixRule) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+    known = zip(paths(params), leaves, strict=True)
+    return jax.tree.unflatten(structure, [_label(path, leaf, outer, matrices) for path, leaf in known])
+
+
+def _label(path: str, leaf: Any, outer: Callable[[str, tuple[int, ...]], bool], matrices: MatrixRule) -> str:
+    shape = tuple(leaf.shape)
+    if len(shape) < 2 or not math.prod(shape) or outer(path, shape) or matrices.axes(path, shape) is None:
         return "adamw"
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(
-            f"{keystr(path)} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
+            f"{path!r} is complex, and Muon orthogonalizes real matrices: wrap the optimizer in "
             "optax.contrib.split_real_and_imaginary, or name its entry in others=."
         )
     return "muon"
 
 
-def muon_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    others: tuple[str, ...] | None = None,
-    adamw_learning_rate: optax.ScalarOrSchedule | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.contrib.muon` on hidden matrices and `optax.adamw` on everything else.
+def _names(other: Other, path: str, shape: tuple[int, ...]) -> bool:
+    if isinstance(other, str):
+        return _is_below(path, other)
+    return other.search(path) is not None if isinstance(other, re.Pattern) else bool(other(path, shape))
 
-    Args:
-      learning_rate: of Muon, and of AdamW unless it has its own.
-      others: top-level entries whose matrices AdamW takes; every one must be there. `()` where no entry is meant. By
-        default, `None`, embeddings and heads by their names (`hidden_matrices_by_name`).
-      adamw_learning_rate: `None` for the same.
-      b1, b2: AdamW's; 0.9 and 0.999 as in the paper.
-      weight_decay: of both, times the learning rate.
 
-    Raises:
-      TypeError: `others` is a single string, or a rate is neither a number nor a schedule.
-      ValueError: a rate is out of its range.
-      ValueError (in `init`): one of `others` is no top-level entry of the parameters.
-      TypeError (in `init`): a matrix that Muon would take is complex.
-    """
-    if isinstance(others, str):
-        raise TypeError(f"muon_adamw: others is the string {others!r}: pass a tuple of names, ({others!r},).")
-    rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
-    check_rates(learning_rate, weight_decay, b1=b1, b2=b2)
-    check_rates(rate, weight_decay)
-    stacks = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    matrices = optax.contrib.muon(
-        learning_rate,
-        eps=_TINY,
-        weight_decay=weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: stacks, params),
+def _is_below(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}/")
+
+
+def _not_there(name: str, known: Sequence[str]) -> str:
+    groups = ", ".join(sorted({path.partition("/")[0] for path in known}))
+    inside = sorted({path[: path.index(f"/{name}") + 1 + len(name)] for path in known if f"/{name}/" in f"{path}/"})
+    nested = f", or {inside[0]!r}" if inside else ""
+    return (
+        f"{name!r} is no entry of the parameters that train, which are {groups}: name those whose matrices AdamW takes"
+        f"{nested}, as muon_adamw's others= or hidden_matrices(...), or none."
     )
-    rest = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    labels = hidden_matrices_by_name if others is None else hidden_matrices(*others)
-    return on_any_mesh(optax.partition({"muon": matrices, "adamw": rest}, labels))

@@ -1,4 +1,4 @@
-"""How Shampoo and SOAP see a parameter: a matrix, a stack of matrices, or a vector."""
+"""The arithmetic that SOAP, Shampoo and Muon share, on stacks of matrices (..., rows, columns) and on vectors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from curvax import tree
 from curvax.eigenbases import adjoint
 
-Factors: TypeAlias = tuple[jax.Array, ...]
-"""One per side of a leaf: (..., d, d), or its diagonal (..., d) for a side that is too long."""
+BySide: TypeAlias = dict[int, jax.Array]
+"""Of a stack, by side (0 rows, 1 columns): (..., d, d), or a diagonal (..., d) for a side that is too long."""
 
 
 def upcast(gradient: jax.Array) -> jax.Array:
@@ -24,10 +24,23 @@ def real_dtype(dtype: Any) -> Any:
     return jnp.finfo(dtype).dtype
 
 
-def decayed(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
-    """Decay old + (1 - decay) new; a decay that `optax.inject_hyperparams` traces has a dtype of its own."""
-    weight = jnp.asarray(decay, real_dtype(old.dtype)).astype(old.dtype)
+def decayed(old: jax.Array, new: jax.Array, decay: float | jax.Array, taken: jax.Array) -> jax.Array:
+    """Decay old + (1 - decay) new, or the old where the new is not `taken`.
+
+    A decay that `optax.inject_hyperparams` traces has a dtype of its own.
+    """
+    dtype = real_dtype(old.dtype)
+    weight = jnp.where(taken, jnp.asarray(decay, dtype), jnp.ones((), dtype)).astype(old.dtype)
     return weight * old + (1 - weight) * new
+
+
+def finite_parts(updates: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """(whether all gradients are finite, the upcast leaves, zero if they are not).
+
+    Averages that weigh these zeros with nothing stay as they were, and no later update remembers the bad one.
+    """
+    finite = tree.all_finite(updates)
+    return finite, [jnp.where(finite, g, jnp.zeros_like(g)) for g in map(upcast, jax.tree.leaves(updates))]
 
 
 def corrected(average: jax.Array, decay: float | jax.Array, count: jax.Array) -> jax.Array:
@@ -35,14 +48,6 @@ def corrected(average: jax.Array, decay: float | jax.Array, count: jax.Array) ->
     dtype = real_dtype(average.dtype)
     weight = 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
     return average / weight.astype(average.dtype)
-
-
-def sides(shape: tuple[int, ...], max_dim: int) -> tuple[tuple[int, bool], ...]:
-    """(length, whether a dense factor is kept) of each side: none of a scalar, one of a vector, else the last two axes.
-
-    Leading axes of a leaf with more than two are a stack of matrices, such as layers stacked for `jax.lax.scan`.
-    """
-    return tuple((d, d <= max_dim) for d in shape[-2:])
 
 
 def outer(gradient: jax.Array, side: int, dense: bool) -> jax.Array:
@@ -54,6 +59,18 @@ def outer(gradient: jax.Array, side: int, dense: bool) -> jax.Array:
         return jnp.outer(gradient, gradient.conj())
     g = gradient if side == 0 else jnp.swapaxes(gradient, -1, -2)
     return jnp.matmul(g, adjoint(g), precision=jax.lax.Precision.HIGHEST)
+
+
+def nonzero(factor: jax.Array, dense: bool) -> jax.Array:
+    """Whether a factor (..., d, d), or diagonal (..., d), has seen a gradient: of each matrix."""
+    diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if dense else factor
+    return jnp.any(diagonal != 0, axis=-1)
+
+
+def root_mean_square(x: jax.Array) -> jax.Array:
+    """Of each matrix (..., 1, 1), safe against underflow of the squares."""
+    top = tree.divisor(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0))
+    return top * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(x) / top), axis=(-2, -1), keepdims=True))
 
 
 def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:

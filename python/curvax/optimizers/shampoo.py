@@ -8,12 +8,14 @@ to. Directions in which gradients were large so far get smaller steps:
     update = L^(-1/4) G R^(-1/4)
 
 Take a single gradient G = U S V^T. Then L^(-1/4) = U S^(-1/2) U^T, R^(-1/4) = V S^(-1/2) V^T, and the update is U V^T,
-with all singular values 1: what Muon makes of every gradient. A vector has one side and the exponent -1/2.
+with all singular values 1: what Muon makes of every gradient. A vector has one side and the exponent -1/2, and so have
+the sides of one-sided and of KL-Shampoo (`Sides`, `FactorTerms`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -22,21 +24,25 @@ import optax
 
 from curvax import tree
 from curvax.chain import check_rates
-from curvax.eigenbases import adjoint, rounding, unit_scale
+from curvax.eigenbases import adjoint, rounding, unit_of, unit_scale
 from curvax.kernels.dense_linalg import eigh
 from curvax.keywords import spread
 from curvax.meshes import on_any_mesh
-from curvax.numbers import Count, Number, check_fraction, check_positive, whole
+from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known, whole
+from curvax.optimizers.axes import LastTwoAxes, MatrixRule
+from curvax.optimizers.choices import FactorTerms, Sides
 from curvax.optimizers.matrices import (
-    Factors,
+    BySide,
     corrected,
     decayed,
+    finite_parts,
     multiply,
+    nonzero,
     outer,
     real_dtype,
-    sides,
-    upcast,
+    root_mean_square,
 )
+from curvax.optimizers.views import MatrixViews, Stack
 from curvax.state_version import pickled
 
 MAX_DIM = 8192
@@ -47,12 +53,14 @@ class ShampooState(NamedTuple):
 
     Attributes:
       count: updates so far, int32.
-      factors: per leaf, in the order of `jax.tree.leaves`, accumulated G G^T and G^T G.
+      skipped: gradients that were not finite, int32; they left everything else as it was.
+      factors: per stack of matrices (`MatrixViews`), accumulated G G^T and G^T G by side.
       roots: their inverse roots, as of the last refresh.
       graft: state of the transformation that lends its norms, `()` without one.
     """
 
     count: jax.Array
+    skipped: jax.Array
     factors: Any
     roots: Any
     graft: Any
@@ -62,48 +70,101 @@ class ShampooState(NamedTuple):
         return pickled(self)
 
 
-def scale_by_shampoo(
-    *,
-    b2: Number | None = None,
-    eps: Number = 1e-4,
-    every: Count = 1,
-    max_dim: int | None = None,
-    graft: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShampooScaling:
+    """The keywords of `scale_by_shampoo`.
+
+    Attributes:
+      b2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
+      eps: the multiple of the identity, relative to the mean diagonal of the factor. 1e-4 by default, the paper's
+        figure, which is an absolute one there.
+      every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
+      start: updates that are those of `graft` before the first roots (Anil et al. 2020). 0 by default.
+      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None`
+        stands for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
+      block_dim: a side longer than this is cut into blocks, each a matrix of its own. `None`, the default, cuts none;
+        it shapes the state too.
+      graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
+        update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
+        2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
+      matrices: which axes of a leaf are rows and columns; the last two by default. What is no matrix is one vector.
+      sides: which sides have a factor; both by default. A single one has the exponent -1/2.
+      terms: what a gradient adds to the factors. With `FactorTerms.KULLBACK_LEIBLER`, which needs b2, it is
+        KL-Shampoo, whose exponents are -1/2.
+    """
+
+    b2: Number | None = None
+    eps: Number = 1e-4
+    every: Count = 1
+    start: Count = 0
+    max_dim: int | None = None
+    block_dim: int | None = None
+    graft: optax.GradientTransformation | None = None
+    matrices: MatrixRule = LastTwoAxes()
+    sides: Sides = Sides.BOTH
+    terms: FactorTerms = FactorTerms.GRADIENT
+
+    def check(self) -> None:
+        """Raises for numbers out of range and for choices that do not go together."""
+        check_positive("every", self.every)
+        check_positive("eps", self.eps)
+        check_not_negative("start", self.start)
+        if self.b2 is not None:
+            check_fraction("b2", self.b2)
+        elif self.terms is FactorTerms.KULLBACK_LEIBLER:
+            raise ValueError("FactorTerms.KULLBACK_LEIBLER averages its terms: pass b2=0.95, say, too.")
+        if self.graft is None and is_known(self.start) and self.start > 0:
+            raise ValueError("start needs graft=, the transformation whose updates come first.")
+
+    def views(self, params: Any) -> MatrixViews:
+        """The stacks of matrices of these parameters."""
+        if self.block_dim is None:
+            return MatrixViews.of(params, self.matrices)
+        block = whole("block_dim", self.block_dim)
+        check_positive("block_dim", block)
+        return MatrixViews.of(params, self.matrices, block)
+
+    def empty(self, stack: Stack) -> BySide:
+        """Zero factors of a stack."""
+        longest = MAX_DIM if self.max_dim is None else whole("max_dim", self.max_dim)
+        shape = stack.shape if stack.is_matrix else (math.prod(stack.shape),)
+        factors: BySide = {}
+        for side in self.sides.of(shape) if stack.is_matrix else (0,):
+            length = shape[side - 2] if stack.is_matrix else shape[0]
+            dense = length <= longest
+            own = (*shape[:-2], length, length) if dense else (*shape[:-2], length)
+            factors[side] = jnp.zeros(own, stack.dtype if dense else real_dtype(stack.dtype))
+        return factors
+
+
+@spread(ShampooScaling)
+def scale_by_shampoo(options: ShampooScaling) -> optax.GradientTransformation:
     """Shampoo's direction: each matrix of the gradient between inverse roots of its two second-moment factors.
 
     It is G -> L^(-1/4) G R^(-1/4) with L = sum G G^T and R = sum G^T G, each plus eps I; of a vector, H^(-1/2) g with
     H = sum g g^T.
 
-    Leaves with more than two axes are stacks of matrices over their last two; scalars are vectors of length one.
-    Complex leaves have conjugates where these belong. Nothing depends on the scale of the gradients.
+    Leaves with more than two axes are stacks of matrices over their last two, unless `matrices` says something else;
+    scalars are vectors of length one. Complex leaves have conjugates where these belong. Nothing depends on the scale
+    of the gradients.
 
-    Args:
-      b2: decay of L and R as bias-corrected averages; `None` sums them up as the paper does.
-      eps: the multiple of the identity, relative to the mean diagonal of the factor. 1e-4 by default, the paper's
-        figure, which is an absolute one there.
-      every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
-      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None`
-        stands for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
-      graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
-        update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
-        2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
+    Gradients with an entry that is not finite are skipped as a whole: the update is zero, the state stays as it was,
+    and its `skipped` counts them.
 
     Raises:
-      ValueError: `every` or `eps` is not positive, or `b2` is not in [0, 1).
-      TypeError: `max_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
+      ValueError: `every` or `eps` is not positive, `b2` is not in [0, 1), `start` has no `graft`, or the terms no `b2`.
+      TypeError: `max_dim` or `block_dim` is traced: name it in the `static_args` of `optax.inject_hyperparams`.
     """
-    check_positive("every", every)
-    check_positive("eps", eps)
-    if b2 is not None:
-        check_fraction("b2", b2)
+    options.check()
+    graft = options.graft
 
     def init(params: Any) -> ShampooState:
-        longest = MAX_DIM if max_dim is None else whole("max_dim", max_dim)
+        stacks = options.views(params).like(jax.tree.leaves(params))
         return ShampooState(
             jnp.zeros((), jnp.int32),
-            tree.by_leaf(params, lambda p: _zeros(p, longest)),
-            tree.by_leaf(params, lambda p: _zeros(p, longest)),
+            jnp.zeros((), jnp.int32),
+            tree.by_leaf(stacks, options.empty),
+            tree.by_leaf(stacks, options.empty),
             () if graft is None else graft.init(params),
         )
 
@@ -111,55 +172,50 @@ def scale_by_shampoo(
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates, state._replace(count=state.count + 1)
-        gradients, count = [jnp.atleast_1d(upcast(g)) for g in leaves], state.count + 1
+        views, (finite, clean) = options.views(updates), finite_parts(updates)
+        stacks = views.like(leaves)
+        gradients = _as_matrices(views.split(clean), stacks)
+        step = _Step(options, state.count, finite)
         # 1. Add the gradient to the factors L and R.
-        factors = tuple(_accumulated(g, old, b2) for g, old in zip(gradients, state.factors, strict=True))
-
-        def refresh() -> tuple[Factors, ...]:
-            def root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
-                mean = factor if b2 is None else corrected(factor, b2, count)
-                return _inverse_root(mean, gradient, order, eps)
-
-            return tuple(tuple(root(f, g, 2 * len(of)) for f in of) for of, g in zip(factors, gradients, strict=True))
-
+        factors = step.accumulated(gradients, state.factors, state.roots)
         # 2. Their inverse roots: every so many updates, and at once for a matrix that had no gradient until now.
-        due = (state.count % every == 0) | _blind(factors, state.roots, gradients)
-        roots = jax.lax.cond(due, refresh, lambda: state.roots)
+        due = (state.count % options.every == 0) | _blind(factors, state.roots, gradients)
+        roots = jax.lax.cond(
+            due & finite & (state.count >= options.start), lambda: step.roots(factors, gradients), lambda: state.roots
+        )
         # 3. The gradient between the roots.
         directions = [_applied(g, of) for g, of in zip(gradients, roots, strict=True)]
         # 4. Grafting: each matrix gets the length of the update that another transformation makes.
         lender = state.graft
         if graft is not None:
-            lent, lender = graft.update(updates, state.graft, params)
-            directions = [
-                _with_norm(m, jnp.atleast_1d(upcast(x))) for m, x in zip(directions, jax.tree.leaves(lent), strict=True)
-            ]
-        narrow = [m.reshape(x.shape).astype(x.dtype) for m, x in zip(directions, leaves, strict=True)]
-        return jax.tree.unflatten(structure, narrow), ShampooState(count, factors, roots, lender)
+            lent, lender = graft.update(jax.tree.unflatten(structure, clean), state.graft, params)
+            lender = tree.where(finite, lender, state.graft)
+            loans = _as_matrices(views.split([x.astype(g.dtype) for x, g in _pairs(lent, clean)]), stacks)
+            early = state.count < options.start
+            directions = [jnp.where(early, x, _with_norm(m, x)) for m, x in zip(directions, loans, strict=True)]
+        joined = views.join([m.reshape(stack.shape) for m, stack in zip(directions, stacks, strict=True)])
+        narrow = [jnp.where(finite, m, jnp.zeros_like(m)).astype(x.dtype) for m, x in zip(joined, leaves, strict=True)]
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return jax.tree.unflatten(structure, narrow), ShampooState(step.after, skipped, factors, roots, lender)
 
     # Optax's types allow arrays and containers as states; a named tuple of tuples of arrays is a pytree all the same.
     return on_any_mesh(optax.GradientTransformation(cast(Any, init), cast(Any, update)))
 
 
 @dataclasses.dataclass(frozen=True)
-class ShampooOptions:
+class ShampooOptions(ShampooScaling):
     """The keywords of `shampoo`.
 
     Attributes:
-      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`.
+      learning_rate: scalar or schedule. `optax.inject_hyperparams` can carry it and every other number but `max_dim`
+        and `block_dim`.
       momentum: decay of an exponential average of the preconditioned gradients; 0.9 as in the paper's experiments.
       weight_decay: times the learning rate.
-      b2, eps, every, max_dim, graft: as in `scale_by_shampoo`.
     """
 
     learning_rate: optax.ScalarOrSchedule
     _: dataclasses.KW_ONLY
     momentum: Number = 0.9
-    b2: Number | None = None
-    eps: Number = 1e-4
-    every: Count = 1
-    max_dim: int | None = None
-    graft: optax.GradientTransformation | None = None
     weight_decay: Number = 0.0
 
 
@@ -171,44 +227,96 @@ def shampoo(options: ShampooOptions) -> optax.GradientTransformation:
       TypeError, ValueError: a rate of another kind or out of its range, and those of `scale_by_shampoo`.
     """
     check_rates(options.learning_rate, options.weight_decay, momentum=options.momentum)
-    scaling = scale_by_shampoo(
-        b2=options.b2, eps=options.eps, every=options.every, max_dim=options.max_dim, graft=options.graft
-    )
+    scaling = {field.name: getattr(options, field.name) for field in dataclasses.fields(ShampooScaling)}
     return optax.chain(
-        scaling,
+        scale_by_shampoo(**scaling),
         optax.ema(cast(float, options.momentum), debias=False),
         optax.add_decayed_weights(options.weight_decay),
         optax.scale_by_learning_rate(options.learning_rate),
     )
 
 
-def _zeros(leaf: Any, max_dim: int) -> Factors:
-    shape, dtype = leaf.shape or (1,), tree.accumulation_dtype(leaf.dtype)
-    return tuple(
-        jnp.zeros((*shape[:-2], d, d), dtype) if dense else jnp.zeros((*shape[:-2], d), real_dtype(dtype))
-        for d, dense in sides(shape, max_dim)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One update of all stacks.
+
+    Attributes:
+      options: the keywords.
+      count: updates before this one.
+      finite: whether the gradients are, so that this is one.
+    """
+
+    options: ShampooScaling
+    count: jax.Array
+    finite: jax.Array
+
+    @property
+    def after(self) -> jax.Array:
+        """Updates with this one."""
+        return self.count + self.finite.astype(jnp.int32)
+
+    def accumulated(
+        self, gradients: list[jax.Array], factors: tuple[BySide, ...], roots: tuple[BySide, ...]
+    ) -> tuple[BySide, ...]:
+        """The sums or averages with these gradients, which are zero where they are not finite."""
+        b2 = self.options.b2
+
+        def one(old: jax.Array, term: jax.Array) -> jax.Array:
+            return old + term if b2 is None else decayed(old, term, b2, self.finite)
+
+        return tuple(
+            {side: one(old, self._term(g, side, old, root)) for side, old in of.items()}
+            for g, of, root in zip(gradients, factors, roots, strict=True)
+        )
+
+    def _term(self, gradient: jax.Array, side: int, factor: jax.Array, roots: BySide) -> jax.Array:
+        dense = _is_dense(factor, gradient)
+        if self.options.terms is FactorTerms.GRADIENT or gradient.ndim == 1:
+            return outer(gradient, side, dense)
+        other = 1 - side
+        scale = root_mean_square(gradient)
+        seen = gradient / jnp.sqrt(jnp.where(scale > 0, scale, jnp.ones_like(scale))).astype(gradient.dtype)
+        if other in roots:
+            # G R^-1 G^H is X X^H with X = G R^(-1/2), the root as of the last refresh.
+            known = nonzero(roots[other], _is_dense(roots[other], gradient))[..., None, None]
+            seen = jnp.where(known, multiply(roots[other], gradient, other), seen)
+        return outer(seen, side, dense) / gradient.shape[other - 2]
+
+    def roots(self, factors: tuple[BySide, ...], gradients: list[jax.Array]) -> tuple[BySide, ...]:
+        """The inverse roots of all factors."""
+        b2, eps, kl = self.options.b2, self.options.eps, self.options.terms is FactorTerms.KULLBACK_LEIBLER
+        count = jnp.maximum(self.after, 1)
+
+        def root(factor: jax.Array, gradient: jax.Array, order: int) -> jax.Array:
+            mean = factor if b2 is None else corrected(factor, b2, count)
+            return _inverse_root(mean, gradient, order, eps)
+
+        return tuple(
+            {side: root(f, g, 2 if kl else 2 * len(of)) for side, f in of.items()}
+            for of, g in zip(factors, gradients, strict=True)
+        )
+
+
+def _as_matrices(stacks: list[jax.Array], like: list[Stack]) -> list[jax.Array]:
+    """The stacks, and as one vector each what is no matrix."""
+    return [x if of.is_matrix else x.reshape(-1) for x, of in zip(stacks, like, strict=True)]
+
+
+def _pairs(lent: Any, leaves: list[jax.Array]) -> zip[tuple[Any, jax.Array]]:
+    return zip(jax.tree.leaves(lent), leaves, strict=True)
 
 
 def _is_dense(factor: jax.Array, gradient: jax.Array) -> bool:
     return factor.ndim == max(gradient.ndim, 2)
 
 
-def _accumulated(gradient: jax.Array, factors: Factors, b2: Number | None) -> Factors:
-    terms = [outer(gradient, side, _is_dense(old, gradient)) for side, old in enumerate(factors)]
-    if b2 is None:
-        return tuple(old + term for old, term in zip(factors, terms, strict=True))
-    return tuple(decayed(old, term, b2) for old, term in zip(factors, terms, strict=True))
-
-
-def _blind(factors: tuple[Factors, ...], roots: tuple[Factors, ...], gradients: list[jax.Array]) -> jax.Array:
+def _blind(factors: tuple[BySide, ...], roots: tuple[BySide, ...], gradients: list[jax.Array]) -> jax.Array:
     """Whether a matrix has the roots of no gradient at all while it has seen one by now: they would not let it move."""
-
-    def seen(factor: jax.Array, gradient: jax.Array) -> jax.Array:
-        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if _is_dense(factor, gradient) else factor
-        return jnp.any(diagonal != 0, axis=-1)
-
-    blind = [jnp.any(seen(f[0], g) & ~seen(r[0], g)) for f, r, g in zip(factors, roots, gradients, strict=True)]
+    blind = [
+        jnp.any(nonzero(f, _is_dense(f, g)) & ~nonzero(root[side], _is_dense(f, g)))
+        for of, root, g in zip(factors, roots, gradients, strict=True)
+        for side, f in of.items()
+    ]
     return jnp.any(jnp.stack(blind))
 
 
@@ -217,15 +325,23 @@ def _inverse_root(factor: jax.Array, gradient: jax.Array, order: int, eps: Numbe
     if not factor.size:
         return factor
     if not _is_dense(factor, gradient):
-        return _damped_power(factor, order, eps)
+        unit = unit_of(jnp.mean(factor, axis=-1, keepdims=True))
+        return _damped_power(factor / unit, order, eps) * _inverse_root_of_unit(unit, order)
     scale = unit_scale(factor)
     pairs = eigh(factor / scale.astype(factor.dtype))
     values, vectors = pairs.values, pairs.vectors
     # Alike where they are rounding, so that the root there is a multiple of the identity on what has no gradient.
     values = jnp.where(values > rounding(values), values, jnp.zeros_like(values))
-    powers = _damped_power(values, order, eps) * scale[..., 0] ** (-1 / order)
+    powers = _damped_power(values, order, eps) * _inverse_root_of_unit(scale[..., 0], order)
     scaled = vectors * powers[..., None, :].astype(vectors.dtype)
     return jnp.matmul(scaled, adjoint(vectors), precision=jax.lax.Precision.HIGHEST)
+
+
+def _inverse_root_of_unit(unit: jax.Array, order: int) -> jax.Array:
+    """unit^(-1/order) of a power of two, whose whole part is exact: 2^k and 2^(k + order) have the same digits."""
+    _, above = jnp.frexp(unit)
+    whole_part, rest = jnp.divmod(above - 1, order)
+    return jnp.ldexp(jnp.exp2(-rest.astype(unit.dtype) / order), -whole_part)
 
 
 def _damped_power(values: jax.Array, order: int, eps: Number) -> jax.Array:
@@ -237,8 +353,8 @@ def _damped_power(values: jax.Array, order: int, eps: Number) -> jax.Array:
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, jnp.ones_like(damped)) ** (-1 / order), 0)
 
 
-def _applied(gradient: jax.Array, roots: Factors) -> jax.Array:
-    for side, root in enumerate(roots):
+def _applied(gradient: jax.Array, roots: BySide) -> jax.Array:
+    for side, root in roots.items():
         gradient = multiply(root, gradient, side)
     return gradient
 
