@@ -191,7 +191,7 @@ class GaussNewton(Curvature):
             return self._predict(p, x, evaluation)
 
         try:
-            return capture(predict, params, inputs, self.model.input_axes(evaluation))
+            return capture(predict, params, inputs, self.model.input_axes(evaluation), parts=True)
         except Mixed as mixed:
             raise ValueError(
                 f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): "

@@ -6,7 +6,8 @@ the layer use's output is one more row of W, whose activation is always one. A l
 has one block per layer use where these see different entries of it (a fused projection, cut up), one block for all
 layer uses where they see the same entries in the same order (weights used twice: their positions join), and a diagonal
 where they see them in different orders (an embedding whose transpose is the output layer), as has a leaf without any
-layer use.
+layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a vector that
+holds all parameters, each slice has the block that it would have as a leaf.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognize import GENERIC, Structure
+from curvax.structure.recognize import GENERIC, Finding, Structure
+from curvax.structure.regions import Region, regions_of
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
-from curvax.structure.views import disjoint, through, unscaled
+from curvax.structure.views import View, disjoint, through, unscaled
 from curvax.tree import PyTree
 
 
@@ -37,16 +39,18 @@ class KroneckerBlock:
       leaf: index of the leaf.
       uses: indices of the layer uses that see these entries in the order of the first one.
       use: the first one, which says how the leaf is laid out.
-      bias: the leaf that makes the last row of the block, or `None`.
-      biased: those of `uses` to whose outputs the bias is added.
+      region: the leaf, or the part of it, that the layer uses are of.
+      bias: the leaf, or the part of one, that makes the last row of the block, or `None`.
+      biased: those of `uses` to whose outputs the bias is added, each with the activation of the bias there.
       swapped: indices of further layer uses, whose inputs are the block's outputs and whose outputs its inputs.
     """
 
     leaf: int
     uses: tuple[int, ...]
     use: LayerUse
-    bias: Bias | None
-    biased: tuple[int, ...] = ()
+    region: Region
+    bias: Bias | None = None
+    biased: tuple[tuple[int, float], ...] = ()
     swapped: tuple[int, ...] = ()
 
     @property
@@ -104,32 +108,40 @@ class KroneckerBlock:
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalBlock:
-    """A leaf whose curvature is a diagonal: mean squares of the rows of its Jacobian.
+    """A leaf, or a part of one, whose curvature is a diagonal: mean squares of the rows of its Jacobian.
 
     Attributes:
-      leaf: index of the leaf.
-      shape: its shape.
-      uses: the layer uses at which it is used, if it is a leaf of layer uses.
-      bias_of: the layer uses whose bias it is.
-      explicit: its places among the leaves with explicit rows: one at most in each model.
+      region: the entries.
+      uses: the layer uses at which they are used, if they are weights.
+      bias_of: the layer uses whose bias they are.
+      explicit: the regions with explicit rows among them, by their places.
       reason: why it has no Kronecker factors.
       lost: whether it would have them if it were used in another way: it is neither a bias nor a gain, is used, and has
         two axes at least.
     """
 
-    leaf: int
-    shape: tuple[int, ...]
+    region: Region
     uses: tuple[int, ...] = ()
     bias_of: tuple[int, ...] = ()
-    explicit: tuple[int, ...] = ()
+    explicit: tuple[tuple[int, ExplicitRegion], ...] = ()
     reason: str = ""
     lost: bool = False
 
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.region.leaf
 
-class ExplicitLeaf(NamedTuple):
-    """A leaf with explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the region."""
+        return self.region.shape
 
-    leaf: int
+
+class ExplicitRegion(NamedTuple):
+    """What has explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
+
+    region: Region
     reason: str
     lost: bool
 
@@ -171,22 +183,18 @@ class KroneckerBlocks:
     @property
     def wiring(self) -> Wiring:
         """How the parameters enter."""
-        return Wiring.of(self.uses, [entry.leaf for entry in self.explicit_leaves])
+        return Wiring.of(self.uses, [entry.region for entry in self.explicit_regions])
 
     @property
     def digest(self) -> str:
         """Of the wiring and of which leaves have factors; the same in every process."""
-        factored = [(block.leaf, block.shape) for block in self.kronecker]
+        factored = [(block.region, block.shape) for block in self.kronecker]
         return hashlib.sha256(repr((self.wiring, factored)).encode()).hexdigest()[:16]
 
     @property
-    def explicit_leaves(self) -> list[ExplicitLeaf]:
-        """The leaves with explicit rows, by their places."""
-        placed = {
-            place: ExplicitLeaf(block.leaf, block.reason, block.lost)
-            for block in self.diagonal
-            for place in block.explicit
-        }
+    def explicit_regions(self) -> list[ExplicitRegion]:
+        """What has explicit rows, by their places."""
+        placed = dict(entry for block in self.diagonal for entry in block.explicit)
         return [placed[place] for place in sorted(placed)]
 
     def partial(self) -> frozenset[int]:
@@ -194,6 +202,10 @@ class KroneckerBlocks:
         covered: dict[int, int] = collections.defaultdict(int)
         for block in self.kronecker:
             covered[block.leaf] += math.prod(block.use.block)
+            if block.bias is not None:
+                covered[block.bias.leaf] += block.bias.region.size
+        for block in self.diagonal:
+            covered[block.leaf] += block.region.size
         return frozenset(leaf for leaf, count in covered.items() if count < math.prod(self.shapes[leaf]))
 
     def map_entries(
@@ -208,48 +220,62 @@ class KroneckerBlocks:
         Args:
           v: the vector.
           kronecker: (index of a Kronecker block, its entries (G, n, m)) -> the product's.
-          diagonal: (index of a diagonal block, its leaf) -> the product's.
+          diagonal: (index of a diagonal block, its entries) -> the product's.
           idle: entries that belong to no block, zero elsewhere -> the product's.
         """
         leaves, structure = jax.tree.flatten(v)
         upcast = [x.astype(self.dtype) for x in leaves]
         product: list[jax.Array | None] = [None] * len(upcast)
         rest = {leaf: upcast[leaf] for leaf in self.partial()}
+
+        def add(leaf: int, part: jax.Array) -> None:
+            before = product[leaf]
+            product[leaf] = part if before is None else before + part
+
+        def take_out(leaf: int, part: jax.Array) -> None:
+            if leaf in rest:
+                rest[leaf] = rest[leaf] - part
+
         for index, block in enumerate(self.kronecker):
             entries = block.take(upcast)
             for leaf, part in block.put(kronecker(index, entries)):
-                before = product[leaf]
-                product[leaf] = part if before is None else before + part
-            if block.leaf in rest:
-                rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
+                add(leaf, part)
+            for leaf, part in block.put(entries) if rest else []:
+                take_out(leaf, part)
         for index, block in enumerate(self.diagonal):
-            product[block.leaf] = diagonal(index, upcast[block.leaf])
+            entries = block.region.take(upcast[block.leaf])
+            add(block.leaf, block.region.put(diagonal(index, entries)))
+            take_out(block.leaf, block.region.put(entries))
         for leaf, entries in rest.items():
-            other, before = idle(entries), product[leaf]
-            product[leaf] = other if before is None else before + other
+            add(leaf, idle(entries))
         cast = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, product, strict=True)]
         return jax.tree.unflatten(structure, cast)
 
     def narrowed(self, max_width: int) -> KroneckerBlocks:
-        """The same with a diagonal for every leaf that has a factor of more than `max_width` rows."""
-        wide: dict[int, int] = {}
+        """The same with a diagonal for every leaf, or part of one, that has a factor of more than `max_width` rows."""
+        wide: dict[Region, int] = {}
         for block in self.kronecker:
             _, n, m = block.shape
             width = m if block.embedding else max(n, m)
             if width > max_width:
-                wide[block.leaf] = max(width, wide.get(block.leaf, 0))
+                wide[block.region] = max(width, wide.get(block.region, 0))
+        return self.with_diagonal(
+            {region: f"a factor would have {width} rows, and max_width is {max_width}" for region, width in wide.items()}
+        )
+
+    def with_diagonal(self, regions: Mapping[Region, str]) -> KroneckerBlocks:
+        """The same with a diagonal for these regions of Kronecker blocks, each with the reason, and for their biases."""
         diagonal = list(self.diagonal)
-        for leaf, width in wide.items():
-            reason = f"a factor would have {width} rows, and max_width is {max_width}"
-            blocks = [block for block in self.kronecker if block.leaf == leaf]
+        for region, reason in regions.items():
+            blocks = [block for block in self.kronecker if block.region == region]
             indices = tuple(i for block in blocks for i in (*block.uses, *block.swapped))
-            diagonal.append(DiagonalBlock(leaf, self.shapes[leaf], uses=indices, reason=reason))
+            diagonal.append(DiagonalBlock(region, uses=indices, reason=reason))
         for block in self.kronecker:
-            if block.leaf in wide and block.bias is not None:
+            if block.region in regions and block.bias is not None:
                 reason = "it is the bias of weights without factors"
-                bias = block.bias
-                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.biased, reason=reason))
-        kept = tuple(block for block in self.kronecker if block.leaf not in wide)
+                biased = tuple(i for i, _ in block.biased)
+                diagonal.append(DiagonalBlock(block.bias.region, bias_of=biased, reason=reason))
+        kept = tuple(block for block in self.kronecker if block.region not in regions)
         return dataclasses.replace(self, kronecker=kept, diagonal=tuple(diagonal))
 
     def describe(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -264,9 +290,11 @@ class KroneckerBlocks:
             factors = f"diagonal {n} and {m} x {m}" if block.embedding else f"{n} x {n} and {m} x {m}"
             lines[block.leaf].append(f"Kronecker factors {many}{factors} ({block.use.rule}{shared})")
             if block.bias is not None:
-                lines[block.bias.leaf].append(f"within the Kronecker factors of {names[block.leaf]}")
+                own, of = block.bias.region.label(), f"{names[block.leaf]}{block.region.label()}"
+                lines[block.bias.leaf].append(f"{own}{' ' if own else ''}within the Kronecker factors of {of}")
         for block in self.diagonal:
-            lines[block.leaf].append(f"diagonal: {block.reason}")
+            own = block.region.label()
+            lines[block.leaf].append(f"{own}{' ' if own else ''}diagonal: {block.reason}")
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
 
 
@@ -276,15 +304,15 @@ class Wiring:
 
     Attributes:
       uses: per layer use its leaf, and what the entries of its block mean.
-      explicit: the leaves with explicit rows.
+      explicit: what has explicit rows.
     """
 
     uses: tuple[tuple[Any, ...], ...]
-    explicit: tuple[int, ...]
+    explicit: tuple[Region, ...]
 
     @staticmethod
-    def of(uses: Sequence[LayerUse], explicit: Sequence[int]) -> Wiring:
-        """Of layer uses and leaves with explicit rows, in their order."""
+    def of(uses: Sequence[LayerUse], explicit: Sequence[Region]) -> Wiring:
+        """Of layer uses and regions with explicit rows, in their order."""
         return Wiring(tuple(map(_meaning, uses)), tuple(explicit))
 
     def part(self, uses: tuple[int, int], explicit: tuple[int, int]) -> Wiring:
@@ -294,7 +322,7 @@ class Wiring:
 
 
 def _meaning(use: LayerUse) -> tuple[Any, ...]:
-    bias = None if use.bias is None else (use.bias.leaf, tuple(use.bias.order.tolist()))
+    bias = None if use.bias is None else (use.bias.region, tuple(use.bias.order.tolist()), use.bias.scale)
     return use.leaf, use.rule, use.block, use.views, use.entry_order, bias
 
 
@@ -307,8 +335,8 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
       dtype: of factors.
     """
     explicit = [
-        ExplicitLeaf(leaf, _why(structure, leaf), structure.findings[leaf].rule == GENERIC and _wide(shapes[leaf]))
-        for leaf in structure.explicit
+        ExplicitRegion(region, _why(finding), finding.rule == GENERIC and _wide(region.shape))
+        for region, finding in structure.regions
     ]
     return _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), np.dtype(dtype))
 
@@ -316,62 +344,97 @@ def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: 
 def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
     """The blocks of several models of the same parameters together.
 
-    Layer uses and leaves with explicit rows are numbered model by model (`kronecker.Examples.placed`).
+    Layer uses and regions with explicit rows are numbered model by model (`kronecker.Examples.placed`).
     """
     uses = tuple(use for part in parts for use in part.uses)
-    explicit = [entry for part in parts for entry in part.explicit_leaves]
+    explicit = [entry for part in parts for entry in part.explicit_regions]
     return _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
 
 
 def _blocks(
     uses: tuple[LayerUse, ...],
-    explicit: Sequence[ExplicitLeaf],
+    explicit: Sequence[ExplicitRegion],
     shapes: tuple[tuple[int, ...], ...],
     dtype: np.dtype,
 ) -> KroneckerBlocks:
-    """The blocks of layer uses and of leaves with explicit rows, each with the reason for these."""
-    by_leaf: dict[int, list[int]] = collections.defaultdict(list)
-    bias_of: dict[int, list[int]] = collections.defaultdict(list)
-    places: dict[int, list[int]] = collections.defaultdict(list)
-    reasons: dict[int, str] = {}
-    for index, use in enumerate(uses):
-        by_leaf[use.leaf].append(index)
-        if use.bias is not None:
-            bias_of[use.bias.leaf].append(index)
-    lost: set[int] = set()
-    for place, (leaf, reason, of_layer) in enumerate(explicit):
-        places[leaf].append(place)
-        reasons.setdefault(leaf, reason)
-        lost |= {leaf} if of_layer else set()
-    # 1. Leaves that are weights and nothing else.
-    kronecker: list[KroneckerBlock] = []
-    for leaf, indices in by_leaf.items():
-        if leaf not in places and leaf not in bias_of:
-            kronecker += _of_leaf(shapes[leaf], {i: uses[i] for i in indices})
-        reasons.setdefault(leaf, "it is used in several orders of its entries")
-    # 2. Biases that all belong to one block.
-    alone = {leaf: of for leaf, of in bias_of.items() if leaf not in places and leaf not in by_leaf}
-    kronecker = [_with_bias(block, uses, alone) for block in kronecker]
-    served = {block.leaf for block in kronecker} | {b.bias.leaf for b in kronecker if b.bias is not None}
-    # 3. All others.
-    diagonal = [
-        DiagonalBlock(
-            leaf,
-            shape,
-            tuple(by_leaf.get(leaf, ())),
-            tuple(bias_of.get(leaf, ())),
-            tuple(places.get(leaf, ())),
-            reasons.get(leaf, _SEVERAL if leaf in bias_of else _IDLE),
-            leaf in lost or (leaf in by_leaf and _wide(shape)),
-        )
-        for leaf, shape in enumerate(shapes)
-        if leaf not in served
+    """The blocks of layer uses and of what has explicit rows, each with the reason for these."""
+    members = [of for leaf, shape in enumerate(shapes) for of in _members(leaf, shape, uses, explicit)]
+    # 1. What is weights and nothing else.
+    kronecker = [
+        block
+        for of in members
+        if of.uses and not of.explicit and not of.bias_of
+        for block in _of_region(of.region, {i: uses[i] for i in of.uses})
     ]
-    return KroneckerBlocks(tuple(kronecker), tuple(diagonal), uses, shapes, dtype)
+    # 2. Biases that all belong to one block.
+    alone = {of.region: of.bias_of for of in members if of.bias_of and not of.explicit and not of.uses}
+    kronecker = [_with_bias(block, uses, alone) for block in kronecker]
+    served = {block.region for block in kronecker} | {b.bias.region for b in kronecker if b.bias is not None}
+    # 3. All others.
+    diagonal = tuple(of.diagonal() for of in members if of.region not in served)
+    return KroneckerBlocks(tuple(kronecker), diagonal, uses, shapes, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    """What is known of a region.
+
+    Attributes:
+      region: the region.
+      uses: the layer uses of its entries.
+      bias_of: the layer uses whose bias it has.
+      explicit: what has explicit rows within it, by their places.
+      matrix: whether a layer use has a matrix of them.
+    """
+
+    region: Region
+    uses: tuple[int, ...] = ()
+    bias_of: tuple[int, ...] = ()
+    explicit: tuple[tuple[int, ExplicitRegion], ...] = ()
+    matrix: bool = False
+
+    def diagonal(self) -> DiagonalBlock:
+        """The region without Kronecker factors, and why it has none."""
+        reason = next((entry.reason for _, entry in self.explicit), "")
+        if not reason:
+            reason = _ORDERS if self.uses else _SEVERAL if self.bias_of else _IDLE
+        lost = any(entry.lost for _, entry in self.explicit) or self.matrix
+        return DiagonalBlock(self.region, self.uses, self.bias_of, self.explicit, reason, lost)
+
+
+def _members(
+    leaf: int, shape: tuple[int, ...], uses: Sequence[LayerUse], explicit: Sequence[ExplicitRegion]
+) -> list[_Members]:
+    """The regions of a leaf: those of all models that enter here. The entries of none are in no block, unless none of
+    the leaf's are.
+    """
+    weights = [(i, use.views) for i, use in enumerate(uses) if use.leaf == leaf]
+    biases = [(i, use.bias.region.views) for i, use in enumerate(uses) if use.bias is not None and use.bias.leaf == leaf]
+    rows = [(i, entry.region.views) for i, entry in enumerate(explicit) if entry.region.leaf == leaf]
+    entries = [*weights, *biases, *rows]
+    if not entries:
+        return [_Members(Region.of(leaf, shape))]
+    kinds = ["uses"] * len(weights) + ["bias_of"] * len(biases) + ["explicit"] * len(rows)
+    own = regions_of([views for _, views in entries])
+
+    def some(kind: str, views: Sequence[View]) -> tuple[int, ...]:
+        return tuple(i for (i, _), k, v in zip(entries, kinds, own, strict=True) if k == kind and v == views)
+
+    return [
+        _Members(
+            Region.of(leaf, shape, views),
+            some("uses", views),
+            some("bias_of", views),
+            tuple((i, explicit[i]) for i in some("explicit", views)),
+            any(_wide(uses[i].block) for i in some("uses", views)),
+        )
+        for views in dict.fromkeys(own)
+    ]
 
 
 _IDLE = "the outputs do not depend on it"
 _SEVERAL = "it is the bias of weights that are used several times"
+_ORDERS = "it is used in several orders of its entries"
 
 
 def _wide(shape: tuple[int, ...]) -> bool:
@@ -379,24 +442,26 @@ def _wide(shape: tuple[int, ...]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def _with_bias(block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[int, Sequence[int]]) -> KroneckerBlock:
+def _with_bias(
+    block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[Region, Sequence[int]]
+) -> KroneckerBlock:
     """The block with the bias of its outputs, if that is added to no others and everywhere in one order."""
     biases = {i: bias for i in block.uses if (bias := uses[i].bias) is not None}
     for bias in biases.values():
-        same = all(b.leaf == bias.leaf and np.array_equal(b.order, bias.order) for b in biases.values())
-        if same and bias.leaf in alone and set(alone[bias.leaf]) == set(biases):
-            return dataclasses.replace(block, bias=bias, biased=tuple(biases))
+        same = all(b.region == bias.region and np.array_equal(b.order, bias.order) for b in biases.values())
+        if same and bias.region in alone and set(alone[bias.region]) == set(biases):
+            biased = tuple((i, b.scale) for i, b in biases.items())
+            return dataclasses.replace(block, bias=bias, biased=biased)
         break
     return block
 
 
-def _why(structure: Structure, leaf: int) -> str:
-    finding = structure.findings[leaf]
+def _why(finding: Finding) -> str:
     return f"it enters as {finding.rule}" + (f" ({finding.reason})" if finding.reason else "")
 
 
-def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[KroneckerBlock]:
-    """The blocks of a leaf of that shape, of its layer uses by their indices; none if these disagree."""
+def _of_region(region: Region, uses: Mapping[int, LayerUse]) -> list[KroneckerBlock]:
+    """The blocks of a region, of its layer uses by their indices; none if these disagree."""
     if any(use.factor == 0 for use in uses.values()):
         return []
     # Layer uses that see the same entries in the same order.
@@ -409,9 +474,9 @@ def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[Krone
             group.append(i)
     firsts = [uses[group[0]] for group in alike]
     if all(disjoint(a.views, b.views) for a, b in itertools.combinations(firsts, 2)):
-        return [KroneckerBlock(use.leaf, tuple(g), use, None) for g, use in zip(alike, firsts, strict=True)]
-    if len(alike) == 2 and _swapped(firsts[0], firsts[1], shape):
-        return [KroneckerBlock(firsts[0].leaf, tuple(alike[0]), firsts[0], None, swapped=tuple(alike[1]))]
+        return [KroneckerBlock(use.leaf, tuple(g), use, region) for g, use in zip(alike, firsts, strict=True)]
+    if len(alike) == 2 and _swapped(firsts[0], firsts[1], region):
+        return [KroneckerBlock(region.leaf, tuple(alike[0]), firsts[0], region, swapped=tuple(alike[1]))]
     return []
 
 
@@ -419,14 +484,16 @@ def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[Krone
 _MOST_ENTRIES = 1 << 24
 
 
-def _swapped(a: LayerUse, b: LayerUse, shape: tuple[int, ...]) -> bool:
-    """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other, of a leaf's shape."""
+def _swapped(a: LayerUse, b: LayerUse, region: Region) -> bool:
+    """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other."""
     groups, n, m = a.block
     dense = isinstance(a, DenseUse) and isinstance(b, DenseUse)
     if not dense or b.block != (groups, m, n) or a.factor != b.factor or groups * n * m > _MOST_ENTRIES:
         return False
-    numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
-    mine, theirs = (np.asarray(use.from_operand(through(unscaled(use.views), numbers))) for use in (a, b))
+    numbers = np.arange(region.size, dtype=np.int64).reshape(region.shape)
+    mine, theirs = (
+        np.asarray(use.from_operand(through(unscaled(region.inside(use.views)), numbers))) for use in (a, b)
+    )
     return np.array_equal(mine, np.swapaxes(theirs, 1, 2))
 
 

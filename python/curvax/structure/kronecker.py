@@ -53,6 +53,7 @@ from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
 from curvax.structure.uses import EmbeddingUse
+from curvax.structure.views import back
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
 _ENTRIES_AT_ONCE = 1 << 24
@@ -186,7 +187,7 @@ def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
 def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Examples:
     """Factors with the weights of their positions; what has none is zero, whatever it holds."""
     each = position_weights(capture, factors, weights)
-    wiring = Wiring.of(capture.structure.uses, capture.structure.explicit)
+    wiring = Wiring.of(capture.structure.uses, [region for region, _ in capture.structure.regions])
     if not weights.masks:
         return Examples(factors, each, wiring)
 
@@ -275,7 +276,8 @@ def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
     if block.scale != 1:
         parts = [x * jnp.asarray(block.scale, x.dtype) for x in parts]
     if block.bias is not None:
-        ones = [jnp.full_like(x[..., :1], float(i in block.biased)) for i, x in zip(uses, parts, strict=True)]
+        of_bias = dict(block.biased)
+        ones = [jnp.full_like(x[..., :1], of_bias.get(i, 0.0)) for i, x in zip(uses, parts, strict=True)]
         parts = [jnp.concatenate(pair, axis=-1) for pair in zip(parts, ones, strict=True)]
     return jnp.concatenate(parts, axis=1)
 
@@ -385,28 +387,36 @@ def _reduced(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
-    """Squared rows of a leaf; within one model it has explicit rows, or layer uses, or is a bias."""
+    """Squared rows of a region.
+
+    Within one model it has explicit rows, or layer uses, or is a bias; or several parts of it have, each another kind,
+    where another model does not take them apart.
+    """
     factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
     places = cast("Sequence[Any]", factors.explicit)
-    for rows in (places[place] for place in block.explicit):
+    for place, entry in block.explicit:
+        rows = places[place]
         if rows is not None:
-            total = total + jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
+            squares = jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
+            total = total + back(block.region.inside(entry.region.views), squares)
     if uses := examples.here(block.uses):
         total = total + _formed_squares(blocks, block, examples, uses)
     for i in examples.here(block.bias_of):
         bias = blocks.uses[i].bias
         if bias is not None:
-            total = total + bias.to_leaf(jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)))
+            squares = jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)) * bias.scale**2
+            total = total + back(block.region.inside(bias.region.views), bias.to_region(squares))
     return total
 
 
 def _formed_squares(
     blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples, indices: Sequence[int]
 ) -> jax.Array:
-    """Squared rows of a leaf whose layer uses disagree about the order of its entries: formed, some examples at a
+    """Squared rows of a region whose layer uses disagree about the order of its entries: formed, some examples at a
     time.
     """
-    uses = [blocks.uses[i] for i in indices]
+    region = block.region
+    uses = [dataclasses.replace(use, views=region.inside(use.views)) for use in (blocks.uses[i] for i in indices)]
 
     def rows(a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
         total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)

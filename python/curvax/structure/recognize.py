@@ -9,7 +9,8 @@ Along the program, every value is the entry of one leaf or of none, and depends 
 
 1. A step that moves entries (`reshape`, `slice`, `split`, a scan's arguments) gives an entry with one more view.
 2. A step that uses them gives a `Use`: `_USES` has one function per primitive. Its outputs are entries of no leaf.
-3. At the end each leaf is judged by all of its uses, and biases join the layer that they follow.
+3. At the end each leaf, or each part of one that enters by itself (`curvax.structure.regions`), is judged by all of its
+   uses, and biases join the layer that they follow.
 
 Of tanh(a W.T / 2 + b), with leaves W (2, 3) and b (2,):
 
@@ -38,6 +39,7 @@ from curvax.jaxprs import BARRIER, COND, REMATERIALIZED, SCAN, Path, Program, St
 from curvax.structure.biases import with_biases
 from curvax.structure.branches import joined_branches
 from curvax.structure.entries import AddedUse, Entry, ExplicitUse, ScaledUse, Use
+from curvax.structure.regions import Region, regions_of
 from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse
 from curvax.structure.views import View, pieces, summand, view_of
 
@@ -63,41 +65,76 @@ class Structure:
     """The layers of a model.
 
     Attributes:
-      findings: one per leaf, in the order of the leaves.
-      uses: of the leaves that enter through layer uses alone.
+      findings: one per leaf, in the order of the leaves; of a leaf that enters in parts, the worst of them.
+      uses: of the leaves, or parts of leaves, that enter through layer uses alone.
+      regions: those whose rows are formed by reverse mode, as some output depends on them and they have no layer use,
+        and why.
     """
 
     findings: tuple[Finding, ...]
     uses: tuple[LayerUse, ...]
+    regions: tuple[tuple[Region, Finding], ...]
 
     @property
     def explicit(self) -> tuple[int, ...]:
-        """Leaves whose rows are formed by reverse mode: those that some output depends on and that have no layer
-        use.
-        """
-        served = {use.leaf for use in self.uses} | {use.bias.leaf for use in self.uses if use.bias is not None}
-        return tuple(i for i, f in enumerate(self.findings) if f.rule != NONE and i not in served)
+        """The leaves of `regions`."""
+        return tuple(region.leaf for region, _ in self.regions)
 
 
-def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
+def recognize(program: Program, shapes: Sequence[tuple[int, ...]], parts: bool = False) -> Structure:
     """The structure of a model.
 
     Args:
       program: the model on one example, with the parameter leaves as first arguments.
       shapes: of the parameter leaves.
+      parts: whether leaves are judged in parts, and biases may be scaled. False by default: rows are laid out as
+        leaves are. Blocks of curvature are not.
     """
     # 1, 2. Along the program.
     by_leaf = _collected(program, shapes)
-    # 3. Leaf by leaf.
-    findings = [_judged(shape, of) for shape, of in zip(shapes, by_leaf, strict=True)]
-    used = [(leaf, of) for leaf, of in enumerate(by_leaf) if findings[leaf].rule != NONE]
-    layers = [use for _, of in used for use in _layers_alone(of)]
-    biases = {leaf: of[0] for leaf, of in used if len(of) == 1 and isinstance(of[0], AddedUse)}
-    layers = with_biases(program, layers, biases)
+    # 3. Region by region.
+    judged: dict[Region, Finding] = {}
+    layers: list[LayerUse] = []
+    biases: dict[Region, AddedUse] = {}
+    for leaf, (shape, uses) in enumerate(zip(shapes, by_leaf, strict=True)):
+        for region, of in _by_region(leaf, shape, uses, parts).items():
+            judged[region] = _judged(region.shape, of)
+            if judged[region].rule != NONE:
+                layers += _layers_alone(of)
+                biases |= {region: use for use in of[:1] if len(of) == 1 and isinstance(use, AddedUse)}
+    layers = with_biases(program, layers, biases, scales=parts)
+    served = {region for region in judged if any(_serves(use, region) for use in layers)}
     for use in layers:
         if use.bias is not None:
-            findings[use.bias.leaf] = Finding(BIAS, f"added to the output of a {use.rule} layer")
-    return Structure(tuple(findings), tuple(layers))
+            judged[use.bias.region] = Finding(BIAS, f"added to the output of a {use.rule} layer")
+            served.add(use.bias.region)
+    findings = [_worst([f for region, f in judged.items() if region.leaf == leaf]) for leaf in range(len(shapes))]
+    explicit = tuple((region, f) for region, f in judged.items() if f.rule != NONE and region not in served)
+    return Structure(tuple(findings), tuple(layers), explicit)
+
+
+def _by_region(leaf: int, shape: tuple[int, ...], uses: Sequence[Use], parts: bool) -> dict[Region, list[Use]]:
+    """The uses of each region of a leaf; of the leaf as a whole, if there are none or parts do not matter."""
+    if not parts or not uses:
+        return {Region.of(leaf, shape): list(uses)}
+    by_region: dict[Region, list[Use]] = collections.defaultdict(list)
+    for views, use in zip(regions_of([_views_of(use) for use in uses]), uses, strict=True):
+        by_region[Region.of(leaf, shape, views)].append(use)
+    return dict(by_region)
+
+
+def _views_of(use: Use) -> tuple[View, ...]:
+    return use.views if isinstance(use, LayerUse) else use.entry.views
+
+
+def _serves(use: LayerUse, region: Region) -> bool:
+    """Whether it is a layer use of entries of the region."""
+    return use.leaf == region.leaf and use.views[: len(region.views)] == region.views
+
+
+def _worst(findings: Sequence[Finding]) -> Finding:
+    """Of the regions of a leaf."""
+    return next((finding for finding in findings if finding.rule == GENERIC), findings[0])
 
 
 def _layers_alone(uses: Sequence[Use]) -> list[LayerUse]:
@@ -226,7 +263,7 @@ def _followed(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path)
             return [dataclasses.replace(entries[0][1], spread=step)]
     for operand, entry in entries:
         rule = _USES.get(step.primitive, _unknown)
-        walk.uses[entry.leaf].append(rule(_Place(step, operand, entry, path, walk.shapes[entry.leaf])))
+        walk.uses[entry.leaf].append(rule(_Place(step, operand, entry, path)))
     return ()
 
 
@@ -317,14 +354,12 @@ class _Place:
       step, operand: the step, and which of its operands the entry is.
       entry: the entry.
       path: of the step.
-      leaf_shape: of the leaf.
     """
 
     step: Step
     operand: int
     entry: Entry
     path: Path
-    leaf_shape: tuple[int, ...]
 
     def explicit(self, reason: str) -> ExplicitUse:
         """A use of which no more is known."""
@@ -365,9 +400,9 @@ class _Place:
 def _added(at: _Place) -> Use:
     spread, operand = at.entry.spread, at.operand
     if spread is None:
-        return AddedUse(at.entry, at.path, operand, at.leaf_shape, None, at.step.input_avals[operand].shape)
+        return AddedUse(at.entry, at.path, operand, None, at.step.input_avals[operand].shape)
     dimensions = tuple(spread.eqn.params["broadcast_dimensions"])
-    return AddedUse(at.entry, at.path, operand, at.leaf_shape, dimensions, spread.input_avals[0].shape)
+    return AddedUse(at.entry, at.path, operand, dimensions, spread.input_avals[0].shape)
 
 
 def _multiplied(at: _Place) -> Use:

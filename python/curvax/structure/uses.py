@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.jaxprs import Path
+from curvax.structure.regions import Region
 from curvax.structure.views import View, back, factor, squared, through
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
@@ -31,25 +32,34 @@ DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """A leaf that is nothing but a bias of a layer use's output.
+    """A leaf, or a part of one, that is nothing but a bias of a layer use's output.
 
     Attributes:
-      leaf: its index.
-      shape: its shape.
+      region: the leaf, or the part of one.
       order: (G m,): which of its entries is added to which output.
+      scale: the number that an entry has been multiplied with where it meets the output: -1 of one that is subtracted.
     """
 
-    leaf: int
-    shape: tuple[int, ...]
+    region: Region
     order: np.ndarray = dataclasses.field(compare=False)
+    scale: float = 1.0
+
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.region.leaf
 
     def to_leaf(self, outputs: jax.Array) -> jax.Array:
-        """(G, m) as the leaf."""
-        return outputs.reshape(-1)[np.argsort(self.order)].reshape(self.shape)
+        """(G, m) at its places in the leaf."""
+        return self.region.put(self.to_region(outputs))
+
+    def to_region(self, outputs: jax.Array) -> jax.Array:
+        """(G, m) as the region."""
+        return outputs.reshape(-1)[np.argsort(self.order)].reshape(self.region.shape)
 
     def from_leaf(self, leaf: jax.Array) -> jax.Array:
         """The leaf's entries in the order of the outputs, (G m,)."""
-        return leaf.reshape(-1)[self.order]
+        return self.region.take(leaf).reshape(-1)[self.order]
 
 
 @dataclasses.dataclass(frozen=True)

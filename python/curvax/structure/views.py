@@ -232,8 +232,14 @@ def disjoint(first: Sequence[View], second: Sequence[View]) -> bool:
             continue
         if a.box is None or b.box is None:
             return False
-        return any(low >= end or start >= limit for (start, end, _), (low, limit, _) in zip(a.box, b.box, strict=True))
+        return any(_apart(*axis) for axis in zip(a.box, b.box, strict=True))
     return False
+
+
+def _apart(first: tuple[int, int, int], second: tuple[int, int, int]) -> bool:
+    """Whether two (start, limit, stride) have no number in common, as far as ranges and equal strides tell."""
+    (start, end, stride), (low, limit, other) = first, second
+    return low >= end or start >= limit or (stride == other and (start - low) % stride != 0)
 
 
 def _floating(aval: Any) -> bool:

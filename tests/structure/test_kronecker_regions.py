@@ -1,0 +1,187 @@
+"""Blocks of parts of leaves, of scaled biases and of rearranged weights: as those of leaves that stand by themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import curvax
+from curvax.curvature import GeneralizedGaussNewton
+from curvax.losses import SquaredError
+from curvax.structure.regions import Region, regions_of
+from curvax.structure.views import Reshape, Slice
+from tests.oracle.compiling import quick_jit
+from tests.structure.kronecker_models import Problem, block_diagonal, kronecker_matrix, normal
+
+pytestmark = pytest.mark.usefixtures("x64")
+EXACT = {
+    "fisher": GeneralizedGaussNewton(),
+    "beta1": 0.0,
+    "factor_decay": 0.0,
+    "inverse_every": 1,
+    "lam_policy": "const",
+    "lam0": 0.1,
+    "learning_rate": 1.0,
+}
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] * p["gain"] + p["c"]
+
+
+def mlp_params():
+    shapes = {"b": (4,), "c": (3,), "gain": (3,), "v": (4, 3), "w": (5, 4)}
+    return {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def regression(predict, params, *inputs, outputs=(3,), examples=6):
+    return Problem(predict, params, {"x": normal(7, examples, *inputs), "y": normal(8, examples, *outputs)})
+
+
+def direction(preset, predict, params, batch, **keywords):
+    """The first step of a preset with exact factors, raveled."""
+    method = preset(predict_fn=predict, loss=SquaredError(), **EXACT, **keywords)
+    state = method.init(params, batch=batch)
+    new, _, info = quick_jit(method.step)(params, batch, state, jax.random.key(0))
+    assert bool(info["accepted"])
+    return np.asarray(ravel_pytree(params)[0] - ravel_pytree(new)[0])
+
+
+def assert_blocks_exact(problem, *shapes):
+    """The Kronecker blocks have these shapes, and are those of the dense GGN."""
+    blocks = problem.blocks
+    assert sorted(block.shape for block in blocks.kronecker) == sorted(shapes), blocks.describe("abcdefgh")
+    found = kronecker_matrix(blocks, *problem.factors(), problem.params)
+    expected = block_diagonal(problem.truth().ggn, blocks, problem.params)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("preset", [curvax.kfac, curvax.ekfac])
+def test_one_flat_vector_steps_as_the_tree_that_it_holds(preset):
+    """Weights, folded biases and a gain that keeps its diagonal; a part that nothing reads stays where it is."""
+    params = mlp_params()
+    flat, unravel = ravel_pytree(params)
+    batch = {"x": normal(7, 6, 5), "y": normal(8, 6, 3)}
+    expected = direction(preset, mlp, params, batch)
+    longer = jnp.concatenate([flat, jnp.ones(2)])
+    found = direction(preset, lambda p, x: mlp(unravel(p[:-2]), x), longer, batch)
+    np.testing.assert_allclose(found, np.concatenate([expected, [0, 0]]), rtol=1e-8, atol=1e-12)
+
+
+def test_the_plan_says_what_each_part_has():
+    params = mlp_params()
+    flat, unravel = ravel_pytree(params)
+    problem = regression(lambda p, x: mlp(unravel(p), x), flat, 5)
+    (line,) = problem.blocks.describe(["flat"])
+    assert "[0:4] within the Kronecker factors of flat[22:42]" in line
+    assert "[7:10] diagonal: it enters as scale" in line
+    np.testing.assert_allclose(
+        problem.sums().diagonal[0], np.diag(problem.truth().ggn)[7:10], rtol=1e-9
+    )  # fmt: skip
+
+
+def test_the_last_row_of_a_matrix_may_be_the_bias():
+    problem = regression(lambda p, x: x @ p[:-1] + p[-1], normal(0, 5, 3), 4)
+    assert_blocks_exact(problem, (1, 5, 3))
+    assert not problem.blocks.diagonal and not problem.blocks.partial()
+
+
+def test_parts_are_found_over_several_models():
+    """Two terms that read one vector: each slice is one block, whose layer uses are of both."""
+    flat, unravel = ravel_pytree({"b": normal(0, 3), "w": normal(1, 4, 3)})
+
+    def linear(p, x):
+        p = unravel(p)
+        return x @ p["w"] + p["b"]
+
+    def whole(p, x):
+        return x @ p.reshape(3, 5)
+
+    terms = curvax.Terms(
+        one=curvax.Term(linear, SquaredError()), other=curvax.Term(linear, SquaredError(), weight=2.0)
+    )
+    batch = {name: {"x": normal(i, 5, 4), "y": normal(i + 1, 5, 3)} for i, name in enumerate(("one", "other"))}
+    method = curvax.kfac(loss=terms, **EXACT)
+    state = method.init(flat, batch=batch)
+    new, _, _ = quick_jit(method.step)(flat, batch, state, jax.random.key(0))
+
+    def loss(p):
+        return sum(
+            weight * 0.5 * jnp.mean(jnp.sum((linear(p, batch[n]["x"]) - batch[n]["y"]) ** 2, -1))
+            for n, weight in (("one", 1.0), ("other", 2.0))
+        )
+
+    expected = np.linalg.solve(np.asarray(jax.hessian(loss)(flat)) + 0.1 * np.eye(15), np.asarray(jax.grad(loss)(flat)))
+    np.testing.assert_allclose(flat - new, expected, rtol=1e-8)
+    torn = curvax.Terms(one=curvax.Term(linear, SquaredError()), other=curvax.Term(whole, SquaredError()))
+    batch = {"one": batch["one"], "other": {"x": normal(9, 5, 3), "y": normal(8, 5, 5)}}
+    with pytest.warns(UserWarning, match="no Kronecker factors"):
+        blocks = curvax.kfac(loss=torn, **EXACT).init(flat, batch=batch).preconditioner.blocks
+    assert not blocks.kronecker and [block.shape for block in blocks.diagonal] == [(15,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "predict", "scale"),
+    [
+        ("subtracted", lambda h, b: h - b, -1.0),
+        ("the layer is subtracted", lambda h, b: b - h, -1.0),
+        ("scaled", lambda h, b: h + 2 * b, 2.0),
+        ("halved and negated layer", lambda h, b: -(h / 2) + b / 4, -0.5),
+        ("behind a sum", lambda h, b: (1.0 - h) * 2 - 3 * b[None], 1.5),
+    ],
+)
+def test_a_scaled_bias_is_in_the_block_of_its_layer(name, predict, scale):
+    params = {"b": normal(1, 3), "w": normal(0, 4, 3)}
+    problem = regression(lambda p, x: predict(x @ p["w"], p["b"]), params, 4)
+    assert_blocks_exact(problem, (1, 5, 3))
+    ((_, found),) = problem.blocks.kronecker[0].biased
+    assert found == scale, name
+
+
+def test_a_scaled_bias_has_its_place_in_a_step_and_in_the_row_functions():
+    """Also in float32, over positions, with a number in front of the weights; rows are those of reverse mode."""
+
+    def scaled(p, x):
+        return jnp.tanh(x @ (p["w"] / 3) - 2 * p["b"]) @ p["v"]
+
+    def plain(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+
+    params = {"b": normal(1, 4), "v": normal(2, 4, 3), "w": normal(0, 5, 4)}
+    batch = {"x": normal(7, 6, 2, 5), "y": normal(8, 6, 2, 3)}
+    same = {"b": -2 * params["b"], "v": params["v"], "w": params["w"] / 3}
+    # In the coordinates of `plain` both models are one; damping is not, so a pure scaling of all is compared.
+    lam = {k: v for k, v in EXACT.items() if k != "lam0"} | {"lam0": 1e-9}
+    steps = []
+    for predict, p in ((scaled, params), (plain, same)):
+        method = curvax.kfac(predict_fn=predict, loss=SquaredError(), **lam)
+        state = method.init(p, batch=batch)
+        new, _, _ = quick_jit(method.step)(p, batch, state, jax.random.key(0))
+        steps.append(jax.tree.map(lambda a, b: np.asarray(a - b), p, new))
+    found, expected = steps
+    for key, factor in (("b", -2.0), ("v", 1.0), ("w", 1 / 3)):
+        np.testing.assert_allclose(found[key] * factor, expected[key], rtol=2e-3, atol=1e-4)
+    gram = curvax.structure.jacobian_gram(scaled, params, batch["x"])
+    jacobian = jax.jacrev(lambda f: scaled(ravel_pytree(params)[1](f), batch["x"]).reshape(6, -1))(
+        ravel_pytree(params)[0]
+    )
+    np.testing.assert_allclose(gram.reshape(36, 36), jacobian.reshape(36, -1) @ jacobian.reshape(36, -1).T, rtol=1e-8)
+
+
+def test_regions_are_slices_that_do_not_meet():
+    def cut(start, limit):
+        return (Slice((20,), (start,), (limit,), (1,)),)
+
+    chains = [cut(0, 6), (*cut(6, 12), Reshape((6,), (2, 3))), cut(0, 6), cut(12, 20), cut(15, 20)]
+    assert regions_of(chains) == [(), (), (), (), ()]
+    assert regions_of(chains[:4]) == [cut(0, 6), cut(6, 12), cut(0, 6), cut(12, 20)]
+    odd, even = ((Slice((8,), (start,), (8,), (2,)),) for start in (1, 0))
+    assert regions_of([odd, even]) == [odd, even]
+    region = Region.of(0, (20,), cut(6, 12))
+    assert region.shape == (6,) and region.label() == "[6:12]"
+    np.testing.assert_array_equal(region.replaced(jnp.zeros(20), jnp.ones(6)), np.eye(20)[6:12].sum(0))
