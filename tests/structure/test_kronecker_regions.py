@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import curvax
 from curvax.curvature import GeneralizedGaussNewton
 from curvax.losses import SquaredError
+from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.structure.regions import Region, regions_of
 from curvax.structure.views import Reshape, Slice
 from tests.oracle.compiling import quick_jit
@@ -143,34 +144,15 @@ def test_a_scaled_bias_is_in_the_block_of_its_layer(name, predict, scale):
     assert found == scale, name
 
 
-def test_a_scaled_bias_has_its_place_in_a_step_and_in_the_row_functions():
-    """Also in float32, over positions, with a number in front of the weights; rows are those of reverse mode."""
-
+def test_a_scaled_bias_leaves_rows_as_they_are():
     def scaled(p, x):
         return jnp.tanh(x @ (p["w"] / 3) - 2 * p["b"]) @ p["v"]
 
-    def plain(p, x):
-        return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
-
     params = {"b": normal(1, 4), "v": normal(2, 4, 3), "w": normal(0, 5, 4)}
-    batch = {"x": normal(7, 6, 2, 5), "y": normal(8, 6, 2, 3)}
-    same = {"b": -2 * params["b"], "v": params["v"], "w": params["w"] / 3}
-    # In the coordinates of `plain` both models are one; damping is not, so a pure scaling of all is compared.
-    lam = {k: v for k, v in EXACT.items() if k != "lam0"} | {"lam0": 1e-9}
-    steps = []
-    for predict, p in ((scaled, params), (plain, same)):
-        method = curvax.kfac(predict_fn=predict, loss=SquaredError(), **lam)
-        state = method.init(p, batch=batch)
-        new, _, _ = quick_jit(method.step)(p, batch, state, jax.random.key(0))
-        steps.append(jax.tree.map(lambda a, b: np.asarray(a - b), p, new))
-    found, expected = steps
-    for key, factor in (("b", -2.0), ("v", 1.0), ("w", 1 / 3)):
-        np.testing.assert_allclose(found[key] * factor, expected[key], rtol=2e-3, atol=1e-4)
-    gram = curvax.structure.jacobian_gram(scaled, params, batch["x"])
-    jacobian = jax.jacrev(lambda f: scaled(ravel_pytree(params)[1](f), batch["x"]).reshape(6, -1))(
-        ravel_pytree(params)[0]
-    )
-    np.testing.assert_allclose(gram.reshape(36, 36), jacobian.reshape(36, -1) @ jacobian.reshape(36, -1).T, rtol=1e-8)
+    x, (flat, unravel) = normal(7, 4, 5), ravel_pytree(params)
+    jacobian = quick_jit(jax.jacrev(lambda p: scaled(unravel(p), x).reshape(12)))(flat)
+    gram = quick_jit(lambda p: curvax.structure.jacobian_gram(scaled, p, x))(params)
+    np.testing.assert_allclose(gram.reshape(12, 12), jacobian @ jacobian.T, rtol=1e-9)
 
 
 def test_regions_are_slices_that_do_not_meet():
@@ -185,3 +167,87 @@ def test_regions_are_slices_that_do_not_meet():
     region = Region.of(0, (20,), cut(6, 12))
     assert region.shape == (6,) and region.label() == "[6:12]"
     np.testing.assert_array_equal(region.replaced(jnp.zeros(20), jnp.ones(6)), np.eye(20)[6:12].sum(0))
+
+
+def normalized(p, x, constants=None):
+    """Two layers with BatchNorm in training mode, by the statistics of the batch or by given ones; and these."""
+    statistics = []
+    for i in (1, 2):
+        h = x @ p[f"w{i}"] + p[f"b{i}"]
+        mean, var = (jnp.mean(h, axis=0), jnp.var(h, axis=0)) if constants is None else constants[i - 1]
+        statistics.append((mean, var))
+        x = jnp.tanh((h - mean) / jnp.sqrt(var + 1e-3) * p[f"g{i}"])
+    return x, statistics
+
+
+@pytest.mark.parametrize("rematerialized", [False, True])
+def test_statistics_over_the_examples_are_constants(rematerialized):
+    """The factors are those of the model that is given its statistics, and the plan says so."""
+    shapes = {"w1": (4, 5), "b1": (5,), "g1": (5,), "w2": (5, 3), "b2": (3,), "g2": (3,)}
+    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    batch = {"x": normal(7, 6, 4), "y": normal(8, 6, 3)}
+    constants = normalized(params, batch["x"])[1]
+
+    def training(p, x):
+        return normalized(p, x)[0]
+
+    predict = jax.checkpoint(training) if rematerialized else training
+    mixed = Problem(predict, params, batch)
+    given = Problem(lambda p, x: normalized(p, x, constants)[0], params, batch)
+    names = sorted(shapes)
+    assert mixed.blocks.describe(names) == given.blocks.describe(names) and mixed.blocks.statistics
+    for x, y in zip(jax.tree.leaves(mixed.sums()), jax.tree.leaves(given.sums()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+    if not rematerialized:
+        method = curvax.kfac(predict_fn=predict, loss=SquaredError())
+        method.init(params, batch=batch)
+        assert "statistics over the examples as constants" in method.plan_for(params, batch).explain()
+
+
+@pytest.mark.parametrize(
+    ("name", "predict"),
+    [
+        ("pairs", lambda p, x: (x @ p) @ (x @ p).T),
+        ("largest", lambda p, x: x @ p - jnp.max(x @ p, axis=0)),
+        ("a branch", lambda p, x: jax.lax.cond(jnp.mean(x) > 0, jnp.sin, jnp.cos, x @ p)),
+        ("the output is one", lambda p, x: jnp.broadcast_to(jnp.mean(x @ p, axis=0), (6, 3))[:, ::-1] + 0 * x[:1, :3]),
+    ],
+)
+def test_other_mixtures_of_examples_are_refused(name, predict):
+    problem = Problem(predict, normal(0, 4, 3), {"x": normal(7, 6, 4), "y": normal(8, 6, 6 if name == "pairs" else 3)})
+    with pytest.raises(ValueError, match="the model mixes examples"):
+        _ = problem.blocks
+
+
+@pytest.mark.parametrize("sharing", list(WeightSharing))
+def test_a_tied_table_has_one_block_of_both_uses(sharing):
+    """A diagonal and B by the definitions, from one-hot activations and cotangents of the logits."""
+    table, x = normal(0, 6, 3), jnp.asarray([[0, 1], [2, 1], [3, 3], [0, 5]], jnp.int32)
+
+    def predict(e, x, first=0.0, second=0.0):
+        return jnp.tanh(e[x] + first) @ e.T + second
+
+    problem = Problem(lambda e, x: predict(e, x), table, {"x": x, "y": normal(1, 4, 2, 6)})
+    (block,) = problem.blocks.kronecker
+    assert block.embedding and block.shape == (1, 6, 3) and len(block.swapped) == 1
+    a, b = (f[0] for f in problem.sums(sharing).factors())
+
+    zeros = (jnp.zeros((4, 2, 3)), jnp.zeros((4, 2, 6)))
+    d, c = (
+        np.stack([np.asarray(j)[i, :, :, i] for i in range(4)]).reshape(4, 12, 2, -1) / np.sqrt(8)
+        for j in jax.jacrev(lambda e: predict(table, x, *e))(zeros)
+    )
+    hot, g = np.eye(6)[np.asarray(x)], np.tanh(np.asarray(table)[np.asarray(x)])
+    if sharing is WeightSharing.REDUCE:
+        d, c = (z.sum(2, keepdims=True) for z in (d, c))
+        hot, g = (z.mean(1, keepdims=True) for z in (hot, g))
+    a1, b1 = np.mean(hot**2, (0, 1)), np.einsum("brti,brtj->ij", d, d)
+    a2, b2 = np.sum(c**2, (0, 1, 2)), np.einsum("bti,btj->ij", g, g) / g[..., 0].size
+    s1, s2 = a1.sum() * np.trace(b1), a2.sum() * np.trace(b2)
+    np.testing.assert_allclose(a[0], (s1 * a1 + s2 * a1.sum() / a2.sum() * a2) / (s1 + s2), rtol=1e-9)
+    np.testing.assert_allclose(b[0], b1 + a2.sum() / a1.sum() * b2, rtol=1e-9)
+    v = jnp.linalg.qr(normal(3, 1, 3, 3))[0]
+    (squares,) = problem.measure(lambda examples: projected_squares(problem.blocks, examples, [(None, v)]))
+    ggn = problem.truth().ggn.reshape(6, 3, 6, 3)
+    own = np.einsum("kikj->kij", ggn)
+    np.testing.assert_allclose(squares[0], np.einsum("kij,il,jl->kl", own, v[0], v[0]), rtol=1e-8)

@@ -177,8 +177,13 @@ class BlockPreconditioner(Preconditioner):
         return jax.eval_shape(lambda: self.init_blocks(state.blocks)) if hasattr(state, "blocks") else None
 
     def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
-        """A line per block."""
-        return tuple(f"block of {line}" for line in state.blocks.describe(names))
+        """A line per block, and what factors leave out."""
+        lines = tuple(f"block of {line}" for line in state.blocks.describe(names))
+        count = state.blocks.statistics
+        if not count:
+            return lines
+        many = "a statistic" if count == 1 else f"{count} statistics"
+        return (*lines, f"factors take {many} over the examples as constants: sums that the model makes of its batch")
 
     def warn(self, state: Any, names: Sequence[str]) -> None:
         """Of weights that keep a diagonal because of how the model uses them."""

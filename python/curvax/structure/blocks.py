@@ -4,9 +4,9 @@ At a layer use a block W (G, n, m) acts as h = a W, so the curvature of each gro
 (sum_t a_t d_t^T)(sum_t a_t d_t^T)^T, which Kronecker factors A (n, n) and B (m, m) approximate by A kron B. A bias of
 the layer use's output is one more row of W, whose activation is always one. A leaf that is used at several layer uses
 has one block per layer use where these see different entries of it (a fused projection, cut up), one block for all
-layer uses where they see the same entries in the same order (weights used twice: their positions join), and a diagonal
-where they see them in different orders (an embedding whose transpose is the output layer), as has a leaf without any
-layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a vector that
+layer uses where they see the same entries in the same order (weights used twice: their positions join) or transposed (an
+embedding whose transpose is the output layer), and a diagonal where they see them in other orders, as has a leaf without
+any layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a vector that
 holds all parameters, each slice has the block that it would have as a leaf.
 """
 
@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognize import GENERIC, Finding, Structure
+from curvax.structure.capture import Capture
+from curvax.structure.recognize import GENERIC, Finding
 from curvax.structure.regions import Region, regions_of
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
 from curvax.structure.views import View, disjoint, through, unscaled
@@ -157,6 +158,7 @@ class KroneckerBlocks:
       uses: all layer uses of the model.
       shapes: of the leaves.
       dtype: of factors.
+      statistics: how many statistics over the examples, as those of BatchNorm, the model's factors take as constants.
     """
 
     kronecker: tuple[KroneckerBlock, ...]
@@ -164,6 +166,7 @@ class KroneckerBlocks:
     uses: tuple[LayerUse, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
+    statistics: int = 0
 
     def __post_init__(self) -> None:
         biases = tuple(tuple(b.bias.order.tolist()) for b in self.kronecker if b.bias is not None)
@@ -326,19 +329,20 @@ def _meaning(use: LayerUse) -> tuple[Any, ...]:
     return use.leaf, use.rule, use.block, use.views, use.entry_order, bias
 
 
-def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> KroneckerBlocks:
-    """The blocks of a model's structure.
+def find_blocks(capture: Capture, shapes: Sequence[tuple[int, ...]]) -> KroneckerBlocks:
+    """The blocks of a model.
 
     Args:
-      structure: the structure.
+      capture: the model, by parts of leaves (`approximate`).
       shapes: of the parameter leaves.
-      dtype: of factors.
     """
+    structure, dtype = capture.structure, np.dtype(capture.dtype)
     explicit = [
         ExplicitRegion(region, _why(finding), finding.rule == GENERIC and _wide(region.shape))
         for region, finding in structure.regions
     ]
-    return _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), np.dtype(dtype))
+    blocks = _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), dtype)
+    return dataclasses.replace(blocks, statistics=capture.model.statistics)
 
 
 def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
@@ -348,7 +352,8 @@ def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
     """
     uses = tuple(use for part in parts for use in part.uses)
     explicit = [entry for part in parts for entry in part.explicit_regions]
-    return _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
+    blocks = _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
+    return dataclasses.replace(blocks, statistics=sum(part.statistics for part in parts))
 
 
 def _blocks(
@@ -475,8 +480,11 @@ def _of_region(region: Region, uses: Mapping[int, LayerUse]) -> list[KroneckerBl
     firsts = [uses[group[0]] for group in alike]
     if all(disjoint(a.views, b.views) for a, b in itertools.combinations(firsts, 2)):
         return [KroneckerBlock(use.leaf, tuple(g), use, region) for g, use in zip(alike, firsts, strict=True)]
-    if len(alike) == 2 and _swapped(firsts[0], firsts[1], region):
-        return [KroneckerBlock(region.leaf, tuple(alike[0]), firsts[0], region, swapped=tuple(alike[1]))]
+    if len(alike) == 2:
+        # An embedding says how its table is laid out, whichever comes first.
+        one, other = (1, 0) if isinstance(firsts[1], EmbeddingUse) else (0, 1)
+        if _swapped(firsts[one], firsts[other], region):
+            return [KroneckerBlock(region.leaf, tuple(alike[one]), firsts[one], region, swapped=tuple(alike[other]))]
     return []
 
 
@@ -487,7 +495,7 @@ _MOST_ENTRIES = 1 << 24
 def _swapped(a: LayerUse, b: LayerUse, region: Region) -> bool:
     """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other."""
     groups, n, m = a.block
-    dense = isinstance(a, DenseUse) and isinstance(b, DenseUse)
+    dense = isinstance(a, DenseUse | EmbeddingUse) and isinstance(b, DenseUse)
     if not dense or b.block != (groups, m, n) or a.factor != b.factor or groups * n * m > _MOST_ENTRIES:
         return False
     numbers = np.arange(region.size, dtype=np.int64).reshape(region.shape)

@@ -75,8 +75,10 @@ class Capture:
         drawn, _ = replay(traced_program(draw, list(leaves), list(inputs)), [*leaves, *inputs], Hooks())
         return [*inputs, *(self._by_example(x, d.axis) for x, d in zip(drawn, model.draws, strict=True))]
 
-    def _by_example(self, x: jax.Array, axis: int) -> jax.Array:
+    def _by_example(self, x: jax.Array, axis: int | None) -> jax.Array:
         """A value for the whole batch with the examples in front, and what was flattened with them in their place."""
+        if axis is None:
+            return x
         shape = (*x.shape[:axis], self.model.examples, x.shape[axis] // self.model.examples, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
@@ -86,8 +88,8 @@ class Capture:
 
     @property
     def _axes(self) -> BatchAxes:
-        """Of `inputs`: what is drawn has the examples in front."""
-        return BatchAxes((*self.model.axes.axes, *(0 for _ in self.model.draws)))
+        """Of `inputs`: what is drawn has the examples in front, statistics are shared."""
+        return BatchAxes((*self.model.axes.axes, *(None if d.axis is None else 0 for d in self.model.draws)))
 
     def example(
         self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], rows: Callable[[jax.Array], jax.Array]
@@ -135,7 +137,10 @@ class Capture:
         hooks = Hooks(
             # Two leaves may be used by one step: they share its output, and so its perturbation.
             added=_summed([use.paths for use in uses], perturbations),
-            given={draw.single: x[0] for draw, x in zip(self.model.draws, inputs[own:], strict=True)},
+            given={
+                draw.single: x if draw.axis is None else x[0]
+                for draw, x in zip(self.model.draws, inputs[own:], strict=True)
+            },
             recorded=frozenset((path, use.activation) for use in uses for path in use.paths),
             # A part that is weights has its factors, and no derivative beside them.
             constant=frozenset((path, use.operand) for use in uses if use.leaf in cut for path in use.paths),
@@ -164,17 +169,21 @@ def capture(
     inputs: Any,
     axes: BatchAxes | None = None,
     *,
-    parts: bool = False,
+    approximate: bool = False,
 ) -> Capture:
-    """The capture of a model whose examples do not interact, from shapes alone; arguments as for `by_example` and
-    `recognize`.
+    """The capture of a model whose examples do not interact, from shapes alone.
+
+    Args:
+      predict, params, inputs, axes: as for `by_example`.
+      approximate: for blocks of curvature, which are so anyway: leaves are judged in parts (`recognize`), and statistics over
+        the examples are constants (`by_example`).
 
     Raises:
       Mixed: the examples interact.
     """
-    model = by_example(predict, params, inputs, axes)
+    model = by_example(predict, params, inputs, axes, statistics=approximate)
     if not model.draws:
         # Draws have places in the program as it was traced.
         model = dataclasses.replace(model, program=without_repeats(model.program))
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    return Capture(model, recognize(model.program, shapes, parts), tree.scalar_dtype(params))
+    return Capture(model, recognize(model.program, shapes, parts=approximate), tree.scalar_dtype(params))

@@ -27,7 +27,8 @@ sum_u c_u g_u^T of W with c the cotangent of h, so cotangents are on the side of
     A = (s1 A1 + s2 (tr A1 / tr A2) A2) / (s1 + s2)             s_i = tr A_i tr B_i
     B = B1 + (tr A2 / tr A1) B2
 
-Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps.
+Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps. Of an embedding
+whose transpose is the output layer, A1 and so A is a diagonal, and of A2 the diagonal is taken: as wide as a vocabulary.
 
 George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018), keep the
 eigenvectors U of A and V of B and measure the diagonal of C in their basis, sum_br (U^T (sum_t a d^T) V)^2 entrywise,
@@ -152,7 +153,7 @@ class SwappedSums:
     """Sums over examples at transposed layer uses.
 
     Attributes:
-      inputs: sum of c c^T, (G, n, n), zero in the row of a bias.
+      inputs: sum of c c^T, (G, n, n), zero in the row of a bias; of an embedding its diagonal (G, n).
       outputs: weighted sum of g g^T, (G, m, m).
       weights: the sum of the weights, by which `outputs` become means.
     """
@@ -166,16 +167,21 @@ class SwappedSums:
         a2, b2 = self.inputs, _quotient(self.outputs, self.weights)
         t1, t2 = _traces(a1), _traces(a2)
         s1, s2 = t1 * _traces(b1), t2 * _traces(b2)
-        a = _quotient(s1 * a1 + s2 * _quotient(t1, t2) * a2, s1 + s2)
-        b = b1 + _quotient(t2, t1) * b2
+        a = _quotient(_each(s1, a1) * a1 + _each(s2 * _quotient(t1, t2), a2) * a2, _each(s1 + s2, a1))
+        b = b1 + _each(_quotient(t2, t1), b2) * b2
         # Without anything forwards there is nothing to be normalized to.
         none = t1 == 0
-        return jnp.where(none, a2, a), jnp.where(none, b2, b)
+        return jnp.where(_each(none, a1), a2, a), jnp.where(_each(none, b1), b2, b)
 
 
 def _traces(x: jax.Array) -> jax.Array:
-    """(G, 1, 1)."""
-    return jnp.trace(x, axis1=-2, axis2=-1)[:, None, None]
+    """(G,) of matrices (G, n, n), or of diagonals (G, n)."""
+    return jnp.sum(x, axis=-1) if x.ndim == 2 else jnp.trace(x, axis1=-2, axis2=-1)
+
+
+def _each(numbers: jax.Array, x: jax.Array) -> jax.Array:
+    """Numbers (G,) for the groups of an array."""
+    return numbers.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -241,7 +247,7 @@ def projected_squares(
       bases: per block U (G, n, n), or `None` for an embedding, whose basis is that of its entries, and V (G, m, m).
     """
     return [
-        _embedding_squares(block, examples, v) if u is None else _squares(block, examples, u, v)
+        _embedding_squares(block, examples, v) if u is None and not block.swapped else _squares(block, examples, u, v)
         for block, (u, v) in zip(blocks.kronecker, bases, strict=True)
     ]
 
@@ -300,6 +306,12 @@ def _indices(block: KroneckerBlock, examples: Examples) -> jax.Array:
     return jnp.concatenate([examples.factors.activations[i] for i in examples.here(block.uses)], axis=1)
 
 
+def _one_hot(block: KroneckerBlock, examples: Examples, dtype: np.dtype) -> jax.Array:
+    """(B, T, 1, n) of an embedding, scaled as `_activations`."""
+    rows = one_hot(block.use, _indices(block, examples), dtype)
+    return rows * jnp.asarray(block.scale, dtype)
+
+
 def _cotangents(uses: Sequence[int], examples: Examples) -> jax.Array:
     """(B, R, T, G, m)."""
     return jnp.concatenate([examples.factors.cotangents[i] for i in uses], axis=2)
@@ -336,8 +348,9 @@ def _swapped_sums(block: KroneckerBlock, examples: Examples, sharing: WeightShar
         zero = jnp.zeros((), dtype)
         return SwappedSums(jnp.zeros(block.input_shape, dtype), jnp.zeros(block.output_shape, dtype), zero)
     weights = _weights(uses, examples)
+    c = _swapped_cotangents(block, examples, uses)
     return SwappedSums(
-        _output_sum(_swapped_cotangents(block, examples, uses), sharing),
+        _output_squares(c, sharing) if block.embedding else _output_sum(c, sharing),
         _weighted_sum(_swapped_activations(examples, uses), weights, sharing),
         jnp.sum(weights),
     )
@@ -372,6 +385,13 @@ def _output_sum(d: jax.Array, sharing: WeightSharing) -> jax.Array:
     if sharing is WeightSharing.REDUCE:
         d = _reduced(d, 2)
     return second_moment(_rows_by_group(d))
+
+
+def _output_squares(d: jax.Array, sharing: WeightSharing) -> jax.Array:
+    """The diagonal of `_output_sum`, (G, m)."""
+    if sharing is WeightSharing.REDUCE:
+        d = _reduced(d, 2)
+    return jnp.sum(jnp.square(d), axis=tuple(range(d.ndim - 2)))
 
 
 def _reduced(x: jax.Array, axis: int) -> jax.Array:
@@ -435,16 +455,20 @@ def _formed_squares(
     return _over_examples(some, (activations, cotangents), entries)
 
 
-def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array, v: jax.Array) -> jax.Array:
+def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array | None, v: jax.Array) -> jax.Array:
+    def turned(form: str, x: jax.Array) -> jax.Array:
+        return x if u is None else jnp.einsum(form, x, u, precision="highest")
+
     total, uses = jnp.zeros(block.shape, v.dtype), examples.here(block.uses)
     parts: list[tuple[str, jax.Array, jax.Array]] = []
     if uses:
-        a = jnp.einsum("btgn,gnk->btgk", _activations(block, examples), u, precision="highest")
+        a = _one_hot(block, examples, v.dtype) if block.embedding else _activations(block, examples)
+        a = turned("btgn,gnk->btgk", a)
         d = jnp.einsum("brtgm,gml->brtgl", _cotangents(uses, examples), v, precision="highest")
         parts.append(("btgk,brtgl->brgkl", a, d))
     swapped = examples.here(block.swapped)
     if swapped:
-        c = jnp.einsum("brtgn,gnk->brtgk", _swapped_cotangents(block, examples, swapped), u, precision="highest")
+        c = turned("brtgn,gnk->brtgk", _swapped_cotangents(block, examples, swapped))
         g = jnp.einsum("btgm,gml->btgl", _swapped_activations(examples, swapped), v, precision="highest")
         parts.append(("brtgk,btgl->brgkl", c, g))
     if not parts:
