@@ -251,3 +251,76 @@ def test_a_tied_table_has_one_block_of_both_uses(sharing):
     ggn = problem.truth().ggn.reshape(6, 3, 6, 3)
     own = np.einsum("kikj->kij", ggn)
     np.testing.assert_allclose(squares[0], np.einsum("kij,il,jl->kl", own, v[0], v[0]), rtol=1e-8)
+
+
+def _kernels(p, x):
+    dims = ("NHC", "HIO", "NHC")
+    kernel = jnp.pad(jnp.concatenate([p["a"], p["b"]], axis=-1), ((1, 0), (0, 0), (0, 0)))
+    return jax.lax.conv_general_dilated(x[:, :, None], kernel, (1,), "VALID", dimension_numbers=dims)
+
+
+@pytest.mark.parametrize(
+    ("name", "predict", "shapes", "blocks"),
+    [
+        (
+            "outputs side by side, biases too",
+            lambda p, x: (
+                x @ jnp.concatenate([p["a"], 2 * p["b"]], axis=1) + jnp.concatenate([p["c"], -p["d"]])
+            ),
+            {"a": (4, 2), "b": (4, 1), "c": (2,), "d": (1,)},
+            [(1, 5, 1), (1, 5, 2)],
+        ),
+        (
+            "inputs side by side",
+            lambda p, x: x @ jnp.concatenate([p["a"], jnp.ones((1, 3)), p["b"]]),
+            {"a": (2, 3), "b": (1, 3)},
+            [(1, 1, 3), (1, 2, 3)],
+        ),
+        (
+            "zeros around and between",
+            lambda p, x: x @ jax.lax.pad(p["a"], 0.0, ((1, 0, 1), (0, 1, 0))),
+            {"a": (2, 3)},
+            [(1, 2, 3)],
+        ),
+        ("rolled", lambda p, x: x @ jnp.roll(p["a"], 1, axis=0) + p["b"], {"a": (4, 3), "b": (3,)}, [(1, 2, 3), (1, 3, 3)]),
+        (
+            "layers stacked for a scan",
+            lambda p, x: jax.lax.scan(lambda h, w: (h, x @ w), 0.0, jnp.stack([p["a"], p["b"].T]))[1].sum(0),
+            {"a": (4, 3), "b": (3, 4)},
+            [(1, 4, 3), (1, 4, 3)],
+        ),
+        ("kernels", _kernels, {"a": (2, 1, 2), "b": (2, 1, 1)}, [(1, 2, 1), (1, 2, 2)]),
+    ],
+)
+def test_rearranged_weights_have_blocks(name, predict, shapes, blocks):
+    """Exact ones, as these models are linear; and the rows of all of them together are exact, too."""
+    params = {key: normal(i, *shape) for i, (key, shape) in enumerate(shapes.items())}
+    outputs = predict(params, normal(7, 1, 4)).shape[1:]
+    problem = regression(predict, params, 4, outputs=outputs, examples=4)
+    assert_blocks_exact(problem, *blocks)
+    flat, unravel = ravel_pytree(params)
+    x = problem.batch["x"]
+    jacobian = quick_jit(jax.jacrev(lambda p: predict(unravel(p), x).reshape(-1)))(flat)
+    gram = quick_jit(lambda p: curvax.structure.jacobian_gram(lambda p, x: predict(p, x).reshape(len(x), -1), p, x))(
+        params
+    )
+    np.testing.assert_allclose(gram.reshape(jacobian.shape[:1] * 2), jacobian @ jacobian.T, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_that_meet_themselves_keep_their_rows():
+    """Twice in one operand: no block of a product; and a row of a table beside another one is looked up."""
+
+    def predict(p, x):
+        doubled = jnp.concatenate([p["a"], p["a"]], axis=1)
+        return jnp.tanh(x @ doubled) @ p["v"] + jnp.concatenate([p["e"], p["f"]])[jnp.int32(x[:, 0] > 0)]
+
+    shapes = {"a": (4, 2), "e": (1, 3), "f": (2, 3), "v": (4, 3)}
+    params = {key: normal(i, *shape) for i, (key, shape) in enumerate(shapes.items())}
+    problem = regression(predict, params, 4)
+    names = sorted(shapes)
+    assert {names[b.leaf] for b in problem.blocks.diagonal} == {"a", "e", "f"}
+    flat, unravel = ravel_pytree(params)
+    x, ggn = problem.batch["x"], np.diag(problem.truth().ggn)
+    places = dict(zip(names, np.split(ggn, np.cumsum([p.size for p in jax.tree.leaves(params)])[:-1]), strict=True))
+    for block, found in zip(problem.blocks.diagonal, problem.sums().diagonal, strict=True):
+        np.testing.assert_allclose(found.ravel(), places[names[block.leaf]], rtol=1e-9, atol=1e-12)

@@ -20,7 +20,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
 
 1. A model as a program.
    `real_arithmetic.py` writes complex arithmetic out in real numbers; `replay.py` traces a model and evaluates it with
-   perturbations and recordings; `views.py` says what may happen to a leaf on its way to where it is used.
+   perturbations and recordings; `views.py` says what may happen to a leaf on its way to where it is used, `regions.py`
+   which parts of one enter by themselves.
 2. Do examples interact?
    `batch_axes.py` says which leaves hold examples; `batch_rules.py` has a rule per primitive for where the axis of
    examples goes; `batch_axis.py` proves that a model treats examples one by one, and `additive.py` that a loss adds up

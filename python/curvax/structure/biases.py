@@ -172,10 +172,10 @@ def _order(
 ) -> np.ndarray | None:
     """(G m,) entry of the region that is added at each output, the same at all positions; `None` if it is not so.
 
-    The numbers of the region's entries are sent the way that the entries go.
+    The numbers of the region's entries, from 1 on, are sent the way that the entries go.
     """
     size, views = region.size, unscaled(region.inside(added.entry.views))
-    numbers = through(views, np.arange(size, dtype=np.int64).reshape(region.shape))
+    numbers = through(views, np.arange(1, size + 1, dtype=np.int64).reshape(region.shape))
     stack = numbers.ndim - len(added.before)
     if added.dimensions is not None:
         fresh = [stack + i for i in range(len(shape)) if i not in added.dimensions]
@@ -194,6 +194,6 @@ def _order(
     repeated = [i for i, stacked in enumerate(use.stacked) if not stacked]
     at_output = np.broadcast_to(np.expand_dims(at_output, tuple(repeated)), use.perturbation_shape)
     arranged = use.cotangents(at_output)
-    order = arranged[0].ravel()
+    order = arranged[0].ravel() - 1
     fits = np.all(arranged == arranged[:1]) and order.size == size and np.array_equal(np.sort(order), np.arange(size))
     return order if fits else None

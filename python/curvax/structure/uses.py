@@ -25,9 +25,12 @@ import numpy as np
 
 from curvax.jaxprs import Path
 from curvax.structure.regions import Region
-from curvax.structure.views import View, back, factor, squared, through
+from curvax.structure.views import View, back, factor, squared, through, unscaled
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
+
+# Numbering the entries of an operand costs time and memory at planning.
+_MOST_ENTRIES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,7 @@ class LayerUse(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def entry_order(self) -> tuple[int, ...]:
+    def entry_order(self) -> tuple[Any, ...]:
         """What `to_operand` depends on beside the shapes: equal orders lay blocks out alike."""
 
     def to_leaf(self, block: jax.Array) -> jax.Array:
@@ -379,7 +382,7 @@ class ConvolutionUse(LayerUse):
         x = operand.transpose((*range(depth), *(depth + i for i in spec)))
         groups, n, m = self._groups, *self.block[1:]
         x = x.reshape((*x.shape[:depth], groups, m, n))
-        return jnp.swapaxes(x, -1, -2).reshape(self.block)
+        return x.swapaxes(-1, -2).reshape(self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,6 +439,89 @@ class EmbeddingUse(LayerUse):
 
     def from_operand(self, operand: jax.Array) -> jax.Array:
         return operand.reshape(self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialUse(LayerUse):
+    """A layer use of a leaf that is only a part of the operand: some of its groups, inputs and outputs.
+
+    Of h = a [W V], with W (3, 2) and V (3, 4): V has all inputs, and the outputs 2 to 5.
+
+    Attributes:
+      whole: the layer use of all of the operand.
+      groups, inputs, outputs: which of them the leaf has.
+    """
+
+    whole: DenseUse | ConvolutionUse | None = None
+    groups: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(whole: DenseUse | ConvolutionUse, leaf_shape: tuple[int, ...]) -> PartialUse | None:
+        """What a leaf has of an operand that its views pad; `None` if that is no block of groups, inputs and outputs."""
+        if math.prod(whole.block) > _MOST_ENTRIES:
+            return None
+        numbers = np.arange(1, math.prod(leaf_shape) + 1, dtype=np.int64).reshape(leaf_shape)
+        mine = np.asarray(whole.from_operand(through(unscaled(whole.views), numbers)))
+        groups, inputs, outputs = (
+            tuple(int(i) for i in np.flatnonzero(mine.any(axis=axes))) for axes in ((1, 2), (0, 2), (0, 1))
+        )
+        block = mine[np.ix_(groups, inputs, outputs)]
+        if not block.all() or len(np.unique(block)) != block.size:
+            return None
+        common = {f.name: getattr(whole, f.name) for f in dataclasses.fields(LayerUse)}
+        return PartialUse(**common, whole=whole, groups=groups, inputs=inputs, outputs=outputs)
+
+    @property
+    def _whole(self) -> DenseUse | ConvolutionUse:
+        if self.whole is None:
+            raise AssertionError("a part is one of a whole.")
+        return self.whole
+
+    @property
+    def rule(self) -> str:
+        return self._whole.rule
+
+    @property
+    def activation(self) -> int:
+        return self._whole.activation
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return len(self.groups), len(self.inputs), len(self.outputs)
+
+    @property
+    def positions(self) -> int:
+        return self._whole.positions
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        return self._whole.position_axes
+
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        return self._whole.activations(recorded)[:, np.array(self.groups)][..., np.array(self.inputs)]
+
+    def cotangents(self, d: Any) -> Any:
+        return self._whole.cotangents(d)[:, np.array(self.groups)][..., np.array(self.outputs)]
+
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        return self._whole.to_operand(jnp.zeros(self._whole.block, block.dtype).at[self._places].set(block))
+
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        return self._whole.from_operand(operand)[self._places]
+
+    @property
+    def _places(self) -> tuple[np.ndarray, ...]:
+        return np.ix_(self.groups, self.inputs, self.outputs)
+
+    def same_layout(self, other: PartialUse) -> bool:
+        places = (self.groups, self.inputs, self.outputs) == (other.groups, other.inputs, other.outputs)
+        return type(self.whole) is type(other.whole) and self._whole.same_layout(other._whole) and places
+
+    @property
+    def entry_order(self) -> tuple[Any, ...]:
+        return (*self._whole.entry_order, self.groups, self.inputs, self.outputs)
 
 
 def same_entries(a: LayerUse, b: LayerUse) -> bool:
