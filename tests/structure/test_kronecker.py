@@ -486,7 +486,9 @@ def test_what_has_no_factors_is_refused():
     batch = {"x": normal(0, 5, 3), "y": normal(1, 5, 3)}
     params = mlp_params()
     mixing = GaussNewton(Model(lambda p, x: mlp(p, x - jnp.max(x, axis=0))), SquaredError())
-    with pytest.raises(ValueError, match=r"the model mixes examples \(reduce_max works across examples\).* batch_axes="):
+    with pytest.raises(
+        ValueError, match=r"the model mixes examples \(reduce_max works across examples\).* batch_axes="
+    ):
         mixing.blocks(params, Evaluation(batch))
     coupling = type("Coupling", (SquaredError,), {"couples_examples": True, "by_example": Loss.by_example})
     coupled = GaussNewton(Model(mlp), coupling())

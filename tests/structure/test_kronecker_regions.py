@@ -1,4 +1,4 @@
-"""Blocks of parts of leaves, of scaled biases and of rearranged weights: as those of leaves that stand by themselves."""
+"""Blocks of parts of leaves, scaled biases and rearranged weights: as those of leaves that stand by themselves."""
 
 from __future__ import annotations
 
@@ -62,15 +62,14 @@ def assert_blocks_exact(problem, *shapes):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("preset", [curvax.kfac, curvax.ekfac])
-def test_one_flat_vector_steps_as_the_tree_that_it_holds(preset):
+def test_one_flat_vector_steps_as_the_tree_that_it_holds():
     """Weights, folded biases and a gain that keeps its diagonal; a part that nothing reads stays where it is."""
     params = mlp_params()
     flat, unravel = ravel_pytree(params)
     batch = {"x": normal(7, 6, 5), "y": normal(8, 6, 3)}
-    expected = direction(preset, mlp, params, batch)
+    expected = direction(curvax.ekfac, mlp, params, batch)
     longer = jnp.concatenate([flat, jnp.ones(2)])
-    found = direction(preset, lambda p, x: mlp(unravel(p[:-2]), x), longer, batch)
+    found = direction(curvax.ekfac, lambda p, x: mlp(unravel(p[:-2]), x), longer, batch)
     np.testing.assert_allclose(found, np.concatenate([expected, [0, 0]]), rtol=1e-8, atol=1e-12)
 
 
@@ -103,9 +102,7 @@ def test_parts_are_found_over_several_models():
     def whole(p, x):
         return x @ p.reshape(3, 5)
 
-    terms = curvax.Terms(
-        one=curvax.Term(linear, SquaredError()), other=curvax.Term(linear, SquaredError(), weight=2.0)
-    )
+    terms = curvax.Terms(one=curvax.Term(linear, SquaredError()), other=curvax.Term(linear, SquaredError(), weight=2.0))
     batch = {name: {"x": normal(i, 5, 4), "y": normal(i + 1, 5, 3)} for i, name in enumerate(("one", "other"))}
     method = curvax.kfac(loss=terms, **EXACT)
     state = method.init(flat, batch=batch)
@@ -264,9 +261,7 @@ def _kernels(p, x):
     [
         (
             "outputs side by side, biases too",
-            lambda p, x: (
-                x @ jnp.concatenate([p["a"], 2 * p["b"]], axis=1) + jnp.concatenate([p["c"], -p["d"]])
-            ),
+            lambda p, x: x @ jnp.concatenate([p["a"], 2 * p["b"]], axis=1) + jnp.concatenate([p["c"], -p["d"]]),
             {"a": (4, 2), "b": (4, 1), "c": (2,), "d": (1,)},
             [(1, 5, 1), (1, 5, 2)],
         ),
@@ -282,7 +277,12 @@ def _kernels(p, x):
             {"a": (2, 3)},
             [(1, 2, 3)],
         ),
-        ("rolled", lambda p, x: x @ jnp.roll(p["a"], 1, axis=0) + p["b"], {"a": (4, 3), "b": (3,)}, [(1, 2, 3), (1, 3, 3)]),
+        (
+            "rolled",
+            lambda p, x: x @ jnp.roll(p["a"], 1, axis=0) + p["b"],
+            {"a": (4, 3), "b": (3,)},
+            [(1, 2, 3), (1, 3, 3)],
+        ),
         (
             "layers stacked for a scan",
             lambda p, x: jax.lax.scan(lambda h, w: (h, x @ w), 0.0, jnp.stack([p["a"], p["b"].T]))[1].sum(0),
@@ -319,8 +319,7 @@ def test_weights_that_meet_themselves_keep_their_rows():
     problem = regression(predict, params, 4)
     names = sorted(shapes)
     assert {names[b.leaf] for b in problem.blocks.diagonal} == {"a", "e", "f"}
-    flat, unravel = ravel_pytree(params)
-    x, ggn = problem.batch["x"], np.diag(problem.truth().ggn)
+    ggn = np.diag(problem.truth().ggn)
     places = dict(zip(names, np.split(ggn, np.cumsum([p.size for p in jax.tree.leaves(params)])[:-1]), strict=True))
     for block, found in zip(problem.blocks.diagonal, problem.sums().diagonal, strict=True):
         np.testing.assert_allclose(found.ravel(), places[names[block.leaf]], rtol=1e-9, atol=1e-12)

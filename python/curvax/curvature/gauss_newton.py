@@ -194,8 +194,8 @@ class GaussNewton(Curvature):
             return capture(predict, params, inputs, self.model.input_axes(evaluation), approximate=True)
         except Mixed as mixed:
             raise ValueError(
-                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): make it treat "
-                "examples one by one, say by batch_axes= which axes hold them if these are not the first ones, or give "
+                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): make it "
+                "treat examples one by one, say by batch_axes= which axes hold them if these are not the first ones, or give "
                 "what acts as a whole (a graph, a set) as one example with a leading axis of length one."
             ) from None
 

@@ -15,6 +15,7 @@ from curvax.curvature import Curvature, Evaluation, Linearization
 from curvax.kernels._dispatch import Choice, Op, Request, caller_level
 from curvax.preconditioners.denominators import Denominator
 from curvax.requirements import Cadence, Part, Requirement
+from curvax.structure.block_rules import BlockRule, ruled
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.tree import PyTree
 from curvax.work import Cost, StepWork
@@ -167,9 +168,14 @@ class BlockPreconditioner(Preconditioner):
         """True."""
         return True
 
+    @property
+    def blocks(self) -> tuple[BlockRule, ...]:
+        """Rules for the kinds of blocks; none, unless a field of that name has some."""
+        return ()
+
     def init_on(self, curvature: Curvature, params: PyTree, evaluation: Evaluation) -> Any:
-        """`init_blocks` on the blocks of the curvature."""
-        return self.init_blocks(curvature.blocks(params, evaluation))
+        """`init_blocks` on the blocks of the curvature, of the kinds that the rules say."""
+        return self.init_blocks(ruled(curvature.blocks(params, evaluation), self.blocks, tree.places(params)))
 
     def expected(self, state: Any, params_like: PyTree) -> Any:
         """Of the blocks that the state says it serves."""

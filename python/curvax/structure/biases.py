@@ -70,15 +70,11 @@ def _bias_of(program: Program, use: LayerUse, region: Region, added: AddedUse) -
         return None
     # In every branch the same.
     first, *others = (_bias_at(program, use, region, added, *at) for at in zip(use.paths, added.paths, strict=True))
-    alike = all(
-        first is not None and bias == first and np.array_equal(bias.order, first.order) for bias in others
-    )
+    alike = all(first is not None and bias == first and np.array_equal(bias.order, first.order) for bias in others)
     return first if alike else None
 
 
-def _bias_at(
-    program: Program, use: LayerUse, region: Region, added: AddedUse, start: Path, path: Path
-) -> Bias | None:
+def _bias_at(program: Program, use: LayerUse, region: Region, added: AddedUse, start: Path, path: Path) -> Bias | None:
     # 1. In the same program.
     entry = added.entry
     if path[:-1] != start[:-1] or entry.stacked != use.stacked or entry.lengths != use.lengths:
@@ -130,8 +126,9 @@ def _body(program: Program, path: Path) -> Program:
 
 
 def _chain(program: Program, start: int, end: int, operand: int) -> list[_Link] | None:
-    """Views, sums and differences that lead from the output of one step to an operand of another, if nothing else reads on the way.
+    """Views, sums and differences that lead from the output of one step to an operand of another.
 
+    `None` if there are others, or if anybody else reads a value on the way.
     The cotangent of a sum is that of its terms.
     """
     uses, name = _uses(program), program.steps[start].outputs[0]

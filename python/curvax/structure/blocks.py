@@ -4,10 +4,10 @@ At a layer use a block W (G, n, m) acts as h = a W, so the curvature of each gro
 (sum_t a_t d_t^T)(sum_t a_t d_t^T)^T, which Kronecker factors A (n, n) and B (m, m) approximate by A kron B. A bias of
 the layer use's output is one more row of W, whose activation is always one. A leaf that is used at several layer uses
 has one block per layer use where these see different entries of it (a fused projection, cut up), one block for all
-layer uses where they see the same entries in the same order (weights used twice: their positions join) or transposed (an
-embedding whose transpose is the output layer), and a diagonal where they see them in other orders, as has a leaf without
-any layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a vector that
-holds all parameters, each slice has the block that it would have as a leaf.
+layer uses where they see the same entries in the same order (weights used twice: their positions join) or transposed
+(an embedding whose transpose is the output layer), and a diagonal where they see them in other orders, as has a leaf
+without any layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a
+vector that holds all parameters, each slice has the block that it would have as a leaf.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class KroneckerBlock:
         """The number that the leaf is multiplied with on its way to the layer use; the activations take it over."""
         return self.use.factor
 
+    def bias_alone(self, reason: str) -> list[DiagonalBlock]:
+        """A diagonal for the bias, if there is one."""
+        biased = tuple(i for i, _ in self.biased)
+        return [] if self.bias is None else [DiagonalBlock(self.bias.region, bias_of=biased, reason=reason)]
+
     def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The block's entries (G, n, m) of a vector given by its leaves."""
         # `from_leaf` scales, as the leaf is scaled; here entries only move.
@@ -119,6 +124,7 @@ class DiagonalBlock:
       reason: why it has no Kronecker factors.
       lost: whether it would have them if it were used in another way: it is neither a bias nor a gain, is used, and has
         two axes at least.
+      scaled: whether the mean of the diagonal stands for all of it.
     """
 
     region: Region
@@ -127,6 +133,7 @@ class DiagonalBlock:
     explicit: tuple[tuple[int, ExplicitRegion], ...] = ()
     reason: str = ""
     lost: bool = False
+    scaled: bool = False
 
     @property
     def leaf(self) -> int:
@@ -137,6 +144,61 @@ class DiagonalBlock:
     def shape(self) -> tuple[int, ...]:
         """Of the region."""
         return self.region.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class FullBlock:
+    """A leaf, or a part of one, whose curvature is kept as a matrix: A is the number 1 and B the matrix.
+
+    Attributes:
+      of: the entries, where their rows come from and why they have this block.
+    """
+
+    of: DiagonalBlock
+    bias: None = None
+
+    @property
+    def region(self) -> Region:
+        """The entries."""
+        return self.of.region
+
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.of.leaf
+
+    @property
+    def size(self) -> int:
+        """Entries of the block."""
+        return self.region.size
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, inputs, outputs): all entries are outputs."""
+        return 1, 1, self.size
+
+    @property
+    def embedding(self) -> bool:
+        """False: A is a matrix."""
+        return False
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of A."""
+        return 1, 1, 1
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """Shape of B."""
+        return 1, self.size, self.size
+
+    def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The block's entries (1, 1, size) of a vector given by its leaves."""
+        return self.region.take(leaves[self.leaf]).reshape(self.shape)
+
+    def put(self, block: jax.Array) -> list[tuple[int, jax.Array]]:
+        """The block's entries at their places in the leaf, zero elsewhere: one (leaf, array) pair."""
+        return [(self.leaf, self.region.put(block.reshape(self.region.shape)))]
 
 
 class ExplicitRegion(NamedTuple):
@@ -154,14 +216,14 @@ class KroneckerBlocks:
     Equality is that of what a state's arrays mean: blocks, and the orders in which biases and kernels are laid out.
 
     Attributes:
-      kronecker, diagonal: the blocks.
+      kronecker, diagonal: the blocks; the full ones are among those with Kronecker factors.
       uses: all layer uses of the model.
       shapes: of the leaves.
       dtype: of factors.
       statistics: how many statistics over the examples, as those of BatchNorm, the model's factors take as constants.
     """
 
-    kronecker: tuple[KroneckerBlock, ...]
+    kronecker: tuple[KroneckerBlock | FullBlock, ...]
     diagonal: tuple[DiagonalBlock, ...]
     uses: tuple[LayerUse, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -192,21 +254,24 @@ class KroneckerBlocks:
     def digest(self) -> str:
         """Of the wiring and of which leaves have factors; the same in every process."""
         factored = [(block.region, block.shape) for block in self.kronecker]
+        factored += [(block.region, ()) for block in self.diagonal if block.scaled]
         return hashlib.sha256(repr((self.wiring, factored)).encode()).hexdigest()[:16]
 
     @property
     def explicit_regions(self) -> list[ExplicitRegion]:
         """What has explicit rows, by their places."""
-        placed = dict(entry for block in self.diagonal for entry in block.explicit)
+        formed = [*self.diagonal, *(block.of for block in self.kronecker if isinstance(block, FullBlock))]
+        placed = dict(entry for block in formed for entry in block.explicit)
         return [placed[place] for place in sorted(placed)]
 
     def partial(self) -> frozenset[int]:
         """Leaves with entries that belong to no block: those of slices that are not used."""
         covered: dict[int, int] = collections.defaultdict(int)
         for block in self.kronecker:
-            covered[block.leaf] += math.prod(block.use.block)
+            of_bias = 0 if block.bias is None else block.bias.region.size
+            covered[block.leaf] += block.size - of_bias
             if block.bias is not None:
-                covered[block.bias.leaf] += block.bias.region.size
+                covered[block.bias.leaf] += of_bias
         for block in self.diagonal:
             covered[block.leaf] += block.region.size
         return frozenset(leaf for leaf, count in covered.items() if count < math.prod(self.shapes[leaf]))
@@ -263,28 +328,46 @@ class KroneckerBlocks:
             if width > max_width:
                 wide[block.region] = max(width, wide.get(block.region, 0))
         return self.with_diagonal(
-            {region: f"a factor would have {width} rows, and max_width is {max_width}" for region, width in wide.items()}
+            {
+                region: f"a factor would have {width} rows, and max_width is {max_width}"
+                for region, width in wide.items()
+            }
         )
 
     def with_diagonal(self, regions: Mapping[Region, str]) -> KroneckerBlocks:
-        """The same with a diagonal for these regions of Kronecker blocks, each with the reason, and for their biases."""
+        """The same with a diagonal for these regions of Kronecker blocks, and for their biases; with the reasons."""
         diagonal = list(self.diagonal)
         for region, reason in regions.items():
             blocks = [block for block in self.kronecker if block.region == region]
-            indices = tuple(i for block in blocks for i in (*block.uses, *block.swapped))
-            diagonal.append(DiagonalBlock(region, uses=indices, reason=reason))
+            full = [block.of for block in blocks if isinstance(block, FullBlock)]
+            indices = tuple(i for b in blocks if isinstance(b, KroneckerBlock) for i in (*b.uses, *b.swapped))
+            diagonal += [dataclasses.replace(of, reason=reason) for of in full]
+            diagonal += [] if full else [DiagonalBlock(region, uses=indices, reason=reason)]
         for block in self.kronecker:
-            if block.region in regions and block.bias is not None:
-                reason = "it is the bias of weights without factors"
-                biased = tuple(i for i, _ in block.biased)
-                diagonal.append(DiagonalBlock(block.bias.region, bias_of=biased, reason=reason))
+            if block.region in regions and isinstance(block, KroneckerBlock):
+                diagonal += block.bias_alone("it is the bias of weights without factors")
         kept = tuple(block for block in self.kronecker if block.region not in regions)
         return dataclasses.replace(self, kronecker=kept, diagonal=tuple(diagonal))
+
+    def without_bias(self, block: KroneckerBlock, reason: str) -> KroneckerBlocks:
+        """The same with a block whose bias keeps a diagonal, and why."""
+        alone = dataclasses.replace(block, bias=None, biased=())
+        kronecker = tuple(alone if b is block else b for b in self.kronecker)
+        return dataclasses.replace(self, kronecker=kronecker, diagonal=(*self.diagonal, *block.bias_alone(reason)))
+
+    def with_kinds(self, full: Sequence[FullBlock], diagonal: Sequence[DiagonalBlock]) -> KroneckerBlocks:
+        """The same with these full blocks more, and these diagonal ones in place of its own."""
+        return dataclasses.replace(self, kronecker=(*self.kronecker, *full), diagonal=tuple(diagonal))
 
     def describe(self, names: Sequence[str]) -> tuple[str, ...]:
         """One line per leaf: the block that it has, and why it has no better one."""
         lines: dict[int, list[str]] = collections.defaultdict(list)
         for block in self.kronecker:
+            if isinstance(block, FullBlock):
+                own = block.region.label()
+                shown = f"full {block.size} x {block.size}: {block.of.reason}"
+                lines[block.leaf].append(f"{own}{' ' if own else ''}{shown}")
+                continue
             groups, n, m = block.shape
             many = f"{groups} x " if groups > 1 else ""
             several = len(block.uses) + len(block.swapped)
@@ -297,7 +380,8 @@ class KroneckerBlocks:
                 lines[block.bias.leaf].append(f"{own}{' ' if own else ''}within the Kronecker factors of {of}")
         for block in self.diagonal:
             own = block.region.label()
-            lines[block.leaf].append(f"{own}{' ' if own else ''}diagonal: {block.reason}")
+            kind = "scaled identity" if block.scaled else "diagonal"
+            lines[block.leaf].append(f"{own}{' ' if own else ''}{kind}: {block.reason}")
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
 
 
@@ -414,7 +498,9 @@ def _members(
     the leaf's are.
     """
     weights = [(i, use.views) for i, use in enumerate(uses) if use.leaf == leaf]
-    biases = [(i, use.bias.region.views) for i, use in enumerate(uses) if use.bias is not None and use.bias.leaf == leaf]
+    biases = [
+        (i, use.bias.region.views) for i, use in enumerate(uses) if use.bias is not None and use.bias.leaf == leaf
+    ]
     rows = [(i, entry.region.views) for i, entry in enumerate(explicit) if entry.region.leaf == leaf]
     entries = [*weights, *biases, *rows]
     if not entries:

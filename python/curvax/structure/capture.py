@@ -175,8 +175,8 @@ def capture(
 
     Args:
       predict, params, inputs, axes: as for `by_example`.
-      approximate: for blocks of curvature, which are so anyway: leaves are judged in parts (`recognize`), and statistics over
-        the examples are constants (`by_example`).
+      approximate: for blocks of curvature, which are so anyway: leaves are judged in parts (`recognize`), and
+        statistics over the examples are constants (`by_example`).
 
     Raises:
       Mixed: the examples interact.

@@ -27,8 +27,9 @@ sum_u c_u g_u^T of W with c the cotangent of h, so cotangents are on the side of
     A = (s1 A1 + s2 (tr A1 / tr A2) A2) / (s1 + s2)             s_i = tr A_i tr B_i
     B = B1 + (tr A2 / tr A1) B2
 
-Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps. Of an embedding
-whose transpose is the output layer, A1 and so A is a diagonal, and of A2 the diagonal is taken: as wide as a vocabulary.
+Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps. Of an
+embedding whose transpose is the output layer, A1 and so A is a diagonal, and of A2, as wide as a vocabulary, the
+diagonal is taken.
 
 George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018), keep the
 eigenvectors U of A and V of B and measure the diagonal of C in their basis, sum_br (U^T (sum_t a d^T) V)^2 entrywise,
@@ -49,11 +50,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks, Wiring
+from curvax.structure.blocks import DiagonalBlock, FullBlock, KroneckerBlock, KroneckerBlocks, Wiring
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
-from curvax.structure.uses import EmbeddingUse
+from curvax.structure.uses import EmbeddingUse, LayerUse
 from curvax.structure.views import back
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
@@ -220,7 +221,14 @@ def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightShar
     examples.check(blocks)
     inputs, outputs, weights, swapped = [], [], [], []
     for block in blocks.kronecker:
-        uses, dtype = examples.here(block.uses), blocks.dtype
+        dtype = blocks.dtype
+        if isinstance(block, FullBlock):
+            inputs.append(jnp.ones(block.input_shape, dtype))
+            outputs.append(_full_sum(blocks, block, examples))
+            weights.append(jnp.ones((), dtype))
+            swapped.append(None)
+            continue
+        uses = examples.here(block.uses)
         if not uses:
             inputs.append(jnp.zeros(block.input_shape, dtype))
             outputs.append(jnp.zeros(block.output_shape, dtype))
@@ -246,10 +254,16 @@ def projected_squares(
       examples: factors of rows.
       bases: per block U (G, n, n), or `None` for an embedding, whose basis is that of its entries, and V (G, m, m).
     """
-    return [
-        _embedding_squares(block, examples, v) if u is None and not block.swapped else _squares(block, examples, u, v)
-        for block, (u, v) in zip(blocks.kronecker, bases, strict=True)
-    ]
+    squares: list[jax.Array] = []
+    for block, (u, v) in zip(blocks.kronecker, bases, strict=True):
+        if isinstance(block, FullBlock):
+            product = jnp.einsum("gij,gjm->gim", _full_sum(blocks, block, examples), v, precision="highest")
+            squares.append(jnp.sum(v * product, axis=1, keepdims=True))
+        elif u is None and not block.swapped:
+            squares.append(_embedding_squares(block, examples, v))
+        else:
+            squares.append(_squares(block, examples, u, v))
+    return squares
 
 
 def second_moment(x: jax.Array) -> jax.Array:
@@ -412,20 +426,56 @@ def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examp
     Within one model it has explicit rows, or layer uses, or is a bias; or several parts of it have, each another kind,
     where another model does not take them apart.
     """
-    factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
-    places = cast("Sequence[Any]", factors.explicit)
-    for place, entry in block.explicit:
-        rows = places[place]
-        if rows is not None:
-            squares = jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
-            total = total + back(block.region.inside(entry.region.views), squares)
+    total = jnp.zeros(block.shape, blocks.dtype)
+    for rows in _small_rows(blocks, block, examples):
+        total = total + jnp.sum(jnp.square(rows), axis=(0, 1))
     if uses := examples.here(block.uses):
         total = total + _formed_squares(blocks, block, examples, uses)
+    return jnp.full_like(total, jnp.mean(total)) if block.scaled else total
+
+
+def _full_sum(blocks: KroneckerBlocks, block: FullBlock, examples: Examples) -> jax.Array:
+    """The sum of the outer products of the rows of a region, (1, size, size)."""
+    parts = _small_rows(blocks, block.of, examples)
+    if indices := examples.here(block.of.uses):
+        uses = _inside(blocks, block.of, indices)
+        activations = [examples.factors.activations[i] for i in indices]
+        cotangents = [examples.factors.cotangents[i] for i in indices]
+        parts.append(jax.vmap(functools.partial(_formed, uses, block.of, blocks.dtype))(activations, cotangents))
+    if not parts:
+        return jnp.zeros(block.output_shape, blocks.dtype)
+    return second_moment(sum(parts[1:], start=parts[0]).reshape(1, -1, block.size))
+
+
+def _small_rows(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> list[jax.Array]:
+    """The rows (B, R, *region) of what has explicit ones, and of biases; one or the other within one model."""
+    explicit, found = cast("Sequence[Any]", examples.factors.explicit), []
+    for place, entry in block.explicit:
+        if explicit[place] is not None:
+            found.append((explicit[place].astype(blocks.dtype), entry.region.views))
     for i in examples.here(block.bias_of):
         bias = blocks.uses[i].bias
         if bias is not None:
-            squares = jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)) * bias.scale**2
-            total = total + back(block.region.inside(bias.region.views), bias.to_region(squares))
+            rows = jax.vmap(jax.vmap(bias.to_region))(jnp.sum(examples.factors.cotangents[i], axis=2))
+            found.append((rows * jnp.asarray(bias.scale, rows.dtype), bias.region.views))
+    inside = block.region.inside
+    return [jax.vmap(jax.vmap(functools.partial(back, inside(views))))(rows) for rows, views in found]
+
+
+def _inside(blocks: KroneckerBlocks, block: DiagonalBlock, indices: Sequence[int]) -> list[LayerUse]:
+    """Layer uses as those of the region in place of its leaf."""
+    uses = [blocks.uses[i] for i in indices]
+    return [dataclasses.replace(use, views=block.region.inside(use.views)) for use in uses]
+
+
+def _formed(
+    uses: Sequence[LayerUse], block: DiagonalBlock, dtype: np.dtype, a: Sequence[jax.Array], d: Sequence[jax.Array]
+) -> jax.Array:
+    """The rows (R, *region) of one example, from its activations and cotangents at layer uses."""
+    total = jnp.zeros((d[0].shape[0], *block.shape), dtype)
+    for use, x, y in zip(uses, a, d, strict=True):
+        dense = one_hot(use, x, dtype) if isinstance(use, EmbeddingUse) else x
+        total = total + jax.vmap(use.to_leaf)(jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest"))
     return total
 
 
@@ -435,16 +485,7 @@ def _formed_squares(
     """Squared rows of a region whose layer uses disagree about the order of its entries: formed, some examples at a
     time.
     """
-    region = block.region
-    uses = [dataclasses.replace(use, views=region.inside(use.views)) for use in (blocks.uses[i] for i in indices)]
-
-    def rows(a: Sequence[jax.Array], d: Sequence[jax.Array]) -> jax.Array:
-        total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
-        for use, x, y in zip(uses, a, d, strict=True):
-            dense = one_hot(use, x, blocks.dtype) if isinstance(use, EmbeddingUse) else x
-            formed = jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest")
-            total = total + jax.vmap(use.to_leaf)(formed)
-        return total
+    rows = functools.partial(_formed, _inside(blocks, block, indices), block, blocks.dtype)
 
     def some(part: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         return jnp.sum(jnp.square(jax.vmap(rows)(*part)), axis=(0, 1))

@@ -103,7 +103,8 @@ def recognize(program: Program, shapes: Sequence[tuple[int, ...]], parts: bool =
             judged[region] = _judged(region.shape, of)
             if judged[region].rule != NONE:
                 layers += _layers_alone(of)
-                biases |= {region: use for use in of[:1] if len(of) == 1 and isinstance(use, AddedUse)}
+                if len(of) == 1 and isinstance(of[0], AddedUse):
+                    biases[region] = of[0]
     layers = with_biases(program, layers, biases, scales=parts)
     served = {region for region in judged if any(_serves(use, region) for use in layers)}
     for use in layers:

@@ -459,7 +459,7 @@ class PartialUse(LayerUse):
 
     @staticmethod
     def of(whole: DenseUse | ConvolutionUse, leaf_shape: tuple[int, ...]) -> PartialUse | None:
-        """What a leaf has of an operand that its views pad; `None` if that is no block of groups, inputs and outputs."""
+        """What a leaf has of an operand that its views pad; `None` if it is no block of groups, inputs, outputs."""
         if math.prod(whole.block) > _MOST_ENTRIES:
             return None
         numbers = np.arange(1, math.prod(leaf_shape) + 1, dtype=np.int64).reshape(leaf_shape)

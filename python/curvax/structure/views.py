@@ -1,9 +1,9 @@
 """Equations that only rearrange or scale the entries of an array: how they act, and their adjoints.
 
 On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast,
-scaled, or put beside others. In `concatenate [W V]` each of the two is an array with zeros in the place of the other. The gradient of the leaf is that of the product's operand, sent back through the adjoints of these maps in
-reverse order. Casts between floating dtypes are left out: gradients stay in the accumulation dtype that they are made
-in.
+scaled, or put beside others: of `concatenate [W V]` each is an array with zeros in the place of the other. The gradient
+of the leaf is that of the product's operand, sent back through the adjoints of these maps in reverse order. Casts
+between floating dtypes are left out: gradients stay in the accumulation dtype that they are made in.
 """
 
 from __future__ import annotations
