@@ -100,4 +100,4 @@ def test_rules_that_mean_nothing_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     with pytest.raises(TypeError, match="kind"):
-        BlockRule("full")
+        BlockRule("full")  # type: ignore[arg-type]

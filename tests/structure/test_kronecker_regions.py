@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import curvax
 from curvax.curvature import GeneralizedGaussNewton
 from curvax.losses import SquaredError
+from curvax.structure.blocks import KroneckerBlock
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.structure.regions import Region, regions_of
 from curvax.structure.views import Reshape, Slice
@@ -55,7 +56,8 @@ def assert_blocks_exact(problem, *shapes):
     """The Kronecker blocks have these shapes, and are those of the dense GGN."""
     blocks = problem.blocks
     assert sorted(block.shape for block in blocks.kronecker) == sorted(shapes), blocks.describe("abcdefgh")
-    found = kronecker_matrix(blocks, *problem.factors(), problem.params)
+    inputs, outputs = problem.factors()
+    found = kronecker_matrix(blocks, inputs, outputs, problem.params)
     expected = block_diagonal(problem.truth().ggn, blocks, problem.params)
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
@@ -137,7 +139,9 @@ def test_a_scaled_bias_is_in_the_block_of_its_layer(name, predict, scale):
     params = {"b": normal(1, 3), "w": normal(0, 4, 3)}
     problem = regression(lambda p, x: predict(x @ p["w"], p["b"]), params, 4)
     assert_blocks_exact(problem, (1, 5, 3))
-    ((_, found),) = problem.blocks.kronecker[0].biased
+    (block,) = problem.blocks.kronecker
+    assert isinstance(block, KroneckerBlock)
+    ((_, found),) = block.biased
     assert found == scale, name
 
 
@@ -226,7 +230,9 @@ def test_a_tied_table_has_one_block_of_both_uses(sharing):
 
     problem = Problem(lambda e, x: predict(e, x), table, {"x": x, "y": normal(1, 4, 2, 6)})
     (block,) = problem.blocks.kronecker
-    assert block.embedding and block.shape == (1, 6, 3) and len(block.swapped) == 1
+    assert (
+        isinstance(block, KroneckerBlock) and block.embedding and block.shape == (1, 6, 3) and len(block.swapped) == 1
+    )
     a, b = (f[0] for f in problem.sums(sharing).factors())
 
     zeros = (jnp.zeros((4, 2, 3)), jnp.zeros((4, 2, 6)))

@@ -195,8 +195,8 @@ class GaussNewton(Curvature):
         except Mixed as mixed:
             raise ValueError(
                 f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): make it "
-                "treat examples one by one, say by batch_axes= which axes hold them if these are not the first ones, or give "
-                "what acts as a whole (a graph, a set) as one example with a leading axis of length one."
+                "treat examples one by one, say by batch_axes= which axes hold them if these are not the first ones, "
+                "or give what acts as a whole (a graph, a set) as one example with a leading axis of length one."
             ) from None
 
     def _layer_factors(

@@ -82,8 +82,8 @@ class EKFAC(BlockPreconditioner):
     (Q * Q)^T s (R * R) in the new one, Q and R the turns of U and V.
 
     Attributes:
-      fisher, sharing, decay, every, inverse_every, max_width, blocks: as in `KFAC`; `sharing` shapes the basis alone, as
-        s is measured on the rows themselves, summed over positions.
+      fisher, sharing, decay, every, inverse_every, max_width, blocks: as in `KFAC`; `sharing` shapes the basis alone,
+        as s is measured on the rows themselves, summed over positions.
       decompose: implementation of `eigh`, by name or as the planner's choice; `None` takes the best one.
     """
 

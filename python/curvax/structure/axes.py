@@ -85,7 +85,7 @@ def _axes(use: LayerUse, shape: tuple[int, ...]) -> LeafAxes:
 def _kinds(use: LayerUse) -> Iterator[tuple[_Kind, int]]:
     """(kind, axis of the operand with the axes of stacked weights in front), kind by kind in the operand's order."""
     depth = sum(use.stacked)
-    use = use.whole if isinstance(use, PartialUse) else use
+    use = use.of_whole if isinstance(use, PartialUse) else use
     yield from ((_Kind.COPIES, axis) for axis in range(depth))
     if isinstance(use, DenseUse):
         contracted, batch = (tuple(of[use.operand]) for of in use.numbers)

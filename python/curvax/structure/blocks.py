@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +201,10 @@ class FullBlock:
         return [(self.leaf, self.region.put(block.reshape(self.region.shape)))]
 
 
+FactoredBlock: TypeAlias = KroneckerBlock | FullBlock
+"""A block with factors A and B."""
+
+
 class ExplicitRegion(NamedTuple):
     """What has explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
 
@@ -223,7 +227,7 @@ class KroneckerBlocks:
       statistics: how many statistics over the examples, as those of BatchNorm, the model's factors take as constants.
     """
 
-    kronecker: tuple[KroneckerBlock | FullBlock, ...]
+    kronecker: tuple[FactoredBlock, ...]
     diagonal: tuple[DiagonalBlock, ...]
     uses: tuple[LayerUse, ...]
     shapes: tuple[tuple[int, ...], ...]

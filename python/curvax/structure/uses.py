@@ -474,18 +474,19 @@ class PartialUse(LayerUse):
         return PartialUse(**common, whole=whole, groups=groups, inputs=inputs, outputs=outputs)
 
     @property
-    def _whole(self) -> DenseUse | ConvolutionUse:
+    def of_whole(self) -> DenseUse | ConvolutionUse:
+        """`whole`, which is always there."""
         if self.whole is None:
             raise AssertionError("a part is one of a whole.")
         return self.whole
 
     @property
     def rule(self) -> str:
-        return self._whole.rule
+        return self.of_whole.rule
 
     @property
     def activation(self) -> int:
-        return self._whole.activation
+        return self.of_whole.activation
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -493,23 +494,23 @@ class PartialUse(LayerUse):
 
     @property
     def positions(self) -> int:
-        return self._whole.positions
+        return self.of_whole.positions
 
     @property
     def position_axes(self) -> tuple[int, ...]:
-        return self._whole.position_axes
+        return self.of_whole.position_axes
 
     def activations(self, recorded: jax.Array) -> jax.Array:
-        return self._whole.activations(recorded)[:, np.array(self.groups)][..., np.array(self.inputs)]
+        return self.of_whole.activations(recorded)[:, np.array(self.groups)][..., np.array(self.inputs)]
 
     def cotangents(self, d: Any) -> Any:
-        return self._whole.cotangents(d)[:, np.array(self.groups)][..., np.array(self.outputs)]
+        return self.of_whole.cotangents(d)[:, np.array(self.groups)][..., np.array(self.outputs)]
 
     def to_operand(self, block: jax.Array) -> jax.Array:
-        return self._whole.to_operand(jnp.zeros(self._whole.block, block.dtype).at[self._places].set(block))
+        return self.of_whole.to_operand(jnp.zeros(self.of_whole.block, block.dtype).at[self._places].set(block))
 
     def from_operand(self, operand: jax.Array) -> jax.Array:
-        return self._whole.from_operand(operand)[self._places]
+        return self.of_whole.from_operand(operand)[self._places]
 
     @property
     def _places(self) -> tuple[np.ndarray, ...]:
@@ -517,11 +518,11 @@ class PartialUse(LayerUse):
 
     def same_layout(self, other: PartialUse) -> bool:
         places = (self.groups, self.inputs, self.outputs) == (other.groups, other.inputs, other.outputs)
-        return type(self.whole) is type(other.whole) and self._whole.same_layout(other._whole) and places
+        return places and same_entries(self.of_whole, other.of_whole)
 
     @property
     def entry_order(self) -> tuple[Any, ...]:
-        return (*self._whole.entry_order, self.groups, self.inputs, self.outputs)
+        return (*self.of_whole.entry_order, self.groups, self.inputs, self.outputs)
 
 
 def same_entries(a: LayerUse, b: LayerUse) -> bool:
