@@ -163,6 +163,7 @@ def test_regions_are_slices_that_do_not_meet():
     chains = [cut(0, 6), (*cut(6, 12), Reshape((6,), (2, 3))), cut(0, 6), cut(12, 20), cut(15, 20)]
     assert regions_of(chains) == [(), (), (), (), ()]
     assert regions_of(chains[:4]) == [cut(0, 6), cut(6, 12), cut(0, 6), cut(12, 20)]
+    assert regions_of([cut(0, 6), cut(0, 6)]) == [(), ()]
     odd, even = ((Slice((8,), (start,), (8,), (2,)),) for start in (1, 0))
     assert regions_of([odd, even]) == [odd, even]
     region = Region.of(0, (20,), cut(6, 12))

@@ -70,9 +70,10 @@ def _bias_of(program: Program, use: LayerUse, region: Region, added: AddedUse) -
         return None
     # In every branch the same.
     first, *others = (_bias_at(program, use, region, added, *at) for at in zip(use.paths, added.paths, strict=True))
-    if first is None or any(bias != first or not np.array_equal(bias.order, first.order) for bias in others):
+    if first is None:
         return None
-    return first
+    alike = all(bias == first and bias is not None and np.array_equal(bias.order, first.order) for bias in others)
+    return first if alike else None
 
 
 def _bias_at(program: Program, use: LayerUse, region: Region, added: AddedUse, start: Path, path: Path) -> Bias | None:

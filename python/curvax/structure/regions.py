@@ -11,7 +11,8 @@ Each part is then judged by its own uses, as if it were a leaf:
     [18:20]                + flat[18:]       a leaf with rows of its own
 
 The views of all uses of a region start with those of the region. Where two slices meet, both belong to the region that
-they were cut from: the whole leaf, if nothing smaller holds both.
+they were cut from: the whole leaf, if nothing smaller has both. A leaf of which one slice is used, as so many
+rows of a table of positions as there are tokens, is one region: its entries keep their places whatever the length.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def regions_of(chains: Sequence[Sequence[View]]) -> list[tuple[View, ...]]:
         distinct = list(dict.fromkeys(own))
         meeting = next((pair for pair in itertools.combinations(distinct, 2) if not disjoint(*pair)), None)
         if meeting is None:
-            return own
+            return own if len(distinct) > 1 else [()] * len(own)
         common = _cut(_common(*meeting))
         own = [common if views in meeting else views for views in own]
 
