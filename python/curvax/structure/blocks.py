@@ -28,7 +28,7 @@ from curvax.structure.capture import Capture
 from curvax.structure.recognize import GENERIC, Finding
 from curvax.structure.regions import Region, regions_of
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
-from curvax.structure.views import View, disjoint, through, unscaled
+from curvax.structure.views import View, back, disjoint, through, unscaled
 from curvax.tree import PyTree
 
 
@@ -104,12 +104,23 @@ class KroneckerBlock:
 
     def put(self, block: jax.Array) -> list[tuple[int, jax.Array]]:
         """The block's entries at their places in its leaves, zero elsewhere: (leaf, array) pairs."""
+        return _leaves(self.parts(block))
+
+    def parts(self, block: jax.Array) -> list[tuple[Region, jax.Array]]:
+        """The block's entries at their places in its regions, zero elsewhere: (region, array) pairs."""
         if self.bias is None:
-            return [(self.leaf, self._weights(block))]
-        return [(self.leaf, self._weights(block[:, :-1])), (self.bias.leaf, self.bias.to_leaf(block[:, -1]))]
+            return [(self.region, self._weights(block))]
+        return [
+            (self.region, self._weights(block[:, :-1])),
+            (self.bias.region, self.bias.to_region(block[:, -1])),
+        ]
 
     def _weights(self, block: jax.Array) -> jax.Array:
-        return _unscaled(self.use.to_leaf(block), self.scale)
+        return _unscaled(back(self.region.inside(self.use.views), self.use.to_operand(block)), self.scale)
+
+
+def _leaves(parts: Sequence[tuple[Region, jax.Array]]) -> list[tuple[int, jax.Array]]:
+    return [(region.leaf, region.put(x)) for region, x in parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +209,11 @@ class FullBlock:
 
     def put(self, block: jax.Array) -> list[tuple[int, jax.Array]]:
         """The block's entries at their places in the leaf, zero elsewhere: one (leaf, array) pair."""
-        return [(self.leaf, self.region.put(block.reshape(self.region.shape)))]
+        return _leaves(self.parts(block))
+
+    def parts(self, block: jax.Array) -> list[tuple[Region, jax.Array]]:
+        """The block's entries as its region."""
+        return [(self.region, block.reshape(self.region.shape))]
 
 
 FactoredBlock: TypeAlias = KroneckerBlock | FullBlock
@@ -297,30 +312,22 @@ class KroneckerBlocks:
         """
         leaves, structure = jax.tree.flatten(v)
         upcast = [x.astype(self.dtype) for x in leaves]
-        product: list[jax.Array | None] = [None] * len(upcast)
-        rest = {leaf: upcast[leaf] for leaf in self.partial()}
-
-        def add(leaf: int, part: jax.Array) -> None:
-            before = product[leaf]
-            product[leaf] = part if before is None else before + part
-
-        def take_out(leaf: int, part: jax.Array) -> None:
-            if leaf in rest:
-                rest[leaf] = rest[leaf] - part
-
+        product, seen = _Sums(), _Sums()
         for index, block in enumerate(self.kronecker):
             entries = block.take(upcast)
-            for leaf, part in block.put(kronecker(index, entries)):
-                add(leaf, part)
-            for leaf, part in block.put(entries) if rest else []:
-                take_out(leaf, part)
+            product.add(block.parts(kronecker(index, entries)))
+            seen.add(block.parts(entries))
         for index, block in enumerate(self.diagonal):
             entries = block.region.take(upcast[block.leaf])
-            add(block.leaf, block.region.put(diagonal(index, entries)))
-            take_out(block.leaf, block.region.put(entries))
-        for leaf, entries in rest.items():
-            add(leaf, idle(entries))
-        cast = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, product, strict=True)]
+            product.add([(block.region, diagonal(index, entries))])
+            seen.add([(block.region, entries)])
+        whole = [product.placed(leaf, jnp.zeros_like(x)) for leaf, x in enumerate(upcast)]
+        for leaf in self.partial():
+            rest = upcast[leaf]
+            for region, entries in seen.of(leaf):
+                rest = region.replaced(rest, region.take(rest) - entries)
+            whole[leaf] = whole[leaf] + idle(rest)
+        cast = [y.astype(x.dtype) for x, y in zip(leaves, whole, strict=True)]
         return jax.tree.unflatten(structure, cast)
 
     def narrowed(self, max_width: int) -> KroneckerBlocks:
@@ -387,6 +394,28 @@ class KroneckerBlocks:
             kind = "scaled identity" if block.scaled else "diagonal"
             lines[block.leaf].append(f"{own}{' ' if own else ''}{kind}: {block.reason}")
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
+
+
+class _Sums:
+    """Sums of arrays by region."""
+
+    def __init__(self) -> None:
+        self._by_region: dict[Region, jax.Array] = {}
+
+    def add(self, parts: Sequence[tuple[Region, jax.Array]]) -> None:
+        """Of further (region, array) pairs."""
+        for region, x in parts:
+            self._by_region[region] = self._by_region[region] + x if region in self._by_region else x
+
+    def of(self, leaf: int) -> list[tuple[Region, jax.Array]]:
+        """Those of the regions of a leaf."""
+        return [(region, x) for region, x in self._by_region.items() if region.leaf == leaf]
+
+    def placed(self, leaf: int, x: jax.Array) -> jax.Array:
+        """The leaf with all of its sums in their places."""
+        for region, part in self.of(leaf):
+            x = region.replaced(x, part)
+        return x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from curvax.structure.views import Reshape, Reverse, Slice, Transpose, View, back, disjoint, through
@@ -74,8 +73,7 @@ class Region:
 
     def replaced(self, leaf: jax.Array, entries: jax.Array) -> jax.Array:
         """The leaf with other entries in the region."""
-        here = self.put(jnp.ones(self.shape, bool))
-        return jnp.where(here, self.put(entries), leaf)
+        return _replaced(self.views, leaf, entries)
 
     def inside(self, views: Sequence[View]) -> tuple[View, ...]:
         """What views from the leaf do after they have led to the region."""
@@ -91,6 +89,14 @@ class Region:
             for start, limit, size in zip(first.starts, first.limits, first.before, strict=True)
         ]
         return f"[{', '.join(parts)}]"
+
+
+def _replaced(views: Sequence[View], x: jax.Array, entries: jax.Array) -> jax.Array:
+    """An array with other entries where the views lead: written in place, which a sum over regions would not be."""
+    if not views:
+        return entries
+    inner = _replaced(views[1:], views[0](x), entries)
+    return views[0].replaced(x, inner) if isinstance(views[0], Slice) else views[0].adjoint(inner)
 
 
 def regions_of(chains: Sequence[Sequence[View]]) -> list[tuple[View, ...]]:

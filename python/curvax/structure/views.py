@@ -93,7 +93,13 @@ class Slice(View):
         return x[self._index]
 
     def adjoint(self, x: jax.Array) -> jax.Array:
-        return jnp.zeros(self.before, x.dtype).at[self._index].set(x)
+        return self.replaced(jnp.zeros(self.before, x.dtype), x)
+
+    def replaced(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """An array with another part in its place."""
+        if all(stride == 1 for stride in self.strides):
+            return jax.lax.dynamic_update_slice(x, part, self.starts)
+        return x.at[self._index].set(part)
 
     @property
     def box(self) -> tuple[tuple[int, int, int], ...]:
