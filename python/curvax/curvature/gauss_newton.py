@@ -176,8 +176,8 @@ class GaussNewton(Curvature):
         return leaf_axes(self.forward, params, evaluation)
 
     def blocks(self, params: PyTree, evaluation: Evaluation) -> KroneckerBlocks:
-        capture = self._by_example._capture(params, evaluation)
-        return find_blocks(capture.structure, [leaf.shape for leaf in jax.tree.leaves(params)], capture.dtype)
+        captured = self._by_example._capture(params, evaluation)
+        return find_blocks(captured, [leaf.shape for leaf in jax.tree.leaves(params)])
 
     @property
     def _by_example(self) -> GaussNewton:
@@ -191,11 +191,12 @@ class GaussNewton(Curvature):
             return self._predict(p, x, evaluation)
 
         try:
-            return capture(predict, params, inputs, self.model.input_axes(evaluation))
+            return capture(predict, params, inputs, self.model.input_axes(evaluation), approximate=True)
         except Mixed as mixed:
             raise ValueError(
-                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): "
-                "make it treat examples one by one, or use another preconditioner."
+                f"Kronecker factors are taken example by example, and the model mixes examples ({mixed}): make it "
+                "treat examples one by one, say by batch_axes= which axes hold them if these are not the first ones, "
+                "or give what acts as a whole (a graph, a set) as one example with a leading axis of length one."
             ) from None
 
     def _layer_factors(

@@ -352,7 +352,7 @@ class SumOfTerms(Curvature):
     def _layer_factors(self, params: PyTree, evaluation: Evaluation, ats: Sequence[Linearization]) -> LayerFactors:
         blocks = self._blocks(params, evaluation)
         uses, explicit = ([len(x) for x in of] for of in (
-            [part.uses for part in blocks], [part.explicit_leaves for part in blocks]
+            [part.uses for part in blocks], [part.explicit_regions for part in blocks]
         ))  # fmt: skip
 
         def around(counts: list[int], index: int) -> tuple[int, int]:

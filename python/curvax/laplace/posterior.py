@@ -274,7 +274,9 @@ def _functional_covariance(posterior: Laplace, inputs: Any, outputs: jax.Array, 
     if isinstance(posterior.curvature, SpectralCurvature):
         return _by_products(posterior, posterior.curvature, inputs, outputs, max_bytes)
     try:
-        captured = capture(posterior._model, posterior.at.params, inputs)
+        # Blocks are of parts of leaves, as the curvature's were.
+        parts = isinstance(posterior.curvature, KroneckerCurvature)
+        captured = capture(posterior._model, posterior.at.params, inputs, approximate=parts)
     except Mixed:
         return _by_rows(posterior, inputs, outputs)
     by = _block_diagonal(posterior, captured)
@@ -297,12 +299,12 @@ def _block_diagonal(posterior: Laplace, captured: Capture) -> BlockDiagonal:
     assert isinstance(curvature, DiagonalCurvature)
     inner = curvature.whitened(scale, prior).shifted_inverse(1.0)
     leaves = jax.tree.leaves(prior.scaled(inner.values, -1.0))
-    blocks = find_blocks(captured.structure, [x.shape for x in leaves], captured.dtype)
+    blocks = find_blocks(captured, [x.shape for x in leaves])
     return BlockDiagonal(
         blocks,
         [(None, None)] * len(blocks.kronecker),
         [block.take(leaves) for block in blocks.kronecker],
-        [leaves[block.leaf] for block in blocks.diagonal],
+        [block.region.take(leaves[block.leaf]) for block in blocks.diagonal],
     )
 
 

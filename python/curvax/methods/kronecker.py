@@ -19,6 +19,7 @@ from curvax.methods.options import (
 from curvax.methods.registry import preset
 from curvax.preconditioners import EKFAC, KFAC, EigenInverse, FactorInverse
 from curvax.solvers import Diagonal
+from curvax.structure.block_rules import BlockRule
 from curvax.structure.kronecker import WeightSharing
 
 
@@ -35,6 +36,8 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
       factor_every: steps between refreshes of the factors; 1.
       inverse_every: steps between refreshes of the inverses, a multiple of `factor_every`; 10.
       max_width: leaves with a factor of more rows keep a diagonal; 8192.
+      blocks: rules for leaves that are to have another kind of block than structure gives them, the first that fits:
+        `(curvax.structure.BlockRule(BlockKind.FULL, r"scale", largest=64),)`. None by default.
       lam_policy: a trust region, whether it gets a `lam0` or not.
       lam_kwargs: further fields of the policy. The trust region of these presets changes lam by (19/20)^5, as in the
         K-FAC paper, but looks at every step and not at every 5th: with steps between that nobody judges the loss of
@@ -53,6 +56,7 @@ class KroneckerOptions(SolveRecordOptions, TransformOptions, DampingOptions, Mod
     factor_every: int = 1
     inverse_every: int = 10
     max_width: int = 8192
+    blocks: tuple[BlockRule, ...] = ()
     lam_policy: object = "trust_region"
     beta1: float = 0.9
     learning_rate: ScalarOrSchedule = 0.1
@@ -94,6 +98,7 @@ def kfac(options: KFACOptions) -> Method:
             options.inverse_every,
             options.max_width,
             options.inverse,
+            tuple(options.blocks),
         ),
     )
 
@@ -113,6 +118,7 @@ def ekfac(options: EKFACOptions) -> Method:
             options.factor_every,
             options.inverse_every,
             options.max_width,
+            blocks=tuple(options.blocks),
         ),
     )
 

@@ -15,6 +15,7 @@ from curvax.curvature import Curvature, Evaluation, Linearization
 from curvax.kernels._dispatch import Choice, Op, Request, caller_level
 from curvax.preconditioners.denominators import Denominator
 from curvax.requirements import Cadence, Part, Requirement
+from curvax.structure.block_rules import BlockRule, ruled
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.tree import PyTree
 from curvax.work import Cost, StepWork
@@ -167,9 +168,14 @@ class BlockPreconditioner(Preconditioner):
         """True."""
         return True
 
+    @property
+    def blocks(self) -> tuple[BlockRule, ...]:
+        """Rules for the kinds of blocks; none, unless a field of that name has some."""
+        return ()
+
     def init_on(self, curvature: Curvature, params: PyTree, evaluation: Evaluation) -> Any:
-        """`init_blocks` on the blocks of the curvature."""
-        return self.init_blocks(curvature.blocks(params, evaluation))
+        """`init_blocks` on the blocks of the curvature, of the kinds that the rules say."""
+        return self.init_blocks(ruled(curvature.blocks(params, evaluation), self.blocks, tree.places(params)))
 
     def expected(self, state: Any, params_like: PyTree) -> Any:
         """Of the blocks that the state says it serves."""
@@ -177,8 +183,13 @@ class BlockPreconditioner(Preconditioner):
         return jax.eval_shape(lambda: self.init_blocks(state.blocks)) if hasattr(state, "blocks") else None
 
     def describe(self, state: Any, names: Sequence[str]) -> tuple[str, ...]:
-        """A line per block."""
-        return tuple(f"block of {line}" for line in state.blocks.describe(names))
+        """A line per block, and what factors leave out."""
+        lines = tuple(f"block of {line}" for line in state.blocks.describe(names))
+        count = state.blocks.statistics
+        if not count:
+            return lines
+        many = "a statistic" if count == 1 else f"{count} statistics"
+        return (*lines, f"factors take {many} over the examples as constants: sums that the model makes of its batch")
 
     def warn(self, state: Any, names: Sequence[str]) -> None:
         """Of weights that keep a diagonal because of how the model uses them."""

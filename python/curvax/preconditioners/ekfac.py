@@ -38,6 +38,7 @@ from curvax.preconditioners.factor_inverses import (
 )
 from curvax.requirements import Cadence, Part, Requirement
 from curvax.spelling import check_instance
+from curvax.structure.block_rules import BlockRule
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing, projected_squares
 from curvax.tree import PyTree
@@ -81,8 +82,8 @@ class EKFAC(BlockPreconditioner):
     (Q * Q)^T s (R * R) in the new one, Q and R the turns of U and V.
 
     Attributes:
-      fisher, sharing, decay, every, inverse_every, max_width: as in `KFAC`; `sharing` shapes the basis alone, as s is
-        measured on the rows themselves, summed over positions.
+      fisher, sharing, decay, every, inverse_every, max_width, blocks: as in `KFAC`; `sharing` shapes the basis alone,
+        as s is measured on the rows themselves, summed over positions.
       decompose: implementation of `eigh`, by name or as the planner's choice; `None` takes the best one.
     """
 
@@ -93,6 +94,7 @@ class EKFAC(BlockPreconditioner):
     inverse_every: int = 10
     max_width: int = MAX_WIDTH
     decompose: Implementation | Choice | None = dataclasses.field(default=None, repr=False, compare=False)
+    blocks: tuple[BlockRule, ...] = ()
 
     def __post_init__(self) -> None:
         check_instance("fisher", self.fisher, FisherType)

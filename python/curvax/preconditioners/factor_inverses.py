@@ -26,7 +26,7 @@ from curvax import tree
 from curvax.kernels._dispatch import Choice, Implementation, Op, Request
 from curvax.kernels.dense_linalg import CHOLESKY, EIGH, TRIANGULAR_SOLVE, cholesky, eigh, triangular_solve
 from curvax.preconditioners._blocks import by_size, trace
-from curvax.structure.blocks import KroneckerBlock, KroneckerBlocks
+from curvax.structure.blocks import FactoredBlock, KroneckerBlocks
 from curvax.tree import PyTree
 
 
@@ -38,7 +38,7 @@ class FactorInverse(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, block: KroneckerBlock, dtype: Any) -> Any:
+    def init(self, block: FactoredBlock, dtype: Any) -> Any:
         """The state of a block before any refresh."""
 
     @abc.abstractmethod
@@ -109,7 +109,7 @@ class EigenInverse(FactorInverse):
         """With the choice for `eigh`."""
         return dataclasses.replace(self, decompose=choices.get(EIGH.name, self.decompose))
 
-    def init(self, block: KroneckerBlock, dtype: Any) -> Eigen:
+    def init(self, block: FactoredBlock, dtype: Any) -> Eigen:
         """No curvature: zero values in the basis of the entries."""
         groups, n, m = block.shape
         vectors = None if block.embedding else identities(groups, n, dtype)
@@ -179,7 +179,7 @@ class CholeskyInverse(FactorInverse):
             substitute=choices.get(TRIANGULAR_SOLVE.name, self.substitute),
         )
 
-    def init(self, block: KroneckerBlock, dtype: Any) -> Inverses:
+    def init(self, block: FactoredBlock, dtype: Any) -> Inverses:
         """The identity."""
         groups, n, m = block.shape
         inputs = jnp.ones((groups, n), dtype) if block.embedding else identities(groups, n, dtype)

@@ -27,6 +27,7 @@ from curvax.preconditioners.base import BlockPreconditioner
 from curvax.preconditioners.factor_inverses import EigenInverse, FactorInverse
 from curvax.requirements import Cadence, Part, Requirement
 from curvax.spelling import check_instance
+from curvax.structure.block_rules import BlockRule
 from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.kronecker import WeightSharing
 from curvax.tree import PyTree
@@ -77,6 +78,8 @@ class KFAC(BlockPreconditioner):
         outputs of a large vocabulary would take gigabytes.
       inverse: `EigenInverse()` by default, whose damping is exact and follows lam at every step; `CholeskyInverse()`
         is cheaper, and keeps to the lam of its refresh.
+      blocks: rules that give leaves other kinds of blocks (`curvax.structure.BlockRule`); the first that fits counts.
+        None by default: structure decides.
     """
 
     fisher: FisherType = MonteCarloFisher()
@@ -86,6 +89,7 @@ class KFAC(BlockPreconditioner):
     inverse_every: int = 10
     max_width: int = MAX_WIDTH
     inverse: FactorInverse = EigenInverse()
+    blocks: tuple[BlockRule, ...] = ()
 
     def __post_init__(self) -> None:
         check_instance("fisher", self.fisher, FisherType)

@@ -20,7 +20,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
 
 1. A model as a program.
    `real_arithmetic.py` writes complex arithmetic out in real numbers; `replay.py` traces a model and evaluates it with
-   perturbations and recordings; `views.py` says what may happen to a leaf on its way to where it is used.
+   perturbations and recordings; `views.py` says what may happen to a leaf on its way to where it is used, `regions.py`
+   which parts of one enter by themselves.
 2. Do examples interact?
    `batch_axes.py` says which leaves hold examples; `batch_rules.py` has a rule per primitive for where the axis of
    examples goes; `batch_axis.py` proves that a model treats examples one by one, and `additive.py` that a loss adds up
@@ -34,7 +35,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
    position reaches and what it weighs; `formed.py` multiplies factors out to rows, where that is cheaper.
 5. What is made of them.
    `layers.py` takes the cheapest form of each layer; `gram.py` has all inner products; `squares.py` and `diagonal.py`
-   have sums of squares; `blocks.py` and `kronecker.py` have Kronecker factors.
+   have sums of squares; `blocks.py` says which entries have a block together, `block_rules.py` lets callers say it, and
+   `kronecker.py` has the sums that make the blocks.
 6. For callers.
    `memory.py` and `outputs.py` have defaults and checks; `rows.py` serves the row lane and `joint.py` that of several
    models with the same parameters, `exact.py`, `clipped.py` and `tangent_kernel.py` people who want the quantities by
@@ -42,6 +44,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
 """
 
 from curvax.structure.batch_axis import examples_independent as examples_independent
+from curvax.structure.block_rules import BlockKind as BlockKind
+from curvax.structure.block_rules import BlockRule as BlockRule
 from curvax.structure.blocks import KroneckerBlocks as KroneckerBlocks
 from curvax.structure.clipped import Clipped as Clipped
 from curvax.structure.clipped import clipped_gradient as clipped_gradient

@@ -17,8 +17,8 @@ import jax
 
 from curvax.structure.recognize import recognize
 from curvax.structure.replay import traced_program
-from curvax.structure.uses import ConvolutionUse, DenseUse, LayerUse
-from curvax.structure.views import Reshape, Slice, Stacked, Transpose, View
+from curvax.structure.uses import ConvolutionUse, DenseUse, LayerUse, PartialUse
+from curvax.structure.views import Pad, Reshape, Slice, Stacked, Transpose, View
 from curvax.tree import PyTree
 
 
@@ -85,6 +85,7 @@ def _axes(use: LayerUse, shape: tuple[int, ...]) -> LeafAxes:
 def _kinds(use: LayerUse) -> Iterator[tuple[_Kind, int]]:
     """(kind, axis of the operand with the axes of stacked weights in front), kind by kind in the operand's order."""
     depth = sum(use.stacked)
+    use = use.of_whole if isinstance(use, PartialUse) else use
     yield from ((_Kind.COPIES, axis) for axis in range(depth))
     if isinstance(use, DenseUse):
         contracted, batch = (tuple(of[use.operand]) for of in use.numbers)
@@ -129,6 +130,9 @@ def _view(view: View, axes: _Axes) -> _Axes:
             runs if stop - start == before else [_Run(_joined(runs), len(range(start, stop, stride)))]
             for runs, before, (start, stop, stride) in zip(axes, view.before, view.box, strict=True)
         ]
+    if isinstance(view, Pad):
+        sizes = zip(axes, view.before, view.after, strict=True)
+        return [runs if before == after else [_Run(_joined(runs), after)] for runs, before, after in sizes]
     if isinstance(view, Reshape):
         return _reshaped([run for runs in axes for run in runs if run.size != 1], view.after)
     return axes

@@ -17,6 +17,13 @@ counts as mixing, which costs time and never correctness. The proof has four ste
 A random value for the whole batch that is made of one key, such as a dropout mask, does not mix examples: each has its
 own part. But the model on one example would draw another one; so such draws are collected here, and are arguments of
 the model on one example (`ByExample`).
+
+Who asks for it (`statistics`) takes sums over the examples, and what is made of them alone, as constants: the mean and
+variance of BatchNorm in training mode. Then examples depend on one another through these only, and the model on one
+example gets their values as it gets draws:
+
+    m = mean(h, 0)      reduce_sum over axis 0, div: the same for all examples, made of sums over them: a statistic
+    y = h - m           where m meets the examples it is given, and has no derivative
 """
 
 from __future__ import annotations
@@ -90,16 +97,17 @@ def example_axes(
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A random value for the whole batch.
+    """A value that the whole batch decides: what is random, or a statistic over the examples.
 
     Attributes:
       single, whole: the step that makes it, in the program on one example and in that on the batch.
       axis: of the step's output over all iterations of scans; batch and what is flattened with it, batch slowest.
+        `None` of a statistic, which all examples share.
     """
 
     single: Path
     whole: Path
-    axis: int
+    axis: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,7 @@ class ByExample:
     Attributes:
       program: the model on one example; arguments are the leaves of (params, inputs).
       whole: the same on the batch.
-      draws: steps of `program` whose results are to be the examples' parts of those of `whole`.
+      draws: steps of `program` whose results are to be the examples' parts of those of `whole`; statistics come last.
       examples: batch size of `whole`.
       axes: which leaves of the inputs hold the examples, on their first axis; the others are shared.
     """
@@ -120,27 +128,42 @@ class ByExample:
     examples: int
     axes: BatchAxes
 
+    @property
+    def statistics(self) -> int:
+        """How many statistics over the examples are constants of `program`."""
+        return sum(draw.axis is None for draw in self.draws)
+
 
 def by_example(
-    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+    predict: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    axes: BatchAxes | None = None,
+    *,
+    statistics: bool = False,
 ) -> ByExample:
     """The programs of a model whose examples do not interact, from shapes alone.
 
     Args:
       predict, params, inputs: the model and its arguments.
       axes: which leaves of the inputs hold the examples, on their first axis, if that is known.
+      statistics: whether examples may interact through sums over them, which are then taken as constants.
 
     Raises:
       Mixed: the examples interact, or nobody can tell; the text says where.
     """
-    model = ExampleModel.of(predict, params, inputs)
+    model = dataclasses.replace(ExampleModel.of(predict, params, inputs), statistics=statistics)
     axes, reason = model.examples(axes, lambda count: (1,))
     if reason:
         raise Mixed(reason)
     single, (probe, tracker) = model.at(axes, 1), model.followed(axes)
-    steps = zip(*(list(_random_steps(p)) for p in (single, model.whole, probe)), strict=True)
-    draws = tuple(Draw(one, all_, tracker.drawn[path]) for one, all_, path in steps if path in tracker.drawn)
-    return ByExample(single, model.whole, draws, model.count, axes)
+    programs = (single, model.whole, probe)
+    steps = zip(*(list(_random_steps(p)) for p in programs), strict=True)
+    draws = [Draw(one, all_, tracker.drawn[path]) for one, all_, path in steps if path in tracker.drawn]
+    if tracker.statistics is not None:
+        steps = zip(*([path for path, _ in _computing(p)] for p in programs), strict=True)
+        draws += [Draw(one, all_, None) for one, all_, path in steps if path in tracker.statistics.given]
+    return ByExample(single, model.whole, tuple(draws), model.count, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +173,14 @@ class ExampleModel:
     Attributes:
       predict, params, inputs: the model and the shapes of its arguments.
       whole: its program on these.
+      statistics: whether sums over the examples are taken as constants.
     """
 
     predict: Callable[[PyTree, Any], jax.Array]
     params: PyTree
     inputs: PyTree
     whole: Program
+    statistics: bool = False
     _traced: dict[tuple[BatchAxes, int], Program] = dataclasses.field(default_factory=dict)
 
     @staticmethod
@@ -199,9 +224,10 @@ class ExampleModel:
     def refuted(self, axes: BatchAxes, sizes: Callable[[int], Sequence[int]]) -> str:
         """Why these axes do not hold the examples; empty if it is proved that they do."""
         try:
-            probe, _ = self.followed(axes)
+            probe, tracker = self.followed(axes)
             others = [(self.count, self.whole), *((size, self.at(axes, size)) for size in sizes(self.count))]
-            if not all(_alike(other, size, probe, self.probe) for size, other in others):
+            idle = frozenset() if tracker.statistics is None else _idle(probe, tracker.statistics.made)
+            if not all(_alike(other, size, probe, self.probe, idle) for size, other in others):
                 return "the model computes differently for different batch sizes"
         except Mixed as mixed:
             return str(mixed)
@@ -213,7 +239,8 @@ class ExampleModel:
         Raises:
           Mixed: the examples interact, or do not arrive where they should.
         """
-        probe, tracker = self.at(axes, self.probe), _Tracker(self.probe, {})
+        statistics = _Statistics(set(), set()) if self.statistics else None
+        probe, tracker = self.at(axes, self.probe), _Tracker(self.probe, {}, statistics)
         outputs = self._arrive(tracker, probe, axes)
         if outputs.lost or outputs.axis != 0:
             raise Mixed(outputs.lost or "the outputs do not carry the example axis first")
@@ -258,10 +285,26 @@ def shapes_of(values: PyTree) -> PyTree:
     return jax.eval_shape(lambda x: x, values)
 
 
-def _alike(program: Program, size: int, probe: Program, probe_size: int) -> bool:
-    """Whether programs on two numbers of examples do the same computation."""
+def _alike(program: Program, size: int, probe: Program, probe_size: int, idle: frozenset[Path]) -> bool:
+    """Whether programs on two numbers of examples do the same computation, but for idle steps of the probe."""
     shaped = size == 1 or _same_shapes(program, probe, size, probe_size)
-    return shaped and _same_computation(program, probe)
+    return shaped and _same_computation(program, probe, idle)
+
+
+def _idle(program: Program, statistics: set[Path], path: Path = ()) -> frozenset[Path]:
+    """The steps that make statistics, and those of whose results nothing else is made: nothing depends on them where
+    statistics are given.
+    """
+    idle: set[Path] = set(statistics)
+    busy = {atom for atom in program.results if isinstance(atom, int)}
+    for index, step in reversed(list(enumerate(program.steps))):
+        here = (*path, index)
+        if here not in statistics and any(name in busy for name in step.outputs):
+            busy |= {atom for atom in step.inputs if isinstance(atom, int)}
+            idle |= frozenset() if step.body is None else _idle(step.body, statistics, here)
+        else:
+            idle.add(here)
+    return frozenset(idle)
 
 
 def _random_steps(program: Program, path: Path = ()) -> Iterator[Path]:
@@ -287,16 +330,30 @@ def probe_size(params: PyTree, inputs: Any) -> int:
 REARRANGING = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy slice".split())
 
 
-def _same_computation(program: Program, probe: Program) -> bool:
+def _same_computation(program: Program, probe: Program, idle: frozenset[Path]) -> bool:
     """Whether two traces at different batch sizes do the same computation with the same numbers.
 
     A model may read its batch size as a number (dividing by it, branching on it); then one example alone is not
-    computed as it is within its batch, however independent the equations are.
+    computed as it is within its batch, however independent the equations are. What idle steps of the probe do with it
+    does not matter.
     """
     mine, theirs = list(_constants(program)), list(_constants(probe))
-    if list(_signature(program)) != list(_signature(probe)) or len(mine) != len(theirs):
+    steps, others = list(_computing(program)), list(_computing(probe))
+    if len(steps) != len(others) or len(mine) != len(theirs):
         return False
+    for (_, step), (path, other) in zip(steps, others, strict=True):
+        if step.primitive != other.primitive or (path not in idle and _signature(step) != _signature(other)):
+            return False
     return all(map(same_constant, mine, theirs))
+
+
+def _computing(program: Program, path: Path = ()) -> Iterator[tuple[Path, Step]]:
+    """The steps that do not only rearrange, in an order that does not depend on the batch size."""
+    for index, step in enumerate(program.steps):
+        if step.primitive not in REARRANGING:
+            yield (*path, index), step
+            for which, body in enumerate(step.bodies):
+                yield from _computing(body, (*path, index) if step.body is not None else (*path, index, -1, which))
 
 
 def _constants(program: Program) -> Iterator[Any]:
@@ -306,16 +363,10 @@ def _constants(program: Program) -> Iterator[Any]:
             yield from _constants(body)
 
 
-def _signature(program: Program) -> Iterator[Any]:
-    for step in program.steps:
-        if step.primitive in REARRANGING:
-            continue
-        yield from equation_signature(step.eqn, step.inputs)
-        for body in step.bodies:
-            yield from _signature(body)
-        if not step.bodies:
-            for jaxpr in subjaxprs(step.eqn.params):
-                yield from jaxpr_signature(jaxpr)
+def _signature(step: Step) -> list[Any]:
+    """What a step does, without the bodies that are followed into."""
+    inner = [] if step.bodies else [x for jaxpr in subjaxprs(step.eqn.params) for x in jaxpr_signature(jaxpr)]
+    return [*equation_signature(step.eqn, step.inputs), *inner]
 
 
 def jaxpr_signature(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -389,18 +440,22 @@ class _Seen:
       axis: of the examples; `None` if it is the same for all of them.
       free: whether it is made without the inputs.
       lost: why its examples cannot be told from one another, of a value that is free: harmless until it meets them.
+      statistic: the step that makes it, of a value that is made of sums over the examples and the same for all of them.
     """
 
     axis: Axis = None
     free: bool = True
     lost: str = ""
+    statistic: Path | None = None
 
     def join(self, other: _Seen) -> _Seen:
         """What is known of a value that is either of two."""
+        if self.statistic != other.statistic:
+            raise Mixed("a loop or branch carries a statistic over the examples on")
         if self.axis is not None and other.axis is not None and self.axis != other.axis:
             raise Mixed("a loop or branch moves the example axis")
         axis = self.axis if other.axis is None else other.axis
-        return _Seen(axis, self.free and other.free, self.lost or other.lost)
+        return _Seen(axis, self.free and other.free, self.lost or other.lost, self.statistic)
 
     def shifted(self, by: int) -> _Seen:
         """The same with so many axes more in front."""
@@ -448,11 +503,23 @@ class ExampleFlow(ForwardFlow[FactT]):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """Steps that make statistics over the examples, and those of them whose results meet the examples."""
+
+    made: set[Path]
+    given: set[Path]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Tracker(ExampleFlow[_Seen]):
-    """Says of every value which axis holds the examples; fills `drawn` with the axes of random draws."""
+    """Says of every value which axis holds the examples.
+
+    Fills `drawn` with the axes of random draws, and `statistics` where these are allowed.
+    """
 
     batch: int
     drawn: dict[Path, int]
+    statistics: _Statistics | None = None
     where: _Where = _Where()
 
     def value(self, where: Program | Step, place: Name, x: Any) -> _Seen:
@@ -463,7 +530,7 @@ class _Tracker(ExampleFlow[_Seen]):
         return dataclasses.replace(self, where=self.where.body(index, step))
 
     def decides(self, what: Either["branch", "length"], known: _Seen) -> None:
-        if known.axis is not None or known.lost:
+        if known.axis is not None or known.lost or known.statistic is not None:
             raise Mixed(known.lost or DECIDES[what])
 
     def equation(self, index: int, step: Step, known: list[_Seen]) -> list[_Seen]:
@@ -471,11 +538,35 @@ class _Tracker(ExampleFlow[_Seen]):
         try:
             if lost:
                 raise Mixed(lost)
-            return [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in known])]
+            seen = [_Seen(axis, free) for axis in self._axes(step, [s.axis for s in known])]
         except Mixed as mixed:
-            if not free:
+            if free:
+                return self._made(index, step, str(mixed))
+            if not self._sums_up(step, known):
                 raise
-            return self._made(index, step, str(mixed))
+            return self._statistic(index, step, known)
+        made = [s.statistic for s in known if s.statistic is not None]
+        if self.statistics is None or not made:
+            return seen
+        if all(s.axis is None for s in seen):
+            return self._statistic(index, step, known)
+        self.statistics.given.update(made)
+        return seen
+
+    def _sums_up(self, step: Step, known: Sequence[_Seen]) -> bool:
+        """Whether it is a sum over the examples that may be taken as a constant."""
+        allowed = self.statistics is not None and step.primitive == "reduce_sum"
+        return allowed and known[0].axis in step.eqn.params["axes"]
+
+    def _statistic(self, index: int, step: Step, known: Sequence[_Seen]) -> list[_Seen]:
+        """Of a step that makes a statistic, of one or of a sum over the examples."""
+        if self.statistics is None or self.where.path is None or self.where.scans or len(step.outputs) != 1:
+            raise Mixed(f"{step.primitive} makes a statistic over the examples where none can be taken as a constant")
+        if step.primitive in REARRANGING:
+            return [next(s for s in known if s.statistic is not None)]
+        path = (*self.where.path, index)
+        self.statistics.made.add(path)
+        return [_Seen(None, free=False, statistic=path)]
 
     def _axes(self, step: Step, axes: list[Axis]) -> list[Axis]:
         name = step.primitive

@@ -4,9 +4,10 @@ At a layer use a block W (G, n, m) acts as h = a W, so the curvature of each gro
 (sum_t a_t d_t^T)(sum_t a_t d_t^T)^T, which Kronecker factors A (n, n) and B (m, m) approximate by A kron B. A bias of
 the layer use's output is one more row of W, whose activation is always one. A leaf that is used at several layer uses
 has one block per layer use where these see different entries of it (a fused projection, cut up), one block for all
-layer uses where they see the same entries in the same order (weights used twice: their positions join), and a diagonal
-where they see them in different orders (an embedding whose transpose is the output layer), as has a leaf without any
-layer use.
+layer uses where they see the same entries in the same order (weights used twice: their positions join) or transposed
+(an embedding whose transpose is the output layer), and a diagonal where they see them in other orders, as has a leaf
+without any layer use. Parts of a leaf that enter by themselves (`curvax.structure.regions`) are as so many leaves: of a
+vector that holds all parameters, each slice has the block that it would have as a leaf.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.recognize import GENERIC, Structure
+from curvax.structure.capture import Capture
+from curvax.structure.recognize import GENERIC, Finding
+from curvax.structure.regions import Region, regions_of
 from curvax.structure.uses import Bias, DenseUse, EmbeddingUse, LayerUse, same_entries
-from curvax.structure.views import disjoint, through, unscaled
+from curvax.structure.views import View, back, disjoint, through, unscaled
 from curvax.tree import PyTree
 
 
@@ -37,16 +40,18 @@ class KroneckerBlock:
       leaf: index of the leaf.
       uses: indices of the layer uses that see these entries in the order of the first one.
       use: the first one, which says how the leaf is laid out.
-      bias: the leaf that makes the last row of the block, or `None`.
-      biased: those of `uses` to whose outputs the bias is added.
+      region: the leaf, or the part of it, that the layer uses are of.
+      bias: the leaf, or the part of one, that makes the last row of the block, or `None`.
+      biased: those of `uses` to whose outputs the bias is added, each with the activation of the bias there.
       swapped: indices of further layer uses, whose inputs are the block's outputs and whose outputs its inputs.
     """
 
     leaf: int
     uses: tuple[int, ...]
     use: LayerUse
-    bias: Bias | None
-    biased: tuple[int, ...] = ()
+    region: Region
+    bias: Bias | None = None
+    biased: tuple[tuple[int, float], ...] = ()
     swapped: tuple[int, ...] = ()
 
     @property
@@ -82,6 +87,11 @@ class KroneckerBlock:
         """The number that the leaf is multiplied with on its way to the layer use; the activations take it over."""
         return self.use.factor
 
+    def bias_alone(self, reason: str) -> list[DiagonalBlock]:
+        """A diagonal for the bias, if there is one."""
+        biased = tuple(i for i, _ in self.biased)
+        return [] if self.bias is None else [DiagonalBlock(self.bias.region, bias_of=biased, reason=reason)]
+
     def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The block's entries (G, n, m) of a vector given by its leaves."""
         # `from_leaf` scales, as the leaf is scaled; here entries only move.
@@ -94,42 +104,126 @@ class KroneckerBlock:
 
     def put(self, block: jax.Array) -> list[tuple[int, jax.Array]]:
         """The block's entries at their places in its leaves, zero elsewhere: (leaf, array) pairs."""
+        return _leaves(self.parts(block))
+
+    def parts(self, block: jax.Array) -> list[tuple[Region, jax.Array]]:
+        """The block's entries at their places in its regions, zero elsewhere: (region, array) pairs."""
         if self.bias is None:
-            return [(self.leaf, self._weights(block))]
-        return [(self.leaf, self._weights(block[:, :-1])), (self.bias.leaf, self.bias.to_leaf(block[:, -1]))]
+            return [(self.region, self._weights(block))]
+        return [
+            (self.region, self._weights(block[:, :-1])),
+            (self.bias.region, self.bias.to_region(block[:, -1])),
+        ]
 
     def _weights(self, block: jax.Array) -> jax.Array:
-        return _unscaled(self.use.to_leaf(block), self.scale)
+        return _unscaled(back(self.region.inside(self.use.views), self.use.to_operand(block)), self.scale)
+
+
+def _leaves(parts: Sequence[tuple[Region, jax.Array]]) -> list[tuple[int, jax.Array]]:
+    return [(region.leaf, region.put(x)) for region, x in parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalBlock:
-    """A leaf whose curvature is a diagonal: mean squares of the rows of its Jacobian.
+    """A leaf, or a part of one, whose curvature is a diagonal: mean squares of the rows of its Jacobian.
 
     Attributes:
-      leaf: index of the leaf.
-      shape: its shape.
-      uses: the layer uses at which it is used, if it is a leaf of layer uses.
-      bias_of: the layer uses whose bias it is.
-      explicit: its places among the leaves with explicit rows: one at most in each model.
+      region: the entries.
+      uses: the layer uses at which they are used, if they are weights.
+      bias_of: the layer uses whose bias they are.
+      explicit: the regions with explicit rows among them, by their places.
       reason: why it has no Kronecker factors.
       lost: whether it would have them if it were used in another way: it is neither a bias nor a gain, is used, and has
         two axes at least.
+      scaled: whether the mean of the diagonal stands for all of it.
     """
 
-    leaf: int
-    shape: tuple[int, ...]
+    region: Region
     uses: tuple[int, ...] = ()
     bias_of: tuple[int, ...] = ()
-    explicit: tuple[int, ...] = ()
+    explicit: tuple[tuple[int, ExplicitRegion], ...] = ()
     reason: str = ""
     lost: bool = False
+    scaled: bool = False
+
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.region.leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the region."""
+        return self.region.shape
 
 
-class ExplicitLeaf(NamedTuple):
-    """A leaf with explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
+@dataclasses.dataclass(frozen=True)
+class FullBlock:
+    """A leaf, or a part of one, whose curvature is kept as a matrix: A is the number 1 and B the matrix.
 
-    leaf: int
+    Attributes:
+      of: the entries, where their rows come from and why they have this block.
+    """
+
+    of: DiagonalBlock
+    bias: None = None
+
+    @property
+    def region(self) -> Region:
+        """The entries."""
+        return self.of.region
+
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.of.leaf
+
+    @property
+    def size(self) -> int:
+        """Entries of the block."""
+        return self.region.size
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, inputs, outputs): all entries are outputs."""
+        return 1, 1, self.size
+
+    @property
+    def embedding(self) -> bool:
+        """False: A is a matrix."""
+        return False
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of A."""
+        return 1, 1, 1
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """Shape of B."""
+        return 1, self.size, self.size
+
+    def take(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The block's entries (1, 1, size) of a vector given by its leaves."""
+        return self.region.take(leaves[self.leaf]).reshape(self.shape)
+
+    def put(self, block: jax.Array) -> list[tuple[int, jax.Array]]:
+        """The block's entries at their places in the leaf, zero elsewhere: one (leaf, array) pair."""
+        return _leaves(self.parts(block))
+
+    def parts(self, block: jax.Array) -> list[tuple[Region, jax.Array]]:
+        """The block's entries as its region."""
+        return [(self.region, block.reshape(self.region.shape))]
+
+
+FactoredBlock: TypeAlias = KroneckerBlock | FullBlock
+"""A block with factors A and B."""
+
+
+class ExplicitRegion(NamedTuple):
+    """What has explicit rows: why it has these, and whether it might have been a layer (`DiagonalBlock.lost`)."""
+
+    region: Region
     reason: str
     lost: bool
 
@@ -141,17 +235,19 @@ class KroneckerBlocks:
     Equality is that of what a state's arrays mean: blocks, and the orders in which biases and kernels are laid out.
 
     Attributes:
-      kronecker, diagonal: the blocks.
+      kronecker, diagonal: the blocks; the full ones are among those with Kronecker factors.
       uses: all layer uses of the model.
       shapes: of the leaves.
       dtype: of factors.
+      statistics: how many statistics over the examples, as those of BatchNorm, the model's factors take as constants.
     """
 
-    kronecker: tuple[KroneckerBlock, ...]
+    kronecker: tuple[FactoredBlock, ...]
     diagonal: tuple[DiagonalBlock, ...]
     uses: tuple[LayerUse, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
+    statistics: int = 0
 
     def __post_init__(self) -> None:
         biases = tuple(tuple(b.bias.order.tolist()) for b in self.kronecker if b.bias is not None)
@@ -171,29 +267,32 @@ class KroneckerBlocks:
     @property
     def wiring(self) -> Wiring:
         """How the parameters enter."""
-        return Wiring.of(self.uses, [entry.leaf for entry in self.explicit_leaves])
+        return Wiring.of(self.uses, [entry.region for entry in self.explicit_regions])
 
     @property
     def digest(self) -> str:
         """Of the wiring and of which leaves have factors; the same in every process."""
-        factored = [(block.leaf, block.shape) for block in self.kronecker]
+        factored = [(block.region, block.shape) for block in self.kronecker]
+        factored += [(block.region, ()) for block in self.diagonal if block.scaled]
         return hashlib.sha256(repr((self.wiring, factored)).encode()).hexdigest()[:16]
 
     @property
-    def explicit_leaves(self) -> list[ExplicitLeaf]:
-        """The leaves with explicit rows, by their places."""
-        placed = {
-            place: ExplicitLeaf(block.leaf, block.reason, block.lost)
-            for block in self.diagonal
-            for place in block.explicit
-        }
+    def explicit_regions(self) -> list[ExplicitRegion]:
+        """What has explicit rows, by their places."""
+        formed = [*self.diagonal, *(block.of for block in self.kronecker if isinstance(block, FullBlock))]
+        placed = dict(entry for block in formed for entry in block.explicit)
         return [placed[place] for place in sorted(placed)]
 
     def partial(self) -> frozenset[int]:
         """Leaves with entries that belong to no block: those of slices that are not used."""
         covered: dict[int, int] = collections.defaultdict(int)
         for block in self.kronecker:
-            covered[block.leaf] += math.prod(block.use.block)
+            of_bias = 0 if block.bias is None else block.bias.region.size
+            covered[block.leaf] += block.size - of_bias
+            if block.bias is not None:
+                covered[block.bias.leaf] += of_bias
+        for block in self.diagonal:
+            covered[block.leaf] += block.region.size
         return frozenset(leaf for leaf, count in covered.items() if count < math.prod(self.shapes[leaf]))
 
     def map_entries(
@@ -208,54 +307,78 @@ class KroneckerBlocks:
         Args:
           v: the vector.
           kronecker: (index of a Kronecker block, its entries (G, n, m)) -> the product's.
-          diagonal: (index of a diagonal block, its leaf) -> the product's.
+          diagonal: (index of a diagonal block, its entries) -> the product's.
           idle: entries that belong to no block, zero elsewhere -> the product's.
         """
         leaves, structure = jax.tree.flatten(v)
         upcast = [x.astype(self.dtype) for x in leaves]
-        product: list[jax.Array | None] = [None] * len(upcast)
-        rest = {leaf: upcast[leaf] for leaf in self.partial()}
+        product, seen = _Sums(), _Sums()
         for index, block in enumerate(self.kronecker):
             entries = block.take(upcast)
-            for leaf, part in block.put(kronecker(index, entries)):
-                before = product[leaf]
-                product[leaf] = part if before is None else before + part
-            if block.leaf in rest:
-                rest[block.leaf] = rest[block.leaf] - block.put(entries)[0][1]
+            product.add(block.parts(kronecker(index, entries)))
+            seen.add(block.parts(entries))
         for index, block in enumerate(self.diagonal):
-            product[block.leaf] = diagonal(index, upcast[block.leaf])
-        for leaf, entries in rest.items():
-            other, before = idle(entries), product[leaf]
-            product[leaf] = other if before is None else before + other
-        cast = [x if y is None else y.astype(x.dtype) for x, y in zip(leaves, product, strict=True)]
+            entries = block.region.take(upcast[block.leaf])
+            product.add([(block.region, diagonal(index, entries))])
+            seen.add([(block.region, entries)])
+        whole = [product.placed(leaf, jnp.zeros_like(x)) for leaf, x in enumerate(upcast)]
+        for leaf in self.partial():
+            rest = upcast[leaf]
+            for region, entries in seen.of(leaf):
+                rest = region.replaced(rest, region.take(rest) - entries)
+            whole[leaf] = whole[leaf] + idle(rest)
+        cast = [y.astype(x.dtype) for x, y in zip(leaves, whole, strict=True)]
         return jax.tree.unflatten(structure, cast)
 
     def narrowed(self, max_width: int) -> KroneckerBlocks:
-        """The same with a diagonal for every leaf that has a factor of more than `max_width` rows."""
-        wide: dict[int, int] = {}
+        """The same with a diagonal for every leaf, or part of one, that has a factor of more than `max_width` rows."""
+        wide: dict[Region, int] = {}
         for block in self.kronecker:
             _, n, m = block.shape
             width = m if block.embedding else max(n, m)
             if width > max_width:
-                wide[block.leaf] = max(width, wide.get(block.leaf, 0))
+                wide[block.region] = max(width, wide.get(block.region, 0))
+        return self.with_diagonal(
+            {
+                region: f"a factor would have {width} rows, and max_width is {max_width}"
+                for region, width in wide.items()
+            }
+        )
+
+    def with_diagonal(self, regions: Mapping[Region, str]) -> KroneckerBlocks:
+        """The same with a diagonal for these regions of Kronecker blocks, and for their biases; with the reasons."""
         diagonal = list(self.diagonal)
-        for leaf, width in wide.items():
-            reason = f"a factor would have {width} rows, and max_width is {max_width}"
-            blocks = [block for block in self.kronecker if block.leaf == leaf]
-            indices = tuple(i for block in blocks for i in (*block.uses, *block.swapped))
-            diagonal.append(DiagonalBlock(leaf, self.shapes[leaf], uses=indices, reason=reason))
+        for region, reason in regions.items():
+            blocks = [block for block in self.kronecker if block.region == region]
+            full = [block.of for block in blocks if isinstance(block, FullBlock)]
+            indices = tuple(i for b in blocks if isinstance(b, KroneckerBlock) for i in (*b.uses, *b.swapped))
+            diagonal += [dataclasses.replace(of, reason=reason) for of in full]
+            diagonal += [] if full else [DiagonalBlock(region, uses=indices, reason=reason)]
         for block in self.kronecker:
-            if block.leaf in wide and block.bias is not None:
-                reason = "it is the bias of weights without factors"
-                bias = block.bias
-                diagonal.append(DiagonalBlock(bias.leaf, bias.shape, bias_of=block.biased, reason=reason))
-        kept = tuple(block for block in self.kronecker if block.leaf not in wide)
+            if block.region in regions and isinstance(block, KroneckerBlock):
+                diagonal += block.bias_alone("it is the bias of weights without factors")
+        kept = tuple(block for block in self.kronecker if block.region not in regions)
         return dataclasses.replace(self, kronecker=kept, diagonal=tuple(diagonal))
+
+    def without_bias(self, block: KroneckerBlock, reason: str) -> KroneckerBlocks:
+        """The same with a block whose bias keeps a diagonal, and why."""
+        alone = dataclasses.replace(block, bias=None, biased=())
+        kronecker = tuple(alone if b is block else b for b in self.kronecker)
+        return dataclasses.replace(self, kronecker=kronecker, diagonal=(*self.diagonal, *block.bias_alone(reason)))
+
+    def with_kinds(self, full: Sequence[FullBlock], diagonal: Sequence[DiagonalBlock]) -> KroneckerBlocks:
+        """The same with these full blocks more, and these diagonal ones in place of its own."""
+        return dataclasses.replace(self, kronecker=(*self.kronecker, *full), diagonal=tuple(diagonal))
 
     def describe(self, names: Sequence[str]) -> tuple[str, ...]:
         """One line per leaf: the block that it has, and why it has no better one."""
         lines: dict[int, list[str]] = collections.defaultdict(list)
         for block in self.kronecker:
+            if isinstance(block, FullBlock):
+                own = block.region.label()
+                shown = f"full {block.size} x {block.size}: {block.of.reason}"
+                lines[block.leaf].append(f"{own}{' ' if own else ''}{shown}")
+                continue
             groups, n, m = block.shape
             many = f"{groups} x " if groups > 1 else ""
             several = len(block.uses) + len(block.swapped)
@@ -264,10 +387,35 @@ class KroneckerBlocks:
             factors = f"diagonal {n} and {m} x {m}" if block.embedding else f"{n} x {n} and {m} x {m}"
             lines[block.leaf].append(f"Kronecker factors {many}{factors} ({block.use.rule}{shared})")
             if block.bias is not None:
-                lines[block.bias.leaf].append(f"within the Kronecker factors of {names[block.leaf]}")
+                own, of = block.bias.region.label(), f"{names[block.leaf]}{block.region.label()}"
+                lines[block.bias.leaf].append(f"{own}{' ' if own else ''}within the Kronecker factors of {of}")
         for block in self.diagonal:
-            lines[block.leaf].append(f"diagonal: {block.reason}")
+            own = block.region.label()
+            kind = "scaled identity" if block.scaled else "diagonal"
+            lines[block.leaf].append(f"{own}{' ' if own else ''}{kind}: {block.reason}")
         return tuple(f"{names[leaf]}: {'; '.join(lines[leaf])}" for leaf in sorted(lines))
+
+
+class _Sums:
+    """Sums of arrays by region."""
+
+    def __init__(self) -> None:
+        self._by_region: dict[Region, jax.Array] = {}
+
+    def add(self, parts: Sequence[tuple[Region, jax.Array]]) -> None:
+        """Of further (region, array) pairs."""
+        for region, x in parts:
+            self._by_region[region] = self._by_region[region] + x if region in self._by_region else x
+
+    def of(self, leaf: int) -> list[tuple[Region, jax.Array]]:
+        """Those of the regions of a leaf."""
+        return [(region, x) for region, x in self._by_region.items() if region.leaf == leaf]
+
+    def placed(self, leaf: int, x: jax.Array) -> jax.Array:
+        """The leaf with all of its sums in their places."""
+        for region, part in self.of(leaf):
+            x = region.replaced(x, part)
+        return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,15 +424,15 @@ class Wiring:
 
     Attributes:
       uses: per layer use its leaf, and what the entries of its block mean.
-      explicit: the leaves with explicit rows.
+      explicit: what has explicit rows.
     """
 
     uses: tuple[tuple[Any, ...], ...]
-    explicit: tuple[int, ...]
+    explicit: tuple[Region, ...]
 
     @staticmethod
-    def of(uses: Sequence[LayerUse], explicit: Sequence[int]) -> Wiring:
-        """Of layer uses and leaves with explicit rows, in their order."""
+    def of(uses: Sequence[LayerUse], explicit: Sequence[Region]) -> Wiring:
+        """Of layer uses and regions with explicit rows, in their order."""
         return Wiring(tuple(map(_meaning, uses)), tuple(explicit))
 
     def part(self, uses: tuple[int, int], explicit: tuple[int, int]) -> Wiring:
@@ -294,84 +442,123 @@ class Wiring:
 
 
 def _meaning(use: LayerUse) -> tuple[Any, ...]:
-    bias = None if use.bias is None else (use.bias.leaf, tuple(use.bias.order.tolist()))
+    bias = None if use.bias is None else (use.bias.region, tuple(use.bias.order.tolist()), use.bias.scale)
     return use.leaf, use.rule, use.block, use.views, use.entry_order, bias
 
 
-def find_blocks(structure: Structure, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> KroneckerBlocks:
-    """The blocks of a model's structure.
+def find_blocks(capture: Capture, shapes: Sequence[tuple[int, ...]]) -> KroneckerBlocks:
+    """The blocks of a model.
 
     Args:
-      structure: the structure.
+      capture: the model, by parts of leaves (`approximate`).
       shapes: of the parameter leaves.
-      dtype: of factors.
     """
+    structure, dtype = capture.structure, np.dtype(capture.dtype)
     explicit = [
-        ExplicitLeaf(leaf, _why(structure, leaf), structure.findings[leaf].rule == GENERIC and _wide(shapes[leaf]))
-        for leaf in structure.explicit
+        ExplicitRegion(region, _why(finding), finding.rule == GENERIC and _wide(region.shape))
+        for region, finding in structure.regions
     ]
-    return _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), np.dtype(dtype))
+    blocks = _blocks(structure.uses, explicit, tuple(map(tuple, shapes)), dtype)
+    return dataclasses.replace(blocks, statistics=capture.model.statistics)
 
 
 def join_blocks(parts: Sequence[KroneckerBlocks]) -> KroneckerBlocks:
     """The blocks of several models of the same parameters together.
 
-    Layer uses and leaves with explicit rows are numbered model by model (`kronecker.Examples.placed`).
+    Layer uses and regions with explicit rows are numbered model by model (`kronecker.Examples.placed`).
     """
     uses = tuple(use for part in parts for use in part.uses)
-    explicit = [entry for part in parts for entry in part.explicit_leaves]
-    return _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
+    explicit = [entry for part in parts for entry in part.explicit_regions]
+    blocks = _blocks(uses, explicit, parts[0].shapes, parts[0].dtype)
+    return dataclasses.replace(blocks, statistics=sum(part.statistics for part in parts))
 
 
 def _blocks(
     uses: tuple[LayerUse, ...],
-    explicit: Sequence[ExplicitLeaf],
+    explicit: Sequence[ExplicitRegion],
     shapes: tuple[tuple[int, ...], ...],
     dtype: np.dtype,
 ) -> KroneckerBlocks:
-    """The blocks of layer uses and of leaves with explicit rows, each with the reason for these."""
-    by_leaf: dict[int, list[int]] = collections.defaultdict(list)
-    bias_of: dict[int, list[int]] = collections.defaultdict(list)
-    places: dict[int, list[int]] = collections.defaultdict(list)
-    reasons: dict[int, str] = {}
-    for index, use in enumerate(uses):
-        by_leaf[use.leaf].append(index)
-        if use.bias is not None:
-            bias_of[use.bias.leaf].append(index)
-    lost: set[int] = set()
-    for place, (leaf, reason, of_layer) in enumerate(explicit):
-        places[leaf].append(place)
-        reasons.setdefault(leaf, reason)
-        lost |= {leaf} if of_layer else set()
-    # 1. Leaves that are weights and nothing else.
-    kronecker: list[KroneckerBlock] = []
-    for leaf, indices in by_leaf.items():
-        if leaf not in places and leaf not in bias_of:
-            kronecker += _of_leaf(shapes[leaf], {i: uses[i] for i in indices})
-        reasons.setdefault(leaf, "it is used in several orders of its entries")
-    # 2. Biases that all belong to one block.
-    alone = {leaf: of for leaf, of in bias_of.items() if leaf not in places and leaf not in by_leaf}
-    kronecker = [_with_bias(block, uses, alone) for block in kronecker]
-    served = {block.leaf for block in kronecker} | {b.bias.leaf for b in kronecker if b.bias is not None}
-    # 3. All others.
-    diagonal = [
-        DiagonalBlock(
-            leaf,
-            shape,
-            tuple(by_leaf.get(leaf, ())),
-            tuple(bias_of.get(leaf, ())),
-            tuple(places.get(leaf, ())),
-            reasons.get(leaf, _SEVERAL if leaf in bias_of else _IDLE),
-            leaf in lost or (leaf in by_leaf and _wide(shape)),
-        )
-        for leaf, shape in enumerate(shapes)
-        if leaf not in served
+    """The blocks of layer uses and of what has explicit rows, each with the reason for these."""
+    members = [of for leaf, shape in enumerate(shapes) for of in _members(leaf, shape, uses, explicit)]
+    # 1. What is weights and nothing else.
+    kronecker = [
+        block
+        for of in members
+        if of.uses and not of.explicit and not of.bias_of
+        for block in _of_region(of.region, {i: uses[i] for i in of.uses})
     ]
-    return KroneckerBlocks(tuple(kronecker), tuple(diagonal), uses, shapes, dtype)
+    # 2. Biases that all belong to one block.
+    alone = {of.region: of.bias_of for of in members if of.bias_of and not of.explicit and not of.uses}
+    kronecker = [_with_bias(block, uses, alone) for block in kronecker]
+    served = {block.region for block in kronecker} | {b.bias.region for b in kronecker if b.bias is not None}
+    # 3. All others.
+    diagonal = tuple(of.diagonal() for of in members if of.region not in served)
+    return KroneckerBlocks(tuple(kronecker), diagonal, uses, shapes, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    """What is known of a region.
+
+    Attributes:
+      region: the region.
+      uses: the layer uses of its entries.
+      bias_of: the layer uses whose bias it has.
+      explicit: what has explicit rows within it, by their places.
+      matrix: whether a layer use has a matrix of them.
+    """
+
+    region: Region
+    uses: tuple[int, ...] = ()
+    bias_of: tuple[int, ...] = ()
+    explicit: tuple[tuple[int, ExplicitRegion], ...] = ()
+    matrix: bool = False
+
+    def diagonal(self) -> DiagonalBlock:
+        """The region without Kronecker factors, and why it has none."""
+        reason = next((entry.reason for _, entry in self.explicit), "")
+        if not reason:
+            reason = _ORDERS if self.uses else _SEVERAL if self.bias_of else _IDLE
+        lost = any(entry.lost for _, entry in self.explicit) or self.matrix
+        return DiagonalBlock(self.region, self.uses, self.bias_of, self.explicit, reason, lost)
+
+
+def _members(
+    leaf: int, shape: tuple[int, ...], uses: Sequence[LayerUse], explicit: Sequence[ExplicitRegion]
+) -> list[_Members]:
+    """The regions of a leaf: those of all models that enter here. The entries of none are in no block, unless none of
+    the leaf's are.
+    """
+    weights = [(i, use.views) for i, use in enumerate(uses) if use.leaf == leaf]
+    biases = [
+        (i, use.bias.region.views) for i, use in enumerate(uses) if use.bias is not None and use.bias.leaf == leaf
+    ]
+    rows = [(i, entry.region.views) for i, entry in enumerate(explicit) if entry.region.leaf == leaf]
+    entries = [*weights, *biases, *rows]
+    if not entries:
+        return [_Members(Region.of(leaf, shape))]
+    kinds = ["uses"] * len(weights) + ["bias_of"] * len(biases) + ["explicit"] * len(rows)
+    own = regions_of([views for _, views in entries])
+
+    def some(kind: str, views: Sequence[View]) -> tuple[int, ...]:
+        return tuple(i for (i, _), k, v in zip(entries, kinds, own, strict=True) if k == kind and v == views)
+
+    return [
+        _Members(
+            Region.of(leaf, shape, views),
+            some("uses", views),
+            some("bias_of", views),
+            tuple((i, explicit[i]) for i in some("explicit", views)),
+            any(_wide(uses[i].block) for i in some("uses", views)),
+        )
+        for views in dict.fromkeys(own)
+    ]
 
 
 _IDLE = "the outputs do not depend on it"
 _SEVERAL = "it is the bias of weights that are used several times"
+_ORDERS = "it is used in several orders of its entries"
 
 
 def _wide(shape: tuple[int, ...]) -> bool:
@@ -379,24 +566,26 @@ def _wide(shape: tuple[int, ...]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def _with_bias(block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[int, Sequence[int]]) -> KroneckerBlock:
+def _with_bias(
+    block: KroneckerBlock, uses: Sequence[LayerUse], alone: Mapping[Region, Sequence[int]]
+) -> KroneckerBlock:
     """The block with the bias of its outputs, if that is added to no others and everywhere in one order."""
     biases = {i: bias for i in block.uses if (bias := uses[i].bias) is not None}
     for bias in biases.values():
-        same = all(b.leaf == bias.leaf and np.array_equal(b.order, bias.order) for b in biases.values())
-        if same and bias.leaf in alone and set(alone[bias.leaf]) == set(biases):
-            return dataclasses.replace(block, bias=bias, biased=tuple(biases))
+        same = all(b.region == bias.region and np.array_equal(b.order, bias.order) for b in biases.values())
+        if same and bias.region in alone and set(alone[bias.region]) == set(biases):
+            biased = tuple((i, b.scale) for i, b in biases.items())
+            return dataclasses.replace(block, bias=bias, biased=biased)
         break
     return block
 
 
-def _why(structure: Structure, leaf: int) -> str:
-    finding = structure.findings[leaf]
+def _why(finding: Finding) -> str:
     return f"it enters as {finding.rule}" + (f" ({finding.reason})" if finding.reason else "")
 
 
-def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[KroneckerBlock]:
-    """The blocks of a leaf of that shape, of its layer uses by their indices; none if these disagree."""
+def _of_region(region: Region, uses: Mapping[int, LayerUse]) -> list[KroneckerBlock]:
+    """The blocks of a region, of its layer uses by their indices; none if these disagree."""
     if any(use.factor == 0 for use in uses.values()):
         return []
     # Layer uses that see the same entries in the same order.
@@ -409,9 +598,12 @@ def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[Krone
             group.append(i)
     firsts = [uses[group[0]] for group in alike]
     if all(disjoint(a.views, b.views) for a, b in itertools.combinations(firsts, 2)):
-        return [KroneckerBlock(use.leaf, tuple(g), use, None) for g, use in zip(alike, firsts, strict=True)]
-    if len(alike) == 2 and _swapped(firsts[0], firsts[1], shape):
-        return [KroneckerBlock(firsts[0].leaf, tuple(alike[0]), firsts[0], None, swapped=tuple(alike[1]))]
+        return [KroneckerBlock(use.leaf, tuple(g), use, region) for g, use in zip(alike, firsts, strict=True)]
+    if len(alike) == 2:
+        # An embedding says how its table is laid out, whichever comes first.
+        one, other = (1, 0) if isinstance(firsts[1], EmbeddingUse) else (0, 1)
+        if _swapped(firsts[one], firsts[other], region):
+            return [KroneckerBlock(region.leaf, tuple(alike[one]), firsts[one], region, swapped=tuple(alike[other]))]
     return []
 
 
@@ -419,14 +611,16 @@ def _of_leaf(shape: tuple[int, ...], uses: Mapping[int, LayerUse]) -> list[Krone
 _MOST_ENTRIES = 1 << 24
 
 
-def _swapped(a: LayerUse, b: LayerUse, shape: tuple[int, ...]) -> bool:
-    """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other, of a leaf's shape."""
+def _swapped(a: LayerUse, b: LayerUse, region: Region) -> bool:
+    """Whether a block (G, n, m) at one layer use means the entries of (G, m, n) at the other."""
     groups, n, m = a.block
-    dense = isinstance(a, DenseUse) and isinstance(b, DenseUse)
+    dense = isinstance(a, DenseUse | EmbeddingUse) and isinstance(b, DenseUse)
     if not dense or b.block != (groups, m, n) or a.factor != b.factor or groups * n * m > _MOST_ENTRIES:
         return False
-    numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
-    mine, theirs = (np.asarray(use.from_operand(through(unscaled(use.views), numbers))) for use in (a, b))
+    numbers = np.arange(region.size, dtype=np.int64).reshape(region.shape)
+    mine, theirs = (
+        np.asarray(use.from_operand(through(unscaled(region.inside(use.views)), numbers))) for use in (a, b)
+    )
     return np.array_equal(mine, np.swapaxes(theirs, 1, 2))
 
 

@@ -33,7 +33,7 @@ class Factors:
     Attributes:
       activations: per layer use (T, G, n); of an embedding (T,) indices.
       cotangents: per layer use (R, T, G, m).
-      explicit: per leaf of `Structure.explicit` its rows, (R, *leaf).
+      explicit: per region of `Structure.regions` its rows, (R, *region).
     """
 
     activations: list[jax.Array]
@@ -75,8 +75,10 @@ class Capture:
         drawn, _ = replay(traced_program(draw, list(leaves), list(inputs)), [*leaves, *inputs], Hooks())
         return [*inputs, *(self._by_example(x, d.axis) for x, d in zip(drawn, model.draws, strict=True))]
 
-    def _by_example(self, x: jax.Array, axis: int) -> jax.Array:
+    def _by_example(self, x: jax.Array, axis: int | None) -> jax.Array:
         """A value for the whole batch with the examples in front, and what was flattened with them in their place."""
+        if axis is None:
+            return x
         shape = (*x.shape[:axis], self.model.examples, x.shape[axis] // self.model.examples, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
@@ -86,8 +88,8 @@ class Capture:
 
     @property
     def _axes(self) -> BatchAxes:
-        """Of `inputs`: what is drawn has the examples in front."""
-        return BatchAxes((*self.model.axes.axes, *(0 for _ in self.model.draws)))
+        """Of `inputs`: what is drawn has the examples in front, statistics are shared."""
+        return BatchAxes((*self.model.axes.axes, *(None if d.axis is None else 0 for d in self.model.draws)))
 
     def example(
         self, leaves: Sequence[jax.Array], inputs: Sequence[jax.Array], rows: Callable[[jax.Array], jax.Array]
@@ -99,12 +101,12 @@ class Capture:
           inputs: what `Capture.one` has of the example.
           rows: outputs (1, ...) -> the output cotangents that make the rows, (R, 1, ...).
         """
-        uses, others = self.structure.uses, self.structure.explicit
+        uses, others = self.structure.uses, [region for region, _ in self.structure.regions]
         zeros = [jnp.zeros(use.perturbation_shape, use.output_dtype) for use in uses]
         outputs, vjp, activations = jax.vjp(
             lambda e, p: self._perturbed(leaves, inputs, e, p),
             zeros,
-            [leaves[i] for i in others],
+            [region.take(leaves[region.leaf]) for region in others],
             has_aux=True,
         )
         cotangents, explicit = jax.vmap(lambda u: vjp(u.astype(outputs.dtype)))(rows(outputs))
@@ -128,14 +130,20 @@ class Capture:
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Outputs and activations. The derivative with respect to a perturbation of h = a W is the cotangent of h."""
         replaced, uses = list(leaves), self.structure.uses
-        for i, leaf in zip(self.structure.explicit, explicit, strict=True):
-            replaced[i] = leaf
+        for (region, _), entries in zip(self.structure.regions, explicit, strict=True):
+            replaced[region.leaf] = entries if region.whole else region.replaced(replaced[region.leaf], entries)
+        cut = {region.leaf for region, _ in self.structure.regions if not region.whole}
         own = len(inputs) - len(self.model.draws)
         hooks = Hooks(
             # Two leaves may be used by one step: they share its output, and so its perturbation.
             added=_summed([use.paths for use in uses], perturbations),
-            given={draw.single: x[0] for draw, x in zip(self.model.draws, inputs[own:], strict=True)},
+            given={
+                draw.single: x if draw.axis is None else x[0]
+                for draw, x in zip(self.model.draws, inputs[own:], strict=True)
+            },
             recorded=frozenset((path, use.activation) for use in uses for path in use.paths),
+            # A part that is weights has its factors, and no derivative beside them.
+            constant=frozenset((path, use.operand) for use in uses if use.leaf in cut for path in use.paths),
         )
         (outputs,), records = replay(self.model.program, [*replaced, *inputs[:own]], hooks)
         return outputs, [self._activations(use, records) for use in uses]
@@ -156,16 +164,26 @@ def _summed(paths: Sequence[Sequence[Path]], perturbations: Sequence[jax.Array])
 
 
 def capture(
-    predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any, axes: BatchAxes | None = None
+    predict: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    inputs: Any,
+    axes: BatchAxes | None = None,
+    *,
+    approximate: bool = False,
 ) -> Capture:
-    """The capture of a model whose examples do not interact, from shapes alone; arguments as for `by_example`.
+    """The capture of a model whose examples do not interact, from shapes alone.
+
+    Args:
+      predict, params, inputs, axes: as for `by_example`.
+      approximate: for blocks of curvature, which are so anyway: leaves are judged in parts (`recognize`), and
+        statistics over the examples are constants (`by_example`).
 
     Raises:
       Mixed: the examples interact.
     """
-    model = by_example(predict, params, inputs, axes)
+    model = by_example(predict, params, inputs, axes, statistics=approximate)
     if not model.draws:
         # Draws have places in the program as it was traced.
         model = dataclasses.replace(model, program=without_repeats(model.program))
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    return Capture(model, recognize(model.program, shapes), tree.scalar_dtype(params))
+    return Capture(model, recognize(model.program, shapes, parts=approximate), tree.scalar_dtype(params))

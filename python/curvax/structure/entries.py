@@ -54,7 +54,6 @@ class AddedUse:
       entry: what it is there, but for a repetition of entries.
       path, operand: where.
       twins: the steps that add it in further branches (`curvax.structure.branches`).
-      leaf_shape: of the leaf.
       dimensions: of the `broadcast_in_dim` that repeated the entries; `None` if nothing did.
       before: shape of one iteration's entries before that.
     """
@@ -62,7 +61,6 @@ class AddedUse:
     entry: Entry
     path: Path
     operand: int
-    leaf_shape: tuple[int, ...]
     dimensions: tuple[int, ...] | None
     before: tuple[int, ...]
     twins: tuple[Path, ...] = ()

@@ -27,7 +27,9 @@ sum_u c_u g_u^T of W with c the cotangent of h, so cotangents are on the side of
     A = (s1 A1 + s2 (tr A1 / tr A2) A2) / (s1 + s2)             s_i = tr A_i tr B_i
     B = B1 + (tr A2 / tr A1) B2
 
-Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps.
+Both factors are means of normalized ones, weighted with what each has of the trace, which A kron B keeps. Of an
+embedding whose transpose is the output layer, A1 and so A is a diagonal, and of A2, as wide as a vocabulary, the
+diagonal is taken.
 
 George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis" (2018), keep the
 eigenvectors U of A and V of B and measure the diagonal of C in their basis, sum_br (U^T (sum_t a d^T) V)^2 entrywise,
@@ -48,11 +50,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks, Wiring
+from curvax.structure.blocks import DiagonalBlock, FullBlock, KroneckerBlock, KroneckerBlocks, Wiring
 from curvax.structure.capture import Capture, Factors
 from curvax.structure.formed import one_hot
 from curvax.structure.positions import LossWeights, position_weights
 from curvax.structure.uses import EmbeddingUse, LayerUse
+from curvax.structure.views import back
 
 # Entries of projected or formed rows alive at once: 64 MiB of float32.
 _ENTRIES_AT_ONCE = 1 << 24
@@ -151,7 +154,7 @@ class SwappedSums:
     """Sums over examples at transposed layer uses.
 
     Attributes:
-      inputs: sum of c c^T, (G, n, n), zero in the row of a bias.
+      inputs: sum of c c^T, (G, n, n), zero in the row of a bias; of an embedding its diagonal (G, n).
       outputs: weighted sum of g g^T, (G, m, m).
       weights: the sum of the weights, by which `outputs` become means.
     """
@@ -165,16 +168,21 @@ class SwappedSums:
         a2, b2 = self.inputs, _quotient(self.outputs, self.weights)
         t1, t2 = _traces(a1), _traces(a2)
         s1, s2 = t1 * _traces(b1), t2 * _traces(b2)
-        a = _quotient(s1 * a1 + s2 * _quotient(t1, t2) * a2, s1 + s2)
-        b = b1 + _quotient(t2, t1) * b2
+        a = _quotient(_each(s1, a1) * a1 + _each(s2 * _quotient(t1, t2), a2) * a2, _each(s1 + s2, a1))
+        b = b1 + _each(_quotient(t2, t1), b2) * b2
         # Without anything forwards there is nothing to be normalized to.
         none = t1 == 0
-        return jnp.where(none, a2, a), jnp.where(none, b2, b)
+        return jnp.where(_each(none, a1), a2, a), jnp.where(_each(none, b1), b2, b)
 
 
 def _traces(x: jax.Array) -> jax.Array:
-    """(G, 1, 1)."""
-    return jnp.trace(x, axis1=-2, axis2=-1)[:, None, None]
+    """(G,) of matrices (G, n, n), or of diagonals (G, n)."""
+    return jnp.sum(x, axis=-1) if x.ndim == 2 else jnp.trace(x, axis1=-2, axis2=-1)
+
+
+def _each(numbers: jax.Array, x: jax.Array) -> jax.Array:
+    """Numbers (G,) for the groups of an array."""
+    return numbers.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -186,7 +194,7 @@ def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
 def examples_of(capture: Capture, factors: Factors, weights: LossWeights) -> Examples:
     """Factors with the weights of their positions; what has none is zero, whatever it holds."""
     each = position_weights(capture, factors, weights)
-    wiring = Wiring.of(capture.structure.uses, capture.structure.explicit)
+    wiring = Wiring.of(capture.structure.uses, [region for region, _ in capture.structure.regions])
     if not weights.masks:
         return Examples(factors, each, wiring)
 
@@ -213,7 +221,14 @@ def factor_sums(blocks: KroneckerBlocks, examples: Examples, sharing: WeightShar
     examples.check(blocks)
     inputs, outputs, weights, swapped = [], [], [], []
     for block in blocks.kronecker:
-        uses, dtype = examples.here(block.uses), blocks.dtype
+        dtype = blocks.dtype
+        if isinstance(block, FullBlock):
+            inputs.append(jnp.ones(block.input_shape, dtype))
+            outputs.append(_full_sum(blocks, block, examples))
+            weights.append(jnp.ones((), dtype))
+            swapped.append(None)
+            continue
+        uses = examples.here(block.uses)
         if not uses:
             inputs.append(jnp.zeros(block.input_shape, dtype))
             outputs.append(jnp.zeros(block.output_shape, dtype))
@@ -239,10 +254,16 @@ def projected_squares(
       examples: factors of rows.
       bases: per block U (G, n, n), or `None` for an embedding, whose basis is that of its entries, and V (G, m, m).
     """
-    return [
-        _embedding_squares(block, examples, v) if u is None else _squares(block, examples, u, v)
-        for block, (u, v) in zip(blocks.kronecker, bases, strict=True)
-    ]
+    squares: list[jax.Array] = []
+    for block, (u, v) in zip(blocks.kronecker, bases, strict=True):
+        if isinstance(block, FullBlock):
+            product = jnp.einsum("gij,gjm->gim", _full_sum(blocks, block, examples), v, precision="highest")
+            squares.append(jnp.sum(v * product, axis=1, keepdims=True))
+        elif u is None and not block.swapped:
+            squares.append(_embedding_squares(block, examples, v))
+        else:
+            squares.append(_squares(block, examples, u, v))
+    return squares
 
 
 def second_moment(x: jax.Array) -> jax.Array:
@@ -275,7 +296,8 @@ def _activations(block: KroneckerBlock, examples: Examples) -> jax.Array:
     if block.scale != 1:
         parts = [x * jnp.asarray(block.scale, x.dtype) for x in parts]
     if block.bias is not None:
-        ones = [jnp.full_like(x[..., :1], float(i in block.biased)) for i, x in zip(uses, parts, strict=True)]
+        of_bias = dict(block.biased)
+        ones = [jnp.full_like(x[..., :1], of_bias.get(i, 0.0)) for i, x in zip(uses, parts, strict=True)]
         parts = [jnp.concatenate(pair, axis=-1) for pair in zip(parts, ones, strict=True)]
     return jnp.concatenate(parts, axis=1)
 
@@ -296,6 +318,12 @@ def _swapped_activations(examples: Examples, uses: Sequence[int]) -> jax.Array:
 def indices_of(block: KroneckerBlock, examples: Examples) -> jax.Array:
     """(B, T) of an embedding."""
     return jnp.concatenate([examples.factors.activations[i] for i in examples.here(block.uses)], axis=1)
+
+
+def _one_hot(block: KroneckerBlock, examples: Examples, dtype: np.dtype) -> jax.Array:
+    """(B, T, 1, n) of an embedding, scaled as `_activations`."""
+    rows = one_hot(block.use, indices_of(block, examples), dtype)
+    return rows * jnp.asarray(block.scale, dtype)
 
 
 def cotangents_of(uses: Sequence[int], examples: Examples) -> jax.Array:
@@ -334,8 +362,9 @@ def _swapped_sums(block: KroneckerBlock, examples: Examples, sharing: WeightShar
         zero = jnp.zeros((), dtype)
         return SwappedSums(jnp.zeros(block.input_shape, dtype), jnp.zeros(block.output_shape, dtype), zero)
     weights = _weights(uses, examples)
+    c = _swapped_cotangents(block, examples, uses)
     return SwappedSums(
-        _output_sum(_swapped_cotangents(block, examples, uses), sharing),
+        _output_squares(c, sharing) if block.embedding else _output_sum(c, sharing),
         _weighted_sum(_swapped_activations(examples, uses), weights, sharing),
         jnp.sum(weights),
     )
@@ -372,6 +401,13 @@ def _output_sum(d: jax.Array, sharing: WeightSharing) -> jax.Array:
     return second_moment(_rows_by_group(d))
 
 
+def _output_squares(d: jax.Array, sharing: WeightSharing) -> jax.Array:
+    """The diagonal of `_output_sum`, (G, m)."""
+    if sharing is WeightSharing.REDUCE:
+        d = _reduced(d, 2)
+    return jnp.sum(jnp.square(d), axis=tuple(range(d.ndim - 2)))
+
+
 def _reduced(x: jax.Array, axis: int) -> jax.Array:
     """The sum over positions, zero where no more is left of the terms than rounding.
 
@@ -385,47 +421,81 @@ def _reduced(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _diagonal_sum(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array:
-    """Squared rows of a leaf; within one model it has explicit rows, or layer uses, or is a bias."""
-    factors, total = examples.factors, jnp.zeros(block.shape, blocks.dtype)
-    places = cast("Sequence[Any]", factors.explicit)
-    for rows in (places[place] for place in block.explicit):
-        if rows is not None:
-            total = total + jnp.sum(jnp.square(rows), axis=(0, 1)).astype(blocks.dtype)
+    """Squared rows of a region.
+
+    Within one model it has explicit rows, or layer uses, or is a bias; or several parts of it have, each another kind,
+    where another model does not take them apart.
+    """
+    total = jnp.zeros(block.shape, blocks.dtype)
+    for rows in _small_rows(blocks, block, examples):
+        total = total + jnp.sum(jnp.square(rows), axis=(0, 1))
     if uses := examples.here(block.uses):
         total = total + _formed_squares(blocks, block, examples, uses)
+    return jnp.full_like(total, jnp.mean(total)) if block.scaled else total
+
+
+def _full_sum(blocks: KroneckerBlocks, block: FullBlock, examples: Examples) -> jax.Array:
+    """The sum of the outer products of the rows of a region, (1, size, size)."""
+    rows = region_rows(blocks, block.of, examples)
+    if rows is None:
+        return jnp.zeros(block.output_shape, blocks.dtype)
+    return second_moment(rows.reshape(1, -1, block.size))
+
+
+def region_rows(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> jax.Array | None:
+    """All rows (B, R, *region) of a region, formed; `None` where the model does not use it."""
+    parts = _small_rows(blocks, block, examples)
+    if indices := examples.here(block.uses):
+        uses = _inside(blocks, block, indices)
+        activations = [examples.factors.activations[i] for i in indices]
+        cotangents = [examples.factors.cotangents[i] for i in indices]
+        parts.append(jax.vmap(functools.partial(_formed, uses, block, blocks.dtype))(activations, cotangents))
+    # Rows of one region add up before they are squared.
+    return functools.reduce(jnp.add, parts) if parts else None
+
+
+def _small_rows(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> list[jax.Array]:
+    """The rows (B, R, *region) of what has explicit ones, and of biases; one or the other within one model."""
+    explicit, found = cast("Sequence[Any]", examples.factors.explicit), []
+    for place, entry in block.explicit:
+        if explicit[place] is not None:
+            found.append((explicit[place].astype(blocks.dtype), entry.region.views))
     for i in examples.here(block.bias_of):
         bias = blocks.uses[i].bias
         if bias is not None:
-            total = total + bias.to_leaf(jnp.sum(jnp.square(jnp.sum(factors.cotangents[i], axis=2)), axis=(0, 1)))
-    return total
+            rows = jax.vmap(jax.vmap(bias.to_region))(jnp.sum(examples.factors.cotangents[i], axis=2))
+            found.append((rows * jnp.asarray(bias.scale, rows.dtype), bias.region.views))
+    inside = block.region.inside
+    return [jax.vmap(jax.vmap(functools.partial(back, inside(views))))(rows) for rows, views in found]
 
 
-def formed_rows(
-    blocks: KroneckerBlocks,
-    block: DiagonalBlock,
-    uses: Sequence[LayerUse],
-    a: Sequence[jax.Array],
-    d: Sequence[jax.Array],
+def _inside(blocks: KroneckerBlocks, block: DiagonalBlock, indices: Sequence[int]) -> list[LayerUse]:
+    """Layer uses as those of the region in place of its leaf."""
+    uses = [blocks.uses[i] for i in indices]
+    return [dataclasses.replace(use, views=block.region.inside(use.views)) for use in uses]
+
+
+def _formed(
+    uses: Sequence[LayerUse], block: DiagonalBlock, dtype: np.dtype, a: Sequence[jax.Array], d: Sequence[jax.Array]
 ) -> jax.Array:
-    """The rows (R, *leaf) of one example of a leaf that keeps a diagonal, from its factors at these layer uses."""
-    total = jnp.zeros((d[0].shape[0], *block.shape), blocks.dtype)
+    """The rows (R, *region) of one example, from its activations and cotangents at layer uses."""
+    total = jnp.zeros((d[0].shape[0], *block.shape), dtype)
     for use, x, y in zip(uses, a, d, strict=True):
-        dense = one_hot(use, x, blocks.dtype) if isinstance(use, EmbeddingUse) else x
-        formed = jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest")
-        total = total + jax.vmap(use.to_leaf)(formed)
+        dense = one_hot(use, x, dtype) if isinstance(use, EmbeddingUse) else x
+        total = total + jax.vmap(use.to_leaf)(jnp.einsum("tgn,rtgm->rgnm", dense, y, precision="highest"))
     return total
 
 
 def _formed_squares(
     blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples, indices: Sequence[int]
 ) -> jax.Array:
-    """Squared rows of a leaf whose layer uses disagree about the order of its entries: formed, some examples at a
+    """Squared rows of a region whose layer uses disagree about the order of its entries: formed, some examples at a
     time.
     """
-    uses = [blocks.uses[i] for i in indices]
+    rows = functools.partial(_formed, _inside(blocks, block, indices), block, blocks.dtype)
 
     def some(part: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
-        return jnp.sum(jnp.square(jax.vmap(functools.partial(formed_rows, blocks, block, uses))(*part)), axis=(0, 1))
+        return jnp.sum(jnp.square(jax.vmap(rows)(*part)), axis=(0, 1))
 
     activations = [examples.factors.activations[i] for i in indices]
     cotangents = [examples.factors.cotangents[i] for i in indices]
@@ -455,22 +525,23 @@ class Projection:
 def projections(
     block: KroneckerBlock, examples: Examples, u: jax.Array | None, v: jax.Array | None
 ) -> list[Projection]:
-    """The rows of a block whose activations are not one-hot, U^T (sum_t a d^T) V; `None` is the identity."""
+    """The rows of a block, U^T (sum_t a d^T) V; `None` is the identity."""
 
     def turned(x: jax.Array, basis: jax.Array | None) -> jax.Array:
         return x if basis is None else jnp.einsum("...gn,gnk->...gk", x, basis, precision="highest")
 
     parts: list[Projection] = []
     if uses := examples.here(block.uses):
-        a, d = turned(_activations(block, examples), u), turned(cotangents_of(uses, examples), v)
-        parts.append(Projection("btgk,brtgl->brgkl", a, d))
+        d = cotangents_of(uses, examples)
+        a = _one_hot(block, examples, d.dtype) if block.embedding else _activations(block, examples)
+        parts.append(Projection("btgk,brtgl->brgkl", turned(a, u), turned(d, v)))
     if swapped := examples.here(block.swapped):
         c = turned(_swapped_cotangents(block, examples, swapped), u)
         parts.append(Projection("brtgk,btgl->brgkl", c, turned(_swapped_activations(examples, swapped), v)))
     return parts
 
 
-def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array, v: jax.Array) -> jax.Array:
+def _squares(block: KroneckerBlock, examples: Examples, u: jax.Array | None, v: jax.Array) -> jax.Array:
     parts = projections(block, examples, u, v)
     if not parts:
         return jnp.zeros(block.shape, v.dtype)

@@ -9,7 +9,8 @@ Along the program, every value is the entry of one leaf or of none, and depends 
 
 1. A step that moves entries (`reshape`, `slice`, `split`, a scan's arguments) gives an entry with one more view.
 2. A step that uses them gives a `Use`: `_USES` has one function per primitive. Its outputs are entries of no leaf.
-3. At the end each leaf is judged by all of its uses, and biases join the layer that they follow.
+3. At the end each leaf, or each part of one that enters by itself (`curvax.structure.regions`), is judged by all of its
+   uses, and biases join the layer that they follow.
 
 Of tanh(a W.T / 2 + b), with leaves W (2, 3) and b (2,):
 
@@ -29,7 +30,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,11 @@ from curvax.jaxprs import BARRIER, COND, REMATERIALIZED, SCAN, Path, Program, St
 from curvax.structure.biases import with_biases
 from curvax.structure.branches import joined_branches
 from curvax.structure.entries import AddedUse, Entry, ExplicitUse, ScaledUse, Use
-from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse
-from curvax.structure.views import View, pieces, summand, view_of
+from curvax.structure.regions import Region, regions_of
+from curvax.structure.uses import ConvolutionUse, DenseUse, EmbeddingUse, LayerUse, PartialUse
+from curvax.structure.views import View, beside, pads, pieces, summand, view_of
+
+_Entries: TypeAlias = tuple[Entry, ...]
 
 BIAS, SCALE, NONE, GENERIC = "bias", "scale", "no rows", "explicit rows"
 
@@ -63,41 +67,77 @@ class Structure:
     """The layers of a model.
 
     Attributes:
-      findings: one per leaf, in the order of the leaves.
-      uses: of the leaves that enter through layer uses alone.
+      findings: one per leaf, in the order of the leaves; of a leaf that enters in parts, the worst of them.
+      uses: of the leaves, or parts of leaves, that enter through layer uses alone.
+      regions: those whose rows are formed by reverse mode, as some output depends on them and they have no layer use,
+        and why.
     """
 
     findings: tuple[Finding, ...]
     uses: tuple[LayerUse, ...]
+    regions: tuple[tuple[Region, Finding], ...]
 
     @property
     def explicit(self) -> tuple[int, ...]:
-        """Leaves whose rows are formed by reverse mode: those that some output depends on and that have no layer
-        use.
-        """
-        served = {use.leaf for use in self.uses} | {use.bias.leaf for use in self.uses if use.bias is not None}
-        return tuple(i for i, f in enumerate(self.findings) if f.rule != NONE and i not in served)
+        """The leaves of `regions`."""
+        return tuple(region.leaf for region, _ in self.regions)
 
 
-def recognize(program: Program, shapes: Sequence[tuple[int, ...]]) -> Structure:
+def recognize(program: Program, shapes: Sequence[tuple[int, ...]], parts: bool = False) -> Structure:
     """The structure of a model.
 
     Args:
       program: the model on one example, with the parameter leaves as first arguments.
       shapes: of the parameter leaves.
+      parts: whether leaves are judged in parts, and biases may be scaled. False by default: rows are laid out as
+        leaves are. Blocks of curvature are not.
     """
     # 1, 2. Along the program.
     by_leaf = _collected(program, shapes)
-    # 3. Leaf by leaf.
-    findings = [_judged(shape, of) for shape, of in zip(shapes, by_leaf, strict=True)]
-    used = [(leaf, of) for leaf, of in enumerate(by_leaf) if findings[leaf].rule != NONE]
-    layers = [use for _, of in used for use in _layers_alone(of)]
-    biases = {leaf: of[0] for leaf, of in used if len(of) == 1 and isinstance(of[0], AddedUse)}
-    layers = with_biases(program, layers, biases)
+    # 3. Region by region.
+    judged: dict[Region, Finding] = {}
+    layers: list[LayerUse] = []
+    biases: dict[Region, AddedUse] = {}
+    for leaf, (shape, uses) in enumerate(zip(shapes, by_leaf, strict=True)):
+        for region, of in _by_region(leaf, shape, uses, parts).items():
+            judged[region] = _judged(region.shape, of)
+            if judged[region].rule != NONE:
+                layers += _layers_alone(of)
+                if len(of) == 1 and isinstance(of[0], AddedUse):
+                    biases[region] = of[0]
+    layers = with_biases(program, layers, biases, scales=parts)
+    served = {region for region in judged if any(_serves(use, region) for use in layers)}
     for use in layers:
         if use.bias is not None:
-            findings[use.bias.leaf] = Finding(BIAS, f"added to the output of a {use.rule} layer")
-    return Structure(tuple(findings), tuple(layers))
+            judged[use.bias.region] = Finding(BIAS, f"added to the output of a {use.rule} layer")
+            served.add(use.bias.region)
+    findings = [_worst([f for region, f in judged.items() if region.leaf == leaf]) for leaf in range(len(shapes))]
+    explicit = tuple((region, f) for region, f in judged.items() if f.rule != NONE and region not in served)
+    return Structure(tuple(findings), tuple(layers), explicit)
+
+
+def _by_region(leaf: int, shape: tuple[int, ...], uses: Sequence[Use], parts: bool) -> dict[Region, list[Use]]:
+    """The uses of each region of a leaf; of the leaf as a whole, if there are none or parts do not matter."""
+    if not parts or not uses:
+        return {Region.of(leaf, shape): list(uses)}
+    by_region: dict[Region, list[Use]] = collections.defaultdict(list)
+    for views, use in zip(regions_of([_views_of(use) for use in uses]), uses, strict=True):
+        by_region[Region.of(leaf, shape, views)].append(use)
+    return dict(by_region)
+
+
+def _views_of(use: Use) -> tuple[View, ...]:
+    return use.views if isinstance(use, LayerUse) else use.entry.views
+
+
+def _serves(use: LayerUse, region: Region) -> bool:
+    """Whether it is a layer use of entries of the region."""
+    return use.leaf == region.leaf and use.views[: len(region.views)] == region.views
+
+
+def _worst(findings: Sequence[Finding]) -> Finding:
+    """Of the regions of a leaf."""
+    return next((finding for finding in findings if finding.rule == GENERIC), findings[0])
 
 
 def _layers_alone(uses: Sequence[Use]) -> list[LayerUse]:
@@ -158,11 +198,11 @@ class _Operand:
     """What a value is to the parameters.
 
     Attributes:
-      entry: the leaf that it is made of alone, or `None`.
+      entries: the leaf that it is made of, or the leaves that stand beside one another in it; none if it is no such.
       parameters_only: whether it depends on parameters and constants at most, and not on the inputs.
     """
 
-    entry: Entry | None = None
+    entries: tuple[Entry, ...] = ()
     parameters_only: bool = True
 
 
@@ -170,9 +210,9 @@ def _collected(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[list
     """Per leaf its uses, in the order of the program."""
     walk = _Walk(shapes)
     inputs = len(program.arguments) - len(shapes)
-    leaves = [_Operand(Entry(leaf)) for leaf in range(len(shapes))]
-    for entry in walk.program(program, [*leaves, *[_Operand(None, parameters_only=False)] * inputs], ()):
-        walk.explicit(entry, "it is an output itself")
+    leaves = [_Operand((Entry(leaf),)) for leaf in range(len(shapes))]
+    for entries in walk.program(program, [*leaves, *[_Operand((), parameters_only=False)] * inputs], ()):
+        walk.explicit(entries, "it is an output itself")
     return [walk.uses[leaf] for leaf in range(len(shapes))]
 
 
@@ -183,8 +223,8 @@ class _Walk:
         self.shapes = shapes
         self.uses: dict[int, list[Use]] = collections.defaultdict(list)
 
-    def program(self, program: Program, arguments: Sequence[_Operand], path: Path) -> list[Entry | None]:
-        """Follows entries through a program; returns what its results are. A result that is an entry is no use.
+    def program(self, program: Program, arguments: Sequence[_Operand], path: Path) -> list[_Entries]:
+        """Follows entries through a program; returns what its results are. A result that has entries is no use.
 
         Args:
           program: the program.
@@ -195,39 +235,53 @@ class _Walk:
         def follow(index: int, step: Step, operands: list[_Operand]) -> list[_Operand]:
             # A use through which no derivative passes leaves no trace in the Jacobian, and is none.
             operands = [
-                o if through else _Operand(None, o.parameters_only)
+                o if through else _Operand((), o.parameters_only)
                 for o, through in zip(operands, step.differentiated, strict=True)
             ]
-            outputs: Sequence[Entry | None] = ()
-            if any(o.entry is not None for o in operands):
+            outputs: Sequence[_Entries] = ()
+            if any(o.entries for o in operands):
                 outputs = _followed(self, step, operands, (*path, index))
             fixed = all(o.parameters_only for o in operands)
-            rest = [None] * (len(step.outputs) - len(outputs))
-            return [_Operand(entry, fixed) for entry in (*outputs, *rest)]
+            rest: list[_Entries] = [()] * (len(step.outputs) - len(outputs))
+            return [_Operand(entries, fixed) for entries in (*outputs, *rest)]
 
-        return [operand.entry for operand in forward(program, arguments, follow, lambda *_: _Operand())[0]]
+        return [operand.entries for operand in forward(program, arguments, follow, lambda *_: _Operand())[0]]
 
-    def explicit(self, entry: Entry | None, reason: str) -> None:
-        """A use that leaves the leaf to reverse mode, if it is the entry of a leaf."""
-        if entry is not None:
+    def explicit(self, entries: _Entries, reason: str) -> None:
+        """A use that leaves leaves to reverse mode."""
+        for entry in entries:
             self.uses[entry.leaf].append(ExplicitUse(entry, reason))
 
 
-def _followed(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> Sequence[Entry | None]:
+def _followed(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> Sequence[_Entries]:
     """What the outputs of a step are; those that are missing at the end are entries of no leaf."""
     if step.primitive in _CONTROL:
         return _CONTROL[step.primitive](walk, step, operands, path)
-    entries = [(i, o.entry) for i, o in enumerate(operands) if o.entry is not None]
-    if len(entries) == 1 and entries[0][1].spread is None:
-        views = _views(step, entries[0][0], all(o.parameters_only for o in operands))
+    having = [(i, o.entries) for i, o in enumerate(operands) if o.entries]
+    spread = any(entry.spread is not None for _, entries in having for entry in entries)
+    fixed = all(o.parameters_only for o in operands)
+    if step.primitive in _BESIDE and fixed and not spread and _floating(step):
+        return [tuple(e.through(beside(step.eqn, i)) for i, entries in having for e in entries)]
+    if len(having) == 1 and not spread:
+        (operand, entries) = having[0]
+        views = _views(step, operand, fixed)
         if views is not None:
-            return [entries[0][1].through(of_output) for of_output in views]
+            return [tuple(entry.through(of_output) for entry in entries) for of_output in views]
         if step.primitive == "broadcast_in_dim":
-            return [dataclasses.replace(entries[0][1], spread=step)]
-    for operand, entry in entries:
-        rule = _USES.get(step.primitive, _unknown)
-        walk.uses[entry.leaf].append(rule(_Place(step, operand, entry, path, walk.shapes[entry.leaf])))
+            return [tuple(dataclasses.replace(entry, spread=step) for entry in entries)]
+    for operand, entries in having:
+        for entry in entries:
+            rule = _USES.get(step.primitive, _unknown)
+            walk.uses[entry.leaf].append(rule(_Place(step, operand, entry, path, walk.shapes[entry.leaf])))
     return ()
+
+
+def _floating(step: Step) -> bool:
+    """Whether all operands and results are floating-point numbers."""
+    return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (*step.input_avals, *step.output_avals))
+
+
+_BESIDE = frozenset({"concatenate", "stack"})
 
 
 def _views(step: Step, operand: int, parameters_only: bool) -> list[tuple[View, ...]] | None:
@@ -241,16 +295,16 @@ def _views(step: Step, operand: int, parameters_only: bool) -> list[tuple[View, 
     return None if views is None else [views]
 
 
-def _barrier(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+def _barrier(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[_Entries]:
     del walk, step, path
-    return [operand.entry for operand in operands]
+    return [operand.entries for operand in operands]
 
 
-def _rematerialized(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+def _rematerialized(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[_Entries]:
     return walk.program(step.bodies[0], operands, path)
 
 
-def _scan(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+def _scan(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[_Entries]:
     """A constant, a carry that never changes, or one slice of stacked weights per iteration."""
     body, length = step.bodies[0], step.eqn.params["length"]
     consts, carried = scan_counts(step.eqn)
@@ -259,30 +313,30 @@ def _scan(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> 
         return consts <= i < consts + carried and body.results[i - consts] != body.arguments[i]
 
     def inside(i: int, operand: _Operand) -> _Operand:
-        entry, stacked = operand.entry, i >= consts + carried
+        entries, stacked = operand.entries, i >= consts + carried
         if changes(i):
-            walk.explicit(entry, "a scan changes it")
-            return _Operand(None, parameters_only=False)
-        if entry is not None and entry.spread is not None and stacked:
-            walk.explicit(entry, "it is repeated before a scan goes through it")
-            entry = None
-        return dataclasses.replace(operand, entry=None if entry is None else entry.inside(length, stacked))
+            walk.explicit(entries, "a scan changes it")
+            return _Operand((), parameters_only=False)
+        if stacked and any(entry.spread is not None for entry in entries):
+            walk.explicit(entries, "it is repeated before a scan goes through it")
+            entries = ()
+        return dataclasses.replace(operand, entries=tuple(entry.inside(length, stacked) for entry in entries))
 
     results = walk.program(body, [inside(i, operand) for i, operand in enumerate(operands)], path)
-    for entry in results[carried:]:
-        walk.explicit(entry, "a scan stacks it")
+    for entries in results[carried:]:
+        walk.explicit(entries, "a scan stacks it")
     # What was carried unchanged is after the scan what it was before.
-    after: list[Entry | None] = []
+    after: list[_Entries] = []
     for i in range(consts, consts + carried):
         if changes(i):
             walk.explicit(results[i - consts], "a scan carries it on")
-        after.append(None if changes(i) else operands[i].entry)
+        after.append(() if changes(i) else operands[i].entries)
     return after
 
 
-def _branches(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[Entry | None]:
+def _branches(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path) -> list[_Entries]:
     """The predicate is the same for all examples, or this were no branch (`batch_axis`)."""
-    walk.explicit(operands[0].entry, "it chooses a branch")
+    walk.explicit(operands[0].entries, "it chooses a branch")
     fixed = operands[0].parameters_only
     inside = [dataclasses.replace(o, parameters_only=o.parameters_only and fixed) for o in operands[1:]]
     walks = [_Walk(walk.shapes) for _ in step.bodies]
@@ -292,16 +346,16 @@ def _branches(walk: _Walk, step: Step, operands: Sequence[_Operand], path: Path)
     ]
     for leaf, uses in joined_branches([own.uses for own in walks]).items():
         walk.uses[leaf] += uses
-    after: list[Entry | None] = []
+    after: list[_Entries] = []
     for each in zip(*results, strict=True):
-        alike = all(entry == each[0] for entry in each)
-        after.append(each[0] if alike else None)
-        for entry in () if alike else each:
-            walk.explicit(entry, "a branch returns it")
+        alike = all(entries == each[0] for entries in each)
+        after.append(each[0] if alike else ())
+        for entries in () if alike else each:
+            walk.explicit(entries, "a branch returns it")
     return after
 
 
-_CONTROL: dict[str, Callable[[_Walk, Step, Sequence[_Operand], Path], list[Entry | None]]] = {
+_CONTROL: dict[str, Callable[[_Walk, Step, Sequence[_Operand], Path], list[_Entries]]] = {
     **dict.fromkeys(REMATERIALIZED, _rematerialized),
     SCAN: _scan,
     COND: _branches,
@@ -342,8 +396,7 @@ class _Place:
     @property
     def floating(self) -> bool:
         """Whether all operands and results are floating-point numbers."""
-        avals = (*self.step.input_avals, *self.step.output_avals)
-        return all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+        return _floating(self.step)
 
     def common(self, activation: int) -> dict[str, Any]:
         """What all layer uses say, with the activations at this operand."""
@@ -365,9 +418,9 @@ class _Place:
 def _added(at: _Place) -> Use:
     spread, operand = at.entry.spread, at.operand
     if spread is None:
-        return AddedUse(at.entry, at.path, operand, at.leaf_shape, None, at.step.input_avals[operand].shape)
+        return AddedUse(at.entry, at.path, operand, None, at.step.input_avals[operand].shape)
     dimensions = tuple(spread.eqn.params["broadcast_dimensions"])
-    return AddedUse(at.entry, at.path, operand, at.leaf_shape, dimensions, spread.input_avals[0].shape)
+    return AddedUse(at.entry, at.path, operand, dimensions, spread.input_avals[0].shape)
 
 
 def _multiplied(at: _Place) -> Use:
@@ -383,7 +436,15 @@ def _dense(at: _Place) -> Use:
         return at.explicit(at.objection)
     if not at.floating:
         return at.explicit("it is not multiplied by floating-point numbers")
-    return DenseUse(**at.common(1 - at.operand), numbers=at.step.eqn.params["dimension_numbers"])
+    return _part(at, DenseUse(**at.common(1 - at.operand), numbers=at.step.eqn.params["dimension_numbers"]))
+
+
+def _part(at: _Place, use: DenseUse | ConvolutionUse) -> Use:
+    """The layer use, or what the leaf has of it where it is put beside others."""
+    if not pads(use.views):
+        return use
+    part = PartialUse.of(use, at.leaf_shape)
+    return at.explicit("it is spread over the weights of a layer") if part is None else part
 
 
 def _convolution(at: _Place) -> Use:
@@ -395,12 +456,12 @@ def _convolution(at: _Place) -> Use:
         return at.explicit("the convolution has batch groups")
     if not at.floating:
         return at.explicit("it is not multiplied by floating-point numbers")
-    return ConvolutionUse(**at.common(0), params=at.step.eqn.params)
+    return _part(at, ConvolutionUse(**at.common(0), params=at.step.eqn.params))
 
 
 def _embedding(at: _Place) -> Use:
-    if at.objection:
-        return at.explicit(at.objection)
+    if at.objection or pads(at.entry.views):
+        return at.explicit(at.objection or "a lookup is in a table that it is a part of")
     params, step = at.step.eqn.params, at.step
     numbers, table, out = params["dimension_numbers"], step.input_avals[0].shape, step.output_avals[0].shape
     whole_rows = (

@@ -54,11 +54,13 @@ class Hooks:
       added: what to add to the first output of a step.
       given: what to take for the first output of a step, which is then not evaluated.
       recorded: places whose values are wanted.
+      constant: operands through which no derivative is to pass.
     """
 
     added: Mapping[Path, jax.Array] = dataclasses.field(default_factory=dict)
     given: Mapping[Path, jax.Array] = dataclasses.field(default_factory=dict)
     recorded: frozenset[Place] = frozenset()
+    constant: frozenset[Place] = frozenset()
 
     def inside(self, index: int) -> Hooks:
         """What of it concerns the body of a step, or a branch of one."""
@@ -66,8 +68,10 @@ class Hooks:
         def below(values: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
             return {path[1:]: x for path, x in values.items() if path[0] == index and len(path) > 1}
 
-        recorded = frozenset((path[1:], i) for path, i in self.recorded if path[0] == index and len(path) > 1)
-        return Hooks(below(self.added), below(self.given), recorded)
+        def within(places: frozenset[Place]) -> frozenset[Place]:
+            return frozenset((path[1:], i) for path, i in places if path[0] == index and len(path) > 1)
+
+        return Hooks(below(self.added), below(self.given), within(self.recorded), within(self.constant))
 
 
 def replay(program: Program, arguments: Sequence[Any], hooks: Hooks) -> tuple[list[Any], Records]:
@@ -77,6 +81,7 @@ def replay(program: Program, arguments: Sequence[Any], hooks: Hooks) -> tuple[li
     def evaluated(index: int, step: Step, operands: list[Any]) -> list[Any]:
         path = (index,)
         records.update({(path, i): x for i, x in enumerate(operands) if (path, i) in hooks.recorded})
+        operands = [jax.lax.stop_gradient(x) if (path, i) in hooks.constant else x for i, x in enumerate(operands)]
         if path in hooks.given:
             produced = [hooks.given[path]]
         elif step.primitive == COND:
@@ -98,7 +103,7 @@ def replay(program: Program, arguments: Sequence[Any], hooks: Hooks) -> tuple[li
 
 def _replay_branches(step: Step, operands: Sequence[Any], hooks: Hooks) -> tuple[list[Any], Records]:
     """The branch that is taken; what others were to record is zero."""
-    if not (hooks.added or hooks.given or hooks.recorded):
+    if not (hooks.added or hooks.given or hooks.recorded or hooks.constant):
         return bind(step.eqn, operands), {}
     which, *rest = operands
 
@@ -128,7 +133,7 @@ def _replay_body(step: Step, body: Program, operands: Sequence[Any], hooks: Hook
     params = step.eqn.params
 
     def run(operands: Sequence[Any], added: Any, given: Any) -> tuple[list[Any], Records]:
-        return replay(body, operands, Hooks(added, given, hooks.recorded))
+        return replay(body, operands, Hooks(added, given, hooks.recorded, hooks.constant))
 
     if step.primitive != SCAN:
         saved = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])

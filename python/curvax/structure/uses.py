@@ -24,32 +24,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.jaxprs import Path
-from curvax.structure.views import View, back, factor, squared, through
+from curvax.structure.regions import Region
+from curvax.structure.views import View, back, factor, squared, through, unscaled
 
 DENSE, CONVOLUTION, EMBEDDING = "dense", "convolution", "embedding"
+
+# Numbering the entries of an operand costs time and memory at planning.
+_MOST_ENTRIES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """A leaf that is nothing but a bias of a layer use's output.
+    """A leaf, or a part of one, that is nothing but a bias of a layer use's output.
 
     Attributes:
-      leaf: its index.
-      shape: its shape.
+      region: the leaf, or the part of one.
       order: (G m,): which of its entries is added to which output.
+      scale: the number that an entry has been multiplied with where it meets the output: -1 of one that is subtracted.
     """
 
-    leaf: int
-    shape: tuple[int, ...]
+    region: Region
     order: np.ndarray = dataclasses.field(compare=False)
+    scale: float = 1.0
+
+    @property
+    def leaf(self) -> int:
+        """Index of the leaf."""
+        return self.region.leaf
 
     def to_leaf(self, outputs: jax.Array) -> jax.Array:
-        """(G, m) as the leaf."""
-        return outputs.reshape(-1)[np.argsort(self.order)].reshape(self.shape)
+        """(G, m) at its places in the leaf."""
+        return self.region.put(self.to_region(outputs))
+
+    def to_region(self, outputs: jax.Array) -> jax.Array:
+        """(G, m) as the region."""
+        return outputs.reshape(-1)[np.argsort(self.order)].reshape(self.region.shape)
 
     def from_leaf(self, leaf: jax.Array) -> jax.Array:
         """The leaf's entries in the order of the outputs, (G m,)."""
-        return leaf.reshape(-1)[self.order]
+        return self.region.take(leaf).reshape(-1)[self.order]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +147,7 @@ class LayerUse(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def entry_order(self) -> tuple[int, ...]:
+    def entry_order(self) -> tuple[Any, ...]:
         """What `to_operand` depends on beside the shapes: equal orders lay blocks out alike."""
 
     def to_leaf(self, block: jax.Array) -> jax.Array:
@@ -369,7 +382,7 @@ class ConvolutionUse(LayerUse):
         x = operand.transpose((*range(depth), *(depth + i for i in spec)))
         groups, n, m = self._groups, *self.block[1:]
         x = x.reshape((*x.shape[:depth], groups, m, n))
-        return jnp.swapaxes(x, -1, -2).reshape(self.block)
+        return x.swapaxes(-1, -2).reshape(self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,6 +439,90 @@ class EmbeddingUse(LayerUse):
 
     def from_operand(self, operand: jax.Array) -> jax.Array:
         return operand.reshape(self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialUse(LayerUse):
+    """A layer use of a leaf that is only a part of the operand: some of its groups, inputs and outputs.
+
+    Of h = a [W V], with W (3, 2) and V (3, 4): V has all inputs, and the outputs 2 to 5.
+
+    Attributes:
+      whole: the layer use of all of the operand.
+      groups, inputs, outputs: which of them the leaf has.
+    """
+
+    whole: DenseUse | ConvolutionUse | None = None
+    groups: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(whole: DenseUse | ConvolutionUse, leaf_shape: tuple[int, ...]) -> PartialUse | None:
+        """What a leaf has of an operand that its views pad; `None` if it is no block of groups, inputs, outputs."""
+        if math.prod(whole.block) > _MOST_ENTRIES:
+            return None
+        numbers = np.arange(1, math.prod(leaf_shape) + 1, dtype=np.int64).reshape(leaf_shape)
+        mine = np.asarray(whole.from_operand(through(unscaled(whole.views), numbers)))
+        groups, inputs, outputs = (
+            tuple(int(i) for i in np.flatnonzero(mine.any(axis=axes))) for axes in ((1, 2), (0, 2), (0, 1))
+        )
+        block = mine[np.ix_(groups, inputs, outputs)]
+        if not block.all() or len(np.unique(block)) != block.size:
+            return None
+        common = {f.name: getattr(whole, f.name) for f in dataclasses.fields(LayerUse)}
+        return PartialUse(**common, whole=whole, groups=groups, inputs=inputs, outputs=outputs)
+
+    @property
+    def of_whole(self) -> DenseUse | ConvolutionUse:
+        """`whole`, which is always there."""
+        if self.whole is None:
+            raise AssertionError("a part is one of a whole.")
+        return self.whole
+
+    @property
+    def rule(self) -> str:
+        return self.of_whole.rule
+
+    @property
+    def activation(self) -> int:
+        return self.of_whole.activation
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return len(self.groups), len(self.inputs), len(self.outputs)
+
+    @property
+    def positions(self) -> int:
+        return self.of_whole.positions
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        return self.of_whole.position_axes
+
+    def activations(self, recorded: jax.Array) -> jax.Array:
+        return self.of_whole.activations(recorded)[:, np.array(self.groups)][..., np.array(self.inputs)]
+
+    def cotangents(self, d: Any) -> Any:
+        return self.of_whole.cotangents(d)[:, np.array(self.groups)][..., np.array(self.outputs)]
+
+    def to_operand(self, block: jax.Array) -> jax.Array:
+        return self.of_whole.to_operand(jnp.zeros(self.of_whole.block, block.dtype).at[self._places].set(block))
+
+    def from_operand(self, operand: jax.Array) -> jax.Array:
+        return self.of_whole.from_operand(operand)[self._places]
+
+    @property
+    def _places(self) -> tuple[np.ndarray, ...]:
+        return np.ix_(self.groups, self.inputs, self.outputs)
+
+    def same_layout(self, other: PartialUse) -> bool:
+        places = (self.groups, self.inputs, self.outputs) == (other.groups, other.inputs, other.outputs)
+        return places and same_entries(self.of_whole, other.of_whole)
+
+    @property
+    def entry_order(self) -> tuple[Any, ...]:
+        return (*self.of_whole.entry_order, self.groups, self.inputs, self.outputs)
 
 
 def same_entries(a: LayerUse, b: LayerUse) -> bool:

@@ -1,9 +1,9 @@
 """Equations that only rearrange or scale the entries of an array: how they act, and their adjoints.
 
-On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast
-or scaled. The gradient of the leaf is that of the product's operand, sent back through the adjoints of these maps in
-reverse order. Casts between floating dtypes are left out: gradients stay in the accumulation dtype that they are made
-in.
+On its way from the parameter tree to the product that multiplies with it, a leaf is reshaped, transposed, sliced, cast,
+scaled, or put beside others: of `concatenate [W V]` each is an array with zeros in the place of the other. The gradient
+of the leaf is that of the product's operand, sent back through the adjoints of these maps in reverse order. Casts
+between floating dtypes are left out: gradients stay in the accumulation dtype that they are made in.
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ class Slice(View):
         return x[self._index]
 
     def adjoint(self, x: jax.Array) -> jax.Array:
-        return jnp.zeros(self.before, x.dtype).at[self._index].set(x)
+        return self.replaced(jnp.zeros(self.before, x.dtype), x)
+
+    def replaced(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """An array with another part in its place."""
+        if all(stride == 1 for stride in self.strides):
+            return jax.lax.dynamic_update_slice(x, part, self.starts)
+        return x.at[self._index].set(part)
 
     @property
     def box(self) -> tuple[tuple[int, int, int], ...]:
@@ -102,6 +108,36 @@ class Slice(View):
     @property
     def _index(self) -> tuple[slice, ...]:
         return tuple(slice(*bounds) for bounds in self.box)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pad(View):
+    """Entries with zeros around and between them.
+
+    Attributes:
+      before, after: shapes.
+      starts, strides: per axis the place of the first entry, and from one to the next.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    starts: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            padded = np.zeros(self.after, x.dtype)
+            padded[self._index] = x
+            return padded
+        return jnp.zeros(self.after, x.dtype).at[self._index].set(x)
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        return x[self._index]
+
+    @property
+    def _index(self) -> tuple[slice, ...]:
+        places = zip(self.starts, self.before, self.strides, strict=True)
+        return tuple(slice(start, start + (size - 1) * stride + 1, stride) for start, size, stride in places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +190,8 @@ def view_of(eqn: Any, operand: int) -> tuple[View, ...] | None:
         return (Scale(-1.0),)
     if name in ("slice", "dynamic_slice"):
         return _slice(eqn, operand)
+    if name == "pad":
+        return _pad(eqn, operand)
     if name in ("mul", "div"):
         return _scale(eqn, operand)
     return None
@@ -168,6 +206,20 @@ def pieces(eqn: Any) -> list[tuple[View, ...]]:
         parts.append((Slice(shape, starts, limits, (1,) * len(shape)),))
         start += size
     return parts
+
+
+def beside(eqn: Any, operand: int) -> tuple[View, ...]:
+    """The views by which a `concatenate` or `stack` follows from one of its operands, all others being zero."""
+    before, after = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
+    if eqn.primitive.name == "stack":
+        axis, start = eqn.params["axis"] % len(after), operand
+        one = (*before[:axis], 1, *before[axis:])
+        views, before = (Reshape(before, one),), one
+    else:
+        axis = eqn.params["dimension"]
+        start, views = sum(v.aval.shape[axis] for v in eqn.invars[:operand]), ()
+    starts = tuple(start if i == axis else 0 for i in range(len(after)))
+    return (*views, Pad(before, after, starts, (1,) * len(after)))
 
 
 def summand(eqn: Any, operand: int) -> tuple[View, ...] | None:
@@ -207,6 +259,11 @@ def factor(views: Sequence[View]) -> float:
     return math.prod(_factor(view) for view in views)
 
 
+def pads(views: Sequence[View]) -> bool:
+    """Whether there is more in the result than entries of the array."""
+    return any(pads([view.view]) if isinstance(view, Stacked) else isinstance(view, Pad) for view in views)
+
+
 def _factor(view: View) -> float:
     if isinstance(view, Stacked):
         return _factor(view.view)
@@ -232,8 +289,14 @@ def disjoint(first: Sequence[View], second: Sequence[View]) -> bool:
             continue
         if a.box is None or b.box is None:
             return False
-        return any(low >= end or start >= limit for (start, end, _), (low, limit, _) in zip(a.box, b.box, strict=True))
+        return any(_apart(*axis) for axis in zip(a.box, b.box, strict=True))
     return False
+
+
+def _apart(first: tuple[int, int, int], second: tuple[int, int, int]) -> bool:
+    """Whether two (start, limit, stride) have no number in common, as far as ranges and equal strides tell."""
+    (start, end, stride), (low, limit, other) = first, second
+    return low >= end or start >= limit or (stride == other and (start - low) % stride != 0)
 
 
 def _floating(aval: Any) -> bool:
@@ -254,6 +317,15 @@ def _slice(eqn: Any, operand: int) -> tuple[View, ...] | None:
     starts = tuple(min(max(int(v.val), 0), d - size) for v, d, size in zip(eqn.invars[1:], shape, out, strict=True))
     limits = tuple(start + size for start, size in zip(starts, out, strict=True))
     return (Slice(shape, starts, limits, (1,) * len(shape)),)
+
+
+def _pad(eqn: Any, operand: int) -> tuple[View, ...] | None:
+    """Around an array; what the rest is filled with is a constant."""
+    config, shape = eqn.params["padding_config"], eqn.invars[0].aval.shape
+    if operand != 0 or not math.prod(shape) or any(low < 0 or high < 0 for low, high, _ in config):
+        return None
+    starts, strides = tuple(int(low) for low, _, _ in config), tuple(int(inner) + 1 for _, _, inner in config)
+    return (Pad(shape, eqn.outvars[0].aval.shape, starts, strides),)
 
 
 def _scale(eqn: Any, operand: int) -> tuple[View, ...] | None:

@@ -15,15 +15,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.output_space import IdentityCurvature
-from curvax.structure.blocks import DiagonalBlock, KroneckerBlock, KroneckerBlocks, Wiring
+from curvax.structure.blocks import FullBlock, KroneckerBlock, KroneckerBlocks, Wiring
 from curvax.structure.capture import Capture, Factors
-from curvax.structure.kronecker import Examples, cotangents_of, formed_rows, indices_of, projections
+from curvax.structure.kronecker import Examples, cotangents_of, indices_of, projections, region_rows
 from curvax.structure.rows import example_factors
 from curvax.tree import PyTree
 
@@ -57,7 +57,7 @@ def weighted_grams(
       max_bytes: bound on the memory of the factors and rows of the examples that are alive at once; at least one is.
     """
     make = example_factors(captured, params, jax.tree.leaves(inputs), IdentityCurvature(outputs))
-    wiring = Wiring.of(captured.structure.uses, captured.structure.explicit)
+    wiring = Wiring.of(captured.structure.uses, [region for region, _ in captured.structure.regions])
     Examples(Factors([], [], []), [], wiring).check(by.blocks)
 
     def one(index: jax.Array) -> jax.Array:
@@ -75,12 +75,14 @@ def weighted_grams(
 def _grams(examples: Examples, by: BlockDiagonal) -> jax.Array:
     total: jax.Array | None = None
     for block, (u, v), values in zip(by.blocks.kronecker, by.bases, by.values, strict=True):
-        part = (_looked_up if block.embedding else _layer)(block, examples, u, v, values)
-        total = part if total is None or part is None else total + part
+        if isinstance(block, FullBlock):
+            part = _region(region_rows(by.blocks, block.of, examples), v, values)
+        else:
+            part = (_looked_up if block.embedding and not block.swapped else _layer)(block, examples, u, v, values)
+        total = part if total is None else total if part is None else total + part
     for block, values in zip(by.blocks.diagonal, by.diagonal, strict=True):
-        for rows in _leaf_rows(by.blocks, block, examples):
-            part = _weighted(rows.reshape(*rows.shape[:2], -1), values.reshape(-1))
-            total = part if total is None else total + part
+        part = _region(region_rows(by.blocks, block, examples), None, values)
+        total = part if total is None else total if part is None else total + part
     if total is None:
         raise AssertionError("a model with parameters has blocks.")
     return total
@@ -89,6 +91,16 @@ def _grams(examples: Examples, by: BlockDiagonal) -> jax.Array:
 def _weighted(rows: jax.Array, values: jax.Array) -> jax.Array:
     """(B, R, R) of rows (B, R, N)."""
     return jnp.einsum("brn,n,bsn->brs", rows, values, rows, precision="highest")
+
+
+def _region(rows: jax.Array | None, v: jax.Array | None, values: jax.Array) -> jax.Array | None:
+    """Of a region whose rows (B, R, *region) are formed; `None` where the model does not use it."""
+    if rows is None:
+        return None
+    flat = rows.reshape(*rows.shape[:2], -1)
+    if v is not None:
+        flat = jnp.einsum("brm,ml->brl", flat, v[0], precision="highest")
+    return _weighted(flat, values.reshape(-1))
 
 
 def _layer(
@@ -122,18 +134,3 @@ def _looked_up(
     at = jnp.take(values[0], indices, axis=0, mode="fill", fill_value=0)
     together = jnp.einsum("btu,brul,btl->brtl", same, d, at, precision="highest")
     return jnp.einsum("brtl,bstl->brs", d, together, precision="highest")
-
-
-def _leaf_rows(blocks: KroneckerBlocks, block: DiagonalBlock, examples: Examples) -> list[jax.Array]:
-    """Rows (B, R, *leaf) of a leaf that keeps a diagonal: it is explicit, or a leaf of layer uses, or a bias."""
-    factors = examples.factors
-    places = cast("list[Any]", factors.explicit)
-    found = [rows for rows in (places[place] for place in block.explicit) if rows is not None]
-    if uses := examples.here(block.uses):
-        chosen = [blocks.uses[i] for i in uses]
-        a, d = [factors.activations[i] for i in uses], [factors.cotangents[i] for i in uses]
-        found.append(jax.vmap(functools.partial(formed_rows, blocks, block, chosen))(a, d))
-    biases = [(blocks.uses[i].bias, factors.cotangents[i]) for i in examples.here(block.bias_of)]
-    summed = [jax.vmap(jax.vmap(bias.to_leaf))(jnp.sum(d, axis=2)) for bias, d in biases if bias is not None]
-    # Rows of one leaf add up before they are squared.
-    return [functools.reduce(jnp.add, [*found, *summed])] if found or summed else []

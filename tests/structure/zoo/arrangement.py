@@ -25,13 +25,13 @@ def outer_broadcast(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ w) @ jnp.tile(p["v"], (2, 1))
 
 
-@model("weights joined", (2, 3), dict(w=explicit(3, 2), v=explicit(3, 2), b=explicit(2), c=explicit(2)))
+@model("weights joined", (2, 3), dict(w=dense(3, 2), v=dense(3, 2), b=bias(2), c=bias(2)))
 def concatenated(p: Any, x: jax.Array) -> jax.Array:
     """Weights joined before one product."""
     return jnp.tanh(x @ jnp.concatenate([p["w"], p["v"]], axis=1) + jnp.concatenate([p["b"], p["c"]]))
 
 
-@model("weights padded", (3,), dict(w=explicit(3, 4), b=explicit(2)))
+@model("weights padded", (3,), dict(w=dense(3, 4), b=bias(2)))
 def padded(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.pad(x, ((0, 0), (0, 1))) @ jnp.pad(p["w"], ((1, 0), (0, 0))) + jnp.pad(p["b"], (1, 1)))
 
@@ -41,6 +41,6 @@ def flipped(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.flip(x @ p["w"][::-1, ::-1], -1) + jnp.flip(p["b"]))
 
 
-@model("weights rolled and permuted", (3,), dict(w=explicit(3, 3), v=embedding(3, 2)))
+@model("weights rolled and permuted", (3,), dict(w=dense(3, 3), v=embedding(3, 2)))
 def rotated(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ jnp.roll(p["w"], 1, axis=1)) @ p["v"][np.asarray([2, 0, 1])]

@@ -74,7 +74,7 @@ def stacked_remat(p: Any, x: jax.Array) -> jax.Array:
     return lax.scan(jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable), x, p)[0]
 
 
-@model("layers of a list, stacked", (3,), [dict(w=explicit(3, 3), b=explicit(3))] * 2)
+@model("layers of a list, stacked", (3,), [dict(w=dense(3, 3), b=bias(3))] * 2)
 def stacked_list(p: Any, x: jax.Array) -> jax.Array:
     """Layers of a list, stacked and scanned."""
     return stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *p), x)
