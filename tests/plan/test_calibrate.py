@@ -65,17 +65,16 @@ def test_a_plan_names_the_calibration_and_predicts_from_it(folder):
         assert 50 * fast.seconds < slower.seconds < 150 * fast.seconds
 
 
+RATES = dataclasses.asdict(machine.CPU)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"name": "x", "flops": 1}', "with a negative rate", "with a word for a rate"]
+    "text",
+    ["", "{}", "[1]", '{"name": "x"}', json.dumps(RATES | {"flops": -1.0}), json.dumps(RATES | {"flops": "fast"})],
+    ids=["empty", "nothing", "a list", "a name", "a negative rate", "a word for a rate"],
 )
 def test_a_calibration_that_cannot_be_read_is_an_error_with_its_mend(folder, text):
-    path = machine.store(machine.CPU)
-    values = dataclasses.asdict(machine.CPU)
-    text = {
-        "with a negative rate": json.dumps(values | {"flops": -1.0}),
-        "with a word for a rate": json.dumps(values | {"flops": "fast"}),
-    }.get(text, text)
-    path.write_text(text)
+    machine.store(machine.CPU).write_text(text)
     with pytest.raises(ValueError, match="run `curvax calibrate` again"):
         machine.machine()
 

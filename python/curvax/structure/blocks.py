@@ -169,6 +169,16 @@ class FullBlock:
     bias: None = None
 
     @property
+    def uses(self) -> tuple[int, ...]:
+        """The layer uses at which they are used, if they are weights."""
+        return self.of.uses
+
+    @property
+    def swapped(self) -> tuple[int, ...]:
+        """None: formed rows know no sides."""
+        return ()
+
+    @property
     def region(self) -> Region:
         """The entries."""
         return self.of.region
