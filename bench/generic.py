@@ -15,13 +15,16 @@ from curvax.kernels import Choice, Implementation
 from curvax.structure.capture import Capture, capture
 from curvax.structure.diagonal import example_diagonal
 from curvax.structure.gram import gram
+from curvax.structure.regions import Region
 from curvax.structure.rows import example_groups
 
 
 def generic_capture(predict: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: Any) -> Capture:
     """The capture of a model of which nothing is recognized."""
     layers = capture(predict, params, inputs)
-    return dataclasses.replace(layers, structure=dataclasses.replace(layers.structure, uses=()))
+    findings, shapes = layers.structure.findings, [leaf.shape for leaf in jax.tree.leaves(params)]
+    regions = tuple((Region.of(i, shape), findings[i]) for i, shape in enumerate(shapes))
+    return dataclasses.replace(layers, structure=dataclasses.replace(layers.structure, uses=(), regions=regions))
 
 
 @dataclasses.dataclass(frozen=True)

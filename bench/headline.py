@@ -1,4 +1,4 @@
-"""The tables of measured outcomes in README.md and docs/choose.md, made from committed rows.
+"""The tables of measured outcomes in README.md, docs/choose.md and docs/claims.md, made from committed rows.
 
 python -m bench.headline
 
@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from bench import schema
+from bench.claims import claims
 from bench.schema import Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,7 +118,11 @@ def problems() -> Iterator[str]:
         yield f"| {meaning} | {' | '.join(cells)} |"
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {"README.md": comparisons, "docs/choose.md": problems}
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "README.md": comparisons,
+    "docs/choose.md": problems,
+    "docs/claims.md": claims,
+}
 
 
 def number(value: float) -> str:

@@ -177,8 +177,8 @@ def _row(axis: str, point: Point, name: str, metric: str, value: float) -> Row:
     return Row(SUITE, axis, name, metric, _x(point), value, value, value)
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Exponents first, then one table a sweep: milliseconds, MiB and seconds to compile."""
+def exponents(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each size that grows and each measurement."""
     providers = list(dict.fromkeys(row.provider for row in rows))
     yield f"| grows | exponent of | {' | '.join(providers)} |"
     yield "|---|---|" + "---|" * len(providers)
@@ -187,7 +187,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         for metric in (TIME, MEMORY, COMPILATION):
             values = {r.provider: r.p50 for r in rows if (r.case, r.metric) == (axis, f"exponent of {metric}")}
             yield f"| {axis} | {metric} | {' | '.join(_cell(values.get(p), '.2f') for p in providers)} |"
-    for axis in axes:
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Exponents first, then one table a sweep: milliseconds, MiB and seconds to compile."""
+    yield from exponents(rows)
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    for axis in dict.fromkeys(row.case for row in rows):
         yield from ("", f"### {axis}", "", f"| {axis} | {' | '.join(providers)} | {PICKED} |")
         yield "|---|" + "---|" * (len(providers) + 1)
         for x in dict.fromkeys(row.x for row in rows if row.case == axis and not row.metric.startswith("exponent")):

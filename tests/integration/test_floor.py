@@ -200,8 +200,10 @@ def test_any_first_damping_ends_at_the_same_floor(lam0):
         run = _cut(steps(np.float32(lam0), params, batch, np.int32(400)), 400)
         assert run.loss[-1] < 1e-8
         assert run.refused <= 2 * ALLOWED
-        # Neither end of the range of lam is where it stays.
-        assert 1e-9 < run.lam[-1] < 1e3
+        # Neither end of the range of lam is where it cannot come back from: on other data a run goes on from there.
+        moved = _moved("curve", batch)
+        after = _cut(steps(run.lam[-1], run.params, moved, np.int32(400)), 400)
+        assert after.loss[-1] < 1e-2 * after.loss[0] and after.refused <= 2 * ALLOWED
 
 
 @pytest.mark.parametrize(("name", "scale"), [("egn", 2.0**-20), ("sgn", 2.0**20), ("egn", 1e6), ("sgn", 1e-6)])
