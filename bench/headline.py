@@ -79,6 +79,10 @@ COMPARISONS = (
         "batch 128", "ms/step", "curvax", "python-somax", "`egn_ce`", "python-somax",
     ),
     Comparison(
+        "PINN, 10-D Poisson: relative L2 error after 6 s", "physics", "Poisson 10-D", "6 s, wall", "relative L2 error",
+        "gauss_newton", "ENGD-W", "`gauss_newton`, defaults", "natural gradient, damping tuned",
+    ),
+    Comparison(
         "exact step of a PINN, 900 + 120 points: ms", "physics", "egn step, 2-D Poisson, 2-64-64-1",
         "900 + 120 points", "ms/step", "curvax, terms", "an expert's own", "`egn`", "an expert's own JAX",
     ),

@@ -62,11 +62,14 @@ def stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[S
 def compiled_stepper(method: Any, work: Workload, batch: dict[str, jax.Array]) -> tuple[Step, Callable[[], Any], int]:
     """As `stepper`, compiled once ahead of time; and the bytes that the step allocates beyond arguments and results."""
     key, params = key_for(method), work.params()
-    step = jitted(method).lower(params, batch, jax.jit(method.init)(params), key).compile()
+    # Kronecker factors have the shapes of layers, which a batch tells.
+    known = {"batch": batch} if isinstance(method, curvax.Method) else {}
+    start = jax.jit(lambda p: method.init(p, **known))
+    step = jitted(method).lower(params, batch, start(params), key).compile()
 
     def carry() -> tuple[PyTree, Any, Any]:
         fresh = work.params()
-        return fresh, jax.jit(method.init)(fresh), {}
+        return fresh, start(fresh), {}
 
     return lambda c: step(c[0], batch, c[1], key), carry, temp_bytes(step)
 
