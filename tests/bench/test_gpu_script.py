@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -33,8 +32,6 @@ echo "stand-in for $name"
 [[ $name == "${STANDIN_BREAKS:-}" ]] && exit "${STANDIN_STATUS:-3}"
 exit 0
 """
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
 
 
 @pytest.fixture

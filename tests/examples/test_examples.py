@@ -54,7 +54,7 @@ def test_the_demo_on_digits_at_a_tiny_size(tmp_path):
 
 
 def test_poisson_reaches_what_adam_does_not():
-    text = run("pinn_poisson.py", "--steps", "200")
+    text = run("pinn_poisson.py", "--steps", "150")
     errors = {name: last(rf"{name}\s+step .* error (\S+)", text) for name in ("egn", "spring", "adam")}
     assert errors["egn"] < 2e-6, errors
     assert errors["spring"] < 2e-6, errors

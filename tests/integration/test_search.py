@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import curvax
+from curvax.damping import Outcome
 from curvax.losses import SoftmaxCrossEntropy, SquaredError
 from curvax.search import Backtracking, CurvatureBound, EntryBound, GridSearch, NormBound, QuadraticModel
 from curvax.search.base import Line
@@ -94,6 +95,38 @@ def test_a_grid_takes_the_smallest_dense_loss(name: str, options: dict, x64: Non
             without, _, again = quick_jit(method.step)(params, batch, state, key())
             assert float(again["step_size"]) == size
             np.testing.assert_allclose(dense.vector(without), dense.vector(after), rtol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["egn", "gauss_newton"])
+def test_by_default_a_step_that_would_be_refused_is_halved(preset, x64):
+    """r = atan(w), w = 3: the step to 3 - 1.25 * 10 / 1.1 = -8.4 raises |r| from 1.25 to 1.45, half of it lowers it."""
+    params = {"w": jnp.full((1, 1), 3.0)}
+    batch = {"x": jnp.ones((1, 1)), "y": jnp.zeros((1, 1))}
+
+    def step(**rest: Any) -> tuple[float, dict[str, Any]]:
+        make = curvax.make(preset, predict_fn=lambda p, x: jnp.arctan(x @ p["w"]), loss=SquaredError(), **rest)
+        new, _, info = quick_jit(make.step)(params, batch, make.init(params))
+        return float(new["w"][0, 0]), info
+
+    alone = {"lam_kwargs": {"factors": (1.0,)}}
+    size = 10 * np.arctan(3.0) / 1.1
+    halved, info = step(**alone)
+    assert bool(info["accepted"]) and float(info["step_size"]) == 0.5
+    np.testing.assert_allclose(halved, 3 - size / 2, rtol=1e-12)
+    refused, info = step(search=None, **alone)
+    assert not info["accepted"] and refused == 3
+    # Nobody judges the steps of a constant lam, nor every one at a cadence.
+    for rest in ({"lam_policy": "const", "lam0": 1e-2}, {"lam_kwargs": {"every": 2}}):
+        assert "step_size" not in step(**rest)[1]
+
+
+def test_lam_does_not_fall_after_a_step_that_was_shortened():
+    policy, yes, no = curvax.damping.TrustRegion(lam0=1.0), jnp.asarray(True), jnp.asarray(False)
+    one = jnp.ones(())
+    for shortened, after in ((yes, 1.0), (no, 0.5)):
+        good = Outcome(yes, yes, 2 * one, one, one, curvature=one, step_size=0.5, shortened=shortened)
+        assert float(policy.lam(policy.update(policy.init(), good, yes))) == after
+    assert Backtracking().takes_first and not GridSearch().takes_first
 
 
 def _line(at: float, slope: float, counter: Counter | None = None) -> Line:

@@ -34,6 +34,7 @@ class Outcome:
       norm: |d|.
       descends: a search along the step found a step size that lowers the loss; true without a search.
       step_size: how much of the update the search took; 1 without a search.
+      shortened: the full update would not do, and the search took less of it.
       solved: the linear system behind the step was solved, as far as the solver can tell.
       at_boundary: the direction ends where the policy's radius stopped it.
     """
@@ -49,6 +50,7 @@ class Outcome:
     norm: ScalarLike = 0.0
     descends: bool | jax.Array = True
     step_size: ScalarLike = 1.0
+    shortened: bool | jax.Array = False
     solved: bool | jax.Array = True
     at_boundary: bool | jax.Array = False
 

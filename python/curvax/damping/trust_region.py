@@ -82,6 +82,8 @@ class TrustRegion(Damping):
     there by inc^(-1/19). One refusal takes that back, so at the floor of its dtype, where nothing is left to gain, a
     run refuses one step in twenty and lam stays where it can return from when the data move.
 
+    Of a step that a search had to shorten (`Outcome.shortened`) lam does not fall, however good the shorter one is.
+
     A step is judged on the batch it was made for. What the next batches see of it (`FreshBatches`) bounds lam from
     below: lam falls only while they see at least a quarter of what steps promise, and rises by sqrt(inc) per step while
     their loss climbs. With the full batch in every step that changes nothing.
@@ -215,7 +217,10 @@ class TrustRegion(Damping):
         worse = refused | (seen & fails)
         # A promise below rounding: whatever became of it, it does not speak for the model.
         silent = seen & ~refused & (jnp.abs(outcome.predicted) <= outcome.rounding)
-        better = seen & ~worse & ~silent & holds
+        # Nor does half of a step for one that would have been refused: it is progress, and lam stays.
+        whole = ~jnp.asarray(outcome.shortened) | self.by_step_size
+        silent &= whole
+        better = seen & ~worse & ~silent & holds & whole
         # What the next batches see of earlier steps.
         fresh = state.fresh.after(outcome.loss, _promise(outcome, seen, refused))
         better &= fresh.kept(_KEPT, outcome.rounding)

@@ -350,9 +350,18 @@ def _evaluate(
         norm=norm,
         descends=length.descends,
         step_size=1.0 if length.searched is None else length.searched.step_size,
+        shortened=_shortened(ctx, length),
         solved=solved(solution.result),
         at_boundary=bounded(solution.result),
     )
+
+
+def _shortened(ctx: StepContext, length: Length) -> bool | jax.Array:
+    """Whether the search took less than the full step because that would not do."""
+    search = ctx.assembly.search
+    if search is None or length.searched is None or not search.takes_first:
+        return False
+    return length.descends & (length.searched.step_size < 1)
 
 
 def _info(ctx: StepContext, point: Point, attempt: Attempt, rejected: jax.Array) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Backtracking(GeometricSearch):
     sufficient: float = 1e-4
 
     kind = "backtracking search"
+    takes_first = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,11 +65,14 @@ class StepSearch(abc.ABC):
       chunk: step sizes evaluated at once, each with its own copy of the parameters and of the activations; `None` lets
         the planner take as many as fit into memory.
       needs_product: whether it reads `Line.bend`, one curvature product.
+      takes_first: whether it begins with the full step and takes the first step size that will do, so that a smaller
+        one says that the full step would not.
     """
 
     every: int = 1
     chunk: int | None = None
     needs_product: bool = False
+    takes_first: bool = False
 
     @property
     @abc.abstractmethod
