@@ -1,7 +1,8 @@
 """Optimizers that Optax lacks, as Optax transformations: SOAP, Shampoo, and Muon with AdamW by label.
 
 Which matrices they see: `axes.py` has the rules, `choices.py` the choices that SOAP and Shampoo share, `views.py` what
-carries rules out, `matrices.py` the arithmetic on stacks, `memory.py` the bytes of a state.
+carries rules out, `matrices.py` the arithmetic on stacks, `scaling.py` the keywords of both, `memory.py` the bytes of a
+state.
 
 The optimizers: `soap.py`, `shampoo.py`, `orthogonal.py` (Muon's direction), `labels.py` (which leaves Muon takes), and
 `muon.py`, Muon and AdamW together.

@@ -73,6 +73,12 @@ def root_mean_square(x: jax.Array) -> jax.Array:
     return top * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(x) / top), axis=(-2, -1), keepdims=True))
 
 
+def over_root_scale(x: jax.Array) -> jax.Array:
+    """X over the root of its root mean square: X X^H is then in the units of X, as X R^-1 X^H is for R in these."""
+    scale = root_mean_square(x)
+    return x / jnp.sqrt(jnp.where(scale > 0, scale, jnp.ones_like(scale))).astype(x.dtype)
+
+
 def multiply(factor: jax.Array, x: jax.Array, side: int) -> jax.Array:
     """F X on the first side, X F^T on the second; of a diagonal factor entry by entry."""
     factor = factor.astype(x.dtype)

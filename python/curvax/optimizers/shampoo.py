@@ -28,9 +28,8 @@ from curvax.eigenbases import adjoint, rounding, unit_of, unit_scale
 from curvax.kernels.dense_linalg import eigh
 from curvax.keywords import spread
 from curvax.meshes import on_any_mesh
-from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known, whole
-from curvax.optimizers.axes import LastTwoAxes, MatrixRule
-from curvax.optimizers.choices import FactorTerms, Sides
+from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known
+from curvax.optimizers.choices import FactorTerms
 from curvax.optimizers.matrices import (
     BySide,
     corrected,
@@ -39,13 +38,12 @@ from curvax.optimizers.matrices import (
     multiply,
     nonzero,
     outer,
+    over_root_scale,
     real_dtype,
-    root_mean_square,
 )
-from curvax.optimizers.views import MatrixViews, Stack
+from curvax.optimizers.scaling import MatrixScaling, Update
+from curvax.optimizers.views import Stack
 from curvax.state_version import pickled
-
-MAX_DIM = 8192
 
 
 class ShampooState(NamedTuple):
@@ -71,7 +69,7 @@ class ShampooState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShampooScaling:
+class ShampooScaling(MatrixScaling):
     """The keywords of `scale_by_shampoo`.
 
     Attributes:
@@ -80,29 +78,18 @@ class ShampooScaling:
         figure, which is an absolute one there.
       every: updates between two refreshes of the roots, which take an eigendecomposition of each factor.
       start: updates that are those of `graft` before the first roots (Anil et al. 2020). 0 by default.
-      max_dim: a side longer than this keeps only the diagonal of its factor (the paper's diagonal Shampoo). `None`
-        stands for 8192; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
-      block_dim: a side longer than this is cut into blocks, each a matrix of its own. `None`, the default, cuts none;
-        it shapes the state too.
       graft: a transformation such as `optax.scale_by_adam()` that sees the same gradients and lends each matrix's
         update its Frobenius norm, so that a learning rate means what it means for that transformation (Anil et al.
         2020, arXiv 2002.09018). `None` keeps Shampoo's own norms, as the first paper does.
-      matrices: which axes of a leaf are rows and columns; the last two by default. What is no matrix is one vector.
-      sides: which sides have a factor; both by default. A single one has the exponent -1/2.
-      terms: what a gradient adds to the factors. With `FactorTerms.KULLBACK_LEIBLER`, which needs b2, it is
-        KL-Shampoo, whose exponents are -1/2.
     """
 
     b2: Number | None = None
     eps: Number = 1e-4
     every: Count = 1
     start: Count = 0
-    max_dim: int | None = None
-    block_dim: int | None = None
     graft: optax.GradientTransformation | None = None
-    matrices: MatrixRule = LastTwoAxes()
-    sides: Sides = Sides.BOTH
-    terms: FactorTerms = FactorTerms.GRADIENT
+
+    default_max_dim = 8192
 
     def check(self) -> None:
         """Raises for numbers out of range and for choices that do not go together."""
@@ -116,22 +103,13 @@ class ShampooScaling:
         if self.graft is None and is_known(self.start) and self.start > 0:
             raise ValueError("start needs graft=, the transformation whose updates come first.")
 
-    def views(self, params: Any) -> MatrixViews:
-        """The stacks of matrices of these parameters."""
-        if self.block_dim is None:
-            return MatrixViews.of(params, self.matrices)
-        block = whole("block_dim", self.block_dim)
-        check_positive("block_dim", block)
-        return MatrixViews.of(params, self.matrices, block)
-
     def empty(self, stack: Stack) -> BySide:
         """Zero factors of a stack."""
-        longest = MAX_DIM if self.max_dim is None else whole("max_dim", self.max_dim)
         shape = stack.shape if stack.is_matrix else (math.prod(stack.shape),)
         factors: BySide = {}
         for side in self.sides.of(shape) if stack.is_matrix else (0,):
             length = shape[side - 2] if stack.is_matrix else shape[0]
-            dense = length <= longest
+            dense = length <= self.longest
             own = (*shape[:-2], length, length) if dense else (*shape[:-2], length)
             factors[side] = jnp.zeros(own, stack.dtype if dense else real_dtype(stack.dtype))
         return factors
@@ -175,7 +153,7 @@ def scale_by_shampoo(options: ShampooScaling) -> optax.GradientTransformation:
         views, (finite, clean) = options.views(updates), finite_parts(updates)
         stacks = views.like(leaves)
         gradients = _as_matrices(views.split(clean), stacks)
-        step = _Step(options, state.count, finite)
+        step = _Step(state.count, finite, options)
         # 1. Add the gradient to the factors L and R.
         factors = step.accumulated(gradients, state.factors, state.roots)
         # 2. Their inverse roots: every so many updates, and at once for a matrix that had no gradient until now.
@@ -237,23 +215,14 @@ def shampoo(options: ShampooOptions) -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    """One update of all stacks.
+class _Step(Update):
+    """The parts of an update.
 
     Attributes:
       options: the keywords.
-      count: updates before this one.
-      finite: whether the gradients are, so that this is one.
     """
 
     options: ShampooScaling
-    count: jax.Array
-    finite: jax.Array
-
-    @property
-    def after(self) -> jax.Array:
-        """Updates with this one."""
-        return self.count + self.finite.astype(jnp.int32)
 
     def accumulated(
         self, gradients: list[jax.Array], factors: tuple[BySide, ...], roots: tuple[BySide, ...]
@@ -274,8 +243,7 @@ class _Step:
         if self.options.terms is FactorTerms.GRADIENT or gradient.ndim == 1:
             return outer(gradient, side, dense)
         other = 1 - side
-        scale = root_mean_square(gradient)
-        seen = gradient / jnp.sqrt(jnp.where(scale > 0, scale, jnp.ones_like(scale))).astype(gradient.dtype)
+        seen = over_root_scale(gradient)
         if other in roots:
             # G R^-1 G^H is X X^H with X = G R^(-1/2), the root as of the last refresh.
             known = nonzero(roots[other], _is_dense(roots[other], gradient))[..., None, None]

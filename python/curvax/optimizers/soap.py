@@ -29,9 +29,8 @@ from curvax.eigenbases import adjoint, eigenbasis, rounding, unit_scale, with_fi
 from curvax.kernels.dense_linalg import qr
 from curvax.keywords import spread
 from curvax.meshes import on_any_mesh
-from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known, whole
-from curvax.optimizers.axes import LastTwoAxes, MatrixRule
-from curvax.optimizers.choices import BasisMethod, FactorTerms, Sides
+from curvax.numbers import Count, Number, check_fraction, check_not_negative, check_positive, is_known
+from curvax.optimizers.choices import BasisMethod, FactorTerms
 from curvax.optimizers.matrices import (
     BySide,
     corrected,
@@ -40,13 +39,12 @@ from curvax.optimizers.matrices import (
     multiply,
     nonzero,
     outer,
+    over_root_scale,
     real_dtype,
-    root_mean_square,
 )
-from curvax.optimizers.views import MatrixViews, Stack
+from curvax.optimizers.scaling import MatrixScaling, Update
+from curvax.optimizers.views import Stack
 from curvax.state_version import pickled
-
-MAX_DIM = 10000
 
 # Relative to the mean eigenvalue, where a factor is seen through the inverse of the other; Shampoo's default.
 _INVERSE_DAMPING = 1e-4
@@ -77,7 +75,7 @@ class SoapState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoapScaling:
+class SoapScaling(MatrixScaling):
     """The keywords of `scale_by_soap`.
 
     Attributes:
@@ -88,13 +86,6 @@ class SoapScaling:
       every: updates between refreshes of the bases; 10 in the paper.
       start: updates that are Adam's, in the parameters' basis, before the first bases. 0 by default; the authors'
         code leaves the first update out.
-      max_dim: a side longer than this keeps the standard basis (the paper's one-sided SOAP). `None` stands for 10,000
-        as in the paper; it shapes the state, so `optax.inject_hyperparams` must not trace a number in its place.
-      block_dim: a side longer than this is cut into blocks, each a matrix of its own. `None`, the default, cuts none;
-        it shapes the state too.
-      matrices: which axes of a leaf are rows and columns; the last two by default. No matrices get Adam.
-      sides: which sides have a basis; both by default.
-      terms: what a gradient adds to the factors; `FactorTerms.KULLBACK_LEIBLER` makes KL-SOAP.
       basis: how bases are refreshed; by a step of orthogonal iteration, as in the paper.
     """
 
@@ -103,28 +94,15 @@ class SoapScaling:
     eps: Number = 1e-8
     every: Count = 10
     start: Count = 0
-    max_dim: int | None = None
-    block_dim: int | None = None
-    matrices: MatrixRule = LastTwoAxes()
-    sides: Sides = Sides.BOTH
-    terms: FactorTerms = FactorTerms.GRADIENT
     basis: BasisMethod = BasisMethod.POWER_ITERATION
 
-    def views(self, params: Any) -> MatrixViews:
-        """The stacks of matrices of these parameters."""
-        return MatrixViews.of(params, self.matrices, None if self.block_dim is None else self._block())
-
-    def _block(self) -> int:
-        block = whole("block_dim", cast(int, self.block_dim))
-        check_positive("block_dim", block)
-        return block
+    default_max_dim = 10_000
 
     def with_basis(self, stack: Stack) -> tuple[int, ...]:
         """The sides of a stack that have a basis."""
         if not stack.is_matrix:
             return ()
-        longest = MAX_DIM if self.max_dim is None else whole("max_dim", self.max_dim)
-        return tuple(side for side in self.sides.of(stack.shape) if stack.shape[side - 2] <= longest)
+        return tuple(side for side in self.sides.of(stack.shape) if stack.shape[side - 2] <= self.longest)
 
 
 @spread(SoapScaling)
@@ -176,7 +154,7 @@ def scale_by_soap(options: SoapScaling) -> optax.GradientTransformation:
         if not leaves:
             return updates, state._replace(count=state.count + 1)
         views, (finite, clean) = options.views(updates), finite_parts(updates)
-        step = _Step(options, state.count, finite, tuple(stack.is_matrix for stack in views.like(leaves)))
+        step = _Step(state.count, finite, options, tuple(stack.is_matrix for stack in views.like(leaves)))
         gradients = views.split(clean)
         means, moments = (views.split(jax.tree.leaves(of)) for of in (state.mean, state.square))
         # 1. Add the gradient to the averages of G G^T and G^T G.
@@ -235,25 +213,16 @@ def soap(options: SoapOptions) -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    """One update of all stacks.
+class _Step(Update):
+    """The parts of an update.
 
     Attributes:
       options: the keywords.
-      count: updates before this one.
-      finite: whether the gradients are, so that this is one.
       is_matrix: of each stack.
     """
 
     options: SoapScaling
-    count: jax.Array
-    finite: jax.Array
     is_matrix: tuple[bool, ...]
-
-    @property
-    def after(self) -> jax.Array:
-        """Updates with this one."""
-        return self.count + self.finite.astype(jnp.int32)
 
     def accumulated(
         self, gradients: list[jax.Array], factors: tuple[BySide, ...], bases: tuple[BySide, ...]
@@ -269,9 +238,7 @@ class _Step:
         other = 1 - side
         if self.options.terms is FactorTerms.GRADIENT:
             return outer(gradient, side, dense=True)
-        scale = root_mean_square(gradient)
-        plain = gradient / jnp.sqrt(jnp.where(scale > 0, scale, jnp.ones_like(scale))).astype(gradient.dtype)
-        seen = plain
+        seen = over_root_scale(gradient)
         if other in factors:
             # G R^-1 G^H is X X^H with X = G conj(Q) / root of R's eigenvalues: X need not be turned back.
             mean = corrected(factors[other], self.options.b2, jnp.maximum(self.count, 1))
@@ -280,7 +247,7 @@ class _Step:
             root = jax.lax.rsqrt(jnp.where(damped > 0, damped, jnp.ones_like(damped)))
             turned = multiply(root, multiply(adjoint(bases[other]), gradient, other), other)
             known = nonzero(factors[other], dense=True)[..., None, None]
-            seen = jnp.where(known, turned, plain)
+            seen = jnp.where(known, turned, seen)
         return outer(seen, side, dense=True) / gradient.shape[other - 2]
 
     def begun(
