@@ -20,8 +20,9 @@ from curvax.spelling import check_instance
 from curvax.structure.axes import LeafAxes, leaf_axes
 from curvax.structure.batch_axes import ExampleAxes
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.blocks import KroneckerBlocks, find_blocks
+from curvax.structure.blocks import KroneckerBlocks
 from curvax.structure.capture import Capture, capture
+from curvax.structure.find_blocks import find_blocks
 from curvax.structure.kronecker import examples_of
 from curvax.structure.report import LeafStructure, report
 from curvax.structure.rows import RowSource

@@ -38,7 +38,8 @@ from curvax.losses.rounding import loss_rounding
 from curvax.output_space import FisherType, OutputCurvature
 from curvax.structure.axes import LeafAxes
 from curvax.structure.batch_axes import BatchAxes, ExampleAxes
-from curvax.structure.blocks import KroneckerBlocks, join_blocks
+from curvax.structure.blocks import KroneckerBlocks
+from curvax.structure.find_blocks import join_blocks
 from curvax.structure.joint import joint_gram
 from curvax.structure.report import LeafStructure
 from curvax.structure.rows import RowSource, outputs_like

@@ -31,8 +31,8 @@ from curvax.operators.base import SymmetricOperator
 from curvax.operators.curvature import At
 from curvax.structure import jacobian_gram_diagonal
 from curvax.structure.batch_rules import Mixed
-from curvax.structure.blocks import find_blocks
 from curvax.structure.capture import Capture, capture
+from curvax.structure.find_blocks import find_blocks
 from curvax.structure.memory import DEFAULT_MAX_BYTES
 from curvax.structure.outputs import check_outputs
 from curvax.structure.weighted_grams import BlockDiagonal, weighted_grams

@@ -35,8 +35,8 @@ The files in reading order; each imports from those above it only (`tests/docs/i
    position reaches and what it weighs; `formed.py` multiplies factors out to rows, where that is cheaper.
 5. What is made of them.
    `layers.py` takes the cheapest form of each layer; `gram.py` has all inner products; `squares.py` and `diagonal.py`
-   have sums of squares; `blocks.py` says which entries have a block together, `block_rules.py` lets callers say it, and
-   `kronecker.py` has the sums that make the blocks.
+   have sums of squares; `blocks.py` has the kinds of blocks, `find_blocks.py` says which entries have one together,
+   `block_rules.py` lets callers say it, and `kronecker.py` has the sums that make the blocks.
 6. For callers.
    `memory.py` and `outputs.py` have defaults and checks; `rows.py` serves the row lane and `joint.py` that of several
    models with the same parameters, `exact.py`, `clipped.py` and `tangent_kernel.py` people who want the quantities by
