@@ -10,8 +10,7 @@ is w = 1/2 + 1/4 to first order (and 1 in truth, as the curvature is gone with t
 target 0, (1/2)^2 / 2, rises by 1/2 * 1/4 = 1/8.
 
 No gradient of a training example is made. Of a test point s_i = C^-1 grad l_i is one solve, and s_i . g_j for all
-examples
-of a batch one product forward: the tangents J s_i of the outputs, times the residuals of each example.
+examples of a batch one product forward: the tangents J s_i of the outputs, times the residuals of each example.
 """
 
 from __future__ import annotations
@@ -113,15 +112,11 @@ def self_influences(arguments: InfluenceArguments) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _batches(data: CurvatureOperator | StreamedCurvature) -> Iterable[Any]:
-    return walked(data.batches)
-
-
 def _influences(train: CurvatureOperator | StreamedCurvature, solutions: jax.Array) -> np.ndarray:
     """(k, examples) of k solutions in columns."""
     parts = [
         np.asarray(_dots(train.curvature, train.at, batch, jnp.int32(index), share, solutions))
-        for index, (batch, share) in enumerate(zip(_batches(train), train.shares, strict=True))
+        for index, (batch, share) in enumerate(zip(walked(train.batches), train.shares, strict=True))
     ]
     return np.concatenate(parts, axis=1)
 

@@ -1,7 +1,4 @@
-"""Pictures of curvature, by matplotlib: the density of a spectrum, sharpness along training.
-
-matplotlib is imported when a picture is asked for: `pip install 'curvax[fit]'`.
-"""
+"""Pictures of curvature, by matplotlib: the density of a spectrum, sharpness along training."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.figures import new_axes
 from curvax.operators import Quadrature
 
 
@@ -19,19 +17,6 @@ class Columns(Protocol):
     def __getitem__(self, name: str, /) -> Any:
         """The column of that name; KeyError if there is none."""
         ...
-
-
-def new_axes(what: str) -> Any:
-    """One matplotlib axis of a new figure.
-
-    Raises:
-      ImportError: matplotlib is not installed; `what` needs it.
-    """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(f"{what} needs matplotlib: pip install 'curvax[fit]'.") from error
-    return plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
 
 
 def spectral_density(spectrum: Quadrature, ax: Any = None, *, points: int = 500) -> Any:

@@ -18,6 +18,7 @@ from curvax.diagnosis.noise import GradientNoise, gradient_noise
 from curvax.diagnosis.spectrum import Curved, curved
 from curvax.diagnosis.steps import StepCost, step_costs
 from curvax.diagnosis.structure import LostLeaf, lost_leaves
+from curvax.figures import new_axes
 from curvax.keywords import spread
 from curvax.losses import Loss
 from curvax.operators import CurvatureOperator, ggn
@@ -78,12 +79,7 @@ class Diagnosis:
         Raises:
           ImportError: matplotlib is not installed.
         """
-        if axes is None:
-            first = viz.new_axes("Diagnosis.plot")
-            figure = first.get_figure()
-            first.remove()
-            figure.set_size_inches(10, 3.5)
-            axes = figure.subplots(1, 2)
+        axes = new_axes("Diagnosis.plot", 2) if axes is None else axes
         viz.spectral_density(self.curvature.quadrature, axes[0])
         served = sorted((s for s in self.steps if s.seconds is not None), key=lambda s: -(s.seconds or 0.0))
         axes[1].barh([s.preset for s in served], [1e3 * (s.seconds or 0.0) for s in served])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from curvax.figures import new_axes
 from curvax.telemetry import Metric
 
 Columns = dict[str, np.ndarray]
@@ -74,7 +75,7 @@ class History:
         Raises:
           ImportError: matplotlib is not installed.
         """
-        axes = _new_axes() if ax is None else ax
+        axes = new_axes("history.plot()", 2, sharey=True) if ax is None else ax
         steps, loss = self[Metric.STEP] + 1, self[Metric.LOSS]
         abscissas = (("steps", steps), ("seconds of training", self.seconds))
         for axis, (name, x) in zip(np.atleast_1d(axes), abscissas, strict=False):
@@ -84,14 +85,6 @@ class History:
             if len(loss) and np.nanmin(loss) > 0:
                 axis.set_yscale("log")
         return axes
-
-
-def _new_axes() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("history.plot() needs matplotlib: pip install 'curvax[fit]'.") from error
-    return plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")[1]
 
 
 class Recorder:
